@@ -1,0 +1,186 @@
+"""What a reconstruction is worth: one definition of each metric, under SAELens' names, summed in float64.
+
+Everything here is arithmetic on tensors and numbers: no disk, no model. `ReconstructionSums` holds a whole split as
+sums, so that a metric never depends on how the rows were cut into batches.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+SMALLEST_NORM = 1e-4  # an x shorter than this has no ratio of norms: SAELens divides its x_hat by 1 instead
+RESOLUTION = 1e-12  # of E||x||^2: below it a float64 difference of sums is rounding, not variance
+
+
+def l0(feature_acts: Float[Tensor, "batch d_sae"]) -> float:
+    """Mean number of active latents per row, E[count(f != 0)] (SAELens `l0`); signed activations count too.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    return int(torch.count_nonzero(feature_acts)) / _n_rows(feature_acts, "l0")
+
+
+def explained_variance(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> float:
+    """1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2) over the rows of one batch, in float64.
+
+    SAELens `explained_variance`. The means run over rows, the norms over d_in: one variance for all channels, not a
+    mean of per-channel ratios. 1 is perfect, 0 is what the mean of x would reach, negative is worse than that. Rows
+    without variance: 1.0 where x_hat equals them, else 0.0.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    n_rows = _n_rows(x, "explained_variance")
+    wide = x.double()
+    return _explained_variance(
+        n_rows, wide.sum(0), float(wide.square().sum()), float((wide - x_hat.double()).square().sum())
+    )
+
+
+def ce_loss_score(*, ce_loss_without_sae: float, ce_loss_with_sae: float, ce_loss_with_ablation: float) -> float | None:
+    """(CE_ablated - CE_sae) / (CE_ablated - CE_original): the share of zero ablation's harm that is won back.
+
+    SAELens `ce_loss_score`; "loss recovered" of Rajamanoharan et al. 2024 (arXiv:2404.16014). 1 is the original model,
+    0 is zero ablation. None where ablation leaves the loss as it was, for then the score has no scale.
+    """
+    lost = ce_loss_with_ablation - ce_loss_without_sae
+    return None if lost == 0.0 else (ce_loss_with_ablation - ce_loss_with_sae) / lost
+
+
+def kl_div_score(*, kl_div_with_sae: float, kl_div_with_ablation: float) -> float | None:
+    """(KL_ablated - KL_sae) / KL_ablated, where KL is the mean per token of KL(original || new) in nats.
+
+    SAELens `kl_div_score`. 1 is the original model, 0 is zero ablation; None where ablation changes no prediction.
+    """
+    return None if kl_div_with_ablation == 0.0 else (kl_div_with_ablation - kl_div_with_sae) / kl_div_with_ablation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReconstructionSums:
+    """Sums over rows of one SAE's reconstruction, float64, from which every metric of the whole split follows.
+
+    `of` makes one from a batch, `merge` adds two. Merging is a float64 sum: its order moves a metric by rounding only.
+    """
+
+    n_rows: int
+    x: Float[Tensor, " d_in"]  # sum of x
+    square_norm: float  # sum of ||x||^2
+    square_norm_hat: float  # sum of ||x_hat||^2
+    dot: float  # sum of <x, x_hat>
+    square_error: float  # sum of ||x - x_hat||^2
+    cosine: float  # sum of <x, x_hat> / (||x|| ||x_hat||)
+    norm_ratio: float  # sum of ||x_hat|| / ||x||
+    absolute: float  # sum of |f| over latents too
+    fired: Int[Tensor, " d_sae"]  # int64, rows on which each latent was active
+
+    @classmethod
+    def of(
+        cls,
+        x: Float[Tensor, "batch d_in"],
+        feature_acts: Float[Tensor, "batch d_sae"],
+        x_hat: Float[Tensor, "batch d_in"],
+    ) -> "ReconstructionSums":
+        """The sums of one batch, made on its device and kept on the CPU.
+
+        Raises:
+            ValueError: there are no rows.
+        """
+        n_rows = _n_rows(x, "ReconstructionSums.of")
+        x, x_hat = x.double(), x_hat.double()
+        norm, norm_hat, dot = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(1)  # (batch,)
+        lengths = norm * norm_hat
+        divisor = torch.where(norm < SMALLEST_NORM, torch.ones_like(norm), norm)
+        return cls(
+            n_rows=n_rows,
+            x=x.sum(0).cpu(),
+            square_norm=float(x.square().sum()),
+            square_norm_hat=float(x_hat.square().sum()),
+            dot=float(dot.sum()),
+            square_error=float((x - x_hat).square().sum()),
+            cosine=float(torch.where(lengths > 0, dot / lengths.clamp_min(torch.finfo(torch.float64).tiny), 0.0).sum()),
+            norm_ratio=float((norm_hat / divisor).sum()),
+            absolute=float(feature_acts.abs().sum(dtype=torch.float64)),
+            fired=(feature_acts != 0).sum(0).cpu(),
+        )
+
+    def merge(self, other: "ReconstructionSums") -> "ReconstructionSums":
+        """The sums over the rows of both; both must be of the same SAE."""
+        return ReconstructionSums(
+            n_rows=self.n_rows + other.n_rows,
+            x=self.x + other.x,
+            square_norm=self.square_norm + other.square_norm,
+            square_norm_hat=self.square_norm_hat + other.square_norm_hat,
+            dot=self.dot + other.dot,
+            square_error=self.square_error + other.square_error,
+            cosine=self.cosine + other.cosine,
+            norm_ratio=self.norm_ratio + other.norm_ratio,
+            absolute=self.absolute + other.absolute,
+            fired=self.fired + other.fired,
+        )
+
+    @property
+    def explained_variance(self) -> float:
+        """1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2) over all rows (SAELens `explained_variance`)."""
+        return _explained_variance(self.n_rows, self.x, self.square_norm, self.square_error)
+
+    @property
+    def mse(self) -> float:
+        """E||x - x_hat||^2: the sum over d_in, the mean over rows (SAELens `mse`)."""
+        return self.square_error / self.n_rows
+
+    @property
+    def cossim(self) -> float:
+        """E[<x, x_hat> / (||x|| ||x_hat||)] (SAELens `cossim`, whose mean becomes NaN where a zero row counts 0 here)."""
+        return self.cosine / self.n_rows
+
+    @property
+    def l2_ratio(self) -> float:
+        """E[||x_hat|| / ||x||] (SAELens `l2_ratio`): under 1 is shrinkage; where ||x|| < 1e-4 the divisor is 1."""
+        return self.norm_ratio / self.n_rows
+
+    @property
+    def relative_reconstruction_bias(self) -> float | None:
+        """E||x_hat||^2 / E<x, x_hat>: 1 is unbiased, under 1 is shrinkage.
+
+        Rajamanoharan et al. 2024 (arXiv:2404.16014), equation 10, over all rows, where SAELens takes the mean of its
+        batches' ratios. None where x_hat is orthogonal to x on average (all zeros, say).
+        """
+        return None if self.dot == 0.0 else self.square_norm_hat / self.dot
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents per row (SAELens `l0`)."""
+        return int(self.fired.sum()) / self.n_rows
+
+    @property
+    def l1(self) -> float:
+        """Mean over rows of sum_i |f_i|, without decoder norms (SAELens `l1`)."""
+        return self.absolute / self.n_rows
+
+    @property
+    def feature_density(self) -> Float[Tensor, " d_sae"]:
+        """Share of the rows on which each latent is active, float64 in [0, 1] (SAELens `feature_density`)."""
+        return self.fired.double() / self.n_rows
+
+    @property
+    def dead_fraction(self) -> float:
+        """Share of the latents that fired on none of these rows; few rows make rare latents look dead."""
+        return int((self.fired == 0).sum()) / len(self.fired)
+
+
+def _n_rows(x: Tensor, who: str) -> int:
+    if len(x) == 0:
+        raise ValueError(f"{who}: a mean needs at least 1 row, got shape {tuple(x.shape)}; pass a batch with rows")
+    return len(x)
+
+
+def _explained_variance(n_rows: int, sum_x: Float[Tensor, " d_in"], square_norm: float, square_error: float) -> float:
+    mean_square_norm = square_norm / n_rows
+    total_variance = mean_square_norm - float((sum_x / n_rows).square().sum())
+    mse = square_error / n_rows
+    if total_variance <= RESOLUTION * mean_square_norm:
+        return 1.0 if mse <= RESOLUTION * mean_square_norm else 0.0
+    return 1.0 - mse / total_variance
