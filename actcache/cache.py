@@ -1,0 +1,182 @@
+"""A finished cache, opened for reading: its manifest, statistics, sequences and the readers of its arrays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from actcache.codecs import codec
+from actcache.errors import CorruptShard, ManifestError
+from actcache.flow import SPLITS
+from actcache.manifest import (
+    ArraySpec,
+    HookSpec,
+    Manifest,
+    Plan,
+    fingerprint,
+    hook_arrays,
+    sequence_arrays,
+    shard_key,
+    token_arrays,
+    unseal,
+)
+from actcache.reader import ArrayReader
+from actcache.stats import HookStatistics
+
+STORE = "acts.zarr"
+PLAN = "manifest/plan.json"
+CACHE_MANIFEST = "manifest/cache.json"
+
+
+class Cache:
+    """A finished cache. Build it with `open_cache`; it stays valid in threads and in forked processes."""
+
+    def __init__(self, path: Path, manifest: Manifest, fingerprint: str):
+        self.path, self.manifest, self.fingerprint = path, manifest, fingerprint
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Model, dataset, packing, dtype, codec, seed: what tells this cache from another."""
+        return self.manifest.identity
+
+    @property
+    def context_size(self) -> int:
+        """Tokens of a sequence."""
+        return self.identity["context_size"]
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids of BOS, EOS, padding and the tokenizer's other special tokens."""
+        return tuple(self.identity["special_token_ids"])
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """Every hook of the cache."""
+        return tuple(hook.hook_name for hook in self.manifest.hooks)
+
+    def hook(self, hook_name: str) -> HookSpec:
+        """Width, dtype and chunk rows of a hook. Raises CacheMismatch, listing the hooks there are."""
+        return self.manifest.hook(hook_name)
+
+    def n_rows(self, split: str = "train") -> int:
+        """Rows of a split: stored tokens, special ones included."""
+        return self.manifest.n_rows(split)
+
+    def reader(self, split: str, array: ArraySpec) -> ArrayReader:
+        """Reads a row-aligned array of a split."""
+        shards = self.manifest.shards[split]
+        return ArrayReader(
+            self.path / STORE / split,
+            array,
+            codec(self.identity["codec"]),
+            [shard.arrays[array.path] for shard in shards],
+            n_rows=self.n_rows(split),
+            shard_rows=self.manifest.shard_rows,
+        )
+
+    def hook_reader(self, split: str, hook_name: str) -> ArrayReader:
+        """Reads the activations of one hook."""
+        return self.reader(split, hook_arrays([self.hook(hook_name)])[0])
+
+    def token_reader(self, split: str, name: str) -> ArrayReader:
+        """Reads "id", "sequence" or "position" of every row."""
+        arrays = {array.path: array for array in token_arrays(self.manifest.shard_rows)}
+        return self.reader(split, arrays[f"tokens/{name}"])
+
+    def sequences(self, split: str) -> Int32[np.ndarray, "sequence position"]:
+        """Token ids of every packed sequence, in order."""
+        return self._sequences(split, "id")
+
+    def documents(self, split: str) -> Int32[np.ndarray, "sequence position"]:
+        """For every token of `sequences`, the index of its document in the dataset."""
+        return self._sequences(split, "document")
+
+    def statistics(
+        self, hook_name: str, *, split: str = "train", row_filter: str = "no_special_tokens"
+    ) -> HookStatistics:
+        """Mean, variance, norms and geometric median of a hook's stored values. Raises ManifestError if damaged."""
+        self.hook(hook_name)
+        path = self.path / statistics_key(split, hook_name)
+        try:
+            return HookStatistics.from_json(unseal(path.read_bytes(), path)[row_filter])
+        except (OSError, KeyError, ValueError) as error:
+            raise ManifestError(f"{path}: cannot be read as statistics ({type(error).__name__}: {error})") from error
+
+    def _sequences(self, split: str, name: str) -> np.ndarray:
+        reader = sequence_reader(self.path, self.manifest.plan, split, name)
+        return reader.read(0, reader.n_rows)
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a finished cache for reading; imports no language model.
+
+    Raises:
+        ManifestError: there is no cache, it is not finished, or its manifest is damaged or of another version.
+        CorruptShard: a shard file is missing or has the wrong size.
+    """
+    root = Path(path)
+    try:
+        sealed = (root / CACHE_MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        if (root / PLAN).exists():
+            raise ManifestError(f"{root}: the harvest is unfinished; run the same command again") from None
+        raise ManifestError(f"{root}: not a cache (no {CACHE_MANIFEST}); make one with `actcache harvest`") from None
+    manifest = Manifest.from_json(unseal(sealed, root / CACHE_MANIFEST))
+    _check_store(root, manifest)
+    return Cache(root, manifest, fingerprint(sealed))
+
+
+def statistics_key(split: str, hook_name: str) -> str:
+    """Path of a hook's statistics below the cache."""
+    return f"stats/{split}/{hook_name}.json"
+
+
+def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReader:
+    """Reads "id" or "document" of the packed sequences; there before the first activation is."""
+    record = plan.sequences[split]
+    array = {a.path: a for a in sequence_arrays(plan.identity["context_size"])}[f"sequences/{name}"]
+    return ArrayReader(
+        root / STORE / split,
+        array,
+        codec(plan.identity["codec"]),
+        record.arrays[array.path],
+        n_rows=record.n_sequences,
+        shard_rows=array.chunk_rows,
+    )
+
+
+def stored_files(manifest: Manifest) -> dict[str, int]:
+    """Path below acts.zarr -> bytes, of every shard file that the manifest speaks of."""
+    arrays = [*hook_arrays(manifest.hooks), *token_arrays(manifest.shard_rows)]
+    files = {
+        f"{split}/{shard_key(array, shard.index)}": shard.arrays[array.path].n_bytes
+        for split in SPLITS
+        for shard in manifest.shards[split]
+        for array in arrays
+    }
+    for split, record in manifest.plan.sequences.items():
+        for array in sequence_arrays(manifest.identity["context_size"]):
+            for index, stored in enumerate(record.arrays[array.path]):
+                files[f"{split}/{shard_key(array, index)}"] = stored.n_bytes
+    return files
+
+
+def _check_store(root: Path, manifest: Manifest) -> None:
+    """A truncated map is SIGBUS and a missing shard reads as zeros elsewhere: look at every size before any read."""
+    metadata = root / STORE / "zarr.json"
+    try:
+        identity = json.loads(metadata.read_bytes())["attributes"]["actcache"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{metadata}: cannot be read ({type(error).__name__}); the cache is damaged") from error
+    if identity != manifest.identity:
+        raise ManifestError(f"{metadata}: says another identity than {CACHE_MANIFEST}; two caches were mixed")
+    for key, n_bytes in stored_files(manifest).items():
+        path = root / STORE / key
+        size = path.stat().st_size if path.exists() else None
+        if size != n_bytes:
+            found = "is missing" if size is None else f"is {size} bytes long"
+            raise CorruptShard(f"{path}: must be {n_bytes} bytes long, {found}; run `actcache verify {root}`")

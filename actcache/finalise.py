@@ -1,0 +1,121 @@
+"""From finished shards to a finished cache: statistics, Zarr metadata and, last, the manifest that readers trust."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import Float
+
+from actcache.cache import CACHE_MANIFEST, STORE, Cache, statistics_key
+from actcache.codecs import codec, crc32c, float32_values
+from actcache.errors import CorruptShard, ManifestError
+from actcache.flow import SPLITS
+from actcache.manifest import (
+    ArraySpec,
+    HookSpec,
+    Manifest,
+    Plan,
+    ShardRecord,
+    hook_arrays,
+    merge_records,
+    seal,
+    sequence_arrays,
+    token_arrays,
+)
+from actcache.stats import ROW_FILTERS, HookStatistics, Moments, geometric_median
+from actcache.writer import write_atomically, write_metadata
+
+MEDIAN_ROWS = 32768
+
+
+def finalise(root: Path, plan: Plan, records: Sequence[ShardRecord]) -> None:
+    """Write statistics, Zarr metadata and, last, manifest/cache.json; may be killed and repeated at any point.
+
+    Raises ManifestError if a shard is missing, CorruptShard if a shard's partial statistics are damaged.
+    """
+    merged = merge_records(records)
+    shards = {split: _finished_shards(plan, split, merged) for split in SPLITS}
+    manifest = Manifest(plan=plan, hooks=_finished_hooks(shards), shards=shards)
+    sealed = seal(manifest.to_json())
+    cache = Cache(root, Manifest.from_json(manifest.to_json()), fingerprint="")
+    for split in SPLITS:
+        for hook in manifest.hooks:
+            statistics = _statistics(cache, split, hook)
+            values = {row_filter: found.to_json() for row_filter, found in statistics.items()}
+            write_atomically(root / statistics_key(split, hook.hook_name), [seal(values)])
+    write_metadata(root / STORE, {"actcache": plan.identity}, _store_arrays(manifest), codec(plan.identity["codec"]))
+    write_atomically(root / CACHE_MANIFEST, [sealed])
+
+
+def partials_key(split: str, index: int, hook_name: str) -> str:
+    """Path, below the cache, of the partial statistics of one hook in one shard."""
+    return f"manifest/partials/{split}-{index:06d}-{hook_name}.safetensors"
+
+
+def _finished_shards(plan: Plan, split: str, merged: dict[tuple[str, int], ShardRecord]) -> tuple[ShardRecord, ...]:
+    missing = [index for index in range(plan.n_shards(split)) if (split, index) not in merged]
+    if missing:
+        raise ManifestError(f"finalise: {len(missing)} shards of {split} are missing, the first is {missing[0]}")
+    return tuple(merged[split, index] for index in range(plan.n_shards(split)))
+
+
+def _finished_hooks(shards: dict[str, tuple[ShardRecord, ...]]) -> tuple[HookSpec, ...]:
+    """The hooks that every shard holds, by name."""
+    everywhere = set.intersection(*(set(shard.hooks) for split in SPLITS for shard in shards[split]))
+    return tuple(sorted(everywhere, key=lambda hook: hook.hook_name))
+
+
+def _statistics(cache: Cache, split: str, hook: HookSpec) -> dict[str, HookStatistics]:
+    """Per row filter; partials merge in shard order, so equal shards give equal bits."""
+    moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
+    for shard in cache.manifest.shards[split]:
+        for row_filter, found in _partials(cache.path, shard, hook.hook_name).items():
+            moments[row_filter] = moments[row_filter].merge(found)
+    medians = _medians(cache, split, hook)
+    return {name: HookStatistics.of(moments[name], medians[name]) for name in ROW_FILTERS}
+
+
+def _partials(root: Path, shard: ShardRecord, hook_name: str) -> dict[str, Moments]:
+    key = partials_key(shard.split, shard.index, hook_name)
+    payload = (root / key).read_bytes() if (root / key).exists() else b""
+    if crc32c(payload) != shard.partials.get(key):
+        raise CorruptShard(f"{root / key}: does not match its checksum; harvest again into another folder")
+    arrays = safetensors.numpy.load(payload)
+    prefixes = {row_filter: f"{row_filter}." for row_filter in ROW_FILTERS}
+    return {
+        row_filter: Moments.from_arrays({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)})
+        for row_filter, p in prefixes.items()
+    }
+
+
+def _medians(cache: Cache, split: str, hook: HookSpec) -> dict[str, Float[np.ndarray, " d_in"]]:
+    """Geometric medians over the rows of evenly spaced chunks, about 32,768 of them."""
+    reader, token_ids = cache.hook_reader(split, hook.hook_name), cache.token_reader(split, "id")
+    n_wanted = min(reader.n_chunks, max(1, MEDIAN_ROWS // hook.chunk_rows))
+    special = np.array(cache.special_token_ids, dtype=np.int32)
+    rows, plain = [np.empty((0, hook.d_in), dtype=np.float32)], [np.empty(0, dtype=bool)]
+    for number in range(n_wanted):
+        start = (number * reader.n_chunks // n_wanted) * hook.chunk_rows
+        stop = min(start + hook.chunk_rows, reader.n_rows)
+        rows.append(float32_values(reader.read(start, stop), hook.dtype))
+        plain.append(~np.isin(token_ids.read(start, stop), special))
+    x, is_plain = np.concatenate(rows), np.concatenate(plain)
+    return {"all": geometric_median(x), "no_special_tokens": geometric_median(x[is_plain])}
+
+
+def _store_arrays(manifest: Manifest) -> dict[str, tuple[ArraySpec, int, int]]:
+    """Path below the store -> (array, rows, rows of a shard), of every array."""
+    aligned = [*hook_arrays(manifest.hooks), *token_arrays(manifest.shard_rows)]
+    arrays = {
+        f"{split}/{array.path}": (array, manifest.n_rows(split), manifest.shard_rows)
+        for split in SPLITS
+        for array in aligned
+    }
+    for split, record in manifest.plan.sequences.items():
+        for array in sequence_arrays(manifest.identity["context_size"]):
+            arrays[f"{split}/{array.path}"] = (array, record.n_sequences, array.chunk_rows)
+    return arrays

@@ -1,0 +1,49 @@
+"""What the stages hand on: TokenBatch -> ActivationBatch -> (shard on disk) -> Batch. All frozen. Read this first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int, Int32
+from torch import Tensor
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Consecutive packed sequences of one split, on their way into the language model.
+
+    token_ids: int32, one row a sequence of `context_size` tokens.
+    first_sequence: number, within the split, of the first of them.
+    """
+
+    token_ids: Int32[np.ndarray, "sequence position"]
+    first_sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationBatch:
+    """What the language model made of one TokenBatch.
+
+    x: hook_name -> activations on the model's device, in the model's dtype.
+    first_token: flat token number, within the split, of x[hook][0, 0].
+    """
+
+    x: dict[str, Float[Tensor, "sequence position d_in"]]
+    first_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Shuffled rows, the same ones for every hook, on their way into the SAEs.
+
+    x: hook_name -> activations in the stored dtype (bfloat16, float16 or float32), on the loader's device.
+    row: number of each row within the split, shared by all hooks of the cache.
+    step: number of this batch since the start of the stream, from 0.
+    """
+
+    x: dict[str, Float[Tensor, "batch d_in"]]
+    row: Int[Tensor, " batch"]
+    step: int

@@ -1,0 +1,379 @@
+"""What a cache is: its identity, hooks, rows, shards and checksums, and how they are written down and believed.
+
+Three sealed files under CACHE/manifest say it. `plan.json` holds the identity and the packed sequences, before the
+first forward pass; `writer-00.jsonl` grows by one line per finished shard; `cache.json` is written once everything is
+there, the sorted union of both. Readers trust `cache.json` alone. Nothing in them is executed, and no name in them can
+lead out of the cache's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from actcache.codecs import ACTIVATION_DTYPES, CODECS, STORAGE_DTYPE, TORCH_DTYPE, crc32c
+from actcache.errors import CacheMismatch, ManifestError
+from actcache.flow import SPLITS
+
+FORMAT_VERSION = 1
+MAX_SHARD_ROWS = 1 << 18
+MAX_SHARD_BYTES = 1 << 30
+MAX_CHUNK_BYTES = 2 << 20
+MIN_CHUNK_ROWS = 32
+MIN_SHARDS = 16
+WINDOW_BYTES = 8 << 30  # two windows of every hook fit in this much memory
+TOKEN_CHUNK_ROWS = 4096
+TOKEN_ARRAYS = ("tokens/id", "tokens/sequence", "tokens/position")
+SEQUENCE_ARRAYS = ("sequences/id", "sequences/document")
+SEQUENCE_SHARD_TOKENS = 1 << 18
+HOOK_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+SEAL = re.compile(rb'(\{.*),"crc32c":"([0-9a-f]{8})"\}\n?', re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookSpec:
+    """One hook of a cache: its width, its logical dtype and the rows of an inner chunk."""
+
+    hook_name: str
+    d_in: int
+    dtype: str
+    chunk_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArraySpec:
+    """One sharded array of a split: path below the split, logical dtype, row width, rows of an inner chunk."""
+
+    path: str
+    dtype: str
+    width: int | None
+    chunk_rows: int
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row: (width,) for activations, () for token arrays."""
+        return () if self.width is None else (self.width,)
+
+    @property
+    def storage_dtype(self) -> str:
+        """The Zarr (and numpy) data type of the stored elements: bfloat16 lies in uint16."""
+        return STORAGE_DTYPE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayRecord:
+    """What is stored of one array in one shard: file size in bytes and each chunk's CRC-32C."""
+
+    n_bytes: int
+    checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """One finished shard: flat tokens [first_token, first_token + n_rows) of a split, per array what is stored.
+
+    hooks: those whose arrays are stored. compute: what decides the last bits of a value beside the identity.
+    partials: file name below manifest/partials -> CRC-32C, the statistics of the shard.
+    """
+
+    split: str
+    index: int
+    first_token: int
+    n_rows: int
+    hooks: tuple[HookSpec, ...]
+    arrays: dict[str, ArrayRecord]
+    partials: dict[str, int]
+    compute: dict[str, Any]
+
+    def merge(self, other: ShardRecord) -> ShardRecord:
+        """This record with the arrays of another line about the same shard; the later line wins."""
+        return ShardRecord(
+            split=self.split,
+            index=self.index,
+            first_token=other.first_token,
+            n_rows=other.n_rows,
+            hooks=tuple({hook.hook_name: hook for hook in (*self.hooks, *other.hooks)}.values()),
+            arrays={**self.arrays, **other.arrays},
+            partials={**self.partials, **other.partials},
+            compute=other.compute,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequencesRecord:
+    """The packed sequences of one split: how many, and array path -> what is stored of each of its shards."""
+
+    n_sequences: int
+    arrays: dict[str, tuple[ArrayRecord, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a harvest set out to do: the identity of the cache, the tokens asked (None: all), the packed sequences."""
+
+    identity: dict[str, Any]
+    tokens: int | None
+    sequences: dict[str, SequencesRecord]
+
+    def n_rows(self, split: str) -> int:
+        """Rows that the split will have."""
+        return self.sequences[split].n_sequences * self.identity["context_size"]
+
+    def n_shards(self, split: str) -> int:
+        """Shards that the split will have; the last may be partial."""
+        return -(-self.n_rows(split) // self.identity["shard_rows"])
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; `from_json` is the inverse."""
+        return {
+            "identity": self.identity,
+            "tokens": self.tokens,
+            "sequences": {split: asdict(s) for split, s in self.sequences.items()},
+        }
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Plan:
+        """Read back and check what `to_json` gave. Raises ManifestError."""
+        try:
+            check_identity(values["identity"])
+            sequences = {split: _sequences_record(values["sequences"][split]) for split in SPLITS}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ManifestError(f"plan: malformed ({type(error).__name__}: {error})") from error
+        plan = Plan(identity=values["identity"], tokens=values["tokens"], sequences=sequences)
+        for array in sequence_arrays(plan.identity["context_size"]):
+            for split, record in sequences.items():
+                if len(record.arrays.get(array.path, ())) != -(-record.n_sequences // array.chunk_rows):
+                    raise ManifestError(f"plan: {split} lacks {array.path} or some of its shards")
+        return plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A whole, finished cache: the plan, its hooks, and the shards of each split in order."""
+
+    plan: Plan
+    hooks: tuple[HookSpec, ...]
+    shards: dict[str, tuple[ShardRecord, ...]]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that two caches must share to be the same cache."""
+        return self.plan.identity
+
+    @property
+    def shard_rows(self) -> int:
+        """S: rows of every shard but the last of a split."""
+        return self.identity["shard_rows"]
+
+    def n_rows(self, split: str) -> int:
+        """Rows of a split, the same for every hook."""
+        return self.plan.n_rows(split)
+
+    def hook(self, hook_name: str) -> HookSpec:
+        """The spec of a hook. Raises CacheMismatch, listing the hooks there are."""
+        for hook in self.hooks:
+            if hook.hook_name == hook_name:
+                return hook
+        raise CacheMismatch(
+            f"cache: holds {[hook.hook_name for hook in self.hooks]}, got hook_name={hook_name!r}; "
+            "pass one of them or harvest that hook"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; `from_json` is the inverse."""
+        return {
+            "plan": self.plan.to_json(),
+            "hooks": [asdict(hook) for hook in self.hooks],
+            "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
+        }
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Manifest:
+        """Read back and check what `to_json` gave. Raises ManifestError."""
+        try:
+            manifest = Manifest(
+                plan=Plan.from_json(values["plan"]),
+                hooks=tuple(HookSpec(**hook) for hook in values["hooks"]),
+                shards={split: tuple(shard_record(line) for line in values["shards"][split]) for split in SPLITS},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ManifestError(f"manifest: malformed ({type(error).__name__}: {error})") from error
+        _check_hooks(manifest)
+        for split in SPLITS:
+            _check_shards(manifest, split)
+        return manifest
+
+
+def seal(values: Mapping[str, Any]) -> bytes:
+    """Canonical JSON (sorted keys, no spaces) with its own CRC-32C as the last key, and a newline."""
+    body = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)[:-1].encode()
+    return body + f',"crc32c":"{crc32c(body):08x}"}}\n'.encode()
+
+
+def unseal(sealed: bytes, source: Path) -> dict[str, Any]:
+    """The values of a sealed line or file. Raises ManifestError naming `source` if a byte differs."""
+    match = SEAL.fullmatch(sealed)
+    if match is None or crc32c(match[1]) != int(match[2], 16):
+        raise ManifestError(f"{source}: its checksum does not match its bytes; restore the file or harvest again")
+    return json.loads(match[1] + b"}")
+
+
+def shard_record(values: dict[str, Any]) -> ShardRecord:
+    """One line of a writer's manifest, checked. Raises KeyError, TypeError or ValueError for malformed values."""
+    if values["split"] not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {values['split']!r}")
+    arrays = {path: _array_record(array) for path, array in values["arrays"].items()}
+    for name in (*arrays, *values["partials"]):
+        _check_path(name)
+    return ShardRecord(
+        split=values["split"],
+        index=int(values["index"]),
+        first_token=int(values["first_token"]),
+        n_rows=int(values["n_rows"]),
+        hooks=tuple(HookSpec(**hook) for hook in values["hooks"]),
+        arrays=arrays,
+        partials={str(name): int(checksum) for name, checksum in values["partials"].items()},
+        compute=dict(values["compute"]),
+    )
+
+
+def _array_record(values: dict[str, Any]) -> ArrayRecord:
+    return ArrayRecord(n_bytes=int(values["n_bytes"]), checksums=tuple(int(c) for c in values["checksums"]))
+
+
+def _sequences_record(values: dict[str, Any]) -> SequencesRecord:
+    n_sequences = int(values["n_sequences"])
+    if n_sequences < 0:
+        raise ValueError(f"n_sequences must be at least 0, got {n_sequences}")
+    arrays = {path: tuple(_array_record(shard) for shard in shards) for path, shards in values["arrays"].items()}
+    return SequencesRecord(n_sequences=n_sequences, arrays=arrays)
+
+
+def merge_records(records: Iterable[ShardRecord]) -> dict[tuple[str, int], ShardRecord]:
+    """(split, index) -> one record with the arrays of all its lines."""
+    merged: dict[tuple[str, int], ShardRecord] = {}
+    for record in records:
+        key = (record.split, record.index)
+        merged[key] = merged[key].merge(record) if key in merged else record
+    return merged
+
+
+def check_identity(identity: dict[str, Any]) -> None:
+    """Raises ManifestError unless this program can read a cache of this identity."""
+    version = identity.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ManifestError(f"cache: this program reads format version {FORMAT_VERSION}, got {version!r}")
+    if identity.get("codec") not in CODECS:
+        raise ManifestError(f"cache: codec must be one of {', '.join(CODECS)}, got {identity.get('codec')!r}")
+    if identity.get("dtype") not in ACTIVATION_DTYPES:
+        raise ManifestError(f"cache: dtype must be one of {ACTIVATION_DTYPES}, got {identity.get('dtype')!r}")
+    shard_rows, context_size = identity.get("shard_rows"), identity.get("context_size")
+    if not isinstance(shard_rows, int) or not 1 <= shard_rows <= MAX_SHARD_ROWS:
+        raise ManifestError(f"cache: shard_rows must be in [1, {MAX_SHARD_ROWS}], got {shard_rows!r}")
+    if not isinstance(context_size, int) or context_size < 1:
+        raise ManifestError(f"cache: context_size must be at least 1, got {context_size!r}")
+
+
+def shard_rows(d_in: int, itemsize: int, *, n_hooks: int, n_rows: int, context_size: int) -> int:
+    """S: rows of a shard, from the widest hook when a cache is created; frozen afterwards.
+
+    The largest power of two with at most 2^18 rows and 1 GiB, halved while the windows of all hooks take more than
+    8 GiB or `n_rows`, the rows of the larger split, would make fewer than 16 shards; but not below eight sequences
+    (or 32 rows), since a sequence on a border runs twice.
+    """
+    rows = min(MAX_SHARD_ROWS, _floor_power_of_two(MAX_SHARD_BYTES // (d_in * itemsize)))
+    smallest = max(MIN_CHUNK_ROWS, _floor_power_of_two(8 * context_size))
+    while rows > smallest and (
+        2 * n_hooks * rows * d_in * itemsize > WINDOW_BYTES or rows * (MIN_SHARDS - 1) >= n_rows
+    ):
+        rows //= 2
+    return rows
+
+
+def chunk_rows(d_in: int, itemsize: int, shard_rows: int) -> int:
+    """C: rows of an inner chunk, the largest power of two within 2 MiB, at least 32 and at most the shard."""
+    return min(max(MIN_CHUNK_ROWS, _floor_power_of_two(MAX_CHUNK_BYTES // (d_in * itemsize))), shard_rows)
+
+
+def hook_spec(identity: dict[str, Any], hook_name: str, d_in: int) -> HookSpec:
+    """The spec of a hook of that width in a cache of that identity."""
+    dtype = identity["dtype"]
+    rows = chunk_rows(d_in, TORCH_DTYPE[dtype].itemsize, identity["shard_rows"])
+    return HookSpec(hook_name=hook_name, d_in=d_in, dtype=dtype, chunk_rows=rows)
+
+
+def hook_arrays(hooks: Iterable[HookSpec]) -> list[ArraySpec]:
+    """The sharded array of each hook."""
+    return [
+        ArraySpec(path=f"{hook.hook_name}/acts", dtype=hook.dtype, width=hook.d_in, chunk_rows=hook.chunk_rows)
+        for hook in hooks
+    ]
+
+
+def token_arrays(shard_rows: int) -> list[ArraySpec]:
+    """The sharded int32 arrays that say which token each row is."""
+    rows = min(TOKEN_CHUNK_ROWS, shard_rows)
+    return [ArraySpec(path=path, dtype="int32", width=None, chunk_rows=rows) for path in TOKEN_ARRAYS]
+
+
+def sequence_arrays(context_size: int) -> list[ArraySpec]:
+    """The arrays of the packed sequences; a row is a sequence, and each of their shards is one chunk of about 1 MiB."""
+    rows = max(1, SEQUENCE_SHARD_TOKENS // context_size)
+    return [ArraySpec(path=path, dtype="int32", width=context_size, chunk_rows=rows) for path in SEQUENCE_ARRAYS]
+
+
+def shard_key(array: ArraySpec, index: int) -> str:
+    """Path of a shard's file below its split, by Zarr's default chunk key encoding."""
+    return f"{array.path}/c/{index}" + ("" if array.width is None else "/0")
+
+
+def fingerprint(sealed_manifest: bytes) -> str:
+    """What a run remembers of the cache it was trained on: sha256 of manifest/cache.json, 16 hex digits."""
+    return hashlib.sha256(sealed_manifest).hexdigest()[:16]
+
+
+def _check_hooks(manifest: Manifest) -> None:
+    if not manifest.hooks:
+        raise ManifestError("manifest: holds no hook")
+    for hook in manifest.hooks:
+        if not HOOK_NAME.fullmatch(hook.hook_name):
+            raise ManifestError(f"manifest: hook_name must be dotted words, got {hook.hook_name!r}")
+        itemsize = TORCH_DTYPE[manifest.identity["dtype"]].itemsize
+        if hook.dtype != manifest.identity["dtype"] or not 1 <= hook.d_in <= MAX_SHARD_BYTES // itemsize:
+            raise ManifestError(f"manifest: {hook.hook_name} has an impossible dtype or width: {hook}")
+        if hook.chunk_rows != chunk_rows(hook.d_in, itemsize, manifest.shard_rows):
+            raise ManifestError(f"manifest: {hook.hook_name} has an impossible chunk_rows: {hook}")
+
+
+def _check_shards(manifest: Manifest, split: str) -> None:
+    rows, shards = manifest.shard_rows, manifest.shards[split]
+    wanted = {a.path: a for a in [*hook_arrays(manifest.hooks), *token_arrays(rows)]}
+    for index, shard in enumerate(shards):
+        last = index == len(shards) - 1
+        whole = 1 <= shard.n_rows <= rows if last else shard.n_rows == rows
+        if (shard.index, shard.first_token, shard.split) != (index, index * rows, split) or not whole:
+            raise ManifestError(f"manifest: shard {index} of {split} is missing or has a wrong size")
+        for path, array in wanted.items():
+            stored = shard.arrays.get(path)
+            if stored is None or len(stored.checksums) != -(-shard.n_rows // array.chunk_rows):
+                raise ManifestError(f"manifest: shard {index} of {split} lacks {path} or some of its chunks")
+    n_rows = sum(shard.n_rows for shard in shards)
+    if n_rows != manifest.n_rows(split):
+        raise ManifestError(
+            f"manifest: {split} has {n_rows} rows in its shards, {manifest.n_rows(split)} in its sequences"
+        )
+
+
+def _check_path(path: str) -> None:
+    parts = path.split("/")
+    if not all(re.fullmatch(r"[A-Za-z0-9_.\-]+", part) and part.strip(".") for part in parts):
+        raise ValueError(f"a path must stay below the cache's folder, got {path!r}")
+
+
+def _floor_power_of_two(n: int) -> int:
+    return 1 << max(n.bit_length() - 1, 0)

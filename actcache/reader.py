@@ -1,0 +1,137 @@
+"""Memory-mapped shard -> rows. Sizes and checksums are checked before use; safe to share between threads."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from actcache.codecs import CHECKSUM_BYTES, Codec, crc32c
+from actcache.errors import CorruptShard
+from actcache.manifest import ArrayRecord, ArraySpec, shard_key
+from actcache.writer import ABSENT
+
+MAX_OPEN_SHARDS = 128
+INDEX_ENTRY_BYTES = 16
+
+
+class ShardFile:
+    """One shard file, mapped: where each inner chunk lies, by the index at its end (zarr v3 sharding codec)."""
+
+    def __init__(self, path: Path, n_chunks: int, n_bytes: int | None = None):
+        """Raises CorruptShard if the file is missing, is not `n_bytes` long, or its index fails its checksum."""
+        self.path = path
+        index_bytes = n_chunks * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < index_bytes or (n_bytes is not None and size != n_bytes):
+                    wanted = f"{n_bytes} bytes" if n_bytes is not None else f"at least {index_bytes} bytes"
+                    raise CorruptShard(f"{path}: must be {wanted} long, is {size}; run `actcache verify`")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise CorruptShard(f"{path}: the shard is missing; restore it or harvest again") from None
+        self._map.madvise(mmap.MADV_RANDOM)  # the kernel's readahead reads three times what chunks need
+        self._bytes = memoryview(self._map)
+        index = self._bytes[size - index_bytes : size - CHECKSUM_BYTES]
+        if crc32c(index) != int.from_bytes(self._bytes[size - CHECKSUM_BYTES :], "little"):
+            raise CorruptShard(f"{path}: the checksum of the shard index does not match; the file is damaged")
+        self._index = np.frombuffer(index, dtype="<u8").reshape(n_chunks, 2).copy()
+        self._payload_bytes = size - index_bytes
+
+    def chunk(self, number: int) -> memoryview | None:
+        """The stored bytes of a chunk; None where the shard holds none, which Zarr reads as the fill value."""
+        offset, size = self._index[number].tolist()
+        if offset == ABSENT and size == ABSENT:
+            return None
+        if offset + size > self._payload_bytes:
+            raise CorruptShard(f"{self.path}: chunk {number} lies outside of the file")
+        return self._bytes[offset : offset + size]
+
+    def advise(self, number: int, advice: int) -> None:
+        """Tell the kernel about the pages of a chunk: MADV_WILLNEED ahead of its use, MADV_DONTNEED behind it."""
+        offset, size = self._index[number].tolist()
+        if offset + size <= self._payload_bytes:
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(advice, start, offset + size - start)
+
+
+class ArrayReader:
+    """One sharded array of a split as a sequence of chunks; chunk c holds the rows from c * chunk_rows on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        array: ArraySpec,
+        codec: Codec,
+        records: Sequence[ArrayRecord],
+        *,
+        n_rows: int,
+        shard_rows: int,
+    ):
+        """folder: the split's, below acts.zarr. records: what the manifest says of each shard, in order."""
+        self.array, self.n_rows = array, n_rows
+        self.n_chunks = -(-n_rows // array.chunk_rows)
+        self._folder, self._codec, self._records = folder, codec, records
+        self._chunks_per_shard = shard_rows // array.chunk_rows
+        self._open: OrderedDict[int, ShardFile] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def rows_of(self, chunk: int) -> int:
+        """How many rows a chunk holds; fewer than chunk_rows in the last one only."""
+        return min(self.array.chunk_rows, self.n_rows - chunk * self.array.chunk_rows)
+
+    def empty(self, n_chunks: int) -> Shaped[np.ndarray, "row ..."]:
+        """An uninitialised buffer for the stored elements of `n_chunks` whole chunks."""
+        return np.empty((n_chunks * self.array.chunk_rows, *self.array.row_shape), dtype=self.array.storage_dtype)
+
+    def will_need(self, chunk: int) -> None:
+        """Start reading a chunk's bytes from disk, without waiting."""
+        shard, number = divmod(chunk, self._chunks_per_shard)
+        self._shard(shard).advise(number, mmap.MADV_WILLNEED)
+
+    def decode_into(self, chunk: int, out: Shaped[np.ndarray, "chunk_rows ..."]) -> None:
+        """Decode a chunk into `out`, room for chunk_rows rows. Raises CorruptShard, naming file, chunk and rows."""
+        shard, number = divmod(chunk, self._chunks_per_shard)
+        file = self._shard(shard)
+        stored = file.chunk(number)
+        if stored is None or self._codec.checksum(stored) != self._records[shard].checksums[number]:
+            start = chunk * self.array.chunk_rows
+            raise CorruptShard(
+                f"{file.path}: chunk {number} (rows {start} to {start + self.rows_of(chunk)}) does not match "
+                "its checksum in the manifest; run `actcache verify` to see what else is damaged"
+            )
+        self._codec.decode_into(stored, out)
+        del stored  # the view would keep the map from being closed
+        file.advise(number, mmap.MADV_DONTNEED)
+
+    def read(self, start: int, stop: int) -> Shaped[np.ndarray, "row ..."]:
+        """Rows [start, stop) as stored elements, in a buffer of their own."""
+        if not 0 <= start <= stop <= self.n_rows:
+            raise ValueError(f"read: need 0 <= start <= stop <= {self.n_rows}, got {start} to {stop}")
+        rows = self.array.chunk_rows
+        first, last = start // rows, -(-stop // rows)
+        buffer = self.empty(last - first)
+        for chunk in range(first, last):
+            self.decode_into(chunk, buffer[(chunk - first) * rows : (chunk - first + 1) * rows])
+        return buffer[start - first * rows : stop - first * rows]
+
+    def _shard(self, index: int) -> ShardFile:
+        with self._lock:
+            if self._pid != os.getpid():  # a forked child maps the files anew
+                self._open, self._pid = OrderedDict(), os.getpid()
+            file = self._open.pop(index, None)
+            if file is None:
+                path = self._folder / shard_key(self.array, index)
+                file = ShardFile(path, self._chunks_per_shard, self._records[index].n_bytes)
+            self._open[index] = file
+            if len(self._open) > MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)  # unmapped once no thread holds a view of it
+            return file

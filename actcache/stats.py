@@ -1,0 +1,199 @@
+"""Mean, variance and norms of a hook's stored values, in float64; partials of chunks and shards merge exactly once.
+
+Means and squared deviations merge by Chan, Golub and LeVeque (1983), "Algorithms for Computing the Sample Variance".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Int64
+
+ROW_FILTERS = ("all", "no_special_tokens")
+BINS_PER_OCTAVE = 8
+SMALLEST_OCTAVE, LARGEST_OCTAVE = -24, 40  # norms from 2^-24 to 2^40; the outer bins take what lies beyond
+N_BINS = (LARGEST_OCTAVE - SMALLEST_OCTAVE) * BINS_PER_OCTAVE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """What merges: count, mean, sum of squared deviations, sum of norms, of squared norms, and the norm histogram."""
+
+    n_rows: int
+    mean: Float64[np.ndarray, " d_in"]
+    squared_deviation: Float64[np.ndarray, " d_in"]
+    norm_sum: float
+    square_norm_sum: float
+    norm_histogram: Int64[np.ndarray, " bins"]
+
+    @staticmethod
+    def empty(d_in: int) -> Moments:
+        """The moments of no rows: the neutral element of `merge`."""
+        zeros = np.zeros(d_in)
+        histogram = np.zeros(N_BINS, dtype=np.int64)
+        return Moments(
+            n_rows=0, mean=zeros, squared_deviation=zeros, norm_sum=0.0, square_norm_sum=0.0, norm_histogram=histogram
+        )
+
+    @staticmethod
+    def of(x: Float[np.ndarray, "row d_in"]) -> Moments:
+        """The moments of these rows."""
+        if len(x) == 0:
+            return Moments.empty(x.shape[1])
+        wide = x.astype(np.float64)
+        square_norms = np.einsum("rd,rd->r", wide, wide)
+        norms = np.sqrt(square_norms)
+        mean = wide.mean(axis=0)
+        wide -= mean
+        return Moments(
+            n_rows=len(x),
+            mean=mean,
+            squared_deviation=np.einsum("rd,rd->d", wide, wide),
+            norm_sum=float(norms.sum()),
+            square_norm_sum=float(square_norms.sum()),
+            norm_histogram=np.bincount(norm_bin(norms), minlength=N_BINS).astype(np.int64),
+        )
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of rows together."""
+        n_rows = self.n_rows + other.n_rows
+        if n_rows == 0:
+            return self
+        delta = other.mean - self.mean
+        return Moments(
+            n_rows=n_rows,
+            mean=self.mean + delta * (other.n_rows / n_rows),
+            squared_deviation=self.squared_deviation
+            + other.squared_deviation
+            + delta**2 * (self.n_rows * other.n_rows / n_rows),
+            norm_sum=self.norm_sum + other.norm_sum,
+            square_norm_sum=self.square_norm_sum + other.square_norm_sum,
+            norm_histogram=self.norm_histogram + other.norm_histogram,
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """As named arrays, for a file; `from_arrays` is the inverse."""
+        return {
+            "n_rows": np.array([self.n_rows], dtype=np.int64),
+            "mean": self.mean,
+            "squared_deviation": self.squared_deviation,
+            "norm_sums": np.array([self.norm_sum, self.square_norm_sum]),
+            "norm_histogram": self.norm_histogram,
+        }
+
+    @staticmethod
+    def from_arrays(arrays: dict[str, np.ndarray]) -> Moments:
+        """Read back what `to_arrays` gave. Raises KeyError for a missing array."""
+        norm_sum, square_norm_sum = arrays["norm_sums"].tolist()
+        return Moments(
+            n_rows=int(arrays["n_rows"][0]),
+            mean=arrays["mean"],
+            squared_deviation=arrays["squared_deviation"],
+            norm_sum=norm_sum,
+            square_norm_sum=square_norm_sum,
+            norm_histogram=arrays["norm_histogram"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookStatistics:
+    """What a cache says of one hook, split and row filter; float64, of the values as stored.
+
+    variance divides by n_rows. mean_square_norm is E||x||^2, mean_norm is E||x||. geometric_median is that of about
+    32,768 rows taken from evenly spaced chunks. norm_histogram counts norms in bins of an eighth of an octave.
+    """
+
+    n_rows: int
+    mean: Float64[np.ndarray, " d_in"]
+    variance: Float64[np.ndarray, " d_in"]
+    mean_norm: float
+    mean_square_norm: float
+    geometric_median: Float64[np.ndarray, " d_in"]
+    norm_histogram: Int64[np.ndarray, " bins"]
+
+    @staticmethod
+    def of(moments: Moments, geometric_median: Float64[np.ndarray, " d_in"]) -> HookStatistics:
+        """Divide the sums by the number of rows; all zero when there are none."""
+        n_rows = max(moments.n_rows, 1)
+        return HookStatistics(
+            n_rows=moments.n_rows,
+            mean=moments.mean,
+            variance=moments.squared_deviation / n_rows,
+            mean_norm=moments.norm_sum / n_rows,
+            mean_square_norm=moments.square_norm_sum / n_rows,
+            geometric_median=geometric_median,
+            norm_histogram=moments.norm_histogram,
+        )
+
+    @property
+    def total_variance(self) -> float:
+        """E||x - E x||^2: the variance summed over d_in."""
+        return float(self.variance.sum())
+
+    def norm_quantile(self, q: float) -> float:
+        """The q-quantile of ||x||, as the geometric middle of its bin: within a sixteenth of an octave (4.5 %)."""
+        if not 0 <= q <= 1 or self.n_rows == 0:
+            raise ValueError(f"norm_quantile: need 0 <= q <= 1 and rows, got q={q}, n_rows={self.n_rows}")
+        rank = min(int(q * self.n_rows), self.n_rows - 1)
+        index = int(np.searchsorted(np.cumsum(self.norm_histogram), rank, side="right"))
+        return 2.0 ** ((index + 0.5) / BINS_PER_OCTAVE + SMALLEST_OCTAVE)
+
+    def to_json(self) -> dict[str, object]:
+        """As plain JSON values; floats keep every bit."""
+        return {
+            "n_rows": self.n_rows,
+            "mean": self.mean.tolist(),
+            "variance": self.variance.tolist(),
+            "mean_norm": self.mean_norm,
+            "mean_square_norm": self.mean_square_norm,
+            "geometric_median": self.geometric_median.tolist(),
+            "norm_histogram": self.norm_histogram.tolist(),
+        }
+
+    @staticmethod
+    def from_json(values: dict) -> HookStatistics:
+        """Read back what `to_json` gave. Raises KeyError or ValueError for malformed values."""
+        return HookStatistics(
+            n_rows=int(values["n_rows"]),
+            mean=np.array(values["mean"], dtype=np.float64),
+            variance=np.array(values["variance"], dtype=np.float64),
+            mean_norm=float(values["mean_norm"]),
+            mean_square_norm=float(values["mean_square_norm"]),
+            geometric_median=np.array(values["geometric_median"], dtype=np.float64),
+            norm_histogram=np.array(values["norm_histogram"], dtype=np.int64),
+        )
+
+
+def norm_bin(norms: Float64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
+    """Number of the histogram bin of each norm: an eighth of an octave each, from 2^-24 to 2^40."""
+    with np.errstate(divide="ignore"):  # a zero norm goes to the first bin
+        octaves = np.log2(norms)
+    bins = np.floor((octaves - SMALLEST_OCTAVE) * BINS_PER_OCTAVE)
+    return np.clip(bins, 0, N_BINS - 1).astype(np.int64)
+
+
+def filtered_moments(x: Float32[np.ndarray, "row d_in"], special: Bool[np.ndarray, " row"]) -> dict[str, Moments]:
+    """Moments per row filter; each row is visited once."""
+    plain = Moments.of(x[~special])
+    return {"all": plain.merge(Moments.of(x[special])), "no_special_tokens": plain}
+
+
+def geometric_median(x: Float[np.ndarray, "row d_in"], *, iterations: int = 100) -> Float64[np.ndarray, " d_in"]:
+    """The point with the least summed distance to the rows, by Weiszfeld's iteration from the mean (Weiszfeld 1937).
+
+    Stops once a step moves less than 1e-7 of the mean distance. Zeros for no rows.
+    """
+    if len(x) == 0:
+        return np.zeros(x.shape[1])
+    wide = x.astype(np.float64)
+    point = wide.mean(axis=0)
+    for _ in range(iterations):
+        distance = np.linalg.norm(wide - point, axis=1)
+        weight = 1.0 / np.maximum(distance, 1e-12 * max(float(distance.max()), 1e-300))
+        moved = weight @ wide / weight.sum()
+        step = float(np.linalg.norm(moved - point))
+        point = moved
+        if step <= 1e-7 * float(distance.mean()):
+            break
+    return point

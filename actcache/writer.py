@@ -1,0 +1,121 @@
+"""Rows -> one Zarr v3 shard file; aside, fsync, rename. zarr-python writes only the metadata around it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from jaxtyping import Shaped
+
+from actcache.codecs import Codec, crc32c
+from actcache.manifest import ArrayRecord, ArraySpec
+
+PARTIAL_SUFFIX = ".partial"
+ABSENT = np.iinfo(np.uint64).max  # offset and size of a chunk that a shard lacks (zarr v3, "binary shard format")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
+    """Write the parts aside, fsync, rename over `path`, fsync its folder; returns the bytes written.
+
+    Whoever looks sees the old file or the whole new one. A failing write or fsync (OSError) leaves the old one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        with open(aside, "wb") as file:
+            n_bytes = sum(file.write(part) for part in parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return n_bytes
+
+
+def remove_partials(root: Path) -> None:
+    """Delete what killed writers left aside below `root`; only the holder of the lock may."""
+    for path in root.rglob(f".*{PARTIAL_SUFFIX}"):
+        path.unlink()
+
+
+def chunk_slices(array: ArraySpec, n_rows: int) -> Iterator[slice]:
+    """The rows of each inner chunk of a shard of `n_rows` rows, in order."""
+    return (slice(start, min(start + array.chunk_rows, n_rows)) for start in range(0, n_rows, array.chunk_rows))
+
+
+def write_shard(
+    path: Path, array: ArraySpec, codec: Codec, chunks: Iterable[Shaped[np.ndarray, "row ..."]], shard_rows: int
+) -> ArrayRecord:
+    """Write one shard of `shard_rows` rows from its chunks, given in order; a short last one is padded with zeros.
+
+    Layout (zarr v3 sharding codec, index at the end): the encoded chunks back to back, then (offset, size) of every
+    chunk as little-endian uint64, then the CRC-32C of that index.
+    """
+    checksums: list[int] = []
+    index = np.full((shard_rows // array.chunk_rows, 2), ABSENT, dtype="<u8")
+
+    def parts() -> Iterator[bytes | memoryview]:
+        offset = 0
+        for number, chunk in enumerate(chunks):
+            stored, checksum = codec.encode(_padded(chunk, array.chunk_rows))
+            index[number] = offset, len(stored)
+            offset += len(stored)
+            checksums.append(checksum)
+            yield stored
+        yield index.tobytes()
+        yield crc32c(index.tobytes()).to_bytes(4, "little")
+
+    n_bytes = write_atomically(path, parts())
+    return ArrayRecord(n_bytes=n_bytes, checksums=tuple(checksums))
+
+
+def _padded(chunk: np.ndarray, chunk_rows: int) -> np.ndarray:
+    if len(chunk) == chunk_rows:
+        return np.ascontiguousarray(chunk)
+    whole = np.zeros((chunk_rows, *chunk.shape[1:]), dtype=chunk.dtype)
+    whole[: len(chunk)] = chunk
+    return whole
+
+
+def write_metadata(
+    store: Path, attributes: dict[str, Any], arrays: Mapping[str, tuple[ArraySpec, int, int]], codec: Codec
+) -> None:
+    """Write every zarr.json of the store; only now do other Zarr readers see the arrays.
+
+    attributes: of the root group. arrays: path below the store -> (spec, rows, rows of a shard). zarr-python makes the
+    metadata in memory, so that nothing of it can delete or overwrite a shard.
+    """
+    made: dict[str, Any] = {}
+    memory = zarr.storage.MemoryStore(made)
+    zarr.create_group(memory, attributes=attributes)
+    for path, (array, n_rows, shard_rows) in arrays.items():
+        zarr.create_array(
+            memory,
+            name=path,
+            shape=(n_rows, *array.row_shape),
+            chunks=(array.chunk_rows, *array.row_shape),
+            shards=(shard_rows, *array.row_shape),
+            dtype=array.storage_dtype,
+            filters=None,
+            compressors=codec.zarr_compressors(np.dtype(array.storage_dtype).itemsize),
+            fill_value=0,
+            attributes={"actcache": {"dtype": array.dtype}},
+        )
+    for key in sorted(made, reverse=True):  # the root's zarr.json last
+        write_atomically(store / key, [made[key].to_bytes()])
