@@ -133,7 +133,7 @@ class ReconstructionSums:
 
     @property
     def cossim(self) -> float:
-        """E[<x, x_hat> / (||x|| ||x_hat||)] (SAELens `cossim`, whose mean becomes NaN where a zero row counts 0 here)."""
+        """E[<x, x_hat> / (||x|| ||x_hat||)] (SAELens `cossim`); a zero row counts 0, where SAELens gets NaN."""
         return self.cosine / self.n_rows
 
     @property

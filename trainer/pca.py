@@ -1,0 +1,91 @@
+"""Principal components as the baseline of a sparse autoencoder: what as many dense directions explain."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actcache.flow import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PCA:
+    """The leading principal directions of a hook, with the surface of an SAE: encode, decode, hook_name, d_in, d_sae.
+
+    feature_acts = (x - mean) components^T, x_hat = feature_acts components + mean, in the components' dtype. Among all
+    linear maps of that rank it has the least squared error on the rows it was fitted on (Eckart and Young 1936).
+    """
+
+    hook_name: str
+    mean: Float[Tensor, " d_in"]
+    components: Float[Tensor, "n_components d_in"]  # orthonormal rows, by falling variance
+    n_rows: int  # rows it was fitted on
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations it takes."""
+        return self.components.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of components."""
+        return self.components.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the components are, and so where x must be."""
+        return self.components.device
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_components"]:
+        """Coordinates of x along the components, of either sign."""
+        return (x.to(self.components.dtype) - self.mean) @ self.components.T
+
+    def decode(self, feature_acts: Float[Tensor, "batch n_components"]) -> Float[Tensor, "batch d_in"]:
+        """The point of the affine subspace with these coordinates."""
+        return feature_acts @ self.components + self.mean
+
+    def leading(self, n_components: int) -> "PCA":
+        """The first of the components: the same as fitting so few.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        _check_components(n_components, self.d_sae)
+        return PCA(
+            hook_name=self.hook_name, mean=self.mean, components=self.components[:n_components], n_rows=self.n_rows
+        )
+
+
+def fit_pca(batches: Iterable[Batch], hook_name: str, n_components: int) -> PCA:
+    """Fit from one pass over batches: float64 sums of x - shift and of its outer products, then eigh of the covariance.
+
+    shift, the mean of the first batch, keeps the difference of sums small where channels have a large mean. Memory is
+    two d_in x d_in float64 matrices, whatever the number of rows. The components are float32, on the batches' device.
+
+    Raises:
+        ValueError: there are no rows, or n_components is outside [1, d_in].
+    """
+    stream = iter(batches)
+    first = next(stream, None)
+    if first is None:
+        raise ValueError(f"fit_pca: needs at least one batch of {hook_name}, got none; pass batches with rows")
+    shift = first.x[hook_name].double().mean(0)
+    _check_components(n_components, len(shift))
+    n_rows, total, products = 0, torch.zeros_like(shift), torch.outer(shift, shift).zero_()
+    for batch in chain([first], stream):
+        x = batch.x[hook_name].double() - shift
+        n_rows += len(x)
+        total += x.sum(0)
+        products.addmm_(x.T, x)
+    offset = total / n_rows
+    vectors = torch.linalg.eigh(products / n_rows - torch.outer(offset, offset)).eigenvectors  # by rising variance
+    components = vectors.flip(1)[:, :n_components].T.float().contiguous()
+    return PCA(hook_name=hook_name, mean=(shift + offset).float(), components=components, n_rows=n_rows)
+
+
+def _check_components(n_components: int, most: int) -> None:
+    if not 1 <= n_components <= most:
+        raise ValueError(f"pca: n_components must be in [1, {most}], got {n_components}; pick fewer components")
