@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import yaml
 
-from actcache.errors import ConfigError
+from actcache.errors import CacheMismatch, ConfigError
 
 Architecture = Literal["standard", "topk", "batchtopk", "jumprelu"]
 Normalization = Literal["none", "expected_average_only_in", "unit_mean_square"]
@@ -207,6 +207,11 @@ class SweepConfig:
     def _facts(self, cache: DescribesHooks, hook_name: str, training_tokens: int) -> "_Facts":
         d_in = cache.hook(hook_name).d_in
         statistics = cache.statistics(hook_name, split="train", row_filter=self.train.row_filter)
+        if not statistics.total_variance > 0:
+            raise CacheMismatch(
+                f"{hook_name}: training rows must differ from each other, got variance {statistics.total_variance} "
+                f"over the rows of filter {self.train.row_filter!r}; harvest more text or keep special tokens"
+            )
         return _Facts(
             d_in=d_in,
             mean_norm=statistics.mean_norm,

@@ -1,0 +1,163 @@
+"""The SAEs side by side: initial weights, and the forward pass of training from x to feature_acts and x_hat.
+
+Weights are a dict of leaf tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and for
+jumprelu log_threshold [d_sae]. x is already multiplied by the config's input_scale.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trainer import functional, kernels
+from trainer.config import SAEConfig, subtracts_b_dec
+from trainer.kernels import KeptEntries, Workspace
+
+Weights = Mapping[str, Tensor]
+DENSEST_SPARSE = 1 / 8  # share of kept entries above which gathering costs more than the dense products
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SAEOutput:
+    """What the forward pass of training hands to the losses.
+
+    pre_acts, feature_acts: of the kept entries, one after another, or of all entries [batch, d_sae] where kept is None.
+    encoder_input: what W_enc multiplied, x or x - b_dec.
+    """
+
+    pre_acts: Float[Tensor, "*entries"]
+    feature_acts: Float[Tensor, "*entries"]
+    kept: KeptEntries | None
+    encoder_input: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_in"]
+
+    def firing_counts(self) -> Int[Tensor, " d_sae"]:
+        """How many rows of the batch each latent is active in."""
+        if self.kept is None:
+            return torch.count_nonzero(self.feature_acts, dim=0)
+        return kernels.firing_counts(self.feature_acts, self.kept)
+
+
+def initial_weights(config: SAEConfig, b_dec: Float[Tensor, " d_in"]) -> dict[str, Tensor]:
+    """Random decoder directions of norm `decoder_init_norm`, the encoder their transpose, b_enc 0, b_dec as given.
+
+    Drawn on the CPU from a generator seeded with `config.seed`, then moved to b_dec's device: float32 leaves.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    directions = torch.randn(config.d_sae, config.d_in, generator=generator)
+    W_dec = directions * (config.decoder_init_norm / directions.norm(dim=1, keepdim=True))
+    weights = {
+        "W_enc": W_dec.clone(),
+        "b_enc": torch.zeros(config.d_sae),
+        "W_dec": W_dec,
+        "b_dec": b_dec.float().clone(),
+    }
+    if config.jumprelu_init_threshold is not None:
+        weights["log_threshold"] = torch.full((config.d_sae,), math.log(config.jumprelu_init_threshold))
+    return {name: weight.to(b_dec.device).requires_grad_() for name, weight in weights.items()}
+
+
+def forward(config: SAEConfig, weights: Weights, x: Float[Tensor, "batch d_in"], workspace: Workspace) -> SAEOutput:
+    """One training forward pass; gradients go to the weights, none to x."""
+    return _FORWARD[config.architecture](config, weights, x, workspace)
+
+
+def _standard(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+    """f = ReLU(x W_enc^T + b_enc); x_hat = f W_dec + b_dec (Anthropic, "Circuits Updates - April 2024")."""
+    all_pre_acts = kernels.encoder_pre_acts(x, weights["W_enc"], weights["b_enc"], workspace)
+    pre_acts, kept = _sparse_if_few(all_pre_acts, all_pre_acts.new_zeros(()), weights, x)
+    return _decoded(pre_acts, functional.relu(pre_acts), kept, weights, x)
+
+
+def _topk(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+    """f = ReLU(TopK_k((x - b_dec) W_enc^T + b_enc)) (Gao et al. 2024, arXiv:2406.04093)."""
+    assert config.k is not None
+    encoder_input = x - weights["b_dec"].detach()
+    values, latents = kernels.topk_pre_acts(encoder_input, weights["W_enc"], weights["b_enc"], config.k, workspace)
+    kept = kept_topk(latents, config.d_sae)
+    pre_acts = kept_pre_acts(values.flatten(), kept, weights, encoder_input, config)
+    return _decoded(pre_acts, functional.relu(pre_acts), kept, weights, encoder_input)
+
+
+def _batchtopk(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+    """f = BatchTopK_k((x - b_dec) W_enc^T + b_enc) (Bussmann et al. 2024, arXiv:2412.06410)."""
+    assert config.k is not None
+    encoder_input = x - weights["b_dec"].detach()
+    all_pre_acts = kernels.encoder_pre_acts(encoder_input, weights["W_enc"], weights["b_enc"], workspace)
+    row, latent = functional.batch_topk_kept(all_pre_acts, config.k)
+    kept = KeptEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
+    pre_acts = kept_pre_acts(all_pre_acts[row, latent], kept, weights, encoder_input, config)
+    return _decoded(pre_acts, pre_acts, kept, weights, encoder_input)
+
+
+def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+    """f = h * H(h - theta), h = x W_enc^T + b_enc, theta = exp(log_threshold) (arXiv:2407.14435).
+
+    Entries down to a bandwidth below theta are kept too: the straight-through window, where f is 0 but theta learns.
+    """
+    assert config.jumprelu_bandwidth is not None
+    bandwidth, threshold = config.jumprelu_bandwidth, weights["log_threshold"].exp()
+    all_pre_acts = kernels.encoder_pre_acts(x, weights["W_enc"], weights["b_enc"], workspace)
+    pre_acts, kept = _sparse_if_few(all_pre_acts, threshold.detach() - bandwidth, weights, x)
+    feature_acts = functional.jumprelu(pre_acts, per_entry(threshold, kept), bandwidth)
+    return _decoded(pre_acts, feature_acts, kept, weights, x)
+
+
+_FORWARD: dict[str, Callable[[SAEConfig, Weights, Tensor, Workspace], SAEOutput]] = {
+    "standard": _standard,
+    "topk": _topk,
+    "batchtopk": _batchtopk,
+    "jumprelu": _jumprelu,
+}
+
+
+def per_entry(per_latent: Float[Tensor, " d_sae"], kept: KeptEntries | None) -> Float[Tensor, "..."]:
+    """A value of each latent, to go with each entry of pre_acts or feature_acts."""
+    return per_latent if kept is None else per_latent.index_select(0, kept.latent)
+
+
+def kept_topk(latents: Int[Tensor, "batch k"], d_sae: int) -> KeptEntries:
+    """k entries in every row, given their latents."""
+    batch, k = latents.shape
+    row = torch.arange(batch, device=latents.device).repeat_interleave(k)
+    return KeptEntries.of(row, latents.flatten(), batch=batch, d_sae=d_sae)
+
+
+def kept_pre_acts(
+    values: Float[Tensor, " kept"],
+    kept: KeptEntries,
+    weights: Weights,
+    encoder_input: Float[Tensor, "batch d_in"],
+    config: SAEConfig,
+) -> Float[Tensor, " kept"]:
+    """Pre-activations of the kept entries with their gradient to W_enc, b_enc and, where it is subtracted, b_dec."""
+    b_dec = weights["b_dec"] if subtracts_b_dec(config.architecture) else None
+    return kernels.kept_pre_acts(values, kept, encoder_input, weights["W_enc"], weights["b_enc"], b_dec)
+
+
+def _sparse_if_few(
+    all_pre_acts: Tensor, cut: Tensor, weights: Weights, x: Tensor
+) -> tuple[Tensor, KeptEntries | None]:
+    """The pre-activations above `cut` where they are few, else all of them; with gradients."""
+    batch, d_sae = all_pre_acts.shape
+    row, latent = functional.above(all_pre_acts, cut)
+    if len(row) > DENSEST_SPARSE * batch * d_sae:
+        return kernels.dense_pre_acts(all_pre_acts, x, weights["W_enc"], weights["b_enc"]), None
+    kept = KeptEntries.of(row, latent, batch=batch, d_sae=d_sae)
+    values = all_pre_acts[row, latent]
+    return kernels.kept_pre_acts(values, kept, x, weights["W_enc"], weights["b_enc"], None), kept
+
+
+def _decoded(
+    pre_acts: Tensor, feature_acts: Tensor, kept: KeptEntries | None, weights: Weights, encoder_input: Tensor
+) -> SAEOutput:
+    if kept is None:
+        x_hat = torch.addmm(weights["b_dec"], feature_acts, weights["W_dec"])
+    else:
+        x_hat = kernels.sparse_decode(feature_acts, kept, weights["W_dec"]) + weights["b_dec"]
+    return SAEOutput(
+        pre_acts=pre_acts, feature_acts=feature_acts, kept=kept, encoder_input=encoder_input, x_hat=x_hat
+    )

@@ -1,0 +1,141 @@
+"""The sparsifying functions, dense and pure: pre_acts in, feature_acts of the same shape and dtype out."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+SAMPLED_ENTRIES = 1 << 16  # entries looked at to guess where the batch's k-th largest lies
+
+
+def relu(pre_acts: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """max(h, 0); the gradient at 0 is 0."""
+    return torch.relu(pre_acts)
+
+
+def topk(pre_acts: Float[Tensor, "batch d_sae"], k: int) -> Float[Tensor, "batch d_sae"]:
+    """Keep the k largest entries of each row where positive, zero the rest (Gao et al. 2024, arXiv:2406.04093).
+
+    Raises ValueError when k is outside [1, d_sae].
+    """
+    _check_k("topk", k, pre_acts.shape[1])
+    top = pre_acts.topk(k, dim=1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
+
+
+def batch_topk(pre_acts: Float[Tensor, "batch d_sae"], k: int) -> Float[Tensor, "batch d_sae"]:
+    """Keep the `k * batch` largest positive entries of the whole batch, zero the rest.
+
+    Bussmann et al. 2024, "BatchTopK Sparse Autoencoders" (arXiv:2412.06410). L0 is at most k on average over the batch,
+    not per row. Kept entries equal the input bit for bit; of equal ones the first in row-major order are kept.
+
+    Raises ValueError when k is outside [1, d_sae].
+    """
+    kept = batch_topk_kept(pre_acts.detach(), k)
+    return torch.zeros_like(pre_acts).index_put(kept, pre_acts[kept])
+
+
+def batch_topk_kept(
+    pre_acts: Float[Tensor, "batch d_sae"], k: int
+) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+    """(row, latent) of the entries that `batch_topk` keeps, in row-major order. NaN counts as the largest.
+
+    A sample of the entries gives a cut that about a fifth too many pass; the exact choice is made among those.
+    """
+    batch, d_sae = pre_acts.shape
+    _check_k("batch_topk", k, d_sae)
+    n_kept = k * batch
+    row, latent = above(pre_acts, _guessed_cut(pre_acts, n_kept))
+    if len(row) < n_kept:
+        row, latent = above(pre_acts, pre_acts.new_zeros(()))
+    if len(row) <= n_kept:
+        return row, latent
+    candidates = pre_acts[row, latent]
+    kept = _largest(candidates, n_kept)
+    return row[kept], latent[kept]
+
+
+def above(
+    pre_acts: Float[Tensor, "batch d_sae"], cut: Float[Tensor, "#d_sae"] | Float[Tensor, ""]
+) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+    """(row, latent) of the entries above `cut` (a number, or one per latent), in row-major order; NaN passes."""
+    row, latent = (pre_acts <= cut).logical_not_().nonzero(as_tuple=True)
+    return row, latent
+
+
+def jumprelu(
+    pre_acts: Float[Tensor, "*shape"], threshold: Float[Tensor, "*shape"] | Float[Tensor, " d_sae"], bandwidth: float
+) -> Float[Tensor, "*shape"]:
+    """h * H(h - theta), with the straight-through gradient of Rajamanoharan et al. 2024 (arXiv:2407.14435), eq. 11.
+
+    df/dh = H(h - theta); df/dtheta = -(theta / eps) K((h - theta) / eps), with K(u) = 1[|u| < 1/2] and eps = bandwidth.
+    threshold: one per latent (d_sae,), or one per entry.
+    """
+    return _JumpReLU.apply(pre_acts, threshold, bandwidth)
+
+
+def heaviside(
+    pre_acts: Float[Tensor, "*shape"], threshold: Float[Tensor, "*shape"] | Float[Tensor, " d_sae"], bandwidth: float
+) -> Float[Tensor, "*shape"]:
+    """H(h - theta): 1 where the latent fires; dH/dtheta = -(1 / eps) K((h - theta) / eps) and dH/dh = 0 (eq. 12)."""
+    return _Heaviside.apply(pre_acts, threshold, bandwidth)
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_acts, threshold)
+        ctx.bandwidth = bandwidth
+        return torch.where(pre_acts <= threshold, 0.0, pre_acts)  # NaN stays NaN
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        pre_acts, threshold = ctx.saved_tensors
+        to_threshold = grads[0] * _in_window(pre_acts, threshold, ctx.bandwidth) * (-threshold / ctx.bandwidth)
+        return grads[0] * (pre_acts > threshold), to_threshold.sum_to_size(threshold.shape), None
+
+
+class _Heaviside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_acts, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre_acts > threshold).to(pre_acts.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
+        pre_acts, threshold = ctx.saved_tensors
+        to_threshold = grads[0] * _in_window(pre_acts, threshold, ctx.bandwidth) * (-1 / ctx.bandwidth)
+        return None, to_threshold.sum_to_size(threshold.shape), None
+
+
+def _in_window(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """K((h - theta) / eps) on the pre-activation h (on f the half below theta would be lost)."""
+    return ((pre_acts - threshold) / bandwidth).abs() < 0.5
+
+
+def _guessed_cut(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Float[Tensor, ""]:
+    """A value >= 0 that about 1.25 * n_kept entries exceed; 0 where so many positive ones are unlikely."""
+    flat = pre_acts.reshape(-1)
+    stride = max(1, flat.numel() // SAMPLED_ENTRIES) | 1  # odd: meets every latent of a power-of-two width
+    sample = flat[::stride]
+    rank = 1 + int(1.25 * n_kept / flat.numel() * sample.numel())
+    if rank >= sample.numel():
+        return flat.new_zeros(())
+    return sample.kthvalue(sample.numel() - rank + 1).values.nan_to_num(nan=0.0).clamp_min(0)
+
+
+def _largest(values: Float[Tensor, " candidate"], n: int) -> Int[Tensor, " largest"]:
+    """Indices of the n largest values, ascending; of equal ones the first."""
+    smallest = values.kthvalue(len(values) - n + 1).values
+    kept = values < smallest
+    surplus = len(values) - int(kept.sum()) - n
+    if surplus > 0:
+        kept[(values == smallest).nonzero().squeeze(1)[-surplus:]] = True
+    return kept.logical_not_().nonzero().squeeze(1)
+
+
+def _check_k(who: str, k: int, d_sae: int) -> None:
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"{who}: k must be in [1, d_sae={d_sae}], got k={k}; pick a smaller k or a wider SAE")

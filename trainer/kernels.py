@@ -1,0 +1,199 @@
+"""The sparse path of a training step: encode densely once, then touch only the entries that are kept.
+
+A dense step costs 10 * batch * d_in * d_sae FLOPs; here only the encoder's 2 * batch * d_in * d_sae stay, the decoder
+and both weight gradients gather `kept` rows. Everything is plain torch and runs where its tensors are. Each sum runs
+in one fixed order (by row in the decoder, by latent in the gradients), so results repeat bit for bit on a CPU.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+TOPK_CHUNK_ROWS = 1024  # rows encoded and ranked at a time: a [1024, d_sae] buffer stays near the cache
+
+
+class Workspace:
+    """A [batch, d_sae] buffer that steps reuse: a fresh one of this size costs as much as filling it."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def empty(self, n_rows: int, d_sae: int, like: Tensor) -> Float[Tensor, "{n_rows} {d_sae}"]:
+        """An uninitialised matrix of like's dtype and device; it shares memory with the last one handed out."""
+        held = self._buffer
+        if held.numel() < n_rows * d_sae or held.dtype != like.dtype or held.device != like.device:
+            self._buffer = like.new_empty(n_rows * d_sae)
+        return self._buffer[: n_rows * d_sae].view(n_rows, d_sae)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KeptEntries:
+    """Which entries of a [batch, d_sae] matrix are kept, ordered by row and by latent; any number in a row, also none.
+
+    row, latent: of each entry, rows ascending. row_start: entries of row b are row_start[b] : row_start[b + 1].
+    by_latent: the stable order of the entries by latent; latent_start: as row_start, in that order.
+    """
+
+    row: Int[Tensor, " kept"]
+    latent: Int[Tensor, " kept"]
+    row_start: Int[Tensor, " batch_plus_1"]
+    by_latent: Int[Tensor, " kept"]
+    latent_start: Int[Tensor, " d_sae_plus_1"]
+
+    @staticmethod
+    def of(row: Int[Tensor, " kept"], latent: Int[Tensor, " kept"], *, batch: int, d_sae: int) -> "KeptEntries":
+        """From the coordinates, rows ascending."""
+        # Stable, for the order changes sums; of the narrowest type, for a radix sort of int16 is three times faster.
+        narrow = latent.to(torch.int16 if d_sae <= 1 << 15 else torch.int32)
+        return KeptEntries(
+            row=row,
+            latent=latent,
+            row_start=_starts(row, batch),
+            by_latent=narrow.argsort(stable=True),
+            latent_start=_starts(latent, d_sae),
+        )
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return len(self.latent_start) - 1
+
+
+def topk_pre_acts(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    workspace: Workspace,
+) -> tuple[Float[Tensor, "batch {k}"], Int[Tensor, "batch {k}"]]:
+    """The k largest pre-activations of each row and their latents, in no order, without gradient."""
+    values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    with torch.no_grad():
+        for start in range(0, len(x), TOPK_CHUNK_ROWS):
+            rows = slice(start, start + TOPK_CHUNK_ROWS)
+            pre_acts = encoder_pre_acts(x[rows], W_enc, b_enc, workspace)
+            torch.topk(pre_acts, k, sorted=False, out=(values[rows], latents[rows]))
+    return values, latents
+
+
+def encoder_pre_acts(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    workspace: Workspace,
+) -> Float[Tensor, "batch d_sae"]:
+    """x W_enc^T + b_enc in the workspace, without gradient; valid until the workspace is used again."""
+    with torch.no_grad():
+        return torch.addmm(b_enc, x, W_enc.T, out=workspace.empty(len(x), len(W_enc), x))
+
+
+def kept_pre_acts(
+    values: Float[Tensor, " kept"],
+    kept: KeptEntries,
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    b_dec: Float[Tensor, " d_in"] | None,
+) -> Float[Tensor, " kept"]:
+    """`values`, the pre-activations of the kept entries as computed before, with their gradient to the encoder.
+
+    x: what the encoder multiplied; no gradient goes to it. b_dec: given where x is the input less b_dec, which then
+    gets -(grad b_enc) W_enc, the gradient that x would have passed on.
+    """
+    return _KeptPreActs.apply(values, kept, x, W_enc, b_enc, b_dec)
+
+
+def dense_pre_acts(
+    pre_acts: Float[Tensor, "batch d_sae"],
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+) -> Float[Tensor, "batch d_sae"]:
+    """All pre-activations, as computed before, with their gradient to the encoder's weights."""
+    return _DensePreActs.apply(pre_acts, x, W_enc, b_enc)
+
+
+def sparse_decode(
+    values: Float[Tensor, " kept"], kept: KeptEntries, W_dec: Float[Tensor, "d_sae d_in"]
+) -> Float[Tensor, "batch d_in"]:
+    """Row b is the sum of values[j] * W_dec[latent[j]] over its kept entries j; gradients to values and W_dec."""
+    x_hat = embedding_bag(
+        kept.latent, W_dec.detach(), kept.row_start, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+    return _WithDecoderGradient.apply(x_hat, values.detach(), kept, W_dec)
+
+
+def firing_counts(values: Float[Tensor, " kept"], kept: KeptEntries) -> Int[Tensor, " d_sae"]:
+    """How many rows each latent is active (nonzero) in."""
+    return torch.bincount(kept.latent[values.detach() != 0], minlength=kept.d_sae)
+
+
+class _KeptPreActs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, kept: KeptEntries, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, W_enc)
+        ctx.kept, ctx.subtracts_b_dec = kept, b_dec is not None
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor, Tensor, Tensor | None]:
+        x, W_enc = ctx.saved_tensors
+        grad_W_enc = _sum_by_latent(grads[0], ctx.kept, x)
+        grad_b_enc = torch.segment_reduce(
+            grads[0][ctx.kept.by_latent], "sum", offsets=ctx.kept.latent_start, initial=0.0
+        )
+        return None, None, None, grad_W_enc, grad_b_enc, -(grad_b_enc @ W_enc) if ctx.subtracts_b_dec else None
+
+
+class _DensePreActs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre_acts: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return pre_acts.view_as(pre_acts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        (x,) = ctx.saved_tensors
+        return None, None, grads[0].T @ x, grads[0].sum(0)
+
+
+class _WithDecoderGradient(torch.autograd.Function):
+    """x_hat as it is; backward passes its gradient on and gives W_dec the sum by latent."""
+
+    @staticmethod
+    def forward(ctx: Any, x_hat: Tensor, values: Tensor, kept: KeptEntries, W_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.kept = kept
+        return x_hat.view_as(x_hat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        (values,) = ctx.saved_tensors
+        return grads[0], None, None, _sum_by_latent(values, ctx.kept, grads[0].contiguous())
+
+
+def _sum_by_latent(
+    values: Float[Tensor, " kept"], kept: KeptEntries, rows: Float[Tensor, "batch d_in"]
+) -> Float[Tensor, "d_sae d_in"]:
+    """Latent i is the sum of values[j] * rows[row[j]] over its kept entries j: a weight gradient."""
+    order = kept.by_latent
+    return embedding_bag(
+        kept.row[order],
+        rows,
+        kept.latent_start,
+        mode="sum",
+        per_sample_weights=values[order],
+        include_last_offset=True,
+    )
+
+
+def _starts(sorted_or_not: Int[Tensor, " kept"], n: int) -> Int[Tensor, " n_plus_1"]:
+    """Where each of 0 .. n-1 would start if the entries were sorted, and the end."""
+    counts = torch.bincount(sorted_or_not, minlength=n)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

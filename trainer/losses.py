@@ -1,0 +1,107 @@
+"""The loss of each architecture, as the terms that are logged. Sums run over d_in and d_sae, means over the batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from trainer import functional, kernels
+from trainer.architectures import SAEOutput, Weights, kept_pre_acts, kept_topk, per_entry
+from trainer.config import SAEConfig
+from trainer.kernels import Workspace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LossTerms:
+    """Scalars. mse is E||x - x_hat||^2 of the scaled x; the other three are the summands of the loss, weighted."""
+
+    mse: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
+    sparsity: Float[Tensor, ""]
+    aux: Float[Tensor, ""]
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """What is minimised."""
+        return self.reconstruction + self.sparsity + self.aux
+
+
+def loss_terms(
+    config: SAEConfig,
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    output: SAEOutput,
+    *,
+    sparsity_coefficient: float,
+    dead: Bool[Tensor, " d_sae"],
+    workspace: Workspace,
+) -> LossTerms:
+    """The loss of one batch.
+
+    sparsity_coefficient: lambda at this step (standard, jumprelu). dead: latents that AuxK revives (TopK family).
+    """
+    error = output.x_hat - x
+    mse = _sum_squares(error) / len(x)
+    nothing = mse.new_zeros(())
+    if config.architecture in _PENALTY:
+        penalty = _PENALTY[config.architecture](config, weights, output) / len(x)
+        return LossTerms(mse=mse, reconstruction=mse, sparsity=sparsity_coefficient * penalty, aux=nothing)
+    aux = aux_k_loss(config, weights, output, error.detach().neg(), dead, workspace)
+    return LossTerms(mse=mse, reconstruction=mse / config.total_variance, sparsity=nothing, aux=aux)
+
+
+def aux_k_loss(
+    config: SAEConfig,
+    weights: Weights,
+    output: SAEOutput,
+    error: Float[Tensor, "batch d_in"],
+    dead: Bool[Tensor, " d_sae"],
+    workspace: Workspace,
+) -> Float[Tensor, ""]:
+    """alpha * min(1, n_dead / k_aux) * ||e - e_hat||^2 / ||e||^2 (AuxK: Gao et al. 2024, arXiv:2406.04093).
+
+    e = x - x_hat without gradient; e_hat = ReLU(TopK_k_aux(h of the dead latents)) W_dec, without b_dec. 0 where no
+    latent is dead or e is 0. alpha presumes a reconstruction loss divided by the variance.
+    """
+    dead_latents = dead.nonzero().squeeze(1)
+    k_aux = min(config.k_aux, len(dead_latents))
+    if k_aux == 0 or config.aux_coefficient == 0:
+        return error.new_zeros(())
+    W_enc, b_enc = weights["W_enc"].detach()[dead_latents], weights["b_enc"].detach()[dead_latents]
+    values, which = kernels.topk_pre_acts(output.encoder_input, W_enc, b_enc, k_aux, workspace)
+    kept = kept_topk(dead_latents[which], config.d_sae)
+    pre_acts = kept_pre_acts(values.flatten(), kept, weights, output.encoder_input, config)
+    e_hat = kernels.sparse_decode(functional.relu(pre_acts), kept, weights["W_dec"])
+    weight = config.aux_coefficient * k_aux / config.k_aux
+    return weight * _sum_squares(e_hat - error) * _reciprocal_or_zero(_sum_squares(error))
+
+
+def _weighted_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
+    """Sum over the batch of sum_i f_i ||d_i||: shrinking f while growing d_i gains nothing."""
+    return (output.feature_acts * per_entry(weights["W_dec"].norm(dim=1), output.kept)).sum()
+
+
+def _step_l0(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
+    """Sum over the batch of sum_i H(h_i - theta_i), whose gradient reaches theta alone (arXiv:2407.14435, eq. 9)."""
+    assert config.jumprelu_bandwidth is not None
+    threshold = per_entry(weights["log_threshold"].exp(), output.kept)
+    return functional.heaviside(output.pre_acts, threshold, config.jumprelu_bandwidth).sum()
+
+
+_PENALTY: dict[str, Callable[[SAEConfig, Weights, SAEOutput], Tensor]] = {
+    "standard": _weighted_l1,
+    "jumprelu": _step_l0,
+}
+
+
+def _sum_squares(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    flat = x.reshape(-1)
+    return torch.dot(flat, flat)
+
+
+def _reciprocal_or_zero(x: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """1 / x, or 0 where x is too small to divide by."""
+    smallest = torch.finfo(x.dtype).tiny
+    return torch.where(x > smallest, 1 / x.clamp_min(smallest), 0.0)
