@@ -1,74 +1,21 @@
 """SAEs in SAELens' directory format: equal to the training definition and to sae_lens, refused when not sound."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_saes import make_config, make_weights
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
 from trainer.config import SAEConfig
 from trainer.saelens import SAE, export_sae, load_sae, save_inference_sae
 
-D_IN, D_SAE, K = 16, 48, 5
-SCALE = 0.37
+D_IN, D_SAE, K, SCALE = 16, 48, 5, 0.37  # of the configs that make_config gives
 ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 METADATA = {"model_name": "tiny", "dataset_path": "text", "context_size": 32, "prepend_bos": True}
-
-
-def make_config(architecture: str, **changes: object) -> SAEConfig:
-    """A resolved config: what training keeps of a run."""
-    is_topk = architecture in ("topk", "batchtopk")
-    config = SAEConfig(
-        name=f"a-{architecture}",
-        architecture=architecture,
-        hook_name="blocks.1.hook_resid_post",
-        d_in=D_IN,
-        d_sae=D_SAE,
-        k=K if is_topk else None,
-        sparsity_coefficient=None if is_topk else 1.0,
-        lr=1e-3,
-        seed=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        adam_eps=1e-8,
-        lr_warm_up_steps=0,
-        lr_decay_steps=0,
-        max_grad_norm=None,
-        sparsity_warm_up_steps=0,
-        normalize_activations="expected_average_only_in",
-        input_scale=SCALE,
-        b_dec_init="zeros",
-        decoder_init_norm=0.1,
-        aux_coefficient=0.0,
-        k_aux=0,
-        dead_window=1000,
-        jumprelu_bandwidth=0.05 if architecture == "jumprelu" else None,
-        jumprelu_init_threshold=0.01 if architecture == "jumprelu" else None,
-        total_variance=1.0,
-        training_tokens=10_000,
-        n_steps=10,
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def make_weights(architecture: str) -> dict[str, Tensor]:
-    """Training weights, W_enc as [d_sae, d_in], with every bias and threshold away from zero."""
-    generator = torch.Generator().manual_seed(7)
-    weights = {
-        "W_enc": torch.randn(D_SAE, D_IN, generator=generator),
-        "W_dec": torch.randn(D_SAE, D_IN, generator=generator),
-        "b_enc": torch.randn(D_SAE, generator=generator),
-        "b_dec": torch.randn(D_IN, generator=generator),
-    }
-    if architecture == "jumprelu":
-        weights["threshold"] = torch.rand(D_SAE, generator=generator)
-    if architecture == "batchtopk":
-        weights["threshold"] = torch.tensor(0.8)
-    return weights
 
 
 def raw_activations(n: int = 200) -> Tensor:

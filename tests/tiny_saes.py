@@ -1,0 +1,81 @@
+"""Small SAEs and run folders, made on the spot and seeded: what training leaves behind, without training."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TOPK_FAMILY = ("topk", "batchtopk")
+
+
+def make_config(architecture: str, **changes: object):
+    """A resolved SAEConfig: 16 wide, 48 latents, k 5, an input scale that is not 1."""
+    from trainer.config import SAEConfig
+
+    is_topk, is_jumprelu = architecture in TOPK_FAMILY, architecture == "jumprelu"
+    values: dict[str, object] = {
+        "name": f"a-{architecture}",
+        "architecture": architecture,
+        "hook_name": "blocks.1.hook_resid_post",
+        "d_in": 16,
+        "d_sae": 48,
+        "k": 5 if is_topk else None,
+        "sparsity_coefficient": None if is_topk else 1.0,
+        "lr": 1e-3,
+        "seed": 0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_eps": 1e-8,
+        "lr_warm_up_steps": 0,
+        "lr_decay_steps": 0,
+        "max_grad_norm": None,
+        "sparsity_warm_up_steps": 0,
+        "normalize_activations": "expected_average_only_in",
+        "input_scale": 0.37,
+        "b_dec_init": "zeros",
+        "decoder_init_norm": 0.1,
+        "aux_coefficient": 0.0,
+        "k_aux": 0,
+        "dead_window": 1000,
+        "jumprelu_bandwidth": 0.05 if is_jumprelu else None,
+        "jumprelu_init_threshold": 0.01 if is_jumprelu else None,
+        "total_variance": 1.0,
+        "training_tokens": 10_000,
+        "n_steps": 10,
+    }
+    return dataclasses.replace(SAEConfig(**values), **changes)
+
+
+def make_weights(architecture: str, d_in: int = 16, d_sae: int = 48, seed: int = 7) -> dict[str, Tensor]:
+    """Training weights, W_enc as [d_sae, d_in], with every bias and threshold away from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        "W_enc": torch.randn(d_sae, d_in, generator=generator),
+        "W_dec": torch.randn(d_sae, d_in, generator=generator),
+        "b_enc": torch.randn(d_sae, generator=generator),
+        "b_dec": torch.randn(d_in, generator=generator),
+    }
+    if architecture == "jumprelu":
+        weights["threshold"] = torch.rand(d_sae, generator=generator)
+    if architecture == "batchtopk":
+        weights["threshold"] = torch.tensor(0.8)
+    return weights
+
+
+def make_run(runs: Path, config, model: dict[str, object], *, seed: int = 7) -> Path:
+    """RUNS/<name> with config.json and sae/, as a finished training leaves it."""
+    from trainer.saelens import save_inference_sae
+
+    run = runs / config.name
+    weights = make_weights(config.architecture, config.d_in, config.d_sae, seed)
+    save_inference_sae(config, weights, run / "sae", metadata={"model_name": model["name"]})
+    about = {
+        "sae": dataclasses.asdict(config),
+        "train": {"batch_tokens": 1000, "seed": 0},
+        "cache": {"path": "cache", "fingerprint": "0123456789abcdef"},
+        "model": {"name": model["name"], "revision": model["revision"]},
+    }
+    (run / "config.json").write_text(json.dumps(about))
+    return run
