@@ -1,0 +1,597 @@
+"""Load a language model and run it up to the last hook that is asked for.
+
+Hook names are TransformerLens': `blocks.{L}.hook_resid_pre`, `hook_attn_out`, `hook_resid_mid`, `hook_mlp_out`,
+`hook_resid_post`. HuggingFaceModel takes them from the transformers module itself (fast, eight families);
+BridgeModel takes them, and every other hook, from TransformerLens' TransformerBridge (slower, many families).
+
+Neither changes the model: no folding, no centring, no conversion of weights.
+"""
+
+import copy
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from actcache.errors import ConfigError, ModelError
+
+Visit = Callable[[Tensor], Tensor | None]  # is shown an activation; returns what takes its place, or None to leave it
+
+BACKENDS = ("hf", "transformer_lens")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+SAMPLES_PER_PARAMETER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Where one family of transformers modules keeps its activations; names of submodules, the last four in a block."""
+
+    blocks: str  # the ModuleList of blocks, wherever in the model it is
+    attn_out: str  # its output is what attention adds to the residual stream
+    mlp_out: str  # its output is what the MLP adds to the residual stream
+    resid_mid: str | None  # its input is the residual stream between the two; None where there is none
+
+
+_LLAMA = _Family(blocks="layers", attn_out="self_attn", mlp_out="mlp", resid_mid="post_attention_layernorm")
+_GEMMA = _Family(  # norms before and after attention and MLP: the stream gets the normed outputs
+    blocks="layers",
+    attn_out="post_attention_layernorm",
+    mlp_out="post_feedforward_layernorm",
+    resid_mid="pre_feedforward_layernorm",
+)
+_FAMILIES = {
+    "gpt2": _Family(blocks="h", attn_out="attn", mlp_out="mlp", resid_mid="ln_2"),
+    "gpt_neox": _Family(blocks="layers", attn_out="attention", mlp_out="mlp", resid_mid="post_attention_layernorm"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+}
+
+
+class _AllCaptured(Exception):
+    """Raised inside the forward pass when the last asked activation is there; never leaves this module."""
+
+
+class LanguageModel(ABC):
+    """A causal language model whose activations can be read and replaced by hook name.
+
+    Runs without gradients. Sequences are whole and unpadded; token ids may live on any device.
+
+    Attributes:
+        tokenizer: as loaded, untouched.
+        identity: {"name", "revision", "config_sha256", "weights_sha256"}; JSON-able, no absolute paths.
+        device: of the embedding, where token ids go; with a device map the activations may be elsewhere.
+        dtype: of the parameters, and of the activations unless a hook says otherwise.
+        n_layers, d_model: number of blocks, width of the residual stream.
+        attention_kernel: "sdpa", "eager", "flash_attention_2", ...
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
+        config = model.config.get_text_config()
+        self.tokenizer = tokenizer
+        self.identity = identity
+        self.device: torch.device = next(model.get_input_embeddings().parameters()).device
+        self.dtype: torch.dtype = model.dtype
+        self.n_layers: int = config.num_hidden_layers
+        self.d_model: int = config.hidden_size
+        self.attention_kernel: str = cast(str, config._attn_implementation)  # resolved when the model was made
+
+    def activations(
+        self, token_ids: Int[Tensor, "sequence position"], hook_names: Sequence[str]
+    ) -> dict[str, Float[Tensor, "sequence position d_in"]]:
+        """The activations at `hook_names`, in that order, in the model's dtype; nothing after the last one is run.
+
+        Hooks may share memory (`blocks.0.hook_resid_post` is `blocks.1.hook_resid_pre`): do not change them in place.
+
+        Raises:
+            ModelError: a hook does not exist, is never reached, or has no vector for each token.
+        """
+        captured = self._captured(token_ids, dict.fromkeys(hook_names))
+        return {hook_name: captured[hook_name] for hook_name in hook_names}
+
+    def logits(self, token_ids: Int[Tensor, "sequence position"]) -> Float[Tensor, "sequence position vocab"]:
+        """The output of the whole model. Raises ModelError if the model has no output head."""
+        return self._forward(token_ids, {})
+
+    def logits_with(
+        self, token_ids: Int[Tensor, "sequence position"], hook_name: str, replace: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "sequence position vocab"]:
+        """The output of the whole model with the activation at `hook_name` replaced by `replace(activation)`.
+
+        `replace` gets [sequence, position, d_in] and returns the same shape; its result is cast to the model's dtype.
+        At hook_resid_mid the residual stream itself is replaced, not only what the MLP reads, as in HookedTransformer.
+
+        Raises:
+            ModelError: the hook does not exist, or the model has no output head.
+            ValueError: `replace` returned another shape.
+        """
+        self._check(hook_name)
+        return self._forward(token_ids, _replacing(hook_name, _same_shape(replace)))
+
+    @abstractmethod
+    def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
+        """d_in of each hook. Raises ModelError for an unknown hook, listing near names."""
+
+    @abstractmethod
+    def _check(self, hook_name: str) -> None:
+        """Raise ModelError if the model has no such hook."""
+
+    @abstractmethod
+    def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
+        """Run the model without gradients, showing each hook's activation to its visit; returns logits."""
+
+    def _captured(self, token_ids: Tensor, hook_names: dict[str, None]) -> dict[str, Tensor]:
+        if not hook_names:
+            raise ValueError("activations: hook_names must name at least one hook, got none")
+        captured: dict[str, Tensor] = {}
+
+        def keep(hook_name: str, x: Tensor) -> None:
+            captured[hook_name] = x
+            if len(captured) == len(hook_names):
+                raise _AllCaptured
+
+        for hook_name in hook_names:
+            self._check(hook_name)
+        visits: dict[str, Visit] = {hook_name: partial(keep, hook_name) for hook_name in hook_names}
+        try:
+            self._forward(token_ids, visits)
+        except _AllCaptured:
+            return captured
+        missed = sorted(hook_names.keys() - captured.keys())
+        raise ModelError(f"{self.identity['name']}: the forward pass never reached {missed}; leave them out")
+
+
+class HuggingFaceModel(LanguageModel):
+    """Hooks on the transformers module as it is: the fast path.
+
+    The module may be quantised, adapted or spread over devices. The whole module is called, so whatever wraps the
+    blocks acts as it does in normal use; the early stop keeps later blocks, the final norm and the output head from
+    running.
+
+    Raises:
+        ModelError: the model is of a family that is not in the table, or its blocks are not where that family has them.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
+        super().__init__(model, tokenizer, identity)
+        config = model.config.get_text_config()
+        self._model = model
+        self._family = _family(config, identity["name"])
+        self._blocks = _blocks(model, self._family, self.n_layers, identity["name"])
+        sites = [site for site in SITES if site != "hook_resid_mid" or self._family.resid_mid is not None]
+        self._hook_names = [f"blocks.{layer}.{site}" for layer in range(self.n_layers) for site in sites]
+        self._max_positions: int = config.max_position_embeddings
+
+    def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
+        """d_in of each hook: all five sites read or write the residual stream, so it is d_model."""
+        for hook_name in hook_names:
+            self._check(hook_name)
+        return dict.fromkeys(hook_names, self.d_model)
+
+    def _check(self, hook_name: str) -> None:
+        if hook_name in self._hook_names:
+            return
+        if hook_name.endswith(".hook_resid_mid") and self._family.resid_mid is None:
+            raise ModelError(
+                f"{self.identity['name']}: no hook {hook_name!r}: attention and MLP of this model are parallel, both "
+                "read hook_resid_pre; use hook_resid_pre or hook_resid_post"
+            )
+        _unknown_hook(self, hook_name, self._hook_names, "load with --backend transformer_lens for other sites")
+
+    @torch.no_grad()
+    def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
+        if token_ids.shape[1] > self._max_positions:
+            raise ModelError(
+                f"{self.identity['name']}: sequences have at most {self._max_positions} tokens, got "
+                f"{token_ids.shape[1]}; pass a smaller --context-size"
+            )
+        with ExitStack() as stack:
+            for hook_name, visit in visits.items():
+                stack.callback(self._attach(hook_name, visit).remove)
+            token_ids = token_ids.to(self.device, non_blocking=True)
+            # A mask of ones changes nothing; without it GPT-2 warns about padding when BOS is also the pad token.
+            output = self._model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
+        if "logits" not in output:
+            raise ModelError(f"{self.identity['name']}: the checkpoint has no output head, so no logits; use one with")
+        return output["logits"]
+
+    def _attach(self, hook_name: str, visit: Visit) -> RemovableHandle:
+        """Show `visit` the activation whenever the module runs, until the handle is removed."""
+        _, layer, site = hook_name.split(".")
+        block = self._blocks[int(layer)]
+        family = self._family
+        match site:
+            case "hook_resid_pre":
+                return block.register_forward_pre_hook(_on_input(visit))
+            case "hook_attn_out":
+                return block.get_submodule(family.attn_out).register_forward_hook(_on_output(visit))
+            case "hook_resid_mid":
+                assert family.resid_mid is not None, "checked by _check"
+                return block.get_submodule(family.resid_mid).register_forward_pre_hook(_on_input(visit))
+            case "hook_mlp_out":
+                return block.get_submodule(family.mlp_out).register_forward_hook(_on_output(visit))
+            case _:
+                return block.register_forward_hook(_on_output(visit))
+
+
+class BridgeModel(LanguageModel):
+    """TransformerLens' TransformerBridge around the same module: every hook of the bridge, many more families.
+
+    No compatibility mode: its centring changes the residual stream. The bridge computes attention itself ("eager").
+    Hooks with several axes for a token, such as `attn.hook_z`, are flattened to [sequence, position, d_in].
+    The module belongs to the bridge afterwards.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
+        super().__init__(model, tokenizer, identity)
+        # Imported here: it takes seconds, and only this backend needs it.
+        from transformer_lens.model_bridge import TransformerBridge
+
+        # The bridge gets token ids only, but wants a tokenizer, changes it, and if it has a BOS fetches it anew.
+        spare = copy.deepcopy(tokenizer)
+        spare.bos_token = None
+        # With hf_model the bridge reads the family from the config, never from the name (a path may hold 'llama').
+        self._bridge = TransformerBridge.boot_transformers(
+            cast(str, identity["name"]),
+            hf_model=model,
+            tokenizer=spare,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
+        """d_in of each hook, from one forward pass of one token."""
+        token_ids = torch.zeros((1, 1), dtype=torch.long)
+        return {hook_name: x.shape[-1] for hook_name, x in self.activations(token_ids, hook_names).items()}
+
+    def _check(self, hook_name: str) -> None:
+        if hook_name not in self._bridge.hook_dict:
+            _unknown_hook(self, hook_name, list(self._bridge.hook_dict), "see the bridge's hook_dict for all")
+        if hook_name.endswith(("hook_pattern", "hook_attn_scores")):
+            raise ModelError(f"{self.identity['name']}: {hook_name} has no vector for each token; choose another hook")
+
+    @torch.no_grad()
+    def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
+        token_ids = token_ids.to(self.device, non_blocking=True)
+        fwd_hooks: list[tuple[str | Callable, Callable]] = [
+            (hook_name, self._flat(hook_name, token_ids.shape, visit)) for hook_name, visit in visits.items()
+        ]
+        return self._bridge.run_with_hooks(token_ids, fwd_hooks=fwd_hooks, return_type="logits")
+
+    def _flat(self, hook_name: str, shape: torch.Size, visit: Visit) -> Callable[..., Tensor | None]:
+        """The visit as a hook of the bridge; it sees [sequence, position, d_in] whatever the shape there."""
+
+        def hook_fn(x: Tensor, hook: object) -> Tensor | None:
+            if x.ndim < 3 or x.shape[:2] != shape:
+                raise ModelError(
+                    f"{self.identity['name']}: {hook_name} must have a vector for each of {tuple(shape)} tokens, "
+                    f"got shape {tuple(x.shape)}; choose another hook"
+                )
+            replaced = visit(x.flatten(2))
+            return None if replaced is None else replaced.view_as(x)
+
+        return hook_fn
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "hf",
+) -> LanguageModel:
+    """Load a causal language model and its tokenizer from a local directory or the Hugging Face hub.
+
+    A hub name is taken from the local hub cache if it is there whole, without asking the network.
+
+    Args:
+        name_or_path: directory with config.json, weights and tokenizer; or a hub name such as "openai-community/gpt2".
+        revision: branch, tag or commit on the hub.
+        device: "auto" (cuda if there is one, else cpu) or a torch device.
+        dtype: "auto" (float32 on the CPU, the checkpoint's elsewhere), "float32", "bfloat16" or "float16".
+        backend: "hf" or "transformer_lens".
+
+    Raises:
+        ConfigError: unknown device, dtype or backend.
+        ModelError: nothing there, something missing or damaged, or a family that the backend does not support.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"load_model: backend must be one of {list(BACKENDS)}, got {backend!r}")
+    where = _device(device)
+    source = _source(str(name_or_path))
+    config = _loaded(AutoConfig.from_pretrained, source, revision)
+    name = _name(source)
+    if backend == "hf":
+        _family(config.get_text_config(), name)  # before the weights, which may be large
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, source, revision)
+    settings = {"dtype": _dtype(dtype, where), "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if backend == "transformer_lens":
+        settings["attn_implementation"] = "eager"
+    with _quiet():
+        model, report = _loaded(AutoModelForCausalLM.from_pretrained, source, revision, **settings)
+    model = _complete(model, report, name)
+    model.to(where)  # pyright: ignore[reportArgumentType]: transformers' stub loses `self`
+    identity = _identity(model, name, _revision(config, revision))
+    return (HuggingFaceModel if backend == "hf" else BridgeModel)(model, tokenizer, identity)
+
+
+def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> LanguageModel:
+    """A transformers model that is loaded already: quantised, adapted, spread over devices, or plain.
+
+    Args:
+        model: in evaluation mode, of a supported family; used as it is, where it is.
+        tokenizer: the model's.
+        name: for the record; by default the one that the model was loaded under.
+
+    Raises:
+        ModelError: the model is in training mode (dropout would change the activations) or of an unknown family.
+    """
+    model = cast(PreTrainedModel, model)  # or an adapter's wrapper that passes attributes on
+    name = name or _name(cast(str, model.config.name_or_path)) or type(model).__name__
+    if model.training:
+        raise ModelError(f"wrap_model: {name} must be in evaluation mode, got training mode; call model.eval() first")
+    return HuggingFaceModel(model, tokenizer, _identity(model, name, _revision(model.config, None)))
+
+
+# What is loaded, and from where
+
+
+def _source(name_or_path: str) -> str:
+    """The name or path, if it can be one. Raises ModelError for a directory that is absent or has no config.json."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"load_model: {path} has no config.json; pass a directory with config, weights, tokenizer")
+        return str(path)
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise ModelError(f"load_model: no directory {path}; pass a directory with a model, or a hub name owner/model")
+    return name_or_path
+
+
+def _name(source: str) -> str:
+    """A hub name as given; of a local directory its own name, so that it says nothing about this machine."""
+    return Path(source).resolve().name if os.path.isdir(source) else source
+
+
+def _revision(config: PretrainedConfig, revision: str | None) -> str | None:
+    """The commit if the hub told it (a branch moves), else as given."""
+    return getattr(config, "_commit_hash", None) or revision  # there only when it came from the hub
+
+
+def _loaded(from_pretrained: Callable[..., Any], source: str, revision: str | None, **settings: object) -> Any:
+    """`from_pretrained(source)`, from local files if they are there. Raises ModelError, one line, if it fails."""
+    try:
+        try:
+            return from_pretrained(source, revision=revision or "main", local_files_only=True, **settings)
+        except OSError:
+            if os.path.isdir(source):
+                raise
+            return from_pretrained(source, revision=revision or "main", **settings)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        at = "" if revision is None else f" at revision {revision}"
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"load_model: cannot load {source!r}{at}: {lines[0]}; check the name or pass a directory with a whole model"
+        ) from None
+
+
+def _complete(model: PreTrainedModel, report: dict[str, Any], name: str) -> PreTrainedModel:
+    """The model, without its head if the checkpoint lacks one. Raises ModelError for any other hole in the weights."""
+    inside = {key for key in report["missing_keys"] if key.startswith(f"{model.base_model_prefix}.")}
+    wrong = sorted(inside | {key for key, *_ in report["mismatched_keys"]})
+    if wrong:
+        raise ModelError(
+            f"load_model: {name} must hold every parameter in the shape that its config.json says; {len(wrong)} are "
+            f"missing or of another shape, such as {wrong[0]}; get the checkpoint again"
+        )
+    return cast(PreTrainedModel, model.base_model) if report["missing_keys"] else model
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"load_model: device must be auto or a torch device such as cuda:0, got {device!r}") from None
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"load_model: device {device!r} asked for, torch sees no CUDA device; pass auto or cpu")
+    return where
+
+
+def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise ConfigError(f"load_model: dtype must be auto or one of {list(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no load reports of transformers meanwhile; what they say is checked or raised here."""
+    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if shown:
+            transformers.logging.enable_progress_bar()
+
+
+# What a model is
+
+_NOT_ARCHITECTURE = frozenset(
+    {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+    | {"bos_token_id", "eos_token_id", "pad_token_id"}
+)
+
+
+def _identity(model: PreTrainedModel, name: str, revision: str | None) -> dict[str, str | None]:
+    config = _architecture(model.config.to_diff_dict())
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
+    return {
+        "name": name,
+        "revision": revision,
+        "config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+        "weights_sha256": weights_sha256(model),
+    }
+
+
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config, nested configs too, that says what is computed: no names, versions, dtypes, token ids."""
+    kept = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
+    return {key: _architecture(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of the name, the shape and 64 to 127 evenly strided elements (as float32) of every parameter.
+
+    Equal for the same weights loaded in the same dtype, on any device. It tells other checkpoints, training steps,
+    dtypes, quantisations and adapters apart. It does not see a change confined to elements between the samples, nor
+    buffers; of parameters that are offloaded ("meta") it sees name and shape only.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        if not parameter.is_meta:
+            stride = max(1, parameter.numel() // SAMPLES_PER_PARAMETER)
+            sample = parameter.detach().flatten()[::stride]
+            digest.update(sample.to(device="cpu", dtype=torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# Hook names and modules
+
+
+def _family(config: PretrainedConfig, name: str | None) -> _Family:
+    """The row of the table for a text config. Raises ModelError for a family that is not there."""
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
+        raise ModelError(
+            f"{name}: model_type must be one of {list(_FAMILIES)}, got {config.model_type!r}; load it with "
+            "--backend transformer_lens"
+        )
+    if config.model_type == "gpt_neox" and config.use_parallel_residual:
+        return replace(family, resid_mid=None)
+    return family
+
+
+def _blocks(model: nn.Module, family: _Family, n_layers: int, name: str | None) -> nn.ModuleList:
+    """The one ModuleList of `n_layers` blocks of the family, however deep adapters and heads have wrapped it."""
+    needed = {family.attn_out, family.mlp_out} | ({family.resid_mid} - {None})
+    found = [
+        module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] == family.blocks
+        and isinstance(module, nn.ModuleList)
+        and len(module) == n_layers
+        and needed <= {child for child, _ in module[0].named_children()}
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"{name}: must have one list {family.blocks!r} of {n_layers} blocks with {sorted(map(str, needed))}, found "
+            f"{len(found)}; load it with --backend transformer_lens"
+        )
+    return found[0]
+
+
+def _unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str], way_out: str) -> NoReturn:
+    near = get_close_matches(hook_name, hook_names, n=3)
+    raise ModelError(
+        f"{model.identity['name']}: no hook {hook_name!r}; near names: {', '.join(near) or 'none'}; there are "
+        f"{model.n_layers} layers, blocks.0 to blocks.{model.n_layers - 1}, with {', '.join(SITES)}; {way_out}"
+    )
+
+
+def _on_input(visit: Visit) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+    """The visit as a forward pre-hook: it sees the first positional argument."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        replaced = visit(args[0])
+        return None if replaced is None else (replaced, *args[1:])
+
+    return hook
+
+
+def _on_output(visit: Visit) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    """The visit as a forward hook: it sees the output, or the first of several (attention also returns weights)."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return visit(output)
+        replaced = visit(output[0])
+        return None if replaced is None else (replaced, *output[1:])
+
+    return hook
+
+
+# Replacing
+
+
+def _same_shape(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`replace` with its result checked and cast to the dtype and device of what it replaces."""
+
+    def checked(x: Tensor) -> Tensor:
+        replaced = replace(x)
+        if replaced.shape != x.shape:
+            raise ValueError(
+                f"logits_with: replace must keep the shape {tuple(x.shape)}, got {tuple(replaced.shape)}; return one "
+                "vector for each token"
+            )
+        return replaced.to(x)
+
+    return checked
+
+
+def _replacing(hook_name: str, replace: Callable[[Tensor], Tensor]) -> dict[str, Visit]:
+    """The visits that put `replace(x)` in the place of the activation x at the hook.
+
+    hook_resid_mid is only read by the norm before the MLP; the stream goes round it. So the block's output is made
+    anew as well, by the add that the block itself does: replaced + mlp_out. Exact: replacing x by x changes no bit.
+    """
+    block, _, site = hook_name.rpartition(".")
+    if site != "hook_resid_mid":
+        return {hook_name: replace}
+    kept: dict[str, Tensor] = {}
+
+    def at_mid(x: Tensor) -> Tensor:
+        kept["resid_mid"] = replace(x)
+        return kept["resid_mid"]
+
+    def at_mlp_out(x: Tensor) -> None:
+        kept["mlp_out"] = x
+
+    def at_post(x: Tensor) -> Tensor:
+        return kept["resid_mid"] + kept["mlp_out"]
+
+    return {hook_name: at_mid, f"{block}.hook_mlp_out": at_mlp_out, f"{block}.hook_resid_post": at_post}

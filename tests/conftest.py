@@ -1,0 +1,52 @@
+"""Fixtures shared by the test files.
+
+Nothing of actcache or trainer is imported here at module level: jaxtyping's import hook has to be set before they are.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[variable] = "1"  # before transformers and datasets are imported: they read these once
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny Llama (grouped-query attention) and its tokenizer."""
+    from tiny_models import make_model_dir
+
+    return make_model_dir("llama", tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny GPT-2 and its tokenizer."""
+    from tiny_models import make_model_dir
+
+    return make_model_dir("gpt2", tmp_path_factory.mktemp("tiny_gpt2"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_llama_dir):
+    """The tiny Llama, loaded."""
+    from actcache.models import load_model
+
+    return load_model(str(tiny_llama_dir), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of sixty documents."""
+    from tiny_caches import write_texts
+
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_model, tiny_texts, tmp_path_factory: pytest.TempPathFactory):
+    """A lossless cache of three hooks, many shards and a partial tail in both splits; do not change it."""
+    from tiny_caches import harvest_tiny
+
+    return harvest_tiny(tiny_model, tiny_texts, tmp_path_factory.mktemp("cache") / "cache")
