@@ -441,8 +441,9 @@ def _named(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The runs, each with a name: its own, or one made of its architecture, sparsity, width and what varies."""
     settings = [key for key in _field_types(SAEConfig) if key not in ("name", "architecture", "d_sae", "k")]
     settings.remove("sparsity_coefficient")
-    varying = [key for key in settings if len({repr(run.get(key)) for run in runs}) > 1]
-    return [run | {"name": _default_name(run, varying)} if run.get("name") is None else run for run in runs]
+    unnamed = [run for run in runs if run.get("name") is None]
+    varying = [key for key in settings if len({repr(run.get(key)) for run in unnamed}) > 1]
+    return [{**run, "name": _default_name(run, varying)} if run in unnamed else run for run in runs]
 
 
 def _default_name(run: Mapping[str, Any], varying: Iterable[str]) -> str:

@@ -1,0 +1,100 @@
+"""A `TrainState` as one safetensors file: written aside, fsynced, renamed; the older one is removed after.
+
+Tensors: weights/<name>, exp_avg/<name>, exp_avg_sq/<name> (Adam's moments), tokens_since_fired. String metadata: step,
+n_tokens, config_sha256. Adam's own step counter equals `step`. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from actcache.errors import CacheMismatch, ManifestError
+from actcache.writer import remove_partials, write_atomically
+from trainer.config import SAEConfig
+from trainer.train import TrainState, initial_state
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The file of the highest step in a checkpoint folder; None if there is none, or no folder."""
+    files = [path for path in folder.glob("step-*.safetensors") if _FILE_NAME.fullmatch(path.name)]
+    return max(files, key=checkpoint_step, default=None)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in the name of a checkpoint file."""
+    named = _FILE_NAME.fullmatch(path.name)
+    if named is None:
+        raise ManifestError(f"{path}: a checkpoint is named step-XXXXXXXX.safetensors")
+    return int(named[1])
+
+
+def save_checkpoint(state: TrainState, folder: Path) -> Path:
+    """Write the state; once it is durable, remove every older one. A failed write (OSError) leaves the older one."""
+    path = folder / f"step-{state.step:08d}.safetensors"
+    metadata = {
+        "step": str(state.step),
+        "n_tokens": str(state.n_tokens),
+        "config_sha256": config_sha256(state.config),
+    }
+    write_atomically(path, [save(_tensors(state), metadata)])
+    for older in folder.glob("step-*.safetensors"):
+        if older != path:
+            older.unlink()
+    return path
+
+
+def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = "cpu") -> TrainState:
+    """The state in a checkpoint of this config, bit for bit; leftovers of killed writers beside it are removed.
+
+    Raises ManifestError for a damaged file, CacheMismatch for a checkpoint of another config.
+    """
+    remove_partials(path.parent)
+    state = initial_state(config, torch.zeros(config.d_in, device=device))
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata["config_sha256"] != config_sha256(config):
+                raise CacheMismatch(f"{path}: is a checkpoint of another config; remove {path.parent} or change --out")
+            state.step, state.n_tokens = int(metadata["step"]), int(metadata["n_tokens"])
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            _fill(state, stored)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ManifestError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+    return state
+
+
+def config_sha256(config: SAEConfig) -> str:
+    """Hash of the config's canonical JSON."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    tensors = {"tokens_since_fired": state.tokens_since_fired}
+    for name, weight in state.weights.items():
+        tensors[f"weights/{name}"] = weight.detach()
+        for moment in MOMENTS:
+            tensors[f"{moment}/{name}"] = state.optimiser.state[weight].get(moment, torch.zeros_like(weight.detach()))
+    return tensors
+
+
+def _fill(state: TrainState, stored: dict[str, Tensor]) -> None:
+    """Copy the stored tensors into a fresh state, whose shapes they must have."""
+    state.tokens_since_fired.copy_(stored["tokens_since_fired"])
+    for name, weight in state.weights.items():
+        with torch.no_grad():
+            weight.copy_(stored[f"weights/{name}"])
+        adam_step = torch.tensor(float(state.step), device=weight.device)
+        moments = {moment: stored[f"{moment}/{name}"].to(weight.device) for moment in MOMENTS}
+        if any(moment.shape != weight.shape for moment in moments.values()):
+            raise ValueError(f"moments of {name} must have shape {tuple(weight.shape)}")
+        state.optimiser.state[weight] = {"step": adam_step, **moments}
