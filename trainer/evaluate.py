@@ -139,6 +139,8 @@ def evaluate_runs(
 ) -> list[dict[str, Any]]:
     """Evaluate one RUN folder, or every run below RUNS with its PCA baselines, and write each eval.json.
 
+    Runs that diverged (failed.json) have nothing to evaluate and are left out.
+
     A baseline is made for every distinct (hook_name, k) of the runs that have a k up to d_in:
     RUNS/pca-k{k}-{hook_name}, with a config.json of architecture "pca", k components fitted on training rows.
 
@@ -307,9 +309,11 @@ def _scores(
 
 
 def _finished(runs: Path) -> list[Path]:
-    """The folder itself if it is a run, else the runs below it by name; baselines are not runs."""
-    folders = [runs] if (runs / "config.json").is_file() else sorted(path.parent for path in runs.glob("*/config.json"))
+    """The folder itself if it is a run, else the runs below it by name, without baselines and diverged ones."""
+    folders = sorted(path.parent for path in runs.glob("*/config.json") if not (path.parent / "failed.json").exists())
     folders = [folder for folder in folders if not _is_baseline(folder)]
+    if (runs / "config.json").is_file():
+        folders = [runs]
     if not folders:
         raise ManifestError(f"evaluate: {runs} must be a RUN or a folder of runs, it holds no config.json; train first")
     unfinished = [folder.name for folder in folders if not (folder / "sae").is_dir()]
