@@ -22,6 +22,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -246,6 +247,9 @@ class BridgeModel(LanguageModel):
     No compatibility mode: its centring changes the residual stream. The bridge computes attention itself ("eager").
     Hooks with several axes for a token, such as `attn.hook_z`, are flattened to [sequence, position, d_in].
     The module belongs to the bridge afterwards.
+
+    Raises:
+        ModelError: the bridge does not support the model.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
@@ -257,13 +261,16 @@ class BridgeModel(LanguageModel):
         spare = copy.deepcopy(tokenizer)
         spare.bos_token = None
         # With hf_model the bridge reads the family from the config, never from the name (a path may hold 'llama').
-        self._bridge = TransformerBridge.boot_transformers(
-            cast(str, identity["name"]),
-            hf_model=model,
-            tokenizer=spare,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        try:
+            self._bridge = TransformerBridge.boot_transformers(
+                cast(str, identity["name"]), hf_model=model, tokenizer=spare, device=self.device, dtype=self.dtype
+            )
+        except ValueError as error:
+            reason = str(error).partition(". ")[0]
+            raise ModelError(
+                f"{identity['name']}: TransformerLens cannot take model_type {model.config.model_type!r}: {reason}; "
+                "use a model of a family that it supports"
+            ) from None
 
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
         """d_in of each hook, from one forward pass of one token."""
@@ -275,6 +282,11 @@ class BridgeModel(LanguageModel):
             _unknown_hook(self, hook_name, list(self._bridge.hook_dict), "see the bridge's hook_dict for all")
         if hook_name.endswith(("hook_pattern", "hook_attn_scores")):
             raise ModelError(f"{self.identity['name']}: {hook_name} has no vector for each token; choose another hook")
+        try:
+            self._bridge.check_hooks_to_add(hook_name)  # some are off until a flag is set that slows every pass
+        except ValueError as error:
+            reason = str(error).partition(". ")[0]
+            raise ModelError(f"{self.identity['name']}: {reason}; choose another hook") from None
 
     @torch.no_grad()
     def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
@@ -394,11 +406,12 @@ def _loaded(from_pretrained: Callable[..., Any], source: str, revision: str | No
             if os.path.isdir(source):
                 raise
             return from_pretrained(source, revision=revision or "main", **settings)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         at = "" if revision is None else f" at revision {revision}"
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
-            f"load_model: cannot load {source!r}{at}: {lines[0]}; check the name or pass a directory with a whole model"
+            f"load_model: cannot load {source!r}{at}: {lines[0].rstrip(':.')}; check the name or pass a directory with "
+            "a whole model"
         ) from None
 
 
@@ -578,6 +591,7 @@ def _replacing(hook_name: str, replace: Callable[[Tensor], Tensor]) -> dict[str,
 
     hook_resid_mid is only read by the norm before the MLP; the stream goes round it. So the block's output is made
     anew as well, by the add that the block itself does: replaced + mlp_out. Exact: replacing x by x changes no bit.
+    That the block does so is checked on the values (ModelError).
     """
     block, _, site = hook_name.rpartition(".")
     if site != "hook_resid_mid":
@@ -585,13 +599,18 @@ def _replacing(hook_name: str, replace: Callable[[Tensor], Tensor]) -> dict[str,
     kept: dict[str, Tensor] = {}
 
     def at_mid(x: Tensor) -> Tensor:
-        kept["resid_mid"] = replace(x)
-        return kept["resid_mid"]
+        kept["resid_mid"], kept["replaced"] = x, replace(x)
+        return kept["replaced"]
 
     def at_mlp_out(x: Tensor) -> None:
         kept["mlp_out"] = x
 
     def at_post(x: Tensor) -> Tensor:
-        return kept["resid_mid"] + kept["mlp_out"]
+        if not torch.equal(x, kept["resid_mid"] + kept["mlp_out"]):
+            raise ModelError(
+                f"logits_with: replacing {hook_name} needs a block whose output is hook_resid_mid + hook_mlp_out, this "
+                "one gives something else; replace at hook_resid_post"
+            )
+        return kept["replaced"] + kept["mlp_out"]
 
     return {hook_name: at_mid, f"{block}.hook_mlp_out": at_mlp_out, f"{block}.hook_resid_post": at_post}

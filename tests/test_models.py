@@ -11,7 +11,16 @@ import pytest
 import torch
 from tiny_models import D_MODEL, FAMILIES, N_LAYERS, make_model, make_model_dir, make_tokenizer
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, OPTConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    Gemma3Config,
+    OPTConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
 
 from actcache.errors import ConfigError, ModelError
 from actcache.models import SITES, BridgeModel, HuggingFaceModel, LanguageModel, load_model, wrap_model
@@ -364,6 +373,26 @@ def test_adapted_model_inside_a_wrapper():
     assert adapted.identity["config_sha256"] == plain.identity["config_sha256"]
 
 
+def test_text_model_inside_a_multimodal_gemma3():
+    """The larger Gemma 3 checkpoints come so: the hooks are on the text blocks, not on those of the vision tower."""
+    text = make_model("gemma3_text", 512).config
+    vision = SiglipVisionConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=1,
+        image_size=28,
+        patch_size=14,
+    )
+    tokens = {"image_token_index": 511, "boi_token_index": 510, "eoi_token_index": 509, "mm_tokens_per_image": 4}
+    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, **tokens)).eval()
+    ids = TOKENS % 500
+    x = wrap_model(model, make_tokenizer()).activations(ids, hook_names("gemma3_text"))
+    with torch.no_grad():
+        hidden_states = model(ids, output_hidden_states=True).hidden_states
+    assert all(torch.equal(x[f"blocks.{layer}.hook_resid_pre"], hidden_states[layer]) for layer in range(N_LAYERS))
+
+
 def test_wrap_model_refuses_training_mode():
     with pytest.raises(ModelError, match=r"call model\.eval\(\)"):
         wrap_model(make_model("gpt2", 512).train(), make_tokenizer())
@@ -436,6 +465,32 @@ def test_bridge_refuses_hooks_without_a_vector_for_each_token(name, bridge):
         bridge("llama").hook_widths([name])
 
 
+def test_bridge_names_the_flag_of_a_hook_that_is_off(bridge):
+    with pytest.raises(ModelError, match="hook_result because use_attn_result is False; choose another hook"):
+        bridge("llama").hook_widths(["blocks.1.attn.hook_result"])
+
+
+def test_bridge_refuses_a_model_that_it_does_not_know(tmp_path):
+    config = CTRLConfig(vocab_size=512, n_positions=8, n_embd=8, dff=8, n_layer=1, n_head=1)
+    CTRLLMHeadModel(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="TransformerLens cannot take model_type 'ctrl'") as error:
+        load_model(tmp_path, device="cpu", backend="transformer_lens")
+    assert one_line(error)
+
+
+def test_replacing_resid_mid_needs_a_block_that_adds(theirs):
+    """A block whose output is something else, here because a hook of the user's doubles it, is found out."""
+    model = wrap_model(theirs("llama"), make_tokenizer())
+    with pytest.raises(ModelError, match="replace at hook_resid_post"):
+        with_raw_hook(
+            theirs("llama"),
+            "model.layers.1",
+            lambda module, args, output: 2 * output,
+            lambda: model.logits_with(TOKENS, "blocks.1.hook_resid_mid", torch.clone),
+        )
+
+
 def test_no_hooks_is_the_callers_mistake(ours):
     with pytest.raises(ValueError, match="at least one hook"):
         ours("gpt2").activations(TOKENS, [])
@@ -477,6 +532,7 @@ def broken(source: Path, target: Path, file_name: str, change: Callable[[bytes],
     ("file_name", "change", "message"),
     [
         ("config.json", lambda text: text[:20], "cannot load"),
+        ("config.json", lambda text: text.replace(b'"hidden_size": 32', b'"hidden_size": "wide"'), "cannot load"),
         ("config.json", lambda text: text.replace(b'"llama"', b'"unheard-of"'), "cannot load.*unheard-of"),
         ("config.json", lambda text: text.replace(b'_layers": 3', b'_layers": 4'), "9 are missing.*layers.3"),
         ("config.json", lambda text: text.replace(b'_size": 48', b'_size": 64'), "another shape.*layers.0.mlp"),
