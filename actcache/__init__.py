@@ -6,9 +6,14 @@
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
 from actcache.cache import Cache, open_cache
 from actcache.loader import Loader
+
+if TYPE_CHECKING:
+    from actcache.models import load_model
+    from actcache.notebook import harvest
 
 __all__ = ["Cache", "Loader", "harvest", "load_model", "open_cache"]
 

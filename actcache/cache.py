@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,15 @@ def open_cache(path: str | Path) -> Cache:
         ManifestError: there is no cache, it is not finished, or its manifest is damaged or of another version.
         CorruptShard: a shard file is missing or has the wrong size.
     """
+    cache = read_manifest(path)
+    _check_identity(cache)
+    for problem in wrong_files(cache):
+        raise CorruptShard(f"{problem}; run `actcache verify {cache.path}`")
+    return cache
+
+
+def read_manifest(path: str | Path) -> Cache:
+    """Open a cache without a look at its shards; `open_cache` is for everyone but an auditor. Raises ManifestError."""
     root = Path(path)
     try:
         sealed = (root / CACHE_MANIFEST).read_bytes()
@@ -126,7 +136,6 @@ def open_cache(path: str | Path) -> Cache:
             raise ManifestError(f"{root}: the harvest is unfinished; run the same command again") from None
         raise ManifestError(f"{root}: not a cache (no {CACHE_MANIFEST}); make one with `actcache harvest`") from None
     manifest = Manifest.from_json(unseal(sealed, root / CACHE_MANIFEST))
-    _check_store(root, manifest)
     return Cache(root, manifest, fingerprint(sealed))
 
 
@@ -165,18 +174,21 @@ def stored_files(manifest: Manifest) -> dict[str, int]:
     return files
 
 
-def _check_store(root: Path, manifest: Manifest) -> None:
-    """A truncated map is SIGBUS and a missing shard reads as zeros elsewhere: look at every size before any read."""
-    metadata = root / STORE / "zarr.json"
+def wrong_files(cache: Cache) -> Iterator[str]:
+    """What is missing or of a wrong size: a truncated map is SIGBUS, and a missing shard reads as zeros elsewhere."""
+    for key, n_bytes in stored_files(cache.manifest).items():
+        path = cache.path / STORE / key
+        size = path.stat().st_size if path.exists() else None
+        if size != n_bytes:
+            found = "is missing" if size is None else f"is {size} bytes long"
+            yield f"{path}: must be {n_bytes} bytes long, {found}"
+
+
+def _check_identity(cache: Cache) -> None:
+    metadata = cache.path / STORE / "zarr.json"
     try:
         identity = json.loads(metadata.read_bytes())["attributes"]["actcache"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{metadata}: cannot be read ({type(error).__name__}); the cache is damaged") from error
-    if identity != manifest.identity:
+    if identity != cache.identity:
         raise ManifestError(f"{metadata}: says another identity than {CACHE_MANIFEST}; two caches were mixed")
-    for key, n_bytes in stored_files(manifest).items():
-        path = root / STORE / key
-        size = path.stat().st_size if path.exists() else None
-        if size != n_bytes:
-            found = "is missing" if size is None else f"is {size} bytes long"
-            raise CorruptShard(f"{path}: must be {n_bytes} bytes long, {found}; run `actcache verify {root}`")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import google_crc32c
 import numpy as np
 import torch
-from numcodecs import blosc
+from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]: a C extension without stubs
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actcache.errors import ConfigError, CorruptShard
@@ -53,9 +53,9 @@ class Codec:
         return [compressor, Crc32cCodec()]
 
     def encode(self, chunk: np.ndarray) -> tuple[bytes | memoryview, int]:
-        """(stored bytes, checksum) of one C-contiguous chunk; the checksum is that of the bytes before the crc32c codec."""
+        """(stored bytes, checksum) of one C-contiguous chunk; the checksum leaves the crc32c codec's out."""
         if not self.compressed:
-            payload = memoryview(chunk).cast("B")
+            payload = chunk.data.cast("B")
             return payload, crc32c(payload)
         payload = blosc.compress(chunk, b"zstd", 1, blosc.SHUFFLE, BLOCK_BYTES, chunk.itemsize)
         checksum = crc32c(payload)

@@ -28,8 +28,12 @@ class Journal:
         except BlockingIOError:
             self._file.close()
             raise CacheLocked(f"{path.parent.parent}: another process is writing this cache; wait for it") from None
-        sync_folder(path.parent)
-        self.records = self._read()
+        try:
+            sync_folder(path.parent)
+            self.records = self._read()
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, record: dict) -> None:
         """Make one line durable. A failing write or fsync (OSError) leaves at most a torn last line."""

@@ -100,8 +100,9 @@ def settle_plan(root: Path, model: LanguageModel, source: Source, config: Harves
         context_size=config.context_size,
     )
     plan = Plan(identity={**wanted, "shard_rows": rows}, tokens=config.tokens, sequences=sequences)
-    write_atomically(path, [seal(plan.to_json())])
-    return plan
+    sealed = seal(plan.to_json())
+    write_atomically(path, [sealed])
+    return Plan.from_json(unseal(sealed, path))  # as a resumed run reads it, down to the order of its keys
 
 
 def _refuse_other_plan(root: Path, plan: Plan, wanted: dict[str, Any], tokens: int | None) -> None:

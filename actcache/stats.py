@@ -190,7 +190,9 @@ def geometric_median(x: Float[np.ndarray, "row d_in"], *, iterations: int = 100)
     point = wide.mean(axis=0)
     for _ in range(iterations):
         distance = np.linalg.norm(wide - point, axis=1)
-        weight = 1.0 / np.maximum(distance, 1e-12 * max(float(distance.max()), 1e-300))
+        if not distance.any():
+            break
+        weight = 1.0 / np.maximum(distance, 1e-12 * distance.max())
         moved = weight @ wide / weight.sum()
         step = float(np.linalg.norm(moved - point))
         point = moved

@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from datasets.exceptions import DatasetGenerationError
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +29,7 @@ FILE_KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+_load_dataset: Callable[..., Any] = datasets.load_dataset  # its overloads know no `streaming: bool`
 DOCUMENTS_PER_BATCH = 256
 HASH_BLOCK_BYTES = 1 << 20
 
@@ -56,7 +58,7 @@ class DatasetSource:
         """The dataset, of one split. Raises DatasetError, naming the path, if it is missing or malformed."""
         try:
             return self._load()
-        except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetGenerationError) as error:
+        except (OSError, ValueError, ConnectionError, DatasetGenerationError) as error:
             reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
             raise DatasetError(
                 f"dataset: cannot load {self.path!r} ({reason}); give a local file, a folder or a hub name"
@@ -67,13 +69,16 @@ class DatasetSource:
         if path.is_dir() and (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
         if not path.exists():
-            return datasets.load_dataset(
+            return _load_dataset(
                 self.path, self.config, split=self.split, revision=self.revision, streaming=self.streaming
             )
         files = [str(path)] if path.is_file() else _data_files(path)
         kind = FILE_KINDS.get(Path(files[0]).suffix, "text")
-        options = {"sample_by": self.sample_by} if kind == "text" else {}
-        return datasets.load_dataset(kind, data_files=files, split="train", streaming=self.streaming, **options)
+        if kind == "text":
+            return _load_dataset(
+                kind, data_files=files, split="train", streaming=self.streaming, sample_by=self.sample_by
+            )
+        return _load_dataset(kind, data_files=files, split="train", streaming=self.streaming)
 
     def identity(self) -> dict[str, Any]:
         """What tells this dataset from another: names and revision, and for local files the hash of their bytes."""
@@ -178,7 +183,7 @@ class Packer:
 
 
 def pack(
-    documents: Iterable[tuple[int, Int32[np.ndarray, " token"]]], packing: Packing, *, seed: int, holdout: float
+    documents: Iterable[tuple[int, Int32[np.ndarray, " _"]]], packing: Packing, *, seed: int, holdout: float
 ) -> Iterator[PackedSequence]:
     """Packed sequences of both splits, each split packed apart, in the order in which documents complete them."""
     packers = {split: Packer(packing, split) for split in SPLITS}
@@ -192,7 +197,7 @@ def split_of(document: int, *, seed: int, holdout: float) -> str:
     return "validation" if int.from_bytes(digest[:8], "big") < holdout * 2.0**64 else "train"
 
 
-def documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Int32[np.ndarray, " token"]]]:
+def documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Int32[np.ndarray, " _"]]]:
     """(index in the dataset, token ids) of every document that is not empty.
 
     Text is tokenised without special tokens. Raises DatasetError for a missing or mistyped column.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import zarr
 from jaxtyping import Shaped
+from zarr.storage import MemoryStore
 
 from actcache.codecs import Codec, crc32c
 from actcache.manifest import ArrayRecord, ArraySpec
@@ -102,7 +103,7 @@ def write_metadata(
     metadata in memory, so that nothing of it can delete or overwrite a shard.
     """
     made: dict[str, Any] = {}
-    memory = zarr.storage.MemoryStore(made)
+    memory = MemoryStore(made)
     zarr.create_group(memory, attributes=attributes)
     for path, (array, n_rows, shard_rows) in arrays.items():
         zarr.create_array(
