@@ -1,7 +1,8 @@
 """A `TrainState` as one safetensors file: written aside, fsynced, renamed; the older one is removed after.
 
-Tensors: weights/<name>, exp_avg/<name>, exp_avg_sq/<name> (Adam's moments), tokens_since_fired. String metadata: step,
-n_tokens, config_sha256. Adam's own step counter equals `step`. Nothing is pickled.
+Tensors: weights/<name>, exp_avg/<name>, exp_avg_sq/<name> (Adam's moments), tokens_since_fired. String metadata
+`state`: the JSON object {step, n_tokens, config_sha256}; one key, for safetensors writes several in no fixed order.
+Adam's own step counter equals `step`. Nothing is pickled.
 """
 
 import hashlib
@@ -41,12 +42,8 @@ def checkpoint_step(path: Path) -> int:
 def save_checkpoint(state: TrainState, folder: Path) -> Path:
     """Write the state; once it is durable, remove every older one. A failed write (OSError) leaves the older one."""
     path = folder / f"step-{state.step:08d}.safetensors"
-    metadata = {
-        "step": str(state.step),
-        "n_tokens": str(state.n_tokens),
-        "config_sha256": config_sha256(state.config),
-    }
-    write_atomically(path, [save(_tensors(state), metadata)])
+    counters = {"step": state.step, "n_tokens": state.n_tokens, "config_sha256": config_sha256(state.config)}
+    write_atomically(path, [save(_tensors(state), {"state": json.dumps(counters)})])
     for older in folder.glob("step-*.safetensors"):
         if older != path:
             older.unlink()
@@ -62,10 +59,10 @@ def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = 
     state = initial_state(config, torch.zeros(config.d_in, device=device))
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata["config_sha256"] != config_sha256(config):
+            counters = json.loads((file.metadata() or {})["state"])
+            if counters["config_sha256"] != config_sha256(config):
                 raise CacheMismatch(f"{path}: is a checkpoint of another config; remove {path.parent} or change --out")
-            state.step, state.n_tokens = int(metadata["step"]), int(metadata["n_tokens"])
+            state.step, state.n_tokens = int(counters["step"]), int(counters["n_tokens"])
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             _fill(state, stored)
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:

@@ -394,8 +394,8 @@ def _checked_run(run: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ConfigError(f"{who}: needs {', '.join(missing)}; add them to base or to the run")
     given = {key: _typed(who, key, value, settable[key]) for key, value in run.items()}
-    for key in ("architecture", "d_sae"):  # the defaults depend on them, so they are checked before the others
-        _RULES[key].check(who, key, given[key])
+    for key, rule in _RULES.items():  # before the defaults, which depend on architecture and d_sae
+        rule.check(who, key, given.get(key))
     for key, users in _USED_BY.items():
         if given.get(key) is not None and given["architecture"] not in users:
             raise ConfigError(

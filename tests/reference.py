@@ -1,0 +1,122 @@
+"""The definitions from the papers in float64, slow and plain: what trainer's fast paths are compared with.
+
+Weights are dicts of float64 tensors in the training layout (W_enc [d_sae, d_in]). Losses are sums over d_in, means over
+rows; the TopK family divides by the variance.
+"""
+
+import torch
+from torch import Tensor
+
+# A float64 sum of n terms is off by at most n * 2^-53 of the sum of their sizes. The tests sum fewer than 10^4 terms of
+# size below 10^2, through at most a handful of nested sums: 10^4 * 10^2 * 2^-53 * 10 < 2e-9.
+FLOAT64 = {"rtol": 2e-9, "atol": 2e-9}
+
+
+def topk_reference(pre_acts: Tensor, k: int) -> Tensor:
+    """Row by row: the k largest, where positive (Gao et al. 2024)."""
+    out = torch.zeros_like(pre_acts, dtype=torch.float64)
+    for b, row in enumerate(pre_acts.double().tolist()):
+        for i in sorted(range(len(row)), key=lambda i: -row[i])[:k]:
+            out[b, i] = max(row[i], 0.0)
+    return out
+
+
+def batch_topk_reference(pre_acts: Tensor, k: int) -> Tensor:
+    """The k * batch largest of all, where positive; of equal ones the first (Bussmann et al. 2024)."""
+    flat = [max(value, 0.0) for value in pre_acts.double().flatten().tolist()]
+    kept = sorted(range(len(flat)), key=lambda i: -flat[i])[: k * len(pre_acts)]  # sorted is stable
+    out = [0.0] * len(flat)
+    for i in kept:
+        out[i] = flat[i]
+    return torch.tensor(out, dtype=torch.float64).view(pre_acts.shape)
+
+
+def jumprelu_gradients_reference(
+    pre_acts: Tensor, threshold: Tensor, bandwidth: float, grad_acts: Tensor, grad_fires: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients to h [batch, d_sae] and theta [d_sae] of f = h H(h - theta) and of H(h - theta), entry by entry.
+
+    grad_acts, grad_fires: of the loss to f and to H. Rajamanoharan et al. 2024, equations 11 and 12.
+    """
+    to_pre_acts, to_threshold = torch.zeros_like(pre_acts), torch.zeros_like(threshold)
+    for b in range(pre_acts.shape[0]):
+        for i in range(pre_acts.shape[1]):
+            h, theta = float(pre_acts[b, i]), float(threshold[i])
+            window = 1.0 if abs((h - theta) / bandwidth) < 0.5 else 0.0
+            to_pre_acts[b, i] = grad_acts[b, i] if h > theta else 0.0
+            to_threshold[i] -= window / bandwidth * (theta * grad_acts[b, i] + grad_fires[b, i])
+    return to_pre_acts, to_threshold
+
+
+def loss_and_gradients_reference(
+    config, weights: dict[str, Tensor], x: Tensor, *, sparsity_coefficient: float = 0.0, dead: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total loss and its gradient to every weight."""
+    if config.architecture == "jumprelu":
+        return _jumprelu(config, weights, x, sparsity_coefficient)
+    leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
+    if config.architecture == "standard":
+        loss = _standard_loss(leaves, x, sparsity_coefficient)
+    else:
+        loss = _topk_family_loss(config, leaves, x, dead)
+    loss.backward()
+    return loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def _standard_loss(weights: dict[str, Tensor], x: Tensor, sparsity_coefficient: float) -> Tensor:
+    f = (x @ weights["W_enc"].T + weights["b_enc"]).relu()
+    x_hat = f @ weights["W_dec"] + weights["b_dec"]
+    penalty = sum(f[:, i].sum() * weights["W_dec"][i].norm() for i in range(f.shape[1]))
+    return ((x - x_hat) ** 2).sum() / len(x) + sparsity_coefficient * penalty / len(x)
+
+
+def _topk_family_loss(config, weights: dict[str, Tensor], x: Tensor, dead: Tensor | None) -> Tensor:
+    h = (x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"]
+    choose = topk_reference if config.architecture == "topk" else batch_topk_reference
+    f = h * (choose(h.detach(), config.k) > 0)
+    x_hat = f @ weights["W_dec"] + weights["b_dec"]
+    loss = ((x - x_hat) ** 2).sum() / len(x) / config.total_variance
+    n_dead = 0 if dead is None else int(dead.sum())
+    if n_dead == 0 or config.k_aux == 0:
+        return loss
+    e = (x - x_hat).detach()
+    h_dead = torch.where(dead, h.detach(), -torch.inf)
+    f_dead = h * (topk_reference(h_dead, min(config.k_aux, n_dead)) > 0)
+    aux = ((e - f_dead @ weights["W_dec"]) ** 2).sum() / (e**2).sum()
+    return loss + config.aux_coefficient * min(1.0, n_dead / config.k_aux) * aux
+
+
+def _jumprelu(
+    config, weights: dict[str, Tensor], x: Tensor, sparsity_coefficient: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """By hand, for the straight-through gradient is a definition, not a derivative."""
+    theta = weights["log_threshold"].exp()
+    h = x @ weights["W_enc"].T + weights["b_enc"]
+    fires = (h > theta).double()
+    f = h * fires
+    e = f @ weights["W_dec"] + weights["b_dec"] - x
+    loss = ((e**2).sum() + sparsity_coefficient * fires.sum()) / len(x)
+    to_x_hat = 2 * e / len(x)
+    to_fires = torch.full_like(h, sparsity_coefficient / len(x))
+    to_h, to_theta = jumprelu_gradients_reference(
+        h, theta, config.jumprelu_bandwidth, to_x_hat @ weights["W_dec"].T, to_fires
+    )
+    return loss, {
+        "W_enc": to_h.T @ x,
+        "b_enc": to_h.sum(0),
+        "W_dec": f.T @ to_x_hat,
+        "b_dec": to_x_hat.sum(0),
+        "log_threshold": to_theta * theta,
+    }
+
+
+def adam_reference(
+    weight: Tensor, gradients: list[Tensor], *, lr: float, beta1: float, beta2: float, eps: float
+) -> Tensor:
+    """The weight after one step a gradient (Kingma and Ba 2015, algorithm 1)."""
+    m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+    for t, gradient in enumerate(gradients, start=1):
+        m = beta1 * m + (1 - beta1) * gradient
+        v = beta2 * v + (1 - beta2) * gradient**2
+        weight = weight - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+    return weight

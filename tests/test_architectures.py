@@ -1,0 +1,113 @@
+"""Initial weights, and the forward pass of every architecture against its definition in float64."""
+
+import math
+
+import pytest
+import torch
+from reference import FLOAT64, batch_topk_reference, topk_reference
+from tiny_saes import make_config
+from torch import Tensor
+
+from trainer.architectures import DENSEST_SPARSE, SAEOutput, forward, initial_weights
+from trainer.config import SAEConfig
+from trainer.kernels import Workspace
+
+ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
+
+
+def double_weights(config: SAEConfig, *, b_enc: float = 0.0, seed: int = 5) -> dict[str, Tensor]:
+    """Float64 leaves with every bias and threshold away from zero; b_enc shifts how many latents fire."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    weights = {
+        "W_enc": draw(config.d_sae, config.d_in) / math.sqrt(config.d_in),
+        "b_enc": draw(config.d_sae) / 10 + b_enc,
+        "W_dec": draw(config.d_sae, config.d_in) / math.sqrt(config.d_in),
+        "b_dec": draw(config.d_in) / 10,
+    }
+    if config.architecture == "jumprelu":
+        weights["log_threshold"] = draw(config.d_sae) / 10 - 1.0
+    return {name: weight.requires_grad_() for name, weight in weights.items()}
+
+
+def rows(batch: int, d_in: int, seed: int = 6) -> Tensor:
+    return torch.randn(batch, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def definition(config: SAEConfig, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """feature_acts [batch, d_sae] and x_hat."""
+    W = {name: weight.detach() for name, weight in weights.items()}
+    family = config.architecture in ("topk", "batchtopk")
+    h = (x - W["b_dec"] if family else x) @ W["W_enc"].T + W["b_enc"]
+    f = {
+        "standard": lambda: h.relu(),
+        "topk": lambda: topk_reference(h, config.k),
+        "batchtopk": lambda: batch_topk_reference(h, config.k),
+        "jumprelu": lambda: h * (h > W["log_threshold"].exp()),
+    }[config.architecture]()
+    return f, f @ W["W_dec"] + W["b_dec"]
+
+
+def dense_acts(output: SAEOutput, d_sae: int) -> Tensor:
+    if output.kept is None:
+        return output.feature_acts
+    f = output.feature_acts.new_zeros(len(output.x_hat), d_sae)
+    f[output.kept.row, output.kept.latent] = output.feature_acts
+    return f
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("b_enc", [0.0, -2.0], ids=["dense", "sparse"])
+@pytest.mark.parametrize("batch", [1, 2, 37])
+def test_forward_equals_the_definition(architecture: str, b_enc: float, batch: int) -> None:
+    config = make_config(architecture)
+    weights, x = double_weights(config, b_enc=b_enc), rows(batch, config.d_in)
+    output = forward(config, weights, x, Workspace())
+    f, x_hat = definition(config, weights, x)
+    torch.testing.assert_close(dense_acts(output, config.d_sae).detach(), f, **FLOAT64)
+    torch.testing.assert_close(output.x_hat.detach(), x_hat, **FLOAT64)
+    assert output.firing_counts().tolist() == (f != 0).sum(0).tolist()
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+def test_few_active_latents_take_the_sparse_path(architecture: str) -> None:
+    config = make_config(architecture)
+    many, few = (double_weights(config, b_enc=b_enc) for b_enc in (0.0, -2.0))
+    x = rows(37, config.d_in)
+    assert forward(config, many, x, Workspace()).kept is None
+    output = forward(config, few, x, Workspace())
+    assert output.kept is not None
+    assert 0 < len(output.kept.row) <= DENSEST_SPARSE * 37 * config.d_sae
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("k", [1, 48])
+def test_k_may_be_1_or_d_sae(architecture: str, k: int) -> None:
+    config = make_config(architecture, k=k)
+    weights, x = double_weights(config), rows(5, config.d_in)
+    output = forward(config, weights, x, Workspace())
+    torch.testing.assert_close(output.x_hat.detach(), definition(config, weights, x)[1], **FLOAT64)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_initial_weights(architecture: str) -> None:
+    config = make_config(architecture, decoder_init_norm=0.25, seed=3)
+    b_dec, state = torch.arange(16.0), torch.get_rng_state()
+    weights = initial_weights(config, b_dec)
+    assert torch.equal(torch.get_rng_state(), state), "the global generator is not touched"
+    torch.testing.assert_close(weights["W_dec"].norm(dim=1), torch.full((48,), 0.25))
+    assert torch.equal(weights["W_enc"], weights["W_dec"])
+    assert weights["W_enc"].data_ptr() != weights["W_dec"].data_ptr()
+    assert torch.equal(weights["b_dec"], b_dec)
+    assert weights["b_enc"].count_nonzero() == 0
+    assert all(weight.is_leaf and weight.requires_grad and weight.dtype == torch.float32 for weight in weights.values())
+    assert torch.equal(initial_weights(config, b_dec)["W_dec"], weights["W_dec"])
+    assert not torch.equal(initial_weights(make_config(architecture, seed=4), b_dec)["W_dec"], weights["W_dec"])
+
+
+def test_jumprelu_starts_at_its_threshold() -> None:
+    weights = initial_weights(make_config("jumprelu", jumprelu_init_threshold=0.02), torch.zeros(16))
+    torch.testing.assert_close(weights["log_threshold"].exp(), torch.full((48,), 0.02))

@@ -1,0 +1,108 @@
+"""Checkpoints: bit for bit, replaced whole, refused when damaged or of another run."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from test_architectures import ARCHITECTURES
+from test_train import new_state, rows
+
+from actcache.errors import CacheMismatch, ManifestError
+from trainer.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.kernels import Workspace
+from trainer.train import TrainState, train_step
+
+
+def assert_same_state(one: TrainState, other: TrainState) -> None:
+    assert (one.config, one.step, one.n_tokens) == (other.config, other.step, other.n_tokens)
+    assert torch.equal(one.tokens_since_fired, other.tokens_since_fired)
+    assert list(one.weights) == list(other.weights)
+    for name, weight in one.weights.items():
+        assert torch.equal(weight, other.weights[name]), name
+        mine, others = one.optimiser.state[weight], other.optimiser.state[other.weights[name]]
+        assert mine.keys() == others.keys()
+        assert all(torch.equal(mine[key], others[key]) for key in mine)
+
+
+def trained(architecture: str, n_steps: int = 3) -> TrainState:
+    state = new_state(architecture, lr_warm_up_steps=2, lr_decay_steps=4, dead_window=40)
+    for seed in range(n_steps):
+        train_step(state, rows(24, seed=seed), Workspace())
+    return state
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_restored_state_goes_on_bit_for_bit(architecture: str, tmp_path: Path) -> None:
+    state = trained(architecture)
+    path = save_checkpoint(state, tmp_path)
+    restored = load_checkpoint(state.config, path)
+    assert_same_state(state, restored)
+    for seed in range(3, 6):
+        for each in (state, restored):
+            train_step(each, rows(24, seed=seed), Workspace())
+    assert_same_state(state, restored)
+
+
+def test_a_state_before_its_first_step_can_be_saved(tmp_path: Path) -> None:
+    state = trained("topk", n_steps=0)
+    restored = load_checkpoint(state.config, save_checkpoint(state, tmp_path))
+    for each in (state, restored):
+        train_step(each, rows(24), Workspace())
+    assert_same_state(state, restored)
+
+
+def test_the_newest_replaces_the_older(tmp_path: Path) -> None:
+    state = trained("topk")
+    save_checkpoint(state, tmp_path)
+    train_step(state, rows(24), Workspace())
+    path = save_checkpoint(state, tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["step-00000004.safetensors"] == [path.name]
+    assert latest_checkpoint(tmp_path) == path
+    assert checkpoint_step(path) == 4
+
+
+def test_of_two_the_newest_counts_and_leftovers_do_not(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "absent") is None
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    (tmp_path / "step-00000002.safetensors").write_bytes(b"an older one that a kill left")
+    (tmp_path / ".step-00000009.safetensors.ab12.partial").write_bytes(b"half")
+    assert latest_checkpoint(tmp_path) == path
+    load_checkpoint(state.config, path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000002.safetensors", path.name]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    train_step(state, rows(24), Workspace())
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(state, tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1], ids=["empty", "five_bytes", "header_cut", "one_byte_short"])
+def test_a_torn_file_is_refused(keep: int, tmp_path: Path) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ManifestError, match=r"step-00000003\.safetensors: cannot be read as a checkpoint"):
+        load_checkpoint(state.config, path)
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    with pytest.raises(CacheMismatch, match="is a checkpoint of another config"):
+        load_checkpoint(dataclasses.replace(state.config, lr=0.5), path)
+
+
+def test_a_name_without_a_step_is_refused() -> None:
+    with pytest.raises(ManifestError, match="is named step-"):
+        checkpoint_step(Path("last.safetensors"))

@@ -1,0 +1,100 @@
+"""The sparsifying functions against their definitions."""
+
+import pytest
+import torch
+from reference import batch_topk_reference, jumprelu_gradients_reference, topk_reference
+
+from trainer.functional import above, batch_topk, batch_topk_kept, heaviside, jumprelu, relu, topk
+
+EXACT = {"rtol": 0.0, "atol": 0.0}
+
+
+def shuffled(batch: int, d_sae: int, dtype: torch.dtype) -> torch.Tensor:
+    """Half positive, distinct in float32 (ties in bfloat16 are of equal values, of which any set has the same sum)."""
+    values = torch.linspace(-1, 1, batch * d_sae).to(dtype)
+    return values[torch.randperm(batch * d_sae, generator=torch.Generator().manual_seed(0))].view(batch, d_sae)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("k", [1, 3, 16])
+def test_topk_equals_the_definition(k: int, dtype: torch.dtype) -> None:
+    pre_acts = shuffled(8, 16, dtype)
+    torch.testing.assert_close(topk(pre_acts, k).double(), topk_reference(pre_acts, k), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("k", [1, 3, 16])
+def test_batch_topk_equals_the_definition(k: int, dtype: torch.dtype) -> None:
+    pre_acts = shuffled(8, 16, dtype)
+    torch.testing.assert_close(batch_topk(pre_acts, k).double(), batch_topk_reference(pre_acts, k), **EXACT)
+
+
+@pytest.mark.parametrize("k", [1, 64])
+def test_batch_topk_of_a_sampled_matrix_equals_the_definition(k: int) -> None:
+    pre_acts = torch.randn(512, 512, generator=torch.Generator().manual_seed(1))  # four times SAMPLED_ENTRIES
+    torch.testing.assert_close(batch_topk(pre_acts, k).double(), batch_topk_reference(pre_acts, k), **EXACT)
+
+
+def test_batch_topk_is_exact_when_the_sample_misleads() -> None:
+    pre_acts = torch.full((512, 512), 0.5)
+    pre_acts.view(-1)[:: 512 * 512 // (1 << 16) | 1] = 3.0  # exactly the entries that are sampled
+    assert batch_topk(pre_acts, 200).count_nonzero() == 200 * 512
+
+
+@pytest.mark.parametrize("choose", [topk, batch_topk])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 3)], ids=str)
+def test_nothing_positive_keeps_nothing(choose, shape: tuple[int, int]) -> None:
+    assert choose(torch.full(shape, -2.0), 1).count_nonzero() == 0
+
+
+def test_batch_topk_breaks_ties_by_index() -> None:
+    pre_acts = torch.tensor([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]])
+    assert batch_topk(pre_acts, 1).tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+    assert batch_topk(pre_acts, 2).tolist() == [[1.0, 2.0, 1.0], [1.0, 0.0, 0.0]]
+
+
+def test_nan_is_kept_so_that_the_loss_shows_it() -> None:
+    pre_acts = torch.tensor([[1.0, float("nan"), -1.0, 2.0]])
+    assert 1 in batch_topk_kept(pre_acts, 1)[1].tolist()
+    assert above(pre_acts, torch.tensor(0.0))[1].tolist() == [0, 1, 3]
+    assert jumprelu(pre_acts, torch.full((4,), 0.5), 0.1).isnan().tolist() == [[False, True, False, False]]
+
+
+@pytest.mark.parametrize("choose", [topk, batch_topk])
+@pytest.mark.parametrize("k", [0, 17])
+def test_a_bad_k_is_named(choose, k: int) -> None:
+    with pytest.raises(ValueError, match=rf"got k={k}"):
+        choose(torch.zeros(2, 16), k)
+
+
+@pytest.mark.parametrize("choose", [topk, batch_topk])
+def test_gradient_goes_to_the_kept_entries_alone(choose) -> None:
+    pre_acts = shuffled(6, 9, torch.float64).requires_grad_()
+    weights = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    acts = choose(pre_acts, 4)
+    (acts * weights).sum().backward()
+    torch.testing.assert_close(pre_acts.grad, weights * (acts != 0), **EXACT)
+
+
+def test_relu_is_max_with_zero() -> None:
+    assert relu(torch.tensor([-1.0, 0.0, 2.0])).tolist() == [0.0, 0.0, 2.0]
+
+
+def test_jumprelu_is_the_identity_above_its_threshold() -> None:
+    pre_acts = torch.tensor([[-1.0, 0.4, 0.5, 0.6]])
+    assert jumprelu(pre_acts, torch.full((4,), 0.5), 0.1).tolist() == [[0.0, 0.0, 0.0, pre_acts[0, 3].item()]]
+    assert heaviside(pre_acts, torch.full((4,), 0.5), 0.1).tolist() == [[0.0, 0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("per_entry", [False, True], ids=["per_latent", "per_entry"])
+def test_jumprelu_gradients_are_the_papers(per_entry: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    pre_acts, to_acts, to_fires = (torch.randn(9, 7, dtype=torch.float64, generator=generator) for _ in range(3))
+    threshold = torch.rand(7, dtype=torch.float64, generator=generator)
+    h, theta = pre_acts.clone().requires_grad_(), threshold.clone().requires_grad_()
+    spread = theta.expand(9, 7).reshape(9, 7) if per_entry else theta
+    (jumprelu(h, spread, 0.8) * to_acts + heaviside(h, spread, 0.8) * to_fires).sum().backward()
+    to_h, to_theta = jumprelu_gradients_reference(pre_acts, threshold, 0.8, to_acts, to_fires)
+    assert ((pre_acts < threshold) & ((pre_acts - threshold).abs() < 0.4)).any(), "the window below theta is tested"
+    torch.testing.assert_close(h.grad, to_h)
+    torch.testing.assert_close(theta.grad, to_theta)

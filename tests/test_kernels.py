@@ -1,0 +1,107 @@
+"""The sparse path against dense float64 products."""
+
+import pytest
+import torch
+from reference import FLOAT64
+from torch import Tensor
+
+from trainer import kernels
+from trainer.kernels import KeptEntries, Workspace
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def kept_of(mask: Tensor) -> KeptEntries:
+    row, latent = mask.nonzero(as_tuple=True)
+    return KeptEntries.of(row, latent, batch=mask.shape[0], d_sae=mask.shape[1])
+
+
+MASKS = {
+    "one_row": torch.ones(1, 5, dtype=torch.bool),
+    "one_entry": torch.tensor([[False, True, False]]),
+    "nothing": torch.zeros(3, 4, dtype=torch.bool),
+    "empty_rows": torch.tensor([[False] * 4, [True, False, True, True], [False] * 4, [False, False, True, False]]),
+    "everything": torch.ones(7, 9, dtype=torch.bool),
+    "random": torch.rand(33, 17, generator=torch.Generator().manual_seed(1)) < 0.2,
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("subtracts_b_dec", [False, True])
+def test_a_sparse_autoencoder_has_the_dense_values_and_gradients(name: str, subtracts_b_dec: bool) -> None:
+    mask, d_in = MASKS[name], 6
+    batch, d_sae = mask.shape
+    x, target = random(batch, d_in), random(batch, d_in, seed=2)
+    values = {"W_enc": random(d_sae, d_in, seed=3), "b_enc": random(d_sae, seed=4)}
+    values |= {"W_dec": random(d_sae, d_in, seed=5), "b_dec": random(d_in, seed=6)}
+    sparse, dense = ({key: value.clone().requires_grad_() for key, value in values.items()} for _ in range(2))
+
+    encoder_input = dense["b_dec"].neg() + x if subtracts_b_dec else x
+    f = (encoder_input @ dense["W_enc"].T + dense["b_enc"]) * mask
+    dense_x_hat = f @ dense["W_dec"] + dense["b_dec"]
+    (dense_x_hat * target).sum().backward()
+
+    kept = kept_of(mask)
+    b_dec = sparse["b_dec"] if subtracts_b_dec else None
+    acts = kernels.kept_pre_acts(
+        f.detach()[mask], kept, encoder_input.detach(), sparse["W_enc"], sparse["b_enc"], b_dec
+    )
+    x_hat = kernels.sparse_decode(acts, kept, sparse["W_dec"]) + sparse["b_dec"]
+    (x_hat * target).sum().backward()
+
+    torch.testing.assert_close(x_hat, dense_x_hat, **FLOAT64)
+    for key, weight in sparse.items():
+        torch.testing.assert_close(weight.grad, dense[key].grad, msg=lambda text, key=key: f"{key}: {text}", **FLOAT64)
+
+
+def test_dense_pre_acts_have_the_gradients_of_the_product() -> None:
+    x, upstream = random(5, 3), random(5, 7, seed=1)
+    W_enc, b_enc = random(7, 3, seed=2).requires_grad_(), random(7, seed=3).requires_grad_()
+    expected = torch.autograd.grad((x @ W_enc.T + b_enc), (W_enc, b_enc), upstream)
+    pre_acts = kernels.encoder_pre_acts(x, W_enc, b_enc, Workspace())
+    got = torch.autograd.grad(kernels.dense_pre_acts(pre_acts, x, W_enc, b_enc), (W_enc, b_enc), upstream)
+    torch.testing.assert_close(got, expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("batch", [1, 5, kernels.TOPK_CHUNK_ROWS + 1])
+@pytest.mark.parametrize(("d_sae", "k"), [(1, 1), (9, 9), (8, 1), (6, 2)])
+def test_topk_pre_acts_are_those_of_one_dense_topk(batch: int, d_sae: int, k: int) -> None:
+    x, W_enc, b_enc = random(batch, 4), random(d_sae, 4, seed=1), random(d_sae, seed=2)
+    values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, k, Workspace())
+    pre_acts = x @ W_enc.T + b_enc
+    torch.testing.assert_close(values.sort(dim=1, descending=True).values, pre_acts.topk(k, dim=1).values, **FLOAT64)
+    torch.testing.assert_close(values, pre_acts.gather(1, latents), **FLOAT64)
+    assert all(len(set(row)) == k for row in latents.tolist())
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_kept_entries_are_indexed_both_ways(name: str) -> None:
+    mask = MASKS[name]
+    kept = kept_of(mask)
+    assert kept.row_start.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
+    assert kept.latent_start.tolist() == [0, *mask.sum(0).cumsum(0).tolist()]
+    in_latent_order = list(zip(kept.latent[kept.by_latent].tolist(), kept.row[kept.by_latent].tolist(), strict=True))
+    assert in_latent_order == sorted(in_latent_order), "by latent, and by row within one: the order of the sums"
+
+
+@pytest.mark.parametrize("d_sae", [1 << 15, (1 << 15) + 1])
+def test_wide_latents_sort_right_around_the_limit_of_int16(d_sae: int) -> None:
+    latent = torch.tensor([d_sae - 1, 0, d_sae // 2, 3])
+    kept = KeptEntries.of(torch.arange(4), latent, batch=4, d_sae=d_sae)
+    assert kept.by_latent.tolist() == [1, 3, 2, 0]
+    assert kept.d_sae == d_sae
+
+
+def test_firing_counts_leave_out_kept_zeros() -> None:
+    kept = kept_of(torch.tensor([[True, True, False], [True, False, False]]))
+    assert kernels.firing_counts(torch.tensor([0.0, 2.0, 3.0]), kept).tolist() == [1, 1, 0]
+
+
+def test_the_workspace_is_allocated_once() -> None:
+    workspace, like = Workspace(), torch.empty(0)
+    first = workspace.empty(4, 6, like)
+    assert workspace.empty(3, 5, like).data_ptr() == first.data_ptr()
+    assert workspace.empty(5, 6, like).shape == (5, 6)
+    assert workspace.empty(2, 2, like.double()).dtype == torch.float64

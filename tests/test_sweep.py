@@ -1,0 +1,376 @@
+"""Sweeps: equal to solo training, resumed bit for bit after any stop, one run's failure is its own."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_architectures import ARCHITECTURES
+from test_checkpoint import assert_same_state
+from test_train import rows
+from tiny_caches import harvest_tiny, write_texts
+from tiny_models import make_model, make_tokenizer
+from tiny_saes import make_config
+
+from actcache.cache import Cache, open_cache
+from actcache.errors import CacheMismatch, ConfigError, DatasetError, ManifestError
+from actcache.flow import Batch
+from actcache.loader import Loader
+from actcache.models import wrap_model
+from trainer.checkpoint import latest_checkpoint, load_checkpoint
+from trainer.config import SAEConfig, SweepConfig, TrainConfig
+from trainer.saelens import load_sae
+from trainer.sweep import SweepProgress, sweep, train
+from trainer.train import TrainState, initial_state
+
+HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+N_STEPS, BATCH, TOKENS = 12, 32, 11 * 32 + 1  # the last batch is one row
+EVERY_2 = TrainConfig(batch_tokens=BATCH, log_every=2, checkpoint_every=5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small only wait for each other's threads."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A real cache of a tiny GPT-2."""
+    folder = tmp_path_factory.mktemp("cache")
+    tokenizer = make_tokenizer()
+    model = wrap_model(make_model("gpt2", len(tokenizer)), tokenizer, "tiny")
+    return harvest_tiny(model, write_texts(folder / "texts.jsonl", 6), folder / "cache")
+
+
+def batches(start: int = 0) -> Iterator[Batch]:
+    """A stream in memory: 12 batches of two hooks, the last longer than what is left to train on."""
+    for step in range(start, N_STEPS):
+        x = {hook: rows(BATCH, seed=100 * i + step).bfloat16() for i, hook in enumerate(HOOKS)}
+        yield Batch(x=x, row=torch.arange(BATCH), step=step)
+
+
+def a_config(architecture: str, **changes: object) -> SAEConfig:
+    settings = {"n_steps": N_STEPS, "training_tokens": TOKENS, "dead_window": 100, "lr": 0.01}
+    if architecture in ("topk", "batchtopk"):
+        settings |= {"aux_coefficient": 0.1, "k_aux": 8}
+    return make_config(architecture, **settings | changes)
+
+
+def mixed_configs() -> list[SAEConfig]:
+    """Every architecture, two hooks, two scales, two widths."""
+    configs = [a_config(architecture) for architecture in ARCHITECTURES]
+    configs.append(a_config("topk", name="other-hook", hook_name=HOOKS[0], input_scale=2.0))
+    configs.append(a_config("topk", name="wide", d_sae=96, k=3, seed=4))
+    return configs
+
+
+def new_states(configs: list[SAEConfig]) -> list[TrainState]:
+    return [initial_state(config, torch.full((config.d_in,), 0.1)) for config in configs]
+
+
+def log_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_sae_of_a_sweep_equals_the_same_trained_alone(tmp_path: Path) -> None:
+    together = new_states(mixed_configs())
+    sweep(batches(), together, EVERY_2, tmp_path / "together")
+    for state, solo in zip(together, new_states(mixed_configs()), strict=True):
+        sweep(batches(), [solo], EVERY_2, tmp_path / "alone")
+        assert_same_state(state, solo)
+        logs = [tmp_path / where / state.config.name / "metrics.jsonl" for where in ("together", "alone")]
+        assert logs[0].read_bytes() == logs[1].read_bytes()
+
+
+def test_what_a_sweep_writes(tmp_path: Path) -> None:
+    (state,) = new_states([a_config("topk")])
+    seen: list[SweepProgress] = []
+    records = sweep(batches(), [state], EVERY_2, tmp_path, progress=seen.append)
+    folder = tmp_path / "a-topk"
+    assert [line["step"] for line in log_lines(folder)] == [2, 4, 6, 8, 10, 12]
+    assert log_lines(folder)[-1] == records["a-topk"].metrics
+    assert records["a-topk"].metrics["n_tokens"] == TOKENS
+    timing = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timing] == [2, 4, 6, 8, 10, 12]
+    assert set(timing[0]) == {
+        "step",
+        "step_seconds",
+        "seconds",
+        "tokens_per_second",
+        "sae_tokens_per_second",
+        "wait_share",
+    }
+    assert [each.name for each in (folder / "checkpoint").iterdir()] == ["step-00000012.safetensors"]
+    assert_same_state(load_checkpoint(state.config, folder / "checkpoint" / "step-00000012.safetensors"), state)
+    assert [(each.step, each.n_saes) for each in seen] == [(step, int(step < 12)) for step in range(1, 13)]
+    assert [step for step, each in enumerate(seen, start=1) if each.metrics] == [2, 4, 6, 8, 10, 12]
+    assert seen[-1].n_sae_tokens == TOKENS
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_diverging_sae_leaves_the_others_untouched(architecture: str, tmp_path: Path) -> None:
+    wild = a_config(architecture, name="wild", lr=1e30, max_grad_norm=None)
+    calm = [a_config(each, name=f"calm-{each}") for each in ("topk", "standard")]
+    both, alone = new_states([calm[0], wild, calm[1]]), new_states(calm)
+    records = sweep(batches(), both, EVERY_2, tmp_path / "both")
+    sweep(batches(), alone, EVERY_2, tmp_path / "alone")
+    assert_same_state(both[0], alone[0])
+    assert_same_state(both[2], alone[1])
+    error = records["wild"].error
+    assert error is not None
+    assert "wild: " in error
+    assert json.loads((tmp_path / "both" / "wild" / "failed.json").read_text())["error"] == error
+    assert records["calm-topk"].error is None
+
+
+def test_each_sae_joins_at_its_own_step(tmp_path: Path) -> None:
+    configs = [a_config("topk"), a_config("standard"), a_config("jumprelu")]
+    whole, parts = new_states(configs), new_states(configs)
+    sweep(batches(), whole, EVERY_2, tmp_path / "whole")
+    for state, stop in zip(parts, (0, 3, 7), strict=True):
+        first = (batch for batch in batches() if batch.step < stop)
+        with pytest.raises(DatasetError, match=f"must serve 12 batches, it ended after {stop}"):
+            sweep(first, [state], EVERY_2, tmp_path / "parts")
+    sweep(batches(), parts, EVERY_2, tmp_path / "parts")
+    for one, other in zip(whole, parts, strict=True):
+        assert_same_state(one, other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_every_sae_after_the_step(number: signal.Signals, tmp_path: Path) -> None:
+    usual = signal.getsignal(number)
+    states = new_states([a_config("topk"), a_config("standard")])
+
+    def interrupt(progress: SweepProgress) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt, match=f"{number.name}: all is saved"):
+        sweep(batches(), states, EVERY_2, tmp_path, progress=interrupt)
+    assert signal.getsignal(number) == usual
+    for state in states:
+        folder = tmp_path / state.config.name / "checkpoint"
+        assert [each.name for each in folder.iterdir()] == ["step-00000003.safetensors"]
+
+
+# --- train: a cache, a sweep file, a folder of runs
+
+
+def the_sweep(**changes: object) -> SweepConfig:
+    """Every architecture on one hook of the cache; 18 steps over three epochs, the last of one row."""
+    runs = [
+        {"architecture": "topk", "k": 4, "name": "topk"},
+        {"architecture": "batchtopk", "k": 4, "name": "batchtopk"},
+        {"architecture": "standard", "sparsity_coefficient": 0.5, "name": "standard"},
+        {"architecture": "jumprelu", "sparsity_coefficient": 0.01, "name": "jumprelu"},
+    ]
+    sweep_file = {"batch_tokens": 128, "log_every": 3, "checkpoint_every": 4, "epochs": 3, "tokens": 17 * 128 + 1}
+    base = {"hook_name": HOOKS[1], "d_sae": 48, "lr": 0.003}
+    return SweepConfig.from_dict(sweep_file | {"base": base, "runs": runs} | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RUNS of `the_sweep`, never interrupted."""
+    out = tmp_path_factory.mktemp("runs")
+    assert all(record.error is None for record in train(cache, the_sweep(), out))
+    return out
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    """Equal weights, optimisers, counters, metrics and saved SAEs."""
+    for name in ("topk", "batchtopk", "standard", "jumprelu"):
+        files = ["metrics.jsonl", "config.json", "sae/cfg.json", "sae/sae_weights.safetensors"]
+        files.append(f"checkpoint/{latest_checkpoint(one / name / 'checkpoint').name}")
+        for file in files:
+            assert (one / name / file).read_bytes() == (other / name / file).read_bytes(), f"{name}/{file}"
+
+
+def test_a_finished_run_says_what_it_was(cache: Cache, finished: Path) -> None:
+    for name in ("topk", "batchtopk", "standard", "jumprelu"):
+        config = json.loads((finished / name / "config.json").read_text())
+        assert SAEConfig(**config["sae"]).name == name
+        assert config["sae"]["n_steps"] == 18
+        assert TrainConfig(**config["train"]) == the_sweep().train
+        assert config["cache"] == {"path": str(cache.path), "fingerprint": cache.fingerprint}
+        assert config["model"] == {"name": "tiny", "revision": cache.identity["model"]["revision"]}
+        assert config["sae"]["training_tokens"] == log_lines(finished / name)[-1]["n_tokens"]
+        sae = load_sae(finished / name)
+        assert (sae.d_in, sae.d_sae, sae.hook_name) == (32, 48, HOOKS[1])
+
+
+def test_a_trained_sae_explains_raw_activations(cache: Cache, finished: Path) -> None:
+    """The exported SAE, scale folded, reconstructs what the training SAE did."""
+    with Loader(cache, HOOKS[1], batch_tokens=64) as loader:
+        x = next(loader).x[HOOKS[1]].float()
+    sae = load_sae(finished / "topk")
+    config = SAEConfig(**json.loads((finished / "topk" / "config.json").read_text())["sae"])
+    state = load_checkpoint(config, latest_checkpoint(finished / "topk" / "checkpoint"))
+    W = {name: weight.detach() for name, weight in state.weights.items()}
+    h = (x * config.input_scale - W["b_dec"]) @ W["W_enc"].T + W["b_enc"]
+    top = h.topk(4, dim=1)
+    x_hat = torch.zeros_like(h).scatter(1, top.indices, top.values.relu()) @ W["W_dec"] + W["b_dec"]
+    torch.testing.assert_close(sae.decode(sae.encode(x)), x_hat / config.input_scale, rtol=1e-4, atol=1e-4)
+
+
+def test_batchtopk_is_saved_with_a_threshold_that_keeps_about_k(cache: Cache, finished: Path) -> None:
+    with Loader(cache, HOOKS[1], batch_tokens=256) as loader:
+        acts = load_sae(finished / "batchtopk").encode(next(loader).x[HOOKS[1]].float())
+    assert 3 < (acts > 0).sum(1).float().mean() < 5
+
+
+def test_b_dec_starts_where_the_config_says(cache: Cache, tmp_path: Path) -> None:
+    inits = ("zeros", "mean", "geometric_median")
+    runs = [{"architecture": "topk", "k": 4, "name": init, "b_dec_init": init, "lr": 1e-30} for init in inits]
+    records = train(cache, the_sweep(runs=runs, tokens=64, epochs=1), tmp_path)
+    statistics = cache.statistics(HOOKS[1])
+    expected = {"zeros": 0 * statistics.mean, "mean": statistics.mean, "geometric_median": statistics.geometric_median}
+    for record in records:
+        got = load_sae(record.folder).b_dec.double()
+        # in units of the raw activations: float32 rounding, once scaled and once folded
+        torch.testing.assert_close(got, torch.from_numpy(expected[record.config.name]), rtol=1e-6, atol=1e-6)
+
+
+def test_finished_runs_are_left_alone_and_new_ones_are_added(cache: Cache, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    sweep_file = the_sweep()
+    more = dataclasses.replace(
+        sweep_file, runs=(*sweep_file.runs, {**sweep_file.runs[0], "name": "another", "seed": 7})
+    )
+    records = train(cache, more, finished)
+    assert [record.config.name for record in records] == ["topk", "batchtopk", "standard", "jumprelu", "another"]
+    assert [record.seconds > 0 for record in records] == [False] * 4 + [True]
+    assert all(record.metrics["step"] == record.config.n_steps for record in records)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (finished / "another" / "sae" / "cfg.json").exists()
+
+
+class Stop(Exception):
+    """Stands for anything that ends a training between two steps."""
+
+
+def stop_after(n_steps: int) -> Callable[[SweepProgress], None]:
+    """A progress callback that ends a training after so many steps of this call."""
+    steps = []
+
+    def stop(progress: SweepProgress) -> None:
+        steps.append(progress.step)
+        if len(steps) == n_steps:
+            raise Stop
+
+    return stop
+
+
+def was_stopped(cache: Cache, out: Path, n_steps: int) -> bool:
+    """One call that is stopped after so many steps; False if it came to its end before."""
+    try:
+        train(cache, the_sweep(), out, progress=stop_after(n_steps))
+    except Stop:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("n_steps", [4, 5, 6, 7])
+def test_training_resumes_bit_for_bit_from_any_step(
+    n_steps: int, cache: Cache, finished: Path, tmp_path: Path
+) -> None:
+    n_calls = 1
+    while was_stopped(cache, tmp_path, n_steps):
+        n_calls += 1
+    assert n_calls >= 3
+    assert_same_runs(finished, tmp_path)
+
+
+CHILD = """
+import sys, time, torch
+torch.set_num_threads(1)
+from actcache.cache import open_cache
+from trainer.config import SweepConfig
+from trainer.sweep import train
+cache, sweep_file, out = sys.argv[1:]
+train(open_cache(cache), SweepConfig.from_yaml(sweep_file), out, progress=lambda progress: time.sleep(0.05))
+"""
+
+
+def test_a_killed_process_resumes_bit_for_bit(cache: Cache, finished: Path, tmp_path: Path) -> None:
+    config = the_sweep()
+    train_settings = {key: value for key, value in dataclasses.asdict(config.train).items() if value is not None}
+    (tmp_path / "sweep.yaml").write_text(json.dumps({**train_settings, "runs": config.runs}))
+    out = tmp_path / "runs"
+    command = [sys.executable, "-c", CHILD, str(cache.path), str(tmp_path / "sweep.yaml"), str(out)]
+    child = subprocess.Popen(command, cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        log = out / "jumprelu" / "metrics.jsonl"
+        while child.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+            time.sleep(0.005)
+    finally:
+        child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "the child was still training"
+    assert not (out / "topk" / "sae").exists()
+    train(cache, config, out)
+    assert_same_runs(finished, out)
+
+
+def test_a_torn_line_is_cut_off(cache: Cache, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        train(cache, the_sweep(), tmp_path, progress=stop_after(5))
+    log = tmp_path / "standard" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"step": 6, "n_tok')
+    train(cache, the_sweep(), tmp_path)
+    assert_same_runs(finished, tmp_path)
+
+
+def test_another_configuration_lists_the_differences(cache: Cache, finished: Path) -> None:
+    changed = the_sweep(base={"hook_name": HOOKS[1], "d_sae": 48, "lr": 0.004}, seed=1)
+    with pytest.raises(CacheMismatch, match=r"topk: holds another run: sae\.lr is 0\.003 there, 0\.004 here; train\.s"):
+        train(cache, changed, finished)
+
+
+def test_how_often_to_save_may_change(cache: Cache, finished: Path) -> None:
+    assert len(train(cache, the_sweep(checkpoint_every=1), finished)) == 4
+
+
+def test_a_folder_that_is_no_run_is_refused(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "topk").mkdir()
+    (tmp_path / "topk" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(CacheMismatch, match=r"topk: must be a run or absent, it has no config\.json"):
+        train(cache, the_sweep(), tmp_path)
+    assert not (tmp_path / "standard").exists(), "nothing is written before everything is checked"
+    (tmp_path / "topk" / "config.json").write_text("{")
+    with pytest.raises(ManifestError, match=r"config\.json: must be readable JSON"):
+        train(cache, the_sweep(), tmp_path)
+
+
+def test_a_diverged_run_is_reported_again_and_not_retrained(cache: Cache, tmp_path: Path) -> None:
+    topk = {"architecture": "topk", "k": 4}
+    runs = [{**topk, "name": "wild", "lr": 1e30}, {**topk, "name": "calm"}]
+    sweep_file = the_sweep(runs=runs, tokens=400)
+    first, second = train(cache, sweep_file, tmp_path), train(cache, sweep_file, tmp_path)
+    assert first[0].error is not None
+    assert [record.error for record in second] == [record.error for record in first]
+    assert not (tmp_path / "wild" / "sae").exists()
+    assert (tmp_path / "calm" / "sae").exists()
+
+
+def test_more_tokens_than_the_epochs_serve_say_how_many_there_are(cache: Cache, tmp_path: Path) -> None:
+    with Loader(cache, HOOKS[1]) as loader:
+        n_rows = loader.n_rows
+    with pytest.raises(ConfigError, match=rf"{3 * n_rows + 1} tokens asked, but 3 epoch\(s\) .* serve {3 * n_rows}"):
+        train(cache, the_sweep(tokens=3 * n_rows + 1), tmp_path)
+
+
+def test_tokens_are_exact(cache: Cache, tmp_path: Path) -> None:
+    for record in train(cache, the_sweep(tokens=129, epochs=1), tmp_path):
+        assert (record.metrics["n_tokens"], record.metrics["step"]) == (129, 2)
+    assert open_cache(cache.path).fingerprint == cache.fingerprint
