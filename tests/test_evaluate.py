@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from actcache.cache import Cache
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.harvest import harvest
+from actcache.harvester import harvest
 from actcache.models import LanguageModel, wrap_model
 from actcache.plan import HarvestConfig
 from actcache.tokens import LoadedDataset

@@ -81,7 +81,7 @@ def evaluate(
     if isinstance(run, SAE | PCA):
         return evaluate_all([run], cache, model, progress=progress)[0]
     _check_run(Path(run), cache)
-    return evaluate_all([load_sae(run)], cache, model, progress=progress)[0]
+    return evaluate_all([load_sae(run, device=_device(model))], cache, model, progress=progress)[0]
 
 
 def evaluate_all(
@@ -133,13 +133,13 @@ def evaluate_runs(
     cache: Cache,
     model: Model | None = None,
     *,
-    device: torch.device | str = "cpu",
     model_tokens: int = MODEL_TOKENS,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate one RUN folder, or every run below RUNS with its PCA baselines, and write each eval.json.
 
-    Runs that diverged (failed.json) have nothing to evaluate and are left out.
+    The SAEs are put on the model's device, on the CPU without one. Runs that diverged (failed.json) have nothing to
+    evaluate and are left out.
 
     A baseline is made for every distinct (hook_name, k) of the runs that have a k up to d_in:
     RUNS/pca-k{k}-{hook_name}, with a config.json of architecture "pca", k components fitted on training rows.
@@ -154,9 +154,9 @@ def evaluate_runs(
     runs = Path(runs)
     folders = _finished(runs)
     configs = [_check_run(folder, cache) for folder in folders]
-    saes: list[SAE | PCA] = [load_sae(folder, device=device) for folder in folders]
+    saes: list[SAE | PCA] = [load_sae(folder, device=_device(model)) for folder in folders]
     if runs not in folders:
-        for baseline in _baselines(configs, cache, device):
+        for baseline in _baselines(configs, cache, _device(model)):
             folders.append(_write_baseline(runs, baseline, cache))
             saes.append(baseline)
     rows = evaluate_all(saes, cache, model, model_tokens=model_tokens, progress=progress)
@@ -168,6 +168,10 @@ def evaluate_runs(
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write canonical JSON (sorted keys, finite numbers, one newline at the end), whole or not at all."""
     write_atomically(path, [(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()])
+
+
+def _device(model: Model | None) -> torch.device:
+    return torch.device("cpu") if model is None else model.device
 
 
 def _row(sae: SAE | PCA, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,7 +333,7 @@ def _is_baseline(folder: Path) -> bool:
     return _read_json(folder / "config.json").get("architecture") == "pca"
 
 
-def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch.device | str) -> list[PCA]:
+def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch.device) -> list[PCA]:
     """One for every distinct (hook_name, k) up to d_in: fitted once a hook with the largest k, of which the others are
     part.
     """
