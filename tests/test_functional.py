@@ -56,7 +56,7 @@ def test_batch_topk_breaks_ties_by_index() -> None:
 def test_nan_is_kept_so_that_the_loss_shows_it() -> None:
     pre_acts = torch.tensor([[1.0, float("nan"), -1.0, 2.0]])
     assert 1 in batch_topk_kept(pre_acts, 1)[1].tolist()
-    assert above(pre_acts, torch.tensor(0.0))[1].tolist() == [0, 1, 3]
+    assert above(pre_acts, torch.tensor(0.0)).tolist() == [[True, True, False, True]]
     assert jumprelu(pre_acts, torch.full((4,), 0.5), 0.1).isnan().tolist() == [[False, True, False, False]]
 
 

@@ -143,9 +143,10 @@ def _sparse_if_few(
 ) -> tuple[Tensor, KeptEntries | None]:
     """The pre-activations above `cut` where they are few, else all of them; with gradients."""
     batch, d_sae = all_pre_acts.shape
-    row, latent = functional.above(all_pre_acts, cut)
-    if len(row) > DENSEST_SPARSE * batch * d_sae:
+    is_kept = functional.above(all_pre_acts, cut)
+    if int(is_kept.count_nonzero()) > DENSEST_SPARSE * batch * d_sae:
         return kernels.dense_pre_acts(all_pre_acts, x, weights["W_enc"], weights["b_enc"]), None
+    row, latent = is_kept.nonzero(as_tuple=True)
     kept = KeptEntries.of(row, latent, batch=batch, d_sae=d_sae)
     values = all_pre_acts[row, latent]
     return kernels.kept_pre_acts(values, kept, x, weights["W_enc"], weights["b_enc"], None), kept

@@ -91,7 +91,7 @@ def _fill(state: TrainState, stored: dict[str, Tensor]) -> None:
         with torch.no_grad():
             weight.copy_(stored[f"weights/{name}"])
         adam_step = torch.tensor(float(state.step), device=weight.device)
-        moments = {moment: stored[f"{moment}/{name}"].to(weight.device) for moment in MOMENTS}
+        moments = {moment: stored[f"{moment}/{name}"].to(weight.device, copy=True) for moment in MOMENTS}
         if any(moment.shape != weight.shape for moment in moments.values()):
             raise ValueError(f"moments of {name} must have shape {tuple(weight.shape)}")
         state.optimiser.state[weight] = {"step": adam_step, **moments}

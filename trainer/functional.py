@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SAMPLED_ENTRIES = 1 << 16  # entries looked at to guess where the batch's k-th largest lies
@@ -46,9 +46,9 @@ def batch_topk_kept(
     batch, d_sae = pre_acts.shape
     _check_k("batch_topk", k, d_sae)
     n_kept = k * batch
-    row, latent = above(pre_acts, _guessed_cut(pre_acts, n_kept))
+    row, latent = above(pre_acts, _guessed_cut(pre_acts, n_kept)).nonzero(as_tuple=True)
     if len(row) < n_kept:
-        row, latent = above(pre_acts, pre_acts.new_zeros(()))
+        row, latent = above(pre_acts, pre_acts.new_zeros(())).nonzero(as_tuple=True)
     if len(row) <= n_kept:
         return row, latent
     candidates = pre_acts[row, latent]
@@ -58,10 +58,9 @@ def batch_topk_kept(
 
 def above(
     pre_acts: Float[Tensor, "batch d_sae"], cut: Float[Tensor, "#d_sae"] | Float[Tensor, ""]
-) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
-    """(row, latent) of the entries above `cut` (a number, or one per latent), in row-major order; NaN passes."""
-    row, latent = (pre_acts <= cut).logical_not_().nonzero(as_tuple=True)
-    return row, latent
+) -> Bool[Tensor, "batch d_sae"]:
+    """Which entries exceed `cut` (a number, or one per latent); NaN does, so that the loss will show it."""
+    return (pre_acts <= cut).logical_not_()
 
 
 def jumprelu(

@@ -27,6 +27,15 @@ class LossTerms:
         """What is minimised."""
         return self.reconstruction + self.sparsity + self.aux
 
+    def detach(self) -> "LossTerms":
+        """The values without the graph that they hold on to."""
+        return LossTerms(
+            mse=self.mse.detach(),
+            reconstruction=self.reconstruction.detach(),
+            sparsity=self.sparsity.detach(),
+            aux=self.aux.detach(),
+        )
+
 
 def loss_terms(
     config: SAEConfig,

@@ -34,7 +34,7 @@ def remove_parallel_gradient_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
     """
     assert W_dec.grad is not None, "called after backward"
     directions = W_dec.detach()
-    parallel = (W_dec.grad * directions).sum(dim=1, keepdim=True)
+    parallel = torch.linalg.vecdot(W_dec.grad, directions)[:, None]
     W_dec.grad.addcmul_(parallel, directions, value=-1)
 
 

@@ -89,7 +89,7 @@ def train_step(state: TrainState, x: Float[Tensor, "batch d_in"], workspace: Wor
     lr = lr_at(config, state.step)
     _update_weights(state, lr)
     n_active = _count(state, output, len(x))
-    return StepOutcome(loss=loss, x_hat=output.x_hat.detach(), n_active=n_active, lr=lr)
+    return StepOutcome(loss=loss.detach(), x_hat=output.x_hat.detach(), n_active=n_active, lr=lr)
 
 
 def log_record(state: TrainState, x: Float[Tensor, "batch d_in"], outcome: StepOutcome) -> dict[str, float | int]:
