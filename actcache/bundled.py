@@ -5,7 +5,8 @@ the standard library, read from the running Python. Nothing of that library is i
 """
 
 import ast
-import sysconfig
+import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +29,16 @@ def standard_library_documents() -> list[str]:
     equal for equal Python installations.
     """
     documents = {_topic_document(name, text) for name, text in topics.items() if text.strip()}
-    stdlib = Path(sysconfig.get_path("stdlib"))
+    stdlib = Path(os.__file__).parent
     documents.update(filter(None, (_module_document(path, stdlib) for path in _module_files(stdlib))))
     return sorted(documents)
+
+
+def write_documents(path: Path) -> Path:
+    """Write the standard library's documents as JSON lines with a `text` column; returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in standard_library_documents()))
+    return path
 
 
 def _topic_document(name: str, text: str) -> str:

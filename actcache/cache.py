@@ -18,6 +18,7 @@ from actcache.manifest import (
     HookSpec,
     Manifest,
     Plan,
+    aligned_arrays,
     fingerprint,
     hook_arrays,
     sequence_arrays,
@@ -31,6 +32,7 @@ from actcache.stats import HookStatistics
 STORE = "acts.zarr"
 PLAN = "manifest/plan.json"
 CACHE_MANIFEST = "manifest/cache.json"
+ORIGIN = "log/origin.json"
 
 
 class Cache:
@@ -43,6 +45,14 @@ class Cache:
     def identity(self) -> dict[str, Any]:
         """Model, dataset, packing, dtype, codec, seed: what tells this cache from another."""
         return self.manifest.identity
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """{"model", "revision"}: where the model was loaded from, which may differ between equal caches."""
+        try:
+            return json.loads((self.path / ORIGIN).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ManifestError(f"{self.path / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
 
     @property
     def context_size(self) -> int:
@@ -60,7 +70,7 @@ class Cache:
         return tuple(hook.hook_name for hook in self.manifest.hooks)
 
     def hook(self, hook_name: str) -> HookSpec:
-        """Width, dtype and chunk rows of a hook. Raises CacheMismatch, listing the hooks there are."""
+        """Width and dtype of a hook. Raises CacheMismatch, listing the hooks there are."""
         return self.manifest.hook(hook_name)
 
     def n_rows(self, split: str = "train") -> int:
@@ -81,7 +91,7 @@ class Cache:
 
     def hook_reader(self, split: str, hook_name: str) -> ArrayReader:
         """Reads the activations of one hook."""
-        return self.reader(split, hook_arrays([self.hook(hook_name)])[0])
+        return self.reader(split, hook_arrays([self.hook(hook_name)], self.manifest.chunk_rows)[0])
 
     def token_reader(self, split: str, name: str) -> ArrayReader:
         """Reads "id", "sequence" or "position" of every row."""
@@ -160,12 +170,11 @@ def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReade
 
 def stored_files(manifest: Manifest) -> dict[str, int]:
     """Path below acts.zarr -> bytes, of every shard file that the manifest speaks of."""
-    arrays = [*hook_arrays(manifest.hooks), *token_arrays(manifest.shard_rows)]
     files = {
         f"{split}/{shard_key(array, shard.index)}": shard.arrays[array.path].n_bytes
         for split in SPLITS
         for shard in manifest.shards[split]
-        for array in arrays
+        for array in aligned_arrays(manifest)
     }
     for split, record in manifest.plan.sequences.items():
         for array in sequence_arrays(manifest.identity["context_size"]):

@@ -20,11 +20,10 @@ from actcache.manifest import (
     Manifest,
     Plan,
     ShardRecord,
-    hook_arrays,
+    aligned_arrays,
     merge_records,
     seal,
     sequence_arrays,
-    token_arrays,
 )
 from actcache.stats import ROW_FILTERS, HookStatistics, Moments, geometric_median
 from actcache.writer import write_atomically, write_metadata
@@ -95,12 +94,13 @@ def _partials(root: Path, shard: ShardRecord, hook_name: str) -> dict[str, Momen
 def _medians(cache: Cache, split: str, hook: HookSpec) -> dict[str, Float[np.ndarray, " d_in"]]:
     """Geometric medians over the rows of evenly spaced chunks, about 32,768 of them."""
     reader, token_ids = cache.hook_reader(split, hook.hook_name), cache.token_reader(split, "id")
-    n_wanted = min(reader.n_chunks, max(1, MEDIAN_ROWS // hook.chunk_rows))
+    chunk_rows = cache.manifest.chunk_rows
+    n_wanted = min(reader.n_chunks, max(1, MEDIAN_ROWS // chunk_rows))
     special = np.array(cache.special_token_ids, dtype=np.int32)
     rows, plain = [np.empty((0, hook.d_in), dtype=np.float32)], [np.empty(0, dtype=bool)]
     for number in range(n_wanted):
-        start = (number * reader.n_chunks // n_wanted) * hook.chunk_rows
-        stop = min(start + hook.chunk_rows, reader.n_rows)
+        start = (number * reader.n_chunks // n_wanted) * chunk_rows
+        stop = min(start + chunk_rows, reader.n_rows)
         rows.append(float32_values(reader.read(start, stop), hook.dtype))
         plain.append(~np.isin(token_ids.read(start, stop), special))
     x, is_plain = np.concatenate(rows), np.concatenate(plain)
@@ -109,11 +109,10 @@ def _medians(cache: Cache, split: str, hook: HookSpec) -> dict[str, Float[np.nda
 
 def _store_arrays(manifest: Manifest) -> dict[str, tuple[ArraySpec, int, int]]:
     """Path below the store -> (array, rows, rows of a shard), of every array."""
-    aligned = [*hook_arrays(manifest.hooks), *token_arrays(manifest.shard_rows)]
     arrays = {
         f"{split}/{array.path}": (array, manifest.n_rows(split), manifest.shard_rows)
         for split in SPLITS
-        for array in aligned
+        for array in aligned_arrays(manifest)
     }
     for split, record in manifest.plan.sequences.items():
         for array in sequence_arrays(manifest.identity["context_size"]):

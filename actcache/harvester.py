@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
-from actcache.cache import CACHE_MANIFEST, STORE, Cache, open_cache, sequence_reader
+from actcache.cache import CACHE_MANIFEST, ORIGIN, STORE, Cache, open_cache, sequence_reader
 from actcache.codecs import TORCH_DTYPE, codec, crc32c, float32_values, storage_view
 from actcache.errors import CacheMismatch, NonFiniteActivations
 from actcache.finalise import finalise, partials_key
@@ -37,7 +37,6 @@ from actcache.manifest import (
     Plan,
     ShardRecord,
     hook_arrays,
-    hook_spec,
     merge_records,
     shard_key,
     token_arrays,
@@ -95,7 +94,10 @@ def harvest(
         if _is_finished(root, config.hook_names):
             return open_cache(root)
         remove_partials(root)
-        specs = [hook_spec(plan.identity, name, d_in) for name, d_in in widths.items()]
+        origin = {"model": model.source, "revision": model.identity["revision"]}
+        write_atomically(root / ORIGIN, [json.dumps(origin).encode()])
+        dtype = plan.identity["dtype"]
+        specs = [HookSpec(hook_name=name, d_in=d_in, dtype=dtype) for name, d_in in widths.items()]
         _Harvester(root, plan, model, specs, journal, config.batch_size, times, progress).run()
         finalise(root, plan, journal.records)
         times.total = time.perf_counter() - started
@@ -183,6 +185,7 @@ class _Harvester:
     ):
         self._root, self._plan, self._model, self._journal, self._times = root, plan, model, journal, times
         self._context_size = plan.identity["context_size"]
+        self._chunk_rows = plan.identity["chunk_rows"]
         self._batch_size = batch_size or max(1, BATCH_TOKENS[model.device.type] // self._context_size)
         self._codec = codec(plan.identity["codec"])
         self._special = np.array(plan.identity["special_token_ids"], dtype=np.int32)
@@ -218,10 +221,8 @@ class _Harvester:
         for split in SPLITS:
             for index in range(self._plan.n_shards(split)):
                 record = self._done.get((split, index))
-                stored = record.arrays if record else {}
-                lacking = tuple(
-                    hook for hook, array in zip(hooks, hook_arrays(hooks), strict=True) if array.path not in stored
-                )
+                stored = set(record.hooks) if record else set()
+                lacking = tuple(hook for hook in hooks if hook not in stored)
                 if lacking:
                     yield split, index, lacking
 
@@ -299,7 +300,7 @@ class _Harvester:
         partials: dict[str, int] = {}
         if not self._has_tokens(shard):
             arrays |= self._write_tokens(shard)
-        for hook, array in zip(shard.hooks, hook_arrays(shard.hooks), strict=True):
+        for hook, array in zip(shard.hooks, hook_arrays(shard.hooks, self._chunk_rows), strict=True):
             arrays[array.path], moments = self._write_hook(shard, hook, array, window.x[hook.hook_name])
             partials |= self._write_partials(shard, hook, moments)
         record = ShardRecord(

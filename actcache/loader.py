@@ -69,7 +69,7 @@ class Loader(Iterator[Batch]):
         _check(cache, self.hook_names, split, batch_tokens, epochs, start_step, rank, world_size)
         self._readers = {name: cache.hook_reader(split, name) for name in self.hook_names}
         self._dtypes = {name: cache.hook(name).dtype for name in self.hook_names}
-        self._chunk_rows = max(reader.array.chunk_rows for reader in self._readers.values())
+        self._chunk_rows = cache.manifest.chunk_rows
         self._token_ids = cache.token_reader(split, "id") if exclude_special_tokens else None
         self._special = np.array(cache.special_token_ids, dtype=np.int32)
         self._rank, self._world_size = rank, world_size
@@ -163,16 +163,12 @@ class Loader(Iterator[Batch]):
 
     def _joined(self, reader: ArrayReader, chunks: Sequence[int]) -> np.ndarray:
         """The rows of the chunks, back to back; each is decoded straight into its place."""
-        per_chunk = self._chunk_rows // reader.array.chunk_rows
-        wanted = [
-            c for chunk in chunks for c in range(chunk * per_chunk, min((chunk + 1) * per_chunk, reader.n_chunks))
-        ]
-        for chunk in wanted:
+        for chunk in chunks:
             reader.will_need(chunk)
-        buffer = reader.empty(len(wanted))
+        buffer = reader.empty(len(chunks))
         offset = 0
-        for chunk in wanted:
-            reader.decode_into(chunk, buffer[offset : offset + reader.array.chunk_rows])
+        for chunk in chunks:
+            reader.decode_into(chunk, buffer[offset : offset + self._chunk_rows])
             offset += reader.rows_of(chunk)  # a short chunk's padding is overwritten by the next
         return buffer[:offset]
 

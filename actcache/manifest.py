@@ -37,12 +37,11 @@ SEAL = re.compile(rb'(\{.*),"crc32c":"([0-9a-f]{8})"\}\n?', re.DOTALL)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookSpec:
-    """One hook of a cache: its width, its logical dtype and the rows of an inner chunk."""
+    """One hook of a cache: its width and its logical dtype."""
 
     hook_name: str
     d_in: int
     dtype: str
-    chunk_rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +169,11 @@ class Manifest:
         """S: rows of every shard but the last of a split."""
         return self.identity["shard_rows"]
 
+    @property
+    def chunk_rows(self) -> int:
+        """C: rows of an inner chunk, the same for every hook."""
+        return self.identity["chunk_rows"]
+
     def n_rows(self, split: str) -> int:
         """Rows of a split, the same for every hook."""
         return self.plan.n_rows(split)
@@ -272,9 +276,12 @@ def check_identity(identity: dict[str, Any]) -> None:
         raise ManifestError(f"cache: codec must be one of {', '.join(CODECS)}, got {identity.get('codec')!r}")
     if identity.get("dtype") not in ACTIVATION_DTYPES:
         raise ManifestError(f"cache: dtype must be one of {ACTIVATION_DTYPES}, got {identity.get('dtype')!r}")
-    shard_rows, context_size = identity.get("shard_rows"), identity.get("context_size")
+    shard_rows, chunk_rows = identity.get("shard_rows"), identity.get("chunk_rows")
     if not isinstance(shard_rows, int) or not 1 <= shard_rows <= MAX_SHARD_ROWS:
         raise ManifestError(f"cache: shard_rows must be in [1, {MAX_SHARD_ROWS}], got {shard_rows!r}")
+    if not isinstance(chunk_rows, int) or not 1 <= chunk_rows <= shard_rows or shard_rows % chunk_rows:
+        raise ManifestError(f"cache: chunk_rows must divide shard_rows={shard_rows}, got {chunk_rows!r}")
+    context_size = identity.get("context_size")
     if not isinstance(context_size, int) or context_size < 1:
         raise ManifestError(f"cache: context_size must be at least 1, got {context_size!r}")
 
@@ -296,21 +303,18 @@ def shard_rows(d_in: int, itemsize: int, *, n_hooks: int, n_rows: int, context_s
 
 
 def chunk_rows(d_in: int, itemsize: int, shard_rows: int) -> int:
-    """C: rows of an inner chunk, the largest power of two within 2 MiB, at least 32 and at most the shard."""
+    """C: rows of an inner chunk, from the widest hook when a cache is created; frozen afterwards.
+
+    The largest power of two within 2 MiB, at least 32 and at most the shard. One number for every hook, so that the
+    order of the rows does not depend on which hooks are read.
+    """
     return min(max(MIN_CHUNK_ROWS, _floor_power_of_two(MAX_CHUNK_BYTES // (d_in * itemsize))), shard_rows)
 
 
-def hook_spec(identity: dict[str, Any], hook_name: str, d_in: int) -> HookSpec:
-    """The spec of a hook of that width in a cache of that identity."""
-    dtype = identity["dtype"]
-    rows = chunk_rows(d_in, TORCH_DTYPE[dtype].itemsize, identity["shard_rows"])
-    return HookSpec(hook_name=hook_name, d_in=d_in, dtype=dtype, chunk_rows=rows)
-
-
-def hook_arrays(hooks: Iterable[HookSpec]) -> list[ArraySpec]:
+def hook_arrays(hooks: Iterable[HookSpec], chunk_rows: int) -> list[ArraySpec]:
     """The sharded array of each hook."""
     return [
-        ArraySpec(path=f"{hook.hook_name}/acts", dtype=hook.dtype, width=hook.d_in, chunk_rows=hook.chunk_rows)
+        ArraySpec(path=f"{hook.hook_name}/acts", dtype=hook.dtype, width=hook.d_in, chunk_rows=chunk_rows)
         for hook in hooks
     ]
 
@@ -319,6 +323,11 @@ def token_arrays(shard_rows: int) -> list[ArraySpec]:
     """The sharded int32 arrays that say which token each row is."""
     rows = min(TOKEN_CHUNK_ROWS, shard_rows)
     return [ArraySpec(path=path, dtype="int32", width=None, chunk_rows=rows) for path in TOKEN_ARRAYS]
+
+
+def aligned_arrays(manifest: Manifest) -> list[ArraySpec]:
+    """Every row-aligned array of a split: the hooks' and the tokens'."""
+    return [*hook_arrays(manifest.hooks, manifest.chunk_rows), *token_arrays(manifest.shard_rows)]
 
 
 def sequence_arrays(context_size: int) -> list[ArraySpec]:
@@ -343,16 +352,14 @@ def _check_hooks(manifest: Manifest) -> None:
     for hook in manifest.hooks:
         if not HOOK_NAME.fullmatch(hook.hook_name):
             raise ManifestError(f"manifest: hook_name must be dotted words, got {hook.hook_name!r}")
-        itemsize = TORCH_DTYPE[manifest.identity["dtype"]].itemsize
-        if hook.dtype != manifest.identity["dtype"] or not 1 <= hook.d_in <= MAX_SHARD_BYTES // itemsize:
+        row_bytes = hook.d_in * TORCH_DTYPE[manifest.identity["dtype"]].itemsize
+        if hook.dtype != manifest.identity["dtype"] or not 1 <= row_bytes * manifest.chunk_rows <= MAX_SHARD_BYTES:
             raise ManifestError(f"manifest: {hook.hook_name} has an impossible dtype or width: {hook}")
-        if hook.chunk_rows != chunk_rows(hook.d_in, itemsize, manifest.shard_rows):
-            raise ManifestError(f"manifest: {hook.hook_name} has an impossible chunk_rows: {hook}")
 
 
 def _check_shards(manifest: Manifest, split: str) -> None:
     rows, shards = manifest.shard_rows, manifest.shards[split]
-    wanted = {a.path: a for a in [*hook_arrays(manifest.hooks), *token_arrays(rows)]}
+    wanted = {a.path: a for a in aligned_arrays(manifest)}
     for index, shard in enumerate(shards):
         last = index == len(shards) - 1
         whole = 1 <= shard.n_rows <= rows if last else shard.n_rows == rows

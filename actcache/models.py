@@ -87,6 +87,7 @@ class LanguageModel(ABC):
     Attributes:
         tokenizer: as loaded, untouched.
         identity: {"name", "revision", "config_sha256", "weights_sha256"}; JSON-able, no absolute paths.
+        source: where it can be loaded from again, a hub name or an absolute path; "" if that is not known.
         device: of the embedding, where token ids go; with a device map the activations may be elsewhere.
         dtype: of the parameters, and of the activations unless a hook says otherwise.
         n_layers, d_model: number of blocks, width of the residual stream.
@@ -97,6 +98,8 @@ class LanguageModel(ABC):
         config = model.config.get_text_config()
         self.tokenizer = tokenizer
         self.identity = identity
+        path = cast(str, model.config.name_or_path)
+        self.source = os.path.abspath(path) if os.path.isdir(path) else path
         self.device: torch.device = next(model.get_input_embeddings().parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.n_layers: int = config.num_hidden_layers

@@ -21,6 +21,7 @@ from actcache.manifest import (
     ArraySpec,
     Plan,
     SequencesRecord,
+    chunk_rows,
     seal,
     sequence_arrays,
     shard_key,
@@ -32,6 +33,7 @@ from actcache.tokens import PackedSequence, Packing, Source, documents, pack, to
 from actcache.writer import write_atomically, write_shard
 
 SEPARATORS = ("bos", "eos", "none")
+SIZES = ("shard_rows", "chunk_rows")  # settled when a cache is created, not asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,14 +94,16 @@ def settle_plan(root: Path, model: LanguageModel, source: Source, config: Harves
         _refuse_other_plan(root, plan, wanted, config.tokens)
         return plan
     sequences = _pack(root, model, source, config)
+    itemsize = TORCH_DTYPE[config.dtype].itemsize
     rows = shard_rows(
         widest,
-        TORCH_DTYPE[config.dtype].itemsize,
+        itemsize,
         n_hooks=len(config.hook_names),
         n_rows=max(record.n_sequences for record in sequences.values()) * config.context_size,
         context_size=config.context_size,
     )
-    plan = Plan(identity={**wanted, "shard_rows": rows}, tokens=config.tokens, sequences=sequences)
+    sizes = {"shard_rows": rows, "chunk_rows": chunk_rows(widest, itemsize, rows)}
+    plan = Plan(identity={**wanted, **sizes}, tokens=config.tokens, sequences=sequences)
     sealed = seal(plan.to_json())
     write_atomically(path, [sealed])
     return Plan.from_json(unseal(sealed, path))  # as a resumed run reads it, down to the order of its keys
@@ -107,7 +111,7 @@ def settle_plan(root: Path, model: LanguageModel, source: Source, config: Harves
 
 def _refuse_other_plan(root: Path, plan: Plan, wanted: dict[str, Any], tokens: int | None) -> None:
     held = {**plan.identity, "tokens": plan.tokens}
-    wanted = {**wanted, "tokens": tokens, "shard_rows": plan.identity["shard_rows"]}
+    wanted = {**wanted, "tokens": tokens, **{size: plan.identity[size] for size in SIZES}}
     differences = [
         f"{key} is {held.get(key)!r} there, {wanted.get(key)!r} here"
         for key in sorted({*held, *wanted})

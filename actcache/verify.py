@@ -12,7 +12,7 @@ import zarr
 from actcache.cache import STORE, Cache, read_manifest, sequence_reader, wrong_files
 from actcache.errors import CorruptShard, ManifestError
 from actcache.flow import SPLITS
-from actcache.manifest import ArraySpec, hook_arrays, token_arrays
+from actcache.manifest import aligned_arrays
 from actcache.order import shard_permutation
 from actcache.reader import ArrayReader
 
@@ -59,12 +59,8 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     )
 
 
-def _arrays(cache: Cache) -> list[ArraySpec]:
-    return [*hook_arrays(cache.manifest.hooks), *token_arrays(cache.manifest.shard_rows)]
-
-
 def _readers(cache: Cache, split: str) -> list[ArrayReader]:
-    aligned = [cache.reader(split, array) for array in _arrays(cache)]
+    aligned = [cache.reader(split, array) for array in aligned_arrays(cache.manifest)]
     return aligned + [sequence_reader(cache.path, cache.manifest.plan, split, name) for name in ("id", "document")]
 
 
@@ -95,7 +91,7 @@ def _bad_metadata(cache: Cache) -> Iterator[str]:
         if group.attrs.get("actcache") != cache.identity:
             yield f"{cache.path / STORE / 'zarr.json'}: says another identity than the manifest"
         for split in SPLITS:
-            for array in _arrays(cache):
+            for array in aligned_arrays(cache.manifest):
                 stored = group[f"{split}/{array.path}"]
                 shape = (cache.n_rows(split), *array.row_shape)
                 if not isinstance(stored, zarr.Array) or stored.shape != shape or stored.dtype != array.storage_dtype:

@@ -81,7 +81,7 @@ def broken(values: dict) -> dict[str, dict]:
         "no hooks": change("hooks", to=[]),
         "hook that climbs": change("hooks", 0, "hook_name", to="../../etc"),
         "huge width": change("hooks", 0, "d_in", to=1 << 50),
-        "huge chunks": change("hooks", 0, "chunk_rows", to=1 << 50),
+        "huge chunks": change("plan", "identity", "chunk_rows", to=1 << 50),
         "path that climbs": change("shards", "train", 0, "arrays", to={"../../x": train[0]["arrays"]["tokens/id"]}),
         "absolute path": change("shards", "train", 0, "arrays", to={"/etc/passwd": train[0]["arrays"]["tokens/id"]}),
         "missing shard": change("shards", "train", to=[*train[:1], *train[2:]]),

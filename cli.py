@@ -1,0 +1,445 @@
+"""The command line: parse, build a config, call one function, draw progress, print. Only JSON goes to stdout."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import torch
+import typer
+from tqdm import tqdm
+
+from actcache.cache import Cache, open_cache, stored_files
+from actcache.errors import ActcacheError, ConfigError, ManifestError
+from actcache.flow import SPLITS
+from actcache.verify import verify as audit
+from trainer.config import SweepConfig
+from trainer.evaluate import evaluate_runs
+from trainer.report import write_report
+from trainer.saelens import export_sae
+from trainer.sweep import SweepProgress
+from trainer.sweep import train as run_train
+
+TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
+BENCHES = ("harvest", "read", "train", "sweep")
+DEMO_HOOK = "blocks.3.hook_resid_post"
+DEMO_HOLDOUT = 0.1
+DEMO_SWEEP = Path(__file__).parent / "trainer" / "demo.yaml"
+ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Harvest a language model's activations once; train many sparse autoencoders from the cache.",
+)
+
+CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder written by `actcache harvest`.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; the same command again goes on where it stopped.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda:0, ...")]
+
+
+@app.callback()
+def settings(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Harvest a language model's activations once; train many sparse autoencoders from the cache."""
+
+
+@app.command()
+def harvest(
+    model: Annotated[str, typer.Option(help="Hugging Face name or local directory.")],
+    hook: Annotated[list[str], typer.Option(help="Hook name, such as blocks.8.hook_resid_post; repeat for several.")],
+    dataset: Annotated[str, typer.Option(help="Hub name, local text, jsonl, parquet or arrow file, or folder.")],
+    out: Out,
+    tokens: Annotated[
+        int | None, typer.Option(help="Rows to store, of both splits; all there are if left out.")
+    ] = None,
+    context_size: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    codec: Annotated[str, typer.Option(help="lossless or raw.")] = "lossless",
+    dtype: Annotated[str, typer.Option(help="Stored as bfloat16, float16 or float32.")] = "bfloat16",
+    model_dtype: Annotated[str, typer.Option(help="The model runs in float32, bfloat16, float16, or auto.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(help="Sequences of a forward pass; chosen if left out.")] = None,
+    device: Device = "auto",
+    revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
+    dataset_revision: Annotated[str | None, typer.Option(help="Revision of a hub dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+    column: Annotated[
+        str | None, typer.Option(help="Text or token-id column; text, input_ids or tokens if left out.")
+    ] = None,
+    sample_by: Annotated[
+        str, typer.Option(help="A document of a text file is a line, paragraph or document.")
+    ] = "document",
+    streaming: Annotated[bool, typer.Option("--streaming", help="Do not download a hub dataset first.")] = False,
+    prepend_bos: Annotated[bool, typer.Option(help="Begin every sequence with BOS.")] = True,
+    separator: Annotated[str, typer.Option(help="Token between documents: bos, eos or none.")] = "bos",
+    seed: Annotated[int, typer.Option(help="Of the row order and the holdout.")] = 0,
+    holdout: Annotated[float, typer.Option(help="Share of documents in the validation split.")] = 0.01,
+    backend: Annotated[str, typer.Option(help="hf, or transformer_lens for every other hook.")] = "hf",
+) -> None:
+    """Run the model once and store every asked hook; a finished cache that holds them is reused."""
+    from actcache.harvester import harvest as run_harvest  # with transformers, which takes seconds to import
+    from actcache.models import load_model
+    from actcache.plan import HarvestConfig
+    from actcache.tokens import DatasetSource
+
+    config = HarvestConfig(
+        hook_names=tuple(hook),
+        tokens=tokens,
+        context_size=context_size,
+        codec=codec,
+        dtype=dtype,
+        batch_size=batch_size,
+        prepend_bos=prepend_bos,
+        separator=separator,
+        seed=seed,
+        holdout=holdout,
+    )
+    source = DatasetSource(
+        path=dataset,
+        config=dataset_config,
+        split=split,
+        revision=dataset_revision,
+        column=column,
+        sample_by=sample_by,
+        streaming=streaming,
+    )
+    language_model = load_model(model, revision=revision, device=device, dtype=model_dtype, backend=backend)
+    with closing(_Bar("harvest", "tok")) as progress:
+        cache = run_harvest(language_model, source, config, out, progress=progress)
+    _say(f"{out} was already there" if progress.untouched else f"{out} is finished")
+    _say(_described(cache))
+
+
+@app.command()
+def info(cache: CachePath, as_json: Json = False) -> None:
+    """Say what a cache holds."""
+    opened = open_cache(cache)
+    if as_json:
+        _print_json(_facts(opened))
+    else:
+        _say(_described(opened))
+
+
+@app.command()
+def verify(cache: CachePath, as_json: Json = False) -> None:
+    """Read every byte of a cache and hold it against the manifest; exit code 1 if anything is wrong."""
+    with closing(_Bar("verify", "chunk")) as progress:
+        found = audit(cache, progress=progress)
+    if as_json:
+        _print_json(asdict(found))
+    for problem in found.problems:
+        _say(problem)
+    if found.problems:
+        raise ManifestError(f"{cache}: {len(found.problems)} problems found")
+    _say(f"{cache}: {found.n_rows} rows in {found.n_chunks} chunks are sound")
+
+
+@app.command()
+def train(
+    cache: CachePath,
+    out: Out,
+    sweep: Annotated[Path | None, typer.Argument(metavar="[SWEEP.yaml]", help="Sweep file.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="Sweep file, another way to name it.")] = None,
+    hook: Annotated[str | None, typer.Option(help="One SAE without a sweep file: the hook it reads.")] = None,
+    architecture: Annotated[str, typer.Option(help="standard, topk, batchtopk or jumprelu.")] = "topk",
+    d_sae: Annotated[int | None, typer.Option(help="Latents.")] = None,
+    k: Annotated[int | None, typer.Option(help="Active latents per token (topk, batchtopk).")] = None,
+    sparsity_coefficient: Annotated[float | None, typer.Option(help="Of the penalty (standard, jumprelu).")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; the architecture's default if left out.")] = None,
+    sae_seed: Annotated[int | None, typer.Option(help="Of the initial weights.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Rows to train on; every row of every epoch if left out.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times that a row may be read.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Rows of a step. [default: 4096]")] = None,
+    exclude_special_tokens: Annotated[
+        bool | None,
+        typer.Option(
+            "--exclude-special-tokens/--keep-special-tokens", help="Drop rows of BOS, EOS, ... [default: drop]"
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of the data.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Train the SAEs of a sweep file, or one SAE given by options; each batch is read once for all of them."""
+    single = {
+        "hook_name": hook,
+        "d_sae": d_sae,
+        "k": k,
+        "sparsity_coefficient": sparsity_coefficient,
+        "lr": lr,
+        "seed": sae_seed,
+    }
+    shared = {
+        "tokens": tokens,
+        "epochs": epochs,
+        "batch_tokens": batch_tokens,
+        "exclude_special_tokens": exclude_special_tokens,
+        "seed": seed,
+    }
+    sweep_config = _sweep_config(sweep or config, architecture, _given(single), _given(shared))
+    opened = open_cache(cache)
+    with closing(_TrainBar()) as progress:
+        records = run_train(opened, sweep_config, out, device=_device(device), progress=progress)
+    for record in records:
+        _say(f"{record.folder}: {record.error or 'finished'}")
+    failed = [record.config.name for record in records if record.error]
+    if failed:
+        raise ActcacheError(f"train: {len(failed)} of {len(records)} SAEs diverged: {', '.join(failed)}")
+
+
+@app.command("eval")
+def evaluate(
+    runs: Annotated[Path, typer.Argument(metavar="RUN|RUNS", help="One run, or a folder of runs.")],
+    cache: Annotated[Path | None, typer.Option(help="The cache; as the runs remember it if left out.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model; as the cache remembers it if left out.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Evaluate on the held-out split, with the model in the loop; writes eval.json beside each run."""
+    opened = open_cache(cache or _remembered_cache(runs))
+    rows = _evaluate(runs, opened, model, device)
+    if as_json:
+        _print_json({"runs": rows})
+    else:
+        _say(_table(rows))
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="A folder of runs.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")],
+) -> None:
+    """Draw a sweep as one HTML file that needs no network."""
+    _say(f"report: {write_report(runs, out).resolve()}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    layout: Annotated[str, typer.Option("--format", help="saelens.")] = "saelens",
+) -> None:
+    """Write a run's SAE where SAELens' `SAE.load_from_disk` can load it."""
+    if layout != "saelens":
+        raise ConfigError(f"export: --format must be saelens, got {layout!r}")
+    _say(f"export: {export_sae(run, out).resolve()}")
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(metavar="harvest|read|train|sweep", help="What to measure.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Nothing but the JSON object.")] = False,
+) -> None:
+    """Measure ours and the bare bound in the same run, with the ratio; the last line on stdout is one JSON object."""
+    if what not in BENCHES:
+        raise ConfigError(f"bench: must be one of {', '.join(BENCHES)}, got {what!r}")
+    module = importlib.import_module(f"benchmarks.bench_{what}")
+    _print_json(module.run(say=_ignore if as_json else _say))
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo")) -> None:
+    """Harvest, train, evaluate and report on the bundled model and Python's own documentation; under three minutes."""
+    from actcache.bundled import bundled_model_path, write_documents
+
+    texts = write_documents(out / "documents.jsonl")
+    harvest(
+        model=str(bundled_model_path()),
+        hook=[DEMO_HOOK],
+        dataset=str(texts),
+        out=out / "cache",
+        holdout=DEMO_HOLDOUT,
+        device="cpu",
+    )
+    train(cache=out / "cache", sweep=DEMO_SWEEP, out=out / "runs", device="cpu")
+    rows = _evaluate(out / "runs", open_cache(out / "cache"), model=None, device="cpu")
+    page = write_report(out / "runs", out / "report.html")
+    _say(_table(rows))
+    _say(f"report: {page.resolve()}")
+
+
+def main() -> None:
+    """Run the command line: exit code 0 when all was done, 2 for wrong arguments, 1 for everything else."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        sys.exit(app(standalone_mode=False))
+    except click.Abort:
+        sys.exit(_failed("interrupted; the same command goes on from here", INTERRUPTED))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except ConfigError as error:
+        sys.exit(_failed(error, ARGUMENTS_WRONG))
+    except (ActcacheError, OSError) as error:
+        sys.exit(_failed(error, FAILED))
+
+
+def _failed(error: Exception | str, code: int) -> int:
+    """Print one line, after the traceback if --debug asked for it; returns the exit code."""
+    if "--debug" in sys.argv[1:] and isinstance(error, Exception):
+        traceback.print_exception(error)
+    _say(f"error: {' '.join(str(error).split())}")
+    return code
+
+
+# --- progress ------------------------------------------------------------------------------------------------------
+
+
+class _Bar:
+    """A tqdm bar on stderr that is fed (done, all)."""
+
+    def __init__(self, title: str, unit: str):
+        self._bar = tqdm(desc=title, unit=unit, unit_scale=True, file=sys.stderr, disable=None)
+        self.untouched = True
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.untouched:
+            self._bar.reset(total)
+            self._bar.initial = self._bar.n = 0
+        self.untouched = False
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _TrainBar:
+    """A tqdm bar over steps, with tokens/s, SAE*tokens/s and the share of time spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._bar = tqdm(desc="train", unit="step", file=sys.stderr, disable=None)
+
+    def __call__(self, progress: SweepProgress) -> None:
+        self._bar.total = progress.n_steps
+        self._bar.set_postfix_str(
+            f"{progress.n_saes} SAEs, {progress.n_tokens / progress.seconds:,.0f} tok/s, "
+            f"{progress.n_sae_tokens / progress.seconds:,.0f} SAE*tok/s, "
+            f"waiting {progress.wait_seconds / progress.seconds:.1%}",
+            refresh=False,
+        )
+        self._bar.update(progress.step - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+# --- what commands share -------------------------------------------------------------------------------------------
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _sweep_config(path: Path | None, architecture: str, single: dict[str, Any], shared: dict[str, Any]) -> SweepConfig:
+    """The sweep of a file or of one SAE given by options; shared settings given as options win over the file's."""
+    if path is None and "hook_name" not in single:
+        raise ConfigError("train: name a sweep file, or give --hook with --d-sae and --k or --sparsity-coefficient")
+    if path is None:
+        return SweepConfig.from_dict({**shared, "runs": [{"architecture": architecture, **single}]})
+    if single:
+        raise ConfigError(f"train: {path} says what to train; leave out the options for one SAE: {', '.join(single)}")
+    config = SweepConfig.from_yaml(path)
+    return replace(config, train=replace(config.train, **shared))
+
+
+def _evaluate(runs: Path, cache: Cache, model: str | None, device: str) -> list[dict[str, Any]]:
+    from actcache.models import load_model
+
+    name, revision = (model, None) if model else (cache.origin["model"], cache.origin["revision"])
+    language_model = load_model(name, revision=revision, device=device)
+    with closing(_Bar("evaluate", "tok")) as progress:
+        return evaluate_runs(runs, cache, language_model, progress=progress)
+
+
+def _remembered_cache(runs: Path) -> Path:
+    """The cache that the first run of a folder says it was trained on."""
+    configs = [runs / "config.json", *sorted(runs.glob("*/config.json"))]
+    for config in configs:
+        if config.is_file():
+            cache = json.loads(config.read_bytes()).get("cache")
+            if cache:
+                return Path(cache["path"])
+    raise ManifestError(f"eval: {runs} holds no run that remembers its cache; train first, or pass --cache")
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+# --- what is printed -----------------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _ignore(line: str) -> None:
+    """For a bench whose lines nobody asked for."""
+
+
+def _print_json(values: object) -> None:
+    print(json.dumps(values, allow_nan=False))
+
+
+def _facts(cache: Cache) -> dict[str, Any]:
+    identity = cache.identity
+    return {
+        "path": str(cache.path),
+        "fingerprint": cache.fingerprint,
+        "model": identity["model"],
+        "dataset": identity["dataset"],
+        "hooks": {name: cache.hook(name).d_in for name in cache.hook_names},
+        "rows": {split: cache.n_rows(split) for split in SPLITS},
+        "context_size": cache.context_size,
+        "dtype": identity["dtype"],
+        "codec": identity["codec"],
+        "shard_rows": cache.manifest.shard_rows,
+        "stored_bytes": sum(stored_files(cache.manifest).values()),
+        "origin": cache.origin,
+    }
+
+
+def _described(cache: Cache) -> str:
+    facts = _facts(cache)
+    rows = ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())
+    hooks = ", ".join(f"{name} [{d_in}]" for name, d_in in facts["hooks"].items())
+    return "\n".join(
+        [
+            f"cache        {facts['path']} ({facts['fingerprint']})",
+            f"model        {facts['model']['name']}",
+            f"dataset      {facts['dataset']['name']}",
+            f"hooks        {hooks}",
+            f"rows         {rows}; {facts['context_size']} tokens a sequence",
+            f"stored       {facts['stored_bytes']:,} bytes, {facts['dtype']}, {facts['codec']}",
+        ]
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a run, columns aligned; a dash where something was not computed."""
+    cells = [TABLE_COLUMNS, *([_cell(row[column]) for column in TABLE_COLUMNS] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(TABLE_COLUMNS))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
