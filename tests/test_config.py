@@ -34,9 +34,7 @@ class Hooks:
             raise CacheMismatch(f"no {hook_name}")
         return HookSpec(hook_name=hook_name, d_in=self.d_in, dtype="bfloat16", chunk_rows=32)
 
-    def statistics(
-        self, hook_name: str, *, split: str = "train", row_filter: str = "no_special_tokens"
-    ) -> Statistics:
+    def statistics(self, hook_name: str, *, split: str = "train", row_filter: str = "no_special_tokens") -> Statistics:
         factor = {"no_special_tokens": 1, "all": 2}[row_filter]
         return Statistics(20.0 * factor, 625.0 * factor**2, self.variance * factor**2)
 

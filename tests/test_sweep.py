@@ -282,9 +282,7 @@ def was_stopped(cache: Cache, out: Path, n_steps: int) -> bool:
 
 
 @pytest.mark.parametrize("n_steps", [4, 5, 6, 7])
-def test_training_resumes_bit_for_bit_from_any_step(
-    n_steps: int, cache: Cache, finished: Path, tmp_path: Path
-) -> None:
+def test_training_resumes_bit_for_bit_from_any_step(n_steps: int, cache: Cache, finished: Path, tmp_path: Path) -> None:
     n_calls = 1
     while was_stopped(cache, tmp_path, n_steps):
         n_calls += 1

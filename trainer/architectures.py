@@ -138,9 +138,7 @@ def kept_pre_acts(
     return kernels.kept_pre_acts(values, kept, encoder_input, weights["W_enc"], weights["b_enc"], b_dec)
 
 
-def _sparse_if_few(
-    all_pre_acts: Tensor, cut: Tensor, weights: Weights, x: Tensor
-) -> tuple[Tensor, KeptEntries | None]:
+def _sparse_if_few(all_pre_acts: Tensor, cut: Tensor, weights: Weights, x: Tensor) -> tuple[Tensor, KeptEntries | None]:
     """The pre-activations above `cut` where they are few, else all of them; with gradients."""
     batch, d_sae = all_pre_acts.shape
     is_kept = functional.above(all_pre_acts, cut)
@@ -159,6 +157,4 @@ def _decoded(
         x_hat = torch.addmm(weights["b_dec"], feature_acts, weights["W_dec"])
     else:
         x_hat = kernels.sparse_decode(feature_acts, kept, weights["W_dec"]) + weights["b_dec"]
-    return SAEOutput(
-        pre_acts=pre_acts, feature_acts=feature_acts, kept=kept, encoder_input=encoder_input, x_hat=x_hat
-    )
+    return SAEOutput(pre_acts=pre_acts, feature_acts=feature_acts, kept=kept, encoder_input=encoder_input, x_hat=x_hat)

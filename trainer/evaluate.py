@@ -122,10 +122,7 @@ def evaluate_all(
         if model is not None:
             losses = _model_metrics(saes, cache, model, sequences, sums[0].n_rows, progress)
     source = {"split": "validation", "cache_fingerprint": cache.fingerprint, "model": cache.identity["model"]["name"]}
-    return [
-        _row(sae, _cache_metrics(part) | loss | source)
-        for sae, part, loss in zip(saes, sums, losses, strict=True)
-    ]
+    return [_row(sae, _cache_metrics(part) | loss | source) for sae, part, loss in zip(saes, sums, losses, strict=True)]
 
 
 def evaluate_runs(

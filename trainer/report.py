@@ -369,7 +369,7 @@ def _key(runs: Sequence[RunFiles]) -> str:
 
 def _section(heading: str, text: str, figures: Sequence[tuple[str, str, str]], extra: str = "") -> str:
     drawn = "".join(
-        f'<figure><figcaption><h3>{title}</h3><p>{caption}</p></figcaption>'
+        f"<figure><figcaption><h3>{title}</h3><p>{caption}</p></figcaption>"
         f'<div class="plot" id="plot-{name}" role="img" aria-label="{title}"></div></figure>'
         for name, title, caption in figures
     )

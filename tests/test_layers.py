@@ -1,0 +1,96 @@
+"""The shape of the program: a module imports only from lower levels, and each outside library has its homes."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEVELS = [
+    ["actcache.errors", "actcache.order", "actcache.stats", "actcache.flow", "actcache.bundled"],
+    ["actcache.codecs"],
+    ["actcache.manifest"],
+    ["actcache.writer", "actcache.tokens", "actcache.models"],
+    ["actcache.reader", "actcache.journal"],
+    ["actcache.cache"],
+    ["actcache.plan", "actcache.finalise", "actcache.loader", "actcache.verify"],
+    ["actcache.harvester"],
+    ["actcache.notebook"],
+    ["actcache"],
+    ["trainer.config", "trainer.functional", "trainer.metrics"],
+    ["trainer.kernels", "trainer.saelens", "trainer.pca"],
+    ["trainer.architectures"],
+    ["trainer.losses", "trainer.optimiser"],
+    ["trainer.train"],
+    ["trainer.checkpoint"],
+    ["trainer.sweep", "trainer.evaluate", "trainer.report"],
+    ["trainer"],
+    ["benchmarks"],
+    ["benchmarks.measure", "benchmarks.stream", "benchmarks.train_demo_model"],
+    ["benchmarks.bench_harvest", "benchmarks.bench_read", "benchmarks.bench_train"],
+    ["benchmarks.bench_sweep"],
+    ["cli"],
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+HOMES = {
+    "zarr": {"actcache.codecs", "actcache.writer", "actcache.verify", "benchmarks.bench_read"},
+    "numcodecs": {"actcache.codecs"},
+    "google_crc32c": {"actcache.codecs"},
+    "datasets": {"actcache.tokens", "actcache.notebook", "benchmarks.stream"},
+    "transformers": {"actcache.models", "actcache.tokens", "actcache.notebook", "benchmarks.stream"}
+    | {"benchmarks.train_demo_model"},
+    "transformer_lens": {"actcache.models"},
+    "tokenizers": {"benchmarks.train_demo_model"},
+    "plotly": {"trainer.report"},
+    "yaml": {"trainer.config"},
+    "typer": {"cli"},
+    "click": {"cli"},
+    "tqdm": {"cli"},
+    "sae_lens": set(),
+}
+MODULES = [
+    ROOT / "cli.py",
+    *sorted(path for package in ("actcache", "trainer", "benchmarks") for path in (ROOT / package).glob("*.py")),
+]
+OURS = ("actcache", "trainer", "benchmarks", "cli")
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path) -> list[str]:
+    """Every module that a file imports, in functions too; `from a import b` counts as a.b where that is a module."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in LEVEL else node.module for a in node.names
+            ]
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down(path):
+    me = name_of(path)
+    assert me in LEVEL, f"{me} has no level; add it to LEVELS"
+    for name in imported(path):
+        if name.split(".")[0] in OURS:
+            assert LEVEL[name] < LEVEL[me], f"{me} must not import {name}: same level or above"
+        homes = HOMES.get(name.split(".")[0])
+        assert homes is None or me in homes, f"{name} is imported only by {sorted(homes or ())}, not by {me}"
+
+
+def test_every_level_exists():
+    gone = set(LEVEL) - {name_of(path) for path in MODULES}
+    assert not gone, f"LEVELS names modules that are gone: {sorted(gone)}"
+
+
+def test_the_trainer_never_imports_a_language_model():
+    for path in MODULES:
+        if name_of(path).startswith("trainer"):
+            assert not {"transformers", "actcache.models", "actcache.harvester"} & set(imported(path))
