@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import click
 import torch
 import typer
 from tqdm import tqdm
+from typer.core import TyperGroup
 
 from actcache.cache import Cache, open_cache, stored_files
 from actcache.errors import ActcacheError, ConfigError, ManifestError
@@ -36,7 +36,31 @@ DEMO_HOLDOUT = 0.1
 DEMO_SWEEP = Path(__file__).parent / "trainer" / "demo.yaml"
 ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130
 
+
+class _Commands(TyperGroup):
+    """Turns every error that was raised on purpose into one line and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _fail("interrupted; the same command goes on from here", INTERRUPTED)
+        except ConfigError as error:
+            _fail(error, ARGUMENTS_WRONG)
+        except (ActcacheError, OSError) as error:
+            _fail(error, FAILED)
+
+
+def _fail(error: Exception | str, code: int) -> NoReturn:
+    """Print one line, after the traceback if --debug asked for it, and exit."""
+    if "--debug" in sys.argv and isinstance(error, Exception):
+        traceback.print_exception(error)
+    _say(f"error: {' '.join(str(error).split())}")
+    raise typer.Exit(code)
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -272,25 +296,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("dem
 def main() -> None:
     """Run the command line: exit code 0 when all was done, 2 for wrong arguments, 1 for everything else."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    try:
-        sys.exit(app(standalone_mode=False))
-    except click.Abort:
-        sys.exit(_failed("interrupted; the same command goes on from here", INTERRUPTED))
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except ConfigError as error:
-        sys.exit(_failed(error, ARGUMENTS_WRONG))
-    except (ActcacheError, OSError) as error:
-        sys.exit(_failed(error, FAILED))
-
-
-def _failed(error: Exception | str, code: int) -> int:
-    """Print one line, after the traceback if --debug asked for it; returns the exit code."""
-    if "--debug" in sys.argv[1:] and isinstance(error, Exception):
-        traceback.print_exception(error)
-    _say(f"error: {' '.join(str(error).split())}")
-    return code
+    app()
 
 
 # --- progress ------------------------------------------------------------------------------------------------------

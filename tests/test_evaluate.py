@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,15 +39,6 @@ def new_cache(out: Path, model: LanguageModel, **changes: object) -> Cache:
     )
     source = LoadedDataset(datasets.Dataset.from_dict({"text": documents}))
     return harvest(model, source, dataclasses.replace(config, **changes), out)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only wait for each other's threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,6 @@ HOMES = {
     "plotly": {"trainer.report"},
     "yaml": {"trainer.config"},
     "typer": {"cli"},
-    "click": {"cli"},
     "tqdm": {"cli"},
     "sae_lens": set(),
 }

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -52,15 +52,6 @@ TOKENS = torch.randint(0, 512, (3, 20), generator=torch.Generator().manual_seed(
 def hook_names(family: str) -> list[str]:
     sites = [site for site in SITES if (family, site) != ("gpt_neox", "hook_resid_mid")]
     return [f"blocks.{layer}.{site}" for layer in range(N_LAYERS) for site in sites]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small spend their time waiting for other threads, minutes of it on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

@@ -35,15 +35,6 @@ N_STEPS, BATCH, TOKENS = 12, 32, 11 * 32 + 1  # the last batch is one row
 EVERY_2 = TrainConfig(batch_tokens=BATCH, log_every=2, checkpoint_every=5)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only wait for each other's threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """A real cache of a tiny GPT-2."""

@@ -1,7 +1,6 @@
 """One step, its counters, its log line, and what training is for."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,15 +20,6 @@ from trainer.train import (
     log_record,
     train_step,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only wait for each other's threads."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def rows(batch: int, d_in: int = 16, seed: int = 0) -> Tensor:

@@ -295,7 +295,7 @@ def _json_bytes(values: Mapping[str, Any]) -> bytes:
 
 
 def _write_directory(out: Path, files: Mapping[str, bytes]) -> Path:
-    """Write the files aside, fsync them, and rename the folder to `out`; a kill leaves either no `out` or a whole one."""
+    """Write the files aside, fsync, and rename the folder to `out`; a kill leaves either no `out` or a whole one."""
     aside, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,154 @@
+"""The command line as a user types it: one path through every command, and every wrong use."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from tiny_caches import HOOKS
+
+ROOT = Path(__file__).parent.parent
+SWEEP = """
+batch_tokens: 256
+tokens: 2000
+log_every: 2
+base: {hook_name: blocks.1.hook_resid_post, d_sae: 64}
+runs:
+  - {name: topk, architecture: topk, k: 4}
+  - {name: batchtopk, architecture: batchtopk, k: 4}
+  - {name: standard, architecture: standard, sparsity_coefficient: 1.0}
+  - {name: jumprelu, architecture: jumprelu, sparsity_coefficient: 0.01}
+"""
+
+
+def in_a_process(*args: object) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
+    return subprocess.run([sys.executable, "-m", "cli", *map(str, args)], capture_output=True, text=True, cwd=ROOT)
+
+
+def actcache(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command's `main` here, for a process spends seconds on imports; its exit code must be `code`."""
+    import cli
+
+    argv = ["actcache", *map(str, args)]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    streams = redirect_stdout(stdout), redirect_stderr(stderr)
+    with mock.patch.object(sys, "argv", argv), streams[0], streams[1], pytest.raises(SystemExit) as ended:
+        cli.main()
+    done = subprocess.CompletedProcess(argv, ended.value.code or 0, stdout.getvalue(), stderr.getvalue())
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, tiny_llama_dir, tiny_texts) -> Path:
+    """A folder with a cache harvested, a sweep trained and evaluated, all from the command line."""
+    work = tmp_path_factory.mktemp("work")
+    hooks = [part for hook in HOOKS for part in ("--hook", hook)]
+    common = ["--context-size", 16, "--holdout", 0.2, "--batch-size", 8, "--device", "cpu"]
+    actcache("harvest", "--model", tiny_llama_dir, *hooks, "--dataset", tiny_texts, *common, "--out", work / "cache")
+    (work / "sweep.yaml").write_text(SWEEP)
+    actcache("train", work / "cache", work / "sweep.yaml", "--out", work / "runs")
+    actcache("eval", work / "runs")
+    return work
+
+
+def test_the_path_from_text_to_report(work):
+    rows = {path.parent.name: json.loads(path.read_text()) for path in work.glob("runs/*/eval.json")}
+    assert set(rows) == {"topk", "batchtopk", "standard", "jumprelu", "pca-k4-blocks.1.hook_resid_post"}
+    assert all(row["ce_loss_score"] is not None for row in rows.values())
+    actcache("report", work / "runs", "--out", work / "report.html")
+    assert "batchtopk" in (work / "report.html").read_text()
+    actcache("export", work / "runs" / "topk", "--out", work / "exported")
+    assert {path.name for path in (work / "exported").iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+
+
+def test_json_goes_to_stdout_and_all_else_to_stderr(work):
+    info = json.loads(actcache("info", work / "cache", "--json").stdout)
+    assert info["hooks"] == dict.fromkeys(sorted(HOOKS), 32)
+    report = json.loads(actcache("verify", work / "cache", "--json").stdout)
+    assert report["problems"] == []
+    rows = json.loads(actcache("eval", work / "runs" / "topk", "--json").stdout)["runs"]
+    assert rows[0]["architecture"] == "topk"
+    human = actcache("info", work / "cache")
+    assert human.stdout == ""
+    assert "blocks.1.hook_attn_out [32]" in human.stderr
+
+
+def test_the_same_command_again_changes_nothing(work, tiny_llama_dir, tiny_texts):
+    before = {path: path.stat().st_mtime_ns for path in (work / "runs").rglob("*.safetensors")}
+    actcache("train", work / "cache", "--config", work / "sweep.yaml", "--out", work / "runs")
+    assert {path: path.stat().st_mtime_ns for path in (work / "runs").rglob("*.safetensors")} == before
+    common = ["--context-size", 16, "--holdout", 0.2, "--device", "cpu", "--out", work / "cache"]
+    done = actcache("harvest", "--model", tiny_llama_dir, "--hook", HOOKS[0], "--dataset", tiny_texts, *common)
+    assert "was already there" in done.stderr
+
+
+def test_one_sae_from_options_alone(work):
+    options = ["--hook", HOOKS[2], "--d-sae", 64, "--k", 4, "--tokens", 512, "--batch-tokens", 128]
+    actcache("train", work / "cache", *options, "--keep-special-tokens", "--out", work / "single")
+    config = json.loads(next((work / "single").glob("*/config.json")).read_text())
+    assert config["sae"]["k"] == 4
+    assert config["train"] | {"tokens": 512, "batch_tokens": 128, "exclude_special_tokens": False} == config["train"]
+
+
+def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[str, tuple[list, int, str]]:
+    """What is wrong -> (arguments, exit code, what the one line says)."""
+    out = work / "wrong"
+    harvest = ["harvest", "--model", model, "--dataset", texts, "--context-size", 16, "--device", "cpu"]
+    hook = ["--hook", HOOKS[0]]
+    train = ["train", work / "cache", "--out", out]
+    single = [*train, "--hook", HOOKS[0], "--d-sae", 64]
+    (work / "empty.txt").write_text("")
+    (work / "other").mkdir(exist_ok=True)
+    (work / "other" / "thesis.tex").write_text("x")
+    (work / "unknown.yaml").write_text(SWEEP + "lerning_rate: 1\n")
+    (work / "wide.yaml").write_text(SWEEP.replace("k: 4", "k: 65"))
+    damaged = shutil.copytree(work / "cache", work / "damaged", dirs_exist_ok=True)
+    shard = damaged / "acts.zarr" / "train" / HOOKS[2] / "acts" / "c" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:30] + b"\x00" + shard.read_bytes()[31:])
+    small = [*harvest[:3], "--dataset", texts, "--context-size", 16, *hook]
+    return {
+        "hook": ([*harvest, "--hook", "blocks.1.hook_resid_pst", "--out", out], 1, "hook_resid_post"),
+        "dataset": ([*harvest[:3], "--dataset", work / "none.jsonl", *hook, "--out", out], 1, "cannot load"),
+        "model": (["harvest", "--model", work / "none", *harvest[3:], *hook, "--out", out], 1, "no directory"),
+        "other folder": ([*harvest, *hook, "--out", work / "other"], 1, "holds thesis.tex"),
+        "empty text": ([*harvest[:3], "--dataset", work / "empty.txt", *hook, "--out", out], 1, "dataset"),
+        "too many tokens": ([*small, "--tokens", 10**9, "--out", work / "many"], 1, "or fewer"),
+        "other cache": ([*harvest, *hook, "--seed", 5, "--out", work / "cache"], 1, "seed is 0 there, 5 here"),
+        "other model": (["eval", work / "runs" / "topk", "--model", other_model], 1, "tiny_gpt2"),
+        "damaged shard": (["train", damaged, work / "sweep.yaml", "--out", work / "x"], 1, "checksum"),
+        "damage found": (["verify", damaged], 1, "1 problems found"),
+        "no cache": (["info", work], 1, "not a cache"),
+        "unknown key": (["train", work / "cache", work / "unknown.yaml", "--out", out], 2, "lerning_rate"),
+        "k > d_sae": (["train", work / "cache", work / "wide.yaml", "--out", out], 2, "k must be at most d_sae=64"),
+        "k and d_sae": ([*single, "--k", 65], 2, "k must be at most d_sae=64"),
+        "no sweep": (train, 2, "name a sweep file"),
+        "tokens beyond epochs": ([*single, "--k", 4, "--tokens", 10**9], 2, "epochs"),
+        "bad codec": ([*harvest, *hook, "--codec", "zip", "--out", out], 2, "codec: must be one of lossless, raw"),
+        "no option": (["harvest"], 2, "Missing option"),
+        "no such command": (["harvset"], 2, "No such command"),
+        "bench": (["bench", "flying"], 2, "bench: must be one of"),
+    }
+
+
+def test_wrong_use_gives_one_clear_line(work, tiny_llama_dir, tiny_gpt2_dir, tiny_texts, subtests):
+    for name, (args, code, message) in wrong_uses(work, tiny_llama_dir, tiny_gpt2_dir, tiny_texts).items():
+        with subtests.test(name):
+            done = actcache(*args, code=code)
+            assert message in " ".join(done.stderr.split()), done.stderr
+            assert "Traceback" not in done.stderr
+            assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) <= 1
+
+
+def test_a_process_keeps_exit_code_and_streams_apart(work):
+    sound = in_a_process("info", work / "cache", "--json")
+    assert (sound.returncode, json.loads(sound.stdout)["context_size"], sound.stderr) == (0, 16, "")
+    wrong = in_a_process("info", work)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
+    assert "Traceback" in in_a_process("--debug", "info", work).stderr
