@@ -296,6 +296,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("dem
 def main() -> None:
     """Run the command line: exit code 0 when all was done, 2 for wrong arguments, 1 for everything else."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("actcache").setLevel(logging.INFO)
     app()
 
 
@@ -363,7 +364,8 @@ def _evaluate(runs: Path, cache: Cache, model: str | None, device: str) -> list[
     from actcache.models import load_model
 
     name, revision = (model, None) if model else (cache.origin["model"], cache.origin["revision"])
-    language_model = load_model(name, revision=revision, device=device)
+    how = {"dtype": cache.compute["model_dtype"], "backend": cache.compute["backend"]}
+    language_model = load_model(name, revision=revision, device=device, **how)
     with closing(_Bar("evaluate", "tok")) as progress:
         return evaluate_runs(runs, cache, language_model, progress=progress)
 

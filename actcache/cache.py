@@ -55,6 +55,11 @@ class Cache:
             raise ManifestError(f"{self.path / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
 
     @property
+    def compute(self) -> dict[str, Any]:
+        """How the activations were computed: "device", "torch", "backend", "model_dtype", "attention", "batch_size"."""
+        return next(shard.compute for split in SPLITS for shard in self.manifest.shards[split])
+
+    @property
     def context_size(self) -> int:
         """Tokens of a sequence."""
         return self.identity["context_size"]

@@ -102,6 +102,13 @@ def harvest(
         finalise(root, plan, journal.records)
         times.total = time.perf_counter() - started
         _write_log(root, model, times)
+        logger.info(
+            "harvested %d tokens in %.1f s: %.0f tokens/s in the model, %.1f s waiting for the writer",
+            times.n_tokens,
+            times.total,
+            times.n_tokens / max(times.model, 1e-9),
+            times.wait,
+        )
     return open_cache(root)
 
 
@@ -190,6 +197,8 @@ class _Harvester:
         self._codec = codec(plan.identity["codec"])
         self._special = np.array(plan.identity["special_token_ids"], dtype=np.int32)
         self._compute = _compute(model, self._batch_size)
+        # On CUDA, windows are copied out on a stream of their own, beside the next forward pass; None means no stream.
+        self._copy_stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
         self._done = merge_records(journal.records)
         self._todo = list(self._missing(hooks))
         self._progress = progress
@@ -202,7 +211,7 @@ class _Harvester:
             return
         windows: queue.Queue[_Window] = queue.Queue()
         rows = max(self._shard_rows(split, index) for split, index, _ in self._todo)
-        hooks = max((hooks for _, _, hooks in self._todo), key=len)
+        hooks = list(dict.fromkeys(hook for _, _, hooks in self._todo for hook in hooks))
         for _ in range(min(2, len(self._todo))):
             windows.put(_Window(hooks, rows, self._model.device))
         with ThreadPoolExecutor(1, "actcache-write") as writer:
@@ -296,6 +305,15 @@ class _Harvester:
         started = time.perf_counter()
         if ready is not None:
             ready.synchronize()
+        with torch.cuda.stream(self._copy_stream):
+            record = self._written(shard, window)
+        self._journal.append(asdict(record))
+        self._journal.records.append(record)
+        self._times.write += time.perf_counter() - started
+        windows.put(window)
+
+    def _written(self, shard: _Shard, window: _Window) -> ShardRecord:
+        """Write every array of a shard; returns the line that says so."""
         arrays: dict[str, ArrayRecord] = {}
         partials: dict[str, int] = {}
         if not self._has_tokens(shard):
@@ -303,7 +321,7 @@ class _Harvester:
         for hook, array in zip(shard.hooks, hook_arrays(shard.hooks, self._chunk_rows), strict=True):
             arrays[array.path], moments = self._write_hook(shard, hook, array, window.x[hook.hook_name])
             partials |= self._write_partials(shard, hook, moments)
-        record = ShardRecord(
+        return ShardRecord(
             split=shard.split,
             index=shard.index,
             first_token=shard.first_token,
@@ -313,10 +331,6 @@ class _Harvester:
             partials=partials,
             compute=self._compute,
         )
-        self._journal.append(asdict(record))
-        self._journal.records.append(record)
-        self._times.write += time.perf_counter() - started
-        windows.put(window)
 
     def _has_tokens(self, shard: _Shard) -> bool:
         record = self._done.get((shard.split, shard.index))
@@ -401,6 +415,7 @@ def _compute(model: LanguageModel, batch_size: int) -> dict[str, Any]:
         "device": model.device.type,
         "torch": torch.__version__,
         "transformers": version("transformers"),
+        "backend": model.backend,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.attention_kernel,
         "batch_size": batch_size,

@@ -92,7 +92,10 @@ class LanguageModel(ABC):
         dtype: of the parameters, and of the activations unless a hook says otherwise.
         n_layers, d_model: number of blocks, width of the residual stream.
         attention_kernel: "sdpa", "eager", "flash_attention_2", ...
+        backend: "hf" or "transformer_lens", as `load_model` takes it.
     """
+
+    backend: str
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
         config = model.config.get_text_config()
@@ -182,6 +185,8 @@ class HuggingFaceModel(LanguageModel):
         ModelError: the model is of a family that is not in the table, or its blocks are not where that family has them.
     """
 
+    backend = "hf"
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
         super().__init__(model, tokenizer, identity)
         config = model.config.get_text_config()
@@ -254,6 +259,8 @@ class BridgeModel(LanguageModel):
     Raises:
         ModelError: the bridge does not support the model.
     """
+
+    backend = "transformer_lens"
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
         super().__init__(model, tokenizer, identity)
