@@ -31,7 +31,7 @@ from trainer.sweep import train as run_train
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
 BENCHES = ("harvest", "read", "train", "sweep")
-DEMO_HOOK = "blocks.3.hook_resid_post"
+DEMO_HOOK = "blocks.2.hook_resid_post"
 DEMO_HOLDOUT = 0.1
 DEMO_SWEEP = Path(__file__).parent / "trainer" / "demo.yaml"
 ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130

@@ -122,6 +122,8 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
         "too many tokens": ([*small, "--tokens", 10**9, "--out", work / "many"], 1, "or fewer"),
         "other cache": ([*harvest, *hook, "--seed", 5, "--out", work / "cache"], 1, "seed is 0 there, 5 here"),
         "other model": (["eval", work / "runs" / "topk", "--model", other_model], 1, "tiny_gpt2"),
+        "runs over a thesis": (["train", work / "cache", work / "sweep.yaml", "--out", work / "other"], 1, "thesis"),
+        "runs in a cache": (["train", work / "cache", work / "sweep.yaml", "--out", work / "cache"], 1, "hold runs"),
         "damaged shard": (["train", damaged, work / "sweep.yaml", "--out", work / "x"], 1, "checksum"),
         "damage found": (["verify", damaged], 1, "1 problems found"),
         "no cache": (["info", work], 1, "not a cache"),

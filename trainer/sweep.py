@@ -96,10 +96,12 @@ def train(
 
     Raises:
         ConfigError: more tokens asked than the epochs serve, or a setting that does not fit the cache.
-        CacheMismatch: a folder of `out` holds a different run (the message lists the differences) or is no run folder.
+        CacheMismatch: `out` holds something else than runs, or a folder of it a different run (the message lists the
+            differences).
         KeyboardInterrupt: SIGINT or SIGTERM came; every SAE was saved at the same step before.
     """
     out = Path(out)
+    _check_out(out, {run["name"] for run in config.runs})
     pending = [run for run in config.runs if not _is_over(out / run["name"])]
     hook_names = tuple(dict.fromkeys(run["hook_name"] for run in pending)) or config.hook_names
     start = min((_saved_step(out / run["name"]) for run in pending), default=0)
@@ -385,6 +387,15 @@ def _description(config: SAEConfig, train_config: TrainConfig, cache: Cache) -> 
         "model": {"name": model["name"], "revision": model["revision"]},
     }
     return json.loads(json.dumps(description))  # as it reads back, so that it compares equal
+
+
+def _check_out(out: Path, names: set[str]) -> None:
+    """Raises CacheMismatch for a file, and for a folder with things in it of which none is a run."""
+    if out.is_file():
+        raise CacheMismatch(f"{out}: must be a folder for runs, is a file; pass another --out")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if held and not names.intersection(held) and not any(out.glob(f"*/{CONFIG_FILE}")):
+        raise CacheMismatch(f"{out}: must be empty or hold runs, holds {', '.join(held[:5])}; pass another --out")
 
 
 def _check_folder(folder: Path, description: Mapping[str, Any]) -> None:
