@@ -172,8 +172,9 @@ def _device(model: Model | None) -> torch.device:
 
 
 def _row(sae: SAE | PCA, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    architecture = sae.architecture if isinstance(sae, SAE) else "pca"
-    row = {"architecture": architecture, "hook_name": sae.hook_name, "d_in": sae.d_in, "d_sae": sae.d_sae, **metrics}
+    # a batchtopk SAE is saved as the jumprelu that it is at inference; what it was trained as is what tells runs apart
+    trained_as = sae.metadata.get("training_architecture", sae.architecture) if isinstance(sae, SAE) else "pca"
+    row = {"architecture": trained_as, "hook_name": sae.hook_name, "d_in": sae.d_in, "d_sae": sae.d_sae, **metrics}
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
