@@ -97,14 +97,16 @@ def _medians(cache: Cache, split: str, hook: HookSpec) -> dict[str, Float[np.nda
     chunk_rows = cache.manifest.chunk_rows
     n_wanted = min(reader.n_chunks, max(1, MEDIAN_ROWS // chunk_rows))
     special = np.array(cache.special_token_ids, dtype=np.int32)
-    rows, plain = [np.empty((0, hook.d_in), dtype=np.float32)], [np.empty(0, dtype=bool)]
+    rows, plain_rows = [np.empty((0, hook.d_in), dtype=np.float32)], [np.empty(0, dtype=bool)]
     for number in range(n_wanted):
         start = (number * reader.n_chunks // n_wanted) * chunk_rows
         stop = min(start + chunk_rows, reader.n_rows)
         rows.append(float32_values(reader.read(start, stop), hook.dtype))
-        plain.append(~np.isin(token_ids.read(start, stop), special))
-    x, is_plain = np.concatenate(rows), np.concatenate(plain)
-    return {"all": geometric_median(x), "no_special_tokens": geometric_median(x[is_plain])}
+        plain_rows.append(~np.isin(token_ids.read(start, stop), special))
+    x, is_plain = np.concatenate(rows), np.concatenate(plain_rows)
+    plain = geometric_median(x[is_plain])
+    start = plain if is_plain.any() else None  # a few special rows move the median little
+    return {"all": geometric_median(x, start=start), "no_special_tokens": plain}
 
 
 def _store_arrays(manifest: Manifest) -> dict[str, tuple[ArraySpec, int, int]]:

@@ -25,7 +25,7 @@ from actcache.plan import HarvestConfig
 from benchmarks.measure import Say, described, interleaved_seconds, machine, ratios
 from benchmarks.stream import CONTEXT_SIZE, D_MODEL, random_documents, random_gpt2
 
-N_LAYERS, BATCH_SIZE, N_SEQUENCES, REPEATS = 6, 32, 256, 9
+N_LAYERS, BATCH_SIZE, N_SEQUENCES, REPEATS = 6, 32, 512, 7  # a shard of this cache is one batch
 HOOKS = tuple(f"blocks.{layer}.hook_resid_post" for layer in (1, 3, 5))
 MFLOP_PER_TOKEN = 2 * 12 * N_LAYERS * D_MODEL**2 / 1e6
 
