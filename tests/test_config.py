@@ -32,7 +32,7 @@ class Hooks:
     def hook(self, hook_name: str) -> HookSpec:
         if hook_name != HOOK:
             raise CacheMismatch(f"no {hook_name}")
-        return HookSpec(hook_name=hook_name, d_in=self.d_in, dtype="bfloat16", chunk_rows=32)
+        return HookSpec(hook_name=hook_name, d_in=self.d_in, dtype="bfloat16")
 
     def statistics(self, hook_name: str, *, split: str = "train", row_filter: str = "no_special_tokens") -> Statistics:
         factor = {"no_special_tokens": 1, "all": 2}[row_filter]
