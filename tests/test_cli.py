@@ -102,7 +102,7 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
     out = work / "wrong"
     harvest = ["harvest", "--model", model, "--dataset", texts, "--context-size", 16, "--device", "cpu"]
     hook = ["--hook", HOOKS[0]]
-    train = ["train", work / "cache", "--out", out]
+    train = ["train", work / "cache", "--out", work / "wrong-runs"]
     single = [*train, "--hook", HOOKS[0], "--d-sae", 64]
     (work / "empty.txt").write_text("")
     (work / "other").mkdir(exist_ok=True)
@@ -127,8 +127,16 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
         "damaged shard": (["train", damaged, work / "sweep.yaml", "--out", work / "x"], 1, "checksum"),
         "damage found": (["verify", damaged], 1, "1 problems found"),
         "no cache": (["info", work], 1, "not a cache"),
-        "unknown key": (["train", work / "cache", work / "unknown.yaml", "--out", out], 2, "lerning_rate"),
-        "k > d_sae": (["train", work / "cache", work / "wide.yaml", "--out", out], 2, "k must be at most d_sae=64"),
+        "unknown key": (
+            ["train", work / "cache", work / "unknown.yaml", "--out", work / "wrong-runs"],
+            2,
+            "lerning_rate",
+        ),
+        "k > d_sae": (
+            ["train", work / "cache", work / "wide.yaml", "--out", work / "wrong-runs"],
+            2,
+            "k must be at most d_sae=64",
+        ),
         "k and d_sae": ([*single, "--k", 65], 2, "k must be at most d_sae=64"),
         "no sweep": (train, 2, "name a sweep file"),
         "tokens beyond epochs": ([*single, "--k", 4, "--tokens", 10**9], 2, "epochs"),
