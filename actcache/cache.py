@@ -26,7 +26,7 @@ from actcache.manifest import (
     token_arrays,
     unseal,
 )
-from actcache.reader import ArrayReader
+from actcache.reader import ArrayReader, HookReader
 from actcache.stats import HookStatistics
 
 STORE = "acts.zarr"
@@ -94,9 +94,11 @@ class Cache:
             shard_rows=self.manifest.shard_rows,
         )
 
-    def hook_reader(self, split: str, hook_name: str) -> ArrayReader:
+    def hook_reader(self, split: str, hook_name: str) -> HookReader:
         """Reads the activations of one hook."""
-        return self.reader(split, hook_arrays([self.hook(hook_name)], self.manifest.chunk_rows)[0])
+        hook = self.hook(hook_name)
+        arrays = hook_arrays(hook, codec(self.identity["codec"]), self.manifest.chunk_rows)
+        return HookReader(hook, [self.reader(split, array) for array in arrays])
 
     def token_reader(self, split: str, name: str) -> ArrayReader:
         """Reads "id", "sequence" or "position" of every row."""

@@ -1,22 +1,31 @@
 """Codec profile -> Zarr v3 codec pipeline, and the same pipeline applied to one chunk without zarr.
 
-| profile  | inner codecs                                                        | error |
-|----------|---------------------------------------------------------------------|-------|
-| lossless | bytes, blosc(zstd level 1, byte shuffle, blocksize 1 MiB), crc32c   | none  |
-| raw      | bytes                                                               | none  |
+| profile  | inner codecs                                                      | error                              |
+|----------|-------------------------------------------------------------------|------------------------------------|
+| lossless | bytes, blosc(zstd level 1, byte shuffle, blocksize 1 MiB), crc32c | none                               |
+| fast     | bytes, blosc(lz4 level 1, bit shuffle, blocksize 1 MiB), crc32c   | none                               |
+| raw      | bytes                                                             | none                               |
+| int8     | bytes, of int8 and one bfloat16 scale for every 32 channels       | at most scale / 2 and one rounding |
 
-The blocksize is explicit because blosc's own choice costs a seventh of the ratio and two thirds of the decode speed
-on bfloat16. `raw` keeps no checksum beside its chunks, so that the shard's prefix is the plain row-major array.
+"None" is against the stored dtype. The blocksize is explicit because blosc's own choice costs a seventh of the ratio
+and two thirds of the decode speed on bfloat16. `raw` and `int8` keep no checksum beside their chunks, so that the
+shard's prefix is the plain row-major array.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import google_crc32c
+import ml_dtypes
 import numpy as np
 import torch
+from jaxtyping import BFloat16, Float, Float32, Int8, Shaped
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]: a C extension without stubs
+from torch import Tensor
+from torch.nn.functional import pad
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actcache.errors import ConfigError, CorruptShard
@@ -26,8 +35,23 @@ blosc.use_threads = False  # the threaded encoder's output differs from run to r
 BLOCK_BYTES = 1 << 20
 CHECKSUM_BYTES = 4
 
-STORAGE_DTYPE = {"bfloat16": "uint16", "float16": "float16", "float32": "float32", "int32": "int32"}
-TORCH_DTYPE = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
+BLOCK_CHANNELS = 32
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: no block divides by zero or by a number without its precision
+
+STORAGE_DTYPE = {
+    "bfloat16": "uint16",
+    "float16": "float16",
+    "float32": "float32",
+    "int32": "int32",
+    "int8": "int8",
+}
+TORCH_DTYPE = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int32": torch.int32,
+    "int8": torch.int8,
+}
 ACTIVATION_DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -38,36 +62,45 @@ def crc32c(payload: bytes | memoryview | np.ndarray) -> int:
     return google_crc32c.value(np.frombuffer(payload, dtype=np.uint8))  # the C function wants a contiguous buffer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
-    """One lossless profile: what happens to the bytes of an inner chunk."""
+    """One profile: what happens to the bytes of an inner chunk, and before that to the rows.
+
+    compressor, shuffle: blosc's; without a compressor the bytes are plain. quantised: rows become int8 with a scale for
+    each block first.
+    """
 
     name: str
-    compressed: bool
+    compressor: Literal["zstd", "lz4"] | None
+    shuffle: Literal["shuffle", "bitshuffle"]
+    quantised: bool = False
 
     def zarr_compressors(self, itemsize: int) -> list[BloscCodec | Crc32cCodec]:
         """The inner codecs after `bytes`, as zarr-python objects, for elements of `itemsize` bytes."""
-        if not self.compressed:
+        if self.compressor is None:
             return []
-        compressor = BloscCodec(typesize=itemsize, cname="zstd", clevel=1, shuffle="shuffle", blocksize=BLOCK_BYTES)
+        compressor = BloscCodec(
+            typesize=itemsize, cname=self.compressor, clevel=1, shuffle=self.shuffle, blocksize=BLOCK_BYTES
+        )
         return [compressor, Crc32cCodec()]
 
     def encode(self, chunk: np.ndarray) -> tuple[bytes | memoryview, int]:
         """(stored bytes, checksum) of one C-contiguous chunk; the checksum leaves the crc32c codec's out."""
-        if not self.compressed:
+        if self.compressor is None:
             payload = chunk.data.cast("B")
             return payload, crc32c(payload)
-        payload = blosc.compress(chunk, b"zstd", 1, blosc.SHUFFLE, BLOCK_BYTES, chunk.itemsize)
+        shuffle = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}[self.shuffle]
+        payload = blosc.compress(chunk, self.compressor.encode(), 1, shuffle, BLOCK_BYTES, chunk.itemsize)
         checksum = crc32c(payload)
         return payload + checksum.to_bytes(CHECKSUM_BYTES, "little"), checksum
 
     def checksum(self, stored: memoryview) -> int:
         """Checksum of a stored chunk, to hold against the manifest's."""
-        return crc32c(stored[:-CHECKSUM_BYTES] if self.compressed else stored)
+        return crc32c(stored if self.compressor is None else stored[:-CHECKSUM_BYTES])
 
     def decode_into(self, stored: memoryview, out: np.ndarray) -> None:
         """Decode one stored chunk into `out`, C-contiguous and exactly as large as the chunk. Raises CorruptShard."""
-        if not self.compressed:
+        if self.compressor is None:
             flat = out.reshape(-1).view(np.uint8)
             if len(stored) != flat.nbytes:
                 raise CorruptShard(f"raw chunk must hold {flat.nbytes} bytes, got {len(stored)}")
@@ -82,7 +115,15 @@ class Codec:
             raise CorruptShard(f"blosc cannot decode a chunk: {error}") from error
 
 
-CODECS = {"lossless": Codec("lossless", compressed=True), "raw": Codec("raw", compressed=False)}
+CODECS = {
+    profile.name: profile
+    for profile in (
+        Codec(name="lossless", compressor="zstd", shuffle="shuffle"),
+        Codec(name="fast", compressor="lz4", shuffle="bitshuffle"),
+        Codec(name="raw", compressor=None, shuffle="shuffle"),
+        Codec(name="int8", compressor=None, shuffle="shuffle", quantised=True),
+    )
+}
 
 
 def codec(name: str) -> Codec:
@@ -103,8 +144,63 @@ def tensor_view(stored: np.ndarray, dtype: str) -> torch.Tensor:
     return x.view(torch.bfloat16) if dtype == "bfloat16" else x
 
 
-def float32_values(stored: np.ndarray, dtype: str) -> np.ndarray:
-    """The stored numbers as float32 (exact for all three activation dtypes), without touching torch's threads."""
-    if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)
+def quantise(
+    x: Float[Tensor, "row d_in"],
+) -> tuple[Int8[Tensor, "row d_in"], BFloat16[Tensor, "row block"]]:
+    """Signed integers of at most 127 and one scale for every block of 32 channels, the last of which may be short.
+
+    scale is the largest magnitude of the block over 127, rounded up to bfloat16 and at least 2^-126, so that
+    scale <= peak / 127 * (1 + 2^-7) and |q8 * scale - x| <= scale / 2. Blocks of a row rather than whole rows or
+    channels, because a few channels of a residual stream are hundreds of times larger than the rest.
+    """
+    d_in = x.shape[1]
+    blocks = pad(x.float(), (0, -d_in % BLOCK_CHANNELS)).unflatten(1, (-1, BLOCK_CHANNELS))  # (row, block, 32)
+    step = (blocks.abs().amax(dim=2) / 127).clamp_min(SMALLEST_SCALE)
+    scale = ((step.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)  # up: keep the upper half
+    q8 = (blocks / scale.float().unsqueeze(2)).round_().to(torch.int8)
+    return q8.flatten(1)[:, :d_in].contiguous(), scale
+
+
+def dequantise(
+    q8: Int8[Tensor, "row d_in"], scale: BFloat16[Tensor, "row block"], dtype: torch.dtype
+) -> Float[Tensor, "row d_in"]:
+    """q8 * scale, rounded once to `dtype` and held within its finite range; the inverse of `quantise` on any device."""
+    d_in = q8.shape[1]
+    wide = dtype if dtype == torch.bfloat16 else torch.float32  # bfloat16 holds q8 exactly and rounds the product once
+    blocks = pad(q8, (0, -d_in % BLOCK_CHANNELS)).unflatten(1, (-1, BLOCK_CHANNELS))
+    product = blocks.to(wide) * scale.to(wide).unsqueeze(2)
+    largest = torch.finfo(dtype).max
+    return product.clamp_(-largest, largest).flatten(1)[:, :d_in].to(dtype)
+
+
+def stored_tensors(x: Float[Tensor, "row d_in"], dtype: str, codec: Codec) -> tuple[Tensor, ...]:
+    """What is stored of these rows, one tensor for each array of a hook: (values as `dtype`,) or (q8, scale)."""
+    values = x.to(TORCH_DTYPE[dtype])
+    return quantise(values) if codec.quantised else (values,)
+
+
+def values(stored: Sequence[Tensor], dtype: str) -> Float[Tensor, "row d_in"]:
+    """The activations again, as `dtype`, from the tensors of a hook's arrays."""
+    if len(stored) == 1:
+        return stored[0]
+    q8, scale = stored
+    return dequantise(q8, scale, TORCH_DTYPE[dtype])
+
+
+def float32_values(stored: Sequence[Shaped[np.ndarray, "row _"]], dtype: str) -> Float32[np.ndarray, "row d_in"]:
+    """`values` as float32, exactly, from the elements of a hook's arrays, without touching torch's threads."""
+    x, *scale = stored
+    if scale:
+        return _float32_dequantised(x, scale[0], dtype)
+    return _widened(x) if dtype == "bfloat16" else x.astype(np.float32, copy=False)
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _float32_dequantised(q8: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
+    product = q8 * np.repeat(_widened(scale), BLOCK_CHANNELS, axis=1)[:, : q8.shape[1]]
+    numpy_dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    largest = float(ml_dtypes.finfo(numpy_dtype).max)
+    return product.clip(-largest, largest).astype(numpy_dtype).astype(np.float32)

@@ -101,7 +101,7 @@ def _medians(cache: Cache, split: str, hook: HookSpec) -> dict[str, Float[np.nda
     for number in range(n_wanted):
         start = (number * reader.n_chunks // n_wanted) * chunk_rows
         stop = min(start + chunk_rows, reader.n_rows)
-        rows.append(float32_values(reader.read(start, stop), hook.dtype))
+        rows.append(float32_values(reader.read_stored(start, stop), hook.dtype))
         plain_rows.append(~np.isin(token_ids.read(start, stop), special))
     x, is_plain = np.concatenate(rows), np.concatenate(plain_rows)
     plain = geometric_median(x[is_plain])

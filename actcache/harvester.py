@@ -25,7 +25,7 @@ from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
 from actcache.cache import CACHE_MANIFEST, ORIGIN, STORE, Cache, open_cache, sequence_reader
-from actcache.codecs import TORCH_DTYPE, codec, crc32c, float32_values, storage_view
+from actcache.codecs import TORCH_DTYPE, Codec, codec, crc32c, float32_values, storage_view, stored_tensors
 from actcache.errors import CacheMismatch, NonFiniteActivations
 from actcache.finalise import finalise, partials_key
 from actcache.flow import SPLITS, ActivationBatch, TokenBatch
@@ -141,8 +141,15 @@ def _write_log(root: Path, model: LanguageModel, times: HarvestTimes) -> None:
 class _Window:
     """The rows of one shard, in stored order, while they come in; hook tensors lie on the model's device."""
 
-    def __init__(self, hooks: Sequence[HookSpec], rows: int, device: torch.device):
-        self.x = {h.hook_name: torch.empty(rows, h.d_in, dtype=TORCH_DTYPE[h.dtype], device=device) for h in hooks}
+    def __init__(self, hooks: Sequence[HookSpec], codec: Codec, rows: int, device: torch.device):
+        self._hooks, self._codec = {hook.hook_name: hook for hook in hooks}, codec
+        self.stored = {
+            hook.hook_name: tuple(
+                torch.empty(rows, *array.row_shape, dtype=TORCH_DTYPE[array.dtype], device=device)
+                for array in hook_arrays(hook, codec, rows)
+            )
+            for hook in hooks
+        }
 
     def add(self, batch: ActivationBatch, first_token: int, permutation: Int64[Tensor, " row"]) -> None:
         """Scatter the part of a batch that belongs to the shard starting at `first_token`."""
@@ -151,8 +158,10 @@ class _Window:
             skip = max(first_token - batch.first_token, 0)
             start = max(batch.first_token - first_token, 0)
             n_rows = min(len(rows) - skip, len(permutation) - start)
-            window = self.x[hook_name]
-            window[permutation[start : start + n_rows]] = rows[skip : skip + n_rows].to(window.dtype)
+            places = permutation[start : start + n_rows]
+            stored = stored_tensors(rows[skip : skip + n_rows], self._hooks[hook_name].dtype, self._codec)
+            for window, part in zip(self.stored[hook_name], stored, strict=True):
+                window[places] = part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +222,7 @@ class _Harvester:
         rows = max(self._shard_rows(split, index) for split, index, _ in self._todo)
         hooks = list(dict.fromkeys(hook for _, _, hooks in self._todo for hook in hooks))
         for _ in range(min(2, len(self._todo))):
-            windows.put(_Window(hooks, rows, self._model.device))
+            windows.put(_Window(hooks, self._codec, rows, self._model.device))
         with ThreadPoolExecutor(1, "actcache-write") as writer:
             pending: list[Future[None]] = []
             for split, index, hooks in self._todo:
@@ -318,8 +327,9 @@ class _Harvester:
         partials: dict[str, int] = {}
         if not self._has_tokens(shard):
             arrays |= self._write_tokens(shard)
-        for hook, array in zip(shard.hooks, hook_arrays(shard.hooks, self._chunk_rows), strict=True):
-            arrays[array.path], moments = self._write_hook(shard, hook, array, window.x[hook.hook_name])
+        for hook in shard.hooks:
+            found, moments = self._write_hook(shard, hook, window.stored[hook.hook_name])
+            arrays |= found
             partials |= self._write_partials(shard, hook, moments)
         return ShardRecord(
             split=shard.split,
@@ -353,25 +363,25 @@ class _Harvester:
         }
 
     def _write_hook(
-        self, shard: _Shard, hook: HookSpec, array: ArraySpec, window: Tensor
-    ) -> tuple[ArrayRecord, dict[str, Moments]]:
+        self, shard: _Shard, hook: HookSpec, window: Sequence[Tensor]
+    ) -> tuple[dict[str, ArrayRecord], dict[str, Moments]]:
         """Encode a hook's window chunk by chunk, taking its statistics on the way."""
         special = np.isin(shard.token_ids, self._special)
         moments = {name: Moments.empty(hook.d_in) for name in ROW_FILTERS}
-
-        def chunks() -> Iterator[np.ndarray]:
-            for rows in chunk_slices(array, shard.n_rows):
-                stored = storage_view(window[rows].cpu())
-                self._add_moments(shard, hook, stored, special[rows], rows, moments)
-                yield stored
-
-        return self._write_array(shard, array, chunks()), moments
+        arrays = hook_arrays(hook, self._codec, self._chunk_rows)
+        parts = [storage_view(part.cpu()) for part in window]
+        for rows in chunk_slices(arrays[0], shard.n_rows):
+            self._add_moments(shard, hook, [part[rows] for part in parts], special[rows], rows, moments)
+        return {
+            array.path: self._write_array(shard, array, (part[rows] for rows in chunk_slices(array, shard.n_rows)))
+            for array, part in zip(arrays, parts, strict=True)
+        }, moments
 
     def _add_moments(
         self,
         shard: _Shard,
         hook: HookSpec,
-        stored: np.ndarray,
+        stored: Sequence[np.ndarray],
         special: Bool[np.ndarray, " row"],
         rows: slice,
         moments: dict[str, Moments],

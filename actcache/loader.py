@@ -14,11 +14,10 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from actcache.cache import Cache
-from actcache.codecs import tensor_view
 from actcache.errors import ConfigError
 from actcache.flow import SPLITS, Batch
 from actcache.order import EpochOrder, GroupSlice
-from actcache.reader import ArrayReader
+from actcache.reader import HookReader
 
 GROUP_CHUNKS = 64
 DECODE_THREADS = 2
@@ -68,7 +67,6 @@ class Loader(Iterator[Batch]):
         self.hook_names = (hook_names,) if isinstance(hook_names, str) else tuple(hook_names)
         _check(cache, self.hook_names, split, batch_tokens, epochs, start_step, rank, world_size)
         self._readers = {name: cache.hook_reader(split, name) for name in self.hook_names}
-        self._dtypes = {name: cache.hook(name).dtype for name in self.hook_names}
         self._chunk_rows = cache.manifest.chunk_rows
         self._token_ids = cache.token_reader(split, "id") if exclude_special_tokens else None
         self._special = np.array(cache.special_token_ids, dtype=np.int32)
@@ -153,24 +151,23 @@ class Loader(Iterator[Batch]):
     def _decode(self, epoch: int, number: int) -> _Group:
         chunks = self._order.chunks(epoch, number).tolist()
         x = {
-            name: tensor_view(self._joined(reader, chunks), self._dtypes[name])
-            for name, reader in self._readers.items()
+            name: reader.values(reader.tensors(self._joined(reader, chunks))) for name, reader in self._readers.items()
         }
         row = np.concatenate([np.arange(*self._bounds(chunk)) for chunk in chunks])
         kept = np.flatnonzero(np.concatenate([self._kept(chunk) for chunk in chunks]))
         served = kept[self._order.rows(epoch, number)]
         return _Group(x, torch.from_numpy(row), torch.from_numpy(served))
 
-    def _joined(self, reader: ArrayReader, chunks: Sequence[int]) -> np.ndarray:
+    def _joined(self, reader: HookReader, chunks: Sequence[int]) -> tuple[np.ndarray, ...]:
         """The rows of the chunks, back to back; each is decoded straight into its place."""
         for chunk in chunks:
             reader.will_need(chunk)
         buffer = reader.empty(len(chunks))
         offset = 0
         for chunk in chunks:
-            reader.decode_into(chunk, buffer[offset : offset + self._chunk_rows])
+            reader.decode_into(chunk, [part[offset : offset + self._chunk_rows] for part in buffer])
             offset += reader.rows_of(chunk)  # a short chunk's padding is overwritten by the next
-        return buffer[:offset]
+        return tuple(part[:offset] for part in buffer)
 
     def _bounds(self, chunk: int) -> tuple[int, int]:
         return chunk * self._chunk_rows, min((chunk + 1) * self._chunk_rows, self.n_stored_rows)

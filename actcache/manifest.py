@@ -16,7 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from actcache.codecs import ACTIVATION_DTYPES, CODECS, STORAGE_DTYPE, TORCH_DTYPE, crc32c
+from actcache.codecs import (
+    ACTIVATION_DTYPES,
+    BLOCK_CHANNELS,
+    CODECS,
+    STORAGE_DTYPE,
+    TORCH_DTYPE,
+    Codec,
+    codec,
+    crc32c,
+)
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.flow import SPLITS
 
@@ -311,11 +320,14 @@ def chunk_rows(d_in: int, itemsize: int, shard_rows: int) -> int:
     return min(max(MIN_CHUNK_ROWS, _floor_power_of_two(MAX_CHUNK_BYTES // (d_in * itemsize))), shard_rows)
 
 
-def hook_arrays(hooks: Iterable[HookSpec], chunk_rows: int) -> list[ArraySpec]:
-    """The sharded array of each hook."""
+def hook_arrays(hook: HookSpec, codec: Codec, chunk_rows: int) -> list[ArraySpec]:
+    """The sharded arrays that hold a hook: `acts`, or `q8` and `scale` if the codec quantises."""
+    if not codec.quantised:
+        return [ArraySpec(path=f"{hook.hook_name}/acts", dtype=hook.dtype, width=hook.d_in, chunk_rows=chunk_rows)]
+    blocks = -(-hook.d_in // BLOCK_CHANNELS)
     return [
-        ArraySpec(path=f"{hook.hook_name}/acts", dtype=hook.dtype, width=hook.d_in, chunk_rows=chunk_rows)
-        for hook in hooks
+        ArraySpec(path=f"{hook.hook_name}/q8", dtype="int8", width=hook.d_in, chunk_rows=chunk_rows),
+        ArraySpec(path=f"{hook.hook_name}/scale", dtype="bfloat16", width=blocks, chunk_rows=chunk_rows),
     ]
 
 
@@ -327,7 +339,9 @@ def token_arrays(shard_rows: int) -> list[ArraySpec]:
 
 def aligned_arrays(manifest: Manifest) -> list[ArraySpec]:
     """Every row-aligned array of a split: the hooks' and the tokens'."""
-    return [*hook_arrays(manifest.hooks, manifest.chunk_rows), *token_arrays(manifest.shard_rows)]
+    profile = codec(manifest.identity["codec"])
+    hooks = [array for hook in manifest.hooks for array in hook_arrays(hook, profile, manifest.chunk_rows)]
+    return [*hooks, *token_arrays(manifest.shard_rows)]
 
 
 def sequence_arrays(context_size: int) -> list[ArraySpec]:

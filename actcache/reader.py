@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
+from torch import Tensor
 
-from actcache.codecs import CHECKSUM_BYTES, Codec, crc32c
+from actcache.codecs import CHECKSUM_BYTES, Codec, crc32c, tensor_view, values
 from actcache.errors import CorruptShard
-from actcache.manifest import ArrayRecord, ArraySpec, shard_key
+from actcache.manifest import ArrayRecord, ArraySpec, HookSpec, shard_key
 from actcache.writer import ABSENT
 
 MAX_OPEN_SHARDS = 128
@@ -135,3 +136,46 @@ class ArrayReader:
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)  # unmapped once no thread holds a view of it
             return file
+
+
+class HookReader:
+    """The rows of one hook, whatever arrays hold them: `acts` alone, or `q8` and `scale`.
+
+    A buffer is a tuple with one part for each array; rows are gathered from the parts first and made `values` then.
+    """
+
+    def __init__(self, hook: HookSpec, arrays: Sequence[ArrayReader]):
+        self.hook, self.arrays = hook, tuple(arrays)
+        first = self.arrays[0]
+        self.n_rows, self.n_chunks, self.chunk_rows = first.n_rows, first.n_chunks, first.array.chunk_rows
+        self.rows_of = first.rows_of
+
+    def empty(self, n_chunks: int) -> tuple[Shaped[np.ndarray, "row _"], ...]:
+        """An uninitialised buffer for `n_chunks` whole chunks."""
+        return tuple(array.empty(n_chunks) for array in self.arrays)
+
+    def will_need(self, chunk: int) -> None:
+        """Start reading a chunk's bytes from disk, without waiting."""
+        for array in self.arrays:
+            array.will_need(chunk)
+
+    def decode_into(self, chunk: int, parts: Sequence[Shaped[np.ndarray, "chunk_rows _"]]) -> None:
+        """Decode a chunk into the parts, each with room for chunk_rows rows. Raises CorruptShard."""
+        for array, part in zip(self.arrays, parts, strict=True):
+            array.decode_into(chunk, part)
+
+    def tensors(self, parts: Sequence[Shaped[np.ndarray, "row _"]]) -> tuple[Tensor, ...]:
+        """The parts as torch tensors that share their memory."""
+        return tuple(tensor_view(part, array.array.dtype) for array, part in zip(self.arrays, parts, strict=True))
+
+    def values(self, tensors: Sequence[Tensor]) -> Float[Tensor, "row d_in"]:
+        """The activations in the hook's dtype, on the device of the parts' rows."""
+        return values(tensors, self.hook.dtype)
+
+    def read(self, start: int, stop: int) -> Float[Tensor, "row d_in"]:
+        """Rows [start, stop) in the hook's dtype."""
+        return self.values(self.tensors(self.read_stored(start, stop)))
+
+    def read_stored(self, start: int, stop: int) -> tuple[Shaped[np.ndarray, "row _"], ...]:
+        """Rows [start, stop) as stored elements, a part for each array."""
+        return tuple(array.read(start, stop) for array in self.arrays)

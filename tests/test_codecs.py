@@ -4,7 +4,19 @@ import pytest
 import torch
 from numcodecs import Blosc
 
-from actcache.codecs import CODECS, codec, crc32c, float32_values, storage_view, tensor_view
+from actcache.codecs import (
+    BLOCK_CHANNELS,
+    CODECS,
+    codec,
+    crc32c,
+    dequantise,
+    float32_values,
+    quantise,
+    storage_view,
+    stored_tensors,
+    tensor_view,
+    values,
+)
 from actcache.errors import ConfigError, CorruptShard
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -31,17 +43,65 @@ def test_round_trip_is_exact(name, dtype):
     assert codec(name).checksum(memoryview(payload)) == checksum
 
 
-def test_lossless_is_blosc_with_its_checksum_behind():
+@pytest.mark.parametrize("name", ["lossless", "fast"])
+def test_a_compressed_chunk_is_blosc_with_its_checksum_behind(name):
     stored = storage_view(activations(torch.bfloat16))
-    payload, checksum = codec("lossless").encode(stored)
+    payload, checksum = codec(name).encode(stored)
     assert payload[-4:] == google_crc32c.value(payload[:-4]).to_bytes(4, "little") == checksum.to_bytes(4, "little")
     assert Blosc().decode(payload[:-4]) == stored.tobytes()
     assert len(payload) < stored.nbytes
 
 
-def test_encoding_is_deterministic():
+@pytest.mark.parametrize("name", CODECS)
+def test_encoding_is_deterministic(name):
     stored = storage_view(activations(torch.bfloat16))
-    assert len({bytes(codec("lossless").encode(stored)[0]) for _ in range(20)}) == 1
+    assert len({bytes(codec(name).encode(stored)[0]) for _ in range(20)}) == 1
+
+
+@pytest.mark.parametrize("name", ["lossless", "fast", "raw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_profiles_without_error_keep_every_bit(name, dtype):
+    x, logical = activations(dtype), str(dtype).removeprefix("torch.")
+    stored = stored_tensors(x, logical, codec(name))
+    assert [part.dtype for part in stored] == [dtype]
+    assert torch.equal(values(stored, logical), x)
+
+
+@pytest.mark.parametrize("d_in", [1, 31, 32, 33, 48, 96])
+def test_int8_is_within_half_a_step_of_its_block(d_in):
+    x = activations(torch.float32)[:, :48].repeat(1, 2)[:, :d_in]
+    x[4] = 0  # the largest float32, which has a test of its own
+    q8, scale = quantise(x)
+    assert (q8.dtype, scale.dtype) == (torch.int8, torch.bfloat16)
+    assert (q8.shape, scale.shape) == (x.shape, (len(x), -(-d_in // BLOCK_CHANNELS)))
+    step = scale.double().repeat_interleave(BLOCK_CHANNELS, dim=1)[:, :d_in]
+    error = (q8.double() * step - x.double()).abs()
+    assert (error <= step / 2 * (1 + 127 * 2.0**-23)).all()  # the division before the rounding is float32
+    for start in range(0, d_in, BLOCK_CHANNELS):
+        peak = x[:, start : start + BLOCK_CHANNELS].double().abs().amax(dim=1)
+        assert (step[:, start] >= peak / 127 * (1 - 2.0**-23)).all()
+        assert (step[:, start] <= torch.clamp(peak / 127, min=2.0**-126) * (1 + 2.0**-7)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_values_are_the_product_rounded_once(dtype):
+    logical = str(dtype).removeprefix("torch.")
+    q8, scale = stored = stored_tensors(activations(dtype), logical, codec("int8"))
+    product = q8.double() * scale.double().repeat_interleave(BLOCK_CHANNELS, dim=1)[:, : q8.shape[1]]
+    largest = torch.finfo(dtype).max
+    expected = product.clamp(-largest, largest).to(dtype)
+    assert torch.equal(values(stored, logical), expected)
+    assert torch.equal(dequantise(q8, scale, dtype), expected)
+    assert np.array_equal(float32_values([storage_view(part) for part in stored], logical), expected.float().numpy())
+    assert values(stored, logical).isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_int8_does_not_hide_what_is_not_finite(bad):
+    x = torch.ones(2, 64)
+    x[1, 40] = bad
+    finite = values(stored_tensors(x, "float32", codec("int8")), "float32").isfinite()
+    assert finite.all(dim=1).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -49,7 +109,7 @@ def test_float32_values_are_the_logical_numbers(dtype):
     x = activations(dtype)
     name = str(dtype).removeprefix("torch.")
     assert torch.equal(tensor_view(storage_view(x), name), x)
-    assert np.array_equal(float32_values(storage_view(x), name), x.float().numpy())
+    assert np.array_equal(float32_values([storage_view(x)], name), x.float().numpy())
 
 
 def test_a_payload_of_another_size_is_refused():

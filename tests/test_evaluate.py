@@ -87,7 +87,7 @@ def validation_rows(cache: Cache, hook_name: str) -> Tensor:
     """Every stored validation row that is not of a special token, float64, in stored order."""
     x = cache.hook_reader("validation", hook_name).read(0, cache.n_rows("validation"))
     ids = cache.token_reader("validation", "id").read(0, cache.n_rows("validation"))
-    return torch.from_numpy(x[~np.isin(ids, cache.special_token_ids)]).double()
+    return x[torch.from_numpy(~np.isin(ids, cache.special_token_ids))].double()
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
@@ -258,7 +258,7 @@ def test_pca_equals_the_singular_vectors(cache):
         pca = fit_pca(loader, HOOK, 5)
     x = cache.hook_reader("train", HOOK).read(0, cache.n_rows())
     ids = cache.token_reader("train", "id").read(0, cache.n_rows())
-    x = torch.from_numpy(x[~np.isin(ids, cache.special_token_ids)]).double()
+    x = x[torch.from_numpy(~np.isin(ids, cache.special_token_ids))].double()
     centred = x - x.mean(0)
     u, s, vh = torch.linalg.svd(centred, full_matrices=False)
     best = (u[:, :5] * s[:5]) @ vh[:5] + x.mean(0)

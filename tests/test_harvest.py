@@ -18,6 +18,7 @@ from actcache.errors import CacheLocked, CacheMismatch, ConfigError, DatasetErro
 from actcache.harvester import JOURNAL
 from actcache.journal import Journal
 from actcache.models import HuggingFaceModel
+from actcache.verify import verify
 
 BATCH_SIZE = 8
 
@@ -82,6 +83,24 @@ def test_other_dtypes_store_what_the_model_gave(tiny_model, tiny_texts, tmp_path
     sequence, position = group["tokens/sequence"][:], group["tokens/position"][:]
     first = sequence < BATCH_SIZE
     assert np.array_equal(group[f"{HOOKS[2]}/acts"][:][first], x.numpy()[sequence[first], position[first]])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_int8_stores_blocks_of_the_lossless_rows(tiny_model, tiny_texts, tmp_path, dtype):
+    settings = {"dtype": dtype, "tokens": 1000, "hook_names": HOOKS[:1]}
+    lossless = harvest_tiny(tiny_model, tiny_texts, tmp_path / "lossless", **settings)
+    cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "int8", codec="int8", **settings)
+    x = lossless.hook_reader("train", HOOKS[0]).read(0, lossless.n_rows())
+    group = zarr.open_group(cache.path / "acts.zarr", mode="r")["train"]
+    q8 = torch.from_numpy(group[f"{HOOKS[0]}/q8"][:])
+    scale = torch.from_numpy(group[f"{HOOKS[0]}/scale"][:]).view(torch.bfloat16)
+    product = q8.double() * scale.double().repeat_interleave(32, dim=1)
+    assert ((product - x.double()).abs() <= scale.double().repeat_interleave(32, dim=1) / 2 * (1 + 2.0**-16)).all()
+    assert torch.equal(cache.hook_reader("train", HOOKS[0]).read(0, cache.n_rows()), product.to(getattr(torch, dtype)))
+    mean = cache.statistics(HOOKS[0], row_filter="all").mean
+    stored = product.to(getattr(torch, dtype)).double().numpy()
+    np.testing.assert_allclose(mean, stored.mean(0), rtol=0, atol=len(stored) * 2.0**-52 * np.abs(stored).max())
+    assert verify(cache.path).problems == ()
 
 
 def test_statistics_are_those_of_the_stored_rows(tiny_cache):

@@ -3,14 +3,12 @@ import pytest
 import torch
 from tiny_caches import HOOKS, harvest_tiny
 
-from actcache.codecs import tensor_view
 from actcache.errors import CacheMismatch, ConfigError, CorruptShard
 from actcache.loader import Loader
 
 
 def stored(cache, hook_name, split="train") -> torch.Tensor:
-    reader = cache.hook_reader(split, hook_name)
-    return tensor_view(reader.read(0, reader.n_rows), cache.hook(hook_name).dtype)
+    return cache.hook_reader(split, hook_name).read(0, cache.n_rows(split))
 
 
 def kept_rows(cache, split="train") -> list[int]:
