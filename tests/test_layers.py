@@ -27,7 +27,7 @@ LEVELS = [
     ["trainer"],
     ["benchmarks"],
     ["benchmarks.measure", "benchmarks.stream", "benchmarks.train_demo_model"],
-    ["benchmarks.bench_harvest", "benchmarks.bench_read", "benchmarks.bench_train"],
+    ["benchmarks.bench_harvest", "benchmarks.bench_read", "benchmarks.bench_train", "benchmarks.bench_shuffle"],
     ["benchmarks.bench_sweep"],
     ["cli"],
 ]
@@ -45,7 +45,7 @@ HOMES = {
     "yaml": {"trainer.config"},
     "typer": {"cli"},
     "tqdm": {"cli"},
-    "sae_lens": set(),
+    "sae_lens": {"benchmarks.bench_shuffle"},
 }
 MODULES = [
     ROOT / "cli.py",
