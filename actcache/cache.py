@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from actcache.codecs import codec
 from actcache.errors import CorruptShard, ManifestError
 from actcache.flow import SPLITS
 from actcache.manifest import (
+    MALFORMED,
     ArraySpec,
     HookSpec,
     Manifest,
@@ -51,7 +53,7 @@ class Cache:
         """{"model", "revision"}: where the model was loaded from, which may differ between equal caches."""
         try:
             return json.loads((self.path / ORIGIN).read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ManifestError(f"{self.path / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
 
     @property
@@ -117,12 +119,18 @@ class Cache:
         self, hook_name: str, *, split: str = "train", row_filter: str = "no_special_tokens"
     ) -> HookStatistics:
         """Mean, variance, norms and geometric median of a hook's stored values. Raises ManifestError if damaged."""
-        self.hook(hook_name)
+        hook = self.hook(hook_name)
         path = self.path / statistics_key(split, hook_name)
         try:
-            return HookStatistics.from_json(unseal(path.read_bytes(), path)[row_filter])
-        except (OSError, KeyError, ValueError) as error:
+            found = HookStatistics.from_json(unseal(path.read_bytes(), path)[row_filter])
+        except (OSError, *MALFORMED) as error:
             raise ManifestError(f"{path}: cannot be read as statistics ({type(error).__name__}: {error})") from error
+        if len(found.mean) != hook.d_in or found.n_rows > self.n_rows(split):
+            raise ManifestError(
+                f"{path}: must be of at most {self.n_rows(split)} rows of {hook.d_in} channels, is of "
+                f"{found.n_rows} rows of {len(found.mean)}; these are another cache's statistics"
+            )
+        return found
 
     def _sequences(self, split: str, name: str) -> np.ndarray:
         reader = sequence_reader(self.path, self.manifest.plan, split, name)
@@ -152,7 +160,13 @@ def read_manifest(path: str | Path) -> Cache:
         if (root / PLAN).exists():
             raise ManifestError(f"{root}: the harvest is unfinished; run the same command again") from None
         raise ManifestError(f"{root}: not a cache (no {CACHE_MANIFEST}); make one with `actcache harvest`") from None
-    manifest = Manifest.from_json(unseal(sealed, root / CACHE_MANIFEST))
+    except OSError as error:
+        raise ManifestError(f"{root / CACHE_MANIFEST}: cannot be read ({error.strerror})") from error
+    values = unseal(sealed, root / CACHE_MANIFEST)
+    try:
+        manifest = Manifest.from_json(values)
+    except ManifestError as error:
+        raise ManifestError(f"{root / CACHE_MANIFEST}: {error}") from error
     return Cache(root, manifest, fingerprint(sealed))
 
 
@@ -194,17 +208,27 @@ def wrong_files(cache: Cache) -> Iterator[str]:
     """What is missing or of a wrong size: a truncated map is SIGBUS, and a missing shard reads as zeros elsewhere."""
     for key, n_bytes in stored_files(cache.manifest).items():
         path = cache.path / STORE / key
-        size = path.stat().st_size if path.exists() else None
+        size = _file_bytes(path)
         if size != n_bytes:
-            found = "is missing" if size is None else f"is {size} bytes long"
+            found = "is missing or no file" if size is None else f"is {size} bytes long"
             yield f"{path}: must be {n_bytes} bytes long, {found}"
+
+
+def _file_bytes(path: Path) -> int | None:
+    """Size of a regular file; None if it is missing, out of reach, or a folder, pipe or device."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _check_identity(cache: Cache) -> None:
     metadata = cache.path / STORE / "zarr.json"
     try:
         identity = json.loads(metadata.read_bytes())["attributes"]["actcache"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        same = identity == cache.identity
+    except (OSError, *MALFORMED) as error:
         raise ManifestError(f"{metadata}: cannot be read ({type(error).__name__}); the cache is damaged") from error
-    if identity != cache.identity:
+    if not same:
         raise ManifestError(f"{metadata}: says another identity than {CACHE_MANIFEST}; two caches were mixed")

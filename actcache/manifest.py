@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ TOKEN_ARRAYS = ("tokens/id", "tokens/sequence", "tokens/position")
 SEQUENCE_ARRAYS = ("sequences/id", "sequences/document")
 SEQUENCE_SHARD_TOKENS = 1 << 18
 HOOK_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError)  # what malformed JSON values raise
 SEAL = re.compile(rb'(\{.*),"crc32c":"([0-9a-f]{8})"\}\n?', re.DOTALL)
 
 
@@ -150,9 +152,10 @@ class Plan:
         try:
             check_identity(values["identity"])
             sequences = {split: _sequences_record(values["sequences"][split]) for split in SPLITS}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            tokens = None if values["tokens"] is None else _whole_number("tokens", values["tokens"])
+        except MALFORMED as error:
             raise ManifestError(f"plan: malformed ({type(error).__name__}: {error})") from error
-        plan = Plan(identity=values["identity"], tokens=values["tokens"], sequences=sequences)
+        plan = Plan(identity=values["identity"], tokens=tokens, sequences=sequences)
         for array in sequence_arrays(plan.identity["context_size"]):
             for split, record in sequences.items():
                 if len(record.arrays.get(array.path, ())) != -(-record.n_sequences // array.chunk_rows):
@@ -211,14 +214,16 @@ class Manifest:
         try:
             manifest = Manifest(
                 plan=Plan.from_json(values["plan"]),
-                hooks=tuple(HookSpec(**hook) for hook in values["hooks"]),
+                hooks=tuple(_hook_spec(hook) for hook in values["hooks"]),
                 shards={split: tuple(shard_record(line) for line in values["shards"][split]) for split in SPLITS},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            _check_hooks(manifest)
+            for split in SPLITS:
+                _check_shards(manifest, split)
+        except MALFORMED as error:
             raise ManifestError(f"manifest: malformed ({type(error).__name__}: {error})") from error
-        _check_hooks(manifest)
-        for split in SPLITS:
-            _check_shards(manifest, split)
+        if not any(manifest.shards.values()):
+            raise ManifestError("manifest: holds no rows")
         return manifest
 
 
@@ -233,11 +238,14 @@ def unseal(sealed: bytes, source: Path) -> dict[str, Any]:
     match = SEAL.fullmatch(sealed)
     if match is None or crc32c(match[1]) != int(match[2], 16):
         raise ManifestError(f"{source}: its checksum does not match its bytes; restore the file or harvest again")
-    return json.loads(match[1] + b"}")
+    try:
+        return json.loads(match[1] + b"}")
+    except (ValueError, RecursionError) as error:  # no JSON, or nested too deeply, under a seal that is right
+        raise ManifestError(f"{source}: cannot be read as JSON ({type(error).__name__}); harvest again") from error
 
 
 def shard_record(values: dict[str, Any]) -> ShardRecord:
-    """One line of a writer's manifest, checked. Raises KeyError, TypeError or ValueError for malformed values."""
+    """One line of a writer's manifest, checked. Raises ManifestError or one of MALFORMED for malformed values."""
     if values["split"] not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {values['split']!r}")
     arrays = {path: _array_record(array) for path, array in values["arrays"].items()}
@@ -245,24 +253,43 @@ def shard_record(values: dict[str, Any]) -> ShardRecord:
         _check_path(name)
     return ShardRecord(
         split=values["split"],
-        index=int(values["index"]),
-        first_token=int(values["first_token"]),
-        n_rows=int(values["n_rows"]),
-        hooks=tuple(HookSpec(**hook) for hook in values["hooks"]),
+        index=_whole_number("index", values["index"]),
+        first_token=_whole_number("first_token", values["first_token"]),
+        n_rows=_whole_number("n_rows", values["n_rows"]),
+        hooks=tuple(_hook_spec(hook) for hook in values["hooks"]),
         arrays=arrays,
-        partials={str(name): int(checksum) for name, checksum in values["partials"].items()},
+        partials={name: _checksum(checksum) for name, checksum in values["partials"].items()},
         compute=dict(values["compute"]),
     )
 
 
+def _whole_number(name: str, value: object, lowest: int = 0, highest: int = (1 << 63) - 1) -> int:
+    """`value` if it is a whole number in range; neither True nor 1.0 nor "1" is one."""
+    if type(value) is not int or not lowest <= value <= highest:
+        got = reprlib.repr(value)  # cut short: it may be long or nested
+        raise ManifestError(f"manifest: {name} must be a whole number in [{lowest}, {highest}], got {got}")
+    return value
+
+
+def _checksum(value: object) -> int:
+    return _whole_number("checksum", value, highest=(1 << 32) - 1)
+
+
+def _hook_spec(values: dict[str, Any]) -> HookSpec:
+    hook = HookSpec(**values)
+    if not HOOK_NAME.fullmatch(hook.hook_name):
+        raise ManifestError(f"manifest: hook_name must be dotted words, got {hook.hook_name!r}")
+    _whole_number("d_in", hook.d_in, lowest=1)
+    return hook
+
+
 def _array_record(values: dict[str, Any]) -> ArrayRecord:
-    return ArrayRecord(n_bytes=int(values["n_bytes"]), checksums=tuple(int(c) for c in values["checksums"]))
+    checksums = tuple(_checksum(checksum) for checksum in values["checksums"])
+    return ArrayRecord(n_bytes=_whole_number("n_bytes", values["n_bytes"]), checksums=checksums)
 
 
 def _sequences_record(values: dict[str, Any]) -> SequencesRecord:
-    n_sequences = int(values["n_sequences"])
-    if n_sequences < 0:
-        raise ValueError(f"n_sequences must be at least 0, got {n_sequences}")
+    n_sequences = _whole_number("n_sequences", values["n_sequences"])
     arrays = {path: tuple(_array_record(shard) for shard in shards) for path, shards in values["arrays"].items()}
     return SequencesRecord(n_sequences=n_sequences, arrays=arrays)
 
@@ -277,22 +304,21 @@ def merge_records(records: Iterable[ShardRecord]) -> dict[tuple[str, int], Shard
 
 
 def check_identity(identity: dict[str, Any]) -> None:
-    """Raises ManifestError unless this program can read a cache of this identity."""
+    """Raises ManifestError, or one of MALFORMED, unless this program can read a cache of this identity."""
     version = identity.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ManifestError(f"cache: this program reads format version {FORMAT_VERSION}, got {version!r}")
     if identity.get("codec") not in CODECS:
         raise ManifestError(f"cache: codec must be one of {', '.join(CODECS)}, got {identity.get('codec')!r}")
     if identity.get("dtype") not in ACTIVATION_DTYPES:
         raise ManifestError(f"cache: dtype must be one of {ACTIVATION_DTYPES}, got {identity.get('dtype')!r}")
-    shard_rows, chunk_rows = identity.get("shard_rows"), identity.get("chunk_rows")
-    if not isinstance(shard_rows, int) or not 1 <= shard_rows <= MAX_SHARD_ROWS:
-        raise ManifestError(f"cache: shard_rows must be in [1, {MAX_SHARD_ROWS}], got {shard_rows!r}")
-    if not isinstance(chunk_rows, int) or not 1 <= chunk_rows <= shard_rows or shard_rows % chunk_rows:
-        raise ManifestError(f"cache: chunk_rows must divide shard_rows={shard_rows}, got {chunk_rows!r}")
-    context_size = identity.get("context_size")
-    if not isinstance(context_size, int) or context_size < 1:
-        raise ManifestError(f"cache: context_size must be at least 1, got {context_size!r}")
+    shard_rows = _whole_number("shard_rows", identity.get("shard_rows"), 1, MAX_SHARD_ROWS)
+    chunk_rows = _whole_number("chunk_rows", identity.get("chunk_rows"), 1, shard_rows)
+    if shard_rows.bit_count() != 1 or shard_rows % chunk_rows:
+        raise ManifestError(f"cache: {shard_rows=} must be a power of two, and {chunk_rows=} must divide it")
+    _whole_number("context_size", identity.get("context_size"), 1, MAX_SHARD_BYTES // TORCH_DTYPE["int32"].itemsize)
+    for token_id in identity["special_token_ids"]:
+        _whole_number("special_token_ids", token_id, highest=(1 << 31) - 1)
 
 
 def shard_rows(d_in: int, itemsize: int, *, n_hooks: int, n_rows: int, context_size: int) -> int:
@@ -361,11 +387,9 @@ def fingerprint(sealed_manifest: bytes) -> str:
 
 
 def _check_hooks(manifest: Manifest) -> None:
-    if not manifest.hooks:
-        raise ManifestError("manifest: holds no hook")
+    if not 0 < len({hook.hook_name for hook in manifest.hooks}) == len(manifest.hooks):
+        raise ManifestError("manifest: must hold at least one hook, and each once")
     for hook in manifest.hooks:
-        if not HOOK_NAME.fullmatch(hook.hook_name):
-            raise ManifestError(f"manifest: hook_name must be dotted words, got {hook.hook_name!r}")
         row_bytes = hook.d_in * TORCH_DTYPE[manifest.identity["dtype"]].itemsize
         if hook.dtype != manifest.identity["dtype"] or not 1 <= row_bytes * manifest.chunk_rows <= MAX_SHARD_BYTES:
             raise ManifestError(f"manifest: {hook.hook_name} has an impossible dtype or width: {hook}")

@@ -38,6 +38,8 @@ class ShardFile:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise CorruptShard(f"{path}: the shard is missing; restore it or harvest again") from None
+        except OSError as error:
+            raise CorruptShard(f"{path}: the shard cannot be read ({error.strerror}); restore it") from error
         self._map.madvise(mmap.MADV_RANDOM)  # the kernel's readahead reads three times what chunks need
         self._bytes = memoryview(self._map)
         index = self._bytes[size - index_bytes : size - CHECKSUM_BYTES]
@@ -47,7 +49,12 @@ class ShardFile:
         self._payload_bytes = size - index_bytes
 
     def chunk(self, number: int) -> memoryview | None:
-        """The stored bytes of a chunk; None where the shard holds none, which Zarr reads as the fill value."""
+        """The stored bytes of a chunk; None where the shard holds none, which Zarr reads as the fill value.
+
+        Raises CorruptShard if the chunk lies outside of the file, or the file changed its size since it was mapped.
+        """
+        if self._map.size() != len(self._map):  # pages beyond the end of a shortened file are SIGBUS
+            raise CorruptShard(f"{self.path}: was {len(self._map)} bytes long, is {self._map.size()}; restore it")
         offset, size = self._index[number].tolist()
         if offset == ABSENT and size == ABSENT:
             return None
@@ -109,7 +116,10 @@ class ArrayReader:
                 f"{file.path}: chunk {number} (rows {start} to {start + self.rows_of(chunk)}) does not match "
                 "its checksum in the manifest; run `actcache verify` to see what else is damaged"
             )
-        self._codec.decode_into(stored, out)
+        try:
+            self._codec.decode_into(stored, out)
+        except CorruptShard as error:
+            raise CorruptShard(f"{file.path}: chunk {number}: {error}") from error
         del stored  # the view would keep the map from being closed
         file.advise(number, mmap.MADV_DONTNEED)
 

@@ -5,6 +5,7 @@ Means and squared deviations merge by Chan, Golub and LeVeque (1983), "Algorithm
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,16 +154,28 @@ class HookStatistics:
 
     @staticmethod
     def from_json(values: dict) -> HookStatistics:
-        """Read back what `to_json` gave. Raises KeyError or ValueError for malformed values."""
+        """Read back what `to_json` gave. Raises KeyError, TypeError or ValueError for malformed values."""
+        counts = _numbers(values["norm_histogram"], int, N_BINS)
+        if values["n_rows"] != sum(counts) or min(counts) < 0 or sum(counts) >= 1 << 63:
+            raise ValueError(f"the norm histogram counts {sum(counts)} rows, n_rows is {values['n_rows']}")
+        d_in = len(values["mean"])
+        mean_norm, mean_square_norm = _numbers([values["mean_norm"], values["mean_square_norm"]], float, 2)
         return HookStatistics(
-            n_rows=int(values["n_rows"]),
-            mean=np.array(values["mean"], dtype=np.float64),
-            variance=np.array(values["variance"], dtype=np.float64),
-            mean_norm=float(values["mean_norm"]),
-            mean_square_norm=float(values["mean_square_norm"]),
-            geometric_median=np.array(values["geometric_median"], dtype=np.float64),
-            norm_histogram=np.array(values["norm_histogram"], dtype=np.int64),
+            n_rows=sum(counts),
+            mean=np.array(_numbers(values["mean"], float, d_in)),
+            variance=np.array(_numbers(values["variance"], float, d_in)),
+            mean_norm=mean_norm,
+            mean_square_norm=mean_square_norm,
+            geometric_median=np.array(_numbers(values["geometric_median"], float, d_in)),
+            norm_histogram=np.array(counts, dtype=np.int64),
         )
+
+
+def _numbers(values: list, kind: type, n: int) -> list:
+    """`values` if they are `n` finite numbers of that kind. Raises ValueError."""
+    if len(values) != n or not all(type(value) is kind and -math.inf < value < math.inf for value in values):
+        raise ValueError(f"need a list of {n} finite numbers of type {kind.__name__}")
+    return values
 
 
 def norm_bin(norms: Float64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
