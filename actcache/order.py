@@ -12,17 +12,32 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt64
 
 
 def _permutation(n: int, *key: object) -> Int64[np.ndarray, " n"]:
     digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
     words = np.frombuffer(digest[:16], dtype="<u8")
-    return np.argsort(np.random.Philox(key=words).random_raw(n), kind="stable")
+    return _stable_argsort(np.random.Philox(key=words).random_raw(n))
+
+
+def _stable_argsort(keys: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """np.argsort(keys, kind="stable") in a third of the time: radix sorts of the upper half, then the few ties."""
+    upper = (keys >> np.uint64(32)).astype(np.uint32)
+    order = np.argsort(upper.astype(np.uint16), kind="stable")  # numpy sorts 16-bit integers by radix
+    order = order[np.argsort((upper >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
+    in_order = upper[order]
+    equal = in_order[1:] == in_order[:-1]
+    tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))  # whole runs of equal upper halves
+    order[tied] = order[tied][np.argsort(keys[order[tied]], kind="stable")]
+    return order
 
 
 def shard_permutation(n_rows: int, *, seed: int, split: str, index: int) -> Int64[np.ndarray, " n_rows"]:
@@ -62,21 +77,32 @@ class GroupSlice:
 class EpochOrder:
     """Which rows batch `step` holds, when `kept[c]` rows of chunk c pass the filters.
 
-    The stream of all epochs is one line of `epochs * sum(kept)` rows: epoch after epoch, group after group. Batch
-    `step` is the slice [step * batch_tokens, (step + 1) * batch_tokens) of it; only the last may be shorter.
+    The stream of all epochs is one line of `epochs * sum(kept)` rows, or of `limit` if that is fewer: epoch after
+    epoch, group after group. Batch `step` is the slice [step * batch_tokens, (step + 1) * batch_tokens) of it; only the
+    last may be shorter.
     """
 
-    def __init__(self, kept: Sequence[int], *, seed: int, epochs: int, batch_tokens: int, group_chunks: int = 64):
-        if batch_tokens < 1 or epochs < 1 or group_chunks < 1:
+    def __init__(
+        self,
+        kept: Sequence[int],
+        *,
+        seed: int,
+        epochs: int,
+        batch_tokens: int,
+        group_chunks: int = 64,
+        limit: int | None = None,
+    ):
+        if batch_tokens < 1 or epochs < 1 or group_chunks < 1 or (limit is not None and limit < 0):
             raise ValueError(
-                "EpochOrder: need batch_tokens >= 1, epochs >= 1, group_chunks >= 1; "
-                f"got batch_tokens={batch_tokens}, epochs={epochs}, group_chunks={group_chunks}"
+                "EpochOrder: need batch_tokens >= 1, epochs >= 1, group_chunks >= 1, limit >= 0 or None; "
+                f"got batch_tokens={batch_tokens}, epochs={epochs}, group_chunks={group_chunks}, limit={limit}"
             )
         self._kept = np.asarray(kept, dtype=np.int64)
         self.seed, self.epochs, self.batch_tokens, self.group_chunks = seed, epochs, batch_tokens, group_chunks
         self.n_rows = int(self._kept.sum())
-        self.n_steps = -(-epochs * self.n_rows // batch_tokens)
-        self._epoch_cache: tuple[int, np.ndarray, list[int]] | None = None
+        self.n_stream_rows = epochs * self.n_rows if limit is None else min(limit, epochs * self.n_rows)
+        self.n_steps = -(-self.n_stream_rows // batch_tokens)
+        self._epochs: dict[int, tuple[np.ndarray, list[int]]] = {}
 
     def chunks(self, epoch: int, group: int) -> Int64[np.ndarray, " chunk"]:
         """The chunks of one group, in the order in which their rows are joined."""
@@ -93,24 +119,23 @@ class EpochOrder:
         """Where the rows of batch `step` lie, in order. Raises IndexError past the last step."""
         if not 0 <= step < self.n_steps:
             raise IndexError(f"EpochOrder: step must be in [0, {self.n_steps}), got {step}")
-        position = step * self.batch_tokens
-        stop = min(position + self.batch_tokens, self.epochs * self.n_rows)
+        return self.span(step * self.batch_tokens, min((step + 1) * self.batch_tokens, self.n_stream_rows))
+
+    def span(self, start: int, stop: int) -> list[GroupSlice]:
+        """Where rows [start, stop) of the stream lie, in order."""
         found = []
-        while position < stop:
-            found.append(self._slice(position, stop))
-            position += found[-1].stop - found[-1].start
+        while start < stop:
+            found.append(self._slice(start, stop))
+            start += found[-1].stop - found[-1].start
         return found
 
     def following(self, epoch: int, group: int) -> tuple[int, int] | None:
         """The (epoch, group) served after this one; None after the last."""
-        starts = self._epoch(epoch)[1]
-        for later in range(group + 1, len(starts) - 1):
-            if starts[later + 1] > starts[later]:
-                return epoch, later
-        return self._first_group(epoch + 1) if epoch + 1 < self.epochs else None
-
-    def _first_group(self, epoch: int) -> tuple[int, int]:
-        return epoch, bisect.bisect_right(self._epoch(epoch)[1], 0) - 1
+        position = epoch * self.n_rows + self._epoch(epoch)[1][group + 1]  # where its rows end in the stream
+        if position >= self.n_stream_rows:
+            return None
+        following = self._slice(position, position + 1)
+        return following.epoch, following.group
 
     def _slice(self, position: int, stop: int) -> GroupSlice:
         epoch, offset = divmod(position, self.n_rows)
@@ -120,12 +145,56 @@ class EpochOrder:
         return GroupSlice(epoch, group, start, min(starts[group + 1] - starts[group], start + stop - position))
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """(chunk order, first served row of each group and the total) of one epoch; the last one asked is kept."""
-        cached = self._epoch_cache
-        if cached is None or cached[0] != epoch:
+        """(chunk order, first served row of each group and the total) of an epoch; the last two asked are kept."""
+        if epoch not in self._epochs:
             order = chunk_order(len(self._kept), seed=self.seed, epoch=epoch)
             edges = np.arange(0, len(order), self.group_chunks)
             sizes = np.add.reduceat(self._kept[order], edges)
-            cached = (epoch, order, [0, *np.cumsum(sizes).tolist()])
-            self._epoch_cache = cached
-        return cached[1], cached[2]
+            self._epochs = {**dict(list(self._epochs.items())[-1:]), epoch: (order, [0, *np.cumsum(sizes).tolist()])}
+        return self._epochs[epoch]
+
+
+class MixtureOrder:
+    """Which stream gives each row of batch `step`, when streams of `n_rows[i]` rows are mixed by `shares[i]`.
+
+    After t whole batches of b rows, streams 0 to i together have given floor(W_i * t * b) rows, W_i the sum of the
+    first i + 1 shares over the sum of all, in exact fractions: the totals are exact, and each stream has given its
+    share of t * b rounded down or up. Within a batch the c rows that a stream gives lie evenly, row j at (j + 1/2) / c
+    of its length (at equal places the earlier stream first), so that parts of a batch are mixed alike.
+
+    The mixture ends before the first row that its stream no longer has, or after `limit` rows.
+    """
+
+    def __init__(
+        self, shares: Sequence[Fraction], n_rows: Sequence[int], *, batch_tokens: int, limit: int | None = None
+    ):
+        if min(shares) * batch_tokens < sum(shares):  # or a count of a batch could fall below zero
+            raise ValueError(
+                f"MixtureOrder: the smallest of the shares must be worth a row of a batch of {batch_tokens}; "
+                f"got {[float(share) for share in shares]}"
+            )
+        self.batch_tokens = batch_tokens
+        self._cumulative = [Fraction(part, sum(shares)) for part in itertools.accumulate(shares)]
+        self._counts = n_rows
+        whole = bisect.bisect_left(range(sum(n_rows) // batch_tokens + 1), True, key=lambda t: self._lacks(t + 1))
+        owed = np.array(n_rows) - self.given(whole)
+        owner = self.owners(whole)
+        missing = np.concatenate([np.flatnonzero(owner == i)[owed[i] :] for i in range(len(shares))])
+        self.n_stream_rows = whole * batch_tokens + int(missing.min())
+        if limit is not None:
+            self.n_stream_rows = min(limit, self.n_stream_rows)
+        self.n_steps = -(-self.n_stream_rows // batch_tokens)
+
+    def given(self, step: int) -> Int64[np.ndarray, " stream"]:
+        """How many rows each stream has given before batch `step`."""
+        ends = [math.floor(share * step * self.batch_tokens) for share in self._cumulative]
+        return np.diff(np.array([0, *ends]))
+
+    def owners(self, step: int) -> Int64[np.ndarray, " batch"]:
+        """Which stream gives each row of a whole batch; its rows come in the order of the stream."""
+        counts = self.given(step + 1) - self.given(step)
+        places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts.tolist()])
+        return np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
+
+    def _lacks(self, step: int) -> bool:
+        return bool((self.given(step) > self._counts).any())
