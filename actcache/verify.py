@@ -10,11 +10,13 @@ import numpy as np
 import zarr
 
 from actcache.cache import STORE, Cache, read_manifest, sequence_reader, wrong_files
+from actcache.codecs import codec
 from actcache.errors import CorruptShard, ManifestError
 from actcache.flow import SPLITS
 from actcache.manifest import aligned_arrays
 from actcache.order import shard_permutation
 from actcache.reader import ArrayReader
+from actcache.writer import make_array
 
 Progress = Callable[[int, int], None]
 
@@ -85,17 +87,22 @@ def _bad_statistics(cache: Cache) -> Iterator[str]:
 
 
 def _bad_metadata(cache: Cache) -> Iterator[str]:
-    """zarr.json of the root and of every row-aligned array, as another Zarr reader would see them."""
+    """zarr.json of the root and of every row-aligned array as other Zarr readers see them; bfloat16 in either form."""
     try:
         group = zarr.open_group(cache.path / STORE, mode="r")
         if group.attrs.get("actcache") != cache.identity:
             yield f"{cache.path / STORE / 'zarr.json'}: says another identity than the manifest"
         for split in SPLITS:
+            sizes = {"n_rows": cache.n_rows(split), "shard_rows": cache.manifest.shard_rows}
             for array in aligned_arrays(cache.manifest):
-                stored = group[f"{split}/{array.path}"]
-                shape = (cache.n_rows(split), *array.row_shape)
-                if not isinstance(stored, zarr.Array) or stored.shape != shape or stored.dtype != array.storage_dtype:
-                    yield f"{split}/{array.path}: zarr.json must say {shape} {array.storage_dtype}, says {stored!r}"
+                path = f"{split}/{array.path}"
+                said = group[path].metadata.to_dict()
+                native = said.get("data_type") == "bfloat16"
+                made = make_array({}, path, array, codec(cache.identity["codec"]), **sizes, native=native)
+                wanted = made.metadata.to_dict()
+                wrong = {key: said.get(key) for key in {**wanted, **said} if said.get(key) != wanted.get(key)}
+                if wrong:
+                    yield f"{path}: zarr.json must describe what the manifest says is stored, says {wrong}"
     except (KeyError, ValueError, TypeError, OSError, AttributeError) as error:
         yield f"{cache.path / STORE}: its metadata cannot be read by zarr ({type(error).__name__}: {error})"
 

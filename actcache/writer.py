@@ -13,8 +13,11 @@ import zarr
 from jaxtyping import Shaped
 from zarr.storage import MemoryStore
 
+from actcache.bfloat16 import BFloat16
 from actcache.codecs import Codec, crc32c
 from actcache.manifest import ArrayRecord, ArraySpec
+
+EncodedChunk = tuple[bytes | memoryview, int]  # what is stored of a chunk, and its checksum
 
 PARTIAL_SUFFIX = ".partial"
 ABSENT = np.iinfo(np.uint64).max  # offset and size of a chunk that a shard lacks (zarr v3, "binary shard format")
@@ -60,10 +63,20 @@ def chunk_slices(array: ArraySpec, n_rows: int) -> Iterator[slice]:
     return (slice(start, min(start + array.chunk_rows, n_rows)) for start in range(0, n_rows, array.chunk_rows))
 
 
+def encode_chunk(chunk: Shaped[np.ndarray, "row ..."], array: ArraySpec, codec: Codec) -> EncodedChunk:
+    """(stored bytes, checksum) of one chunk of a shard; a short last one is padded with zeros."""
+    return codec.encode(_padded(chunk, array.chunk_rows))
+
+
 def write_shard(
     path: Path, array: ArraySpec, codec: Codec, chunks: Iterable[Shaped[np.ndarray, "row ..."]], shard_rows: int
 ) -> ArrayRecord:
-    """Write one shard of `shard_rows` rows from its chunks, given in order; a short last one is padded with zeros.
+    """Encode the chunks of a shard of `shard_rows` rows, given in order, and write it."""
+    return write_encoded_shard(path, array, (encode_chunk(chunk, array, codec) for chunk in chunks), shard_rows)
+
+
+def write_encoded_shard(path: Path, array: ArraySpec, chunks: Iterable[EncodedChunk], shard_rows: int) -> ArrayRecord:
+    """Write one shard of `shard_rows` rows from its encoded chunks, given in order.
 
     Layout (zarr v3 sharding codec, index at the end): the encoded chunks back to back, then (offset, size) of every
     chunk as little-endian uint64, then the CRC-32C of that index.
@@ -73,8 +86,7 @@ def write_shard(
 
     def parts() -> Iterator[bytes | memoryview]:
         offset = 0
-        for number, chunk in enumerate(chunks):
-            stored, checksum = codec.encode(_padded(chunk, array.chunk_rows))
+        for number, (stored, checksum) in enumerate(chunks):
             index[number] = offset, len(stored)
             offset += len(stored)
             checksums.append(checksum)
@@ -94,6 +106,35 @@ def _padded(chunk: np.ndarray, chunk_rows: int) -> np.ndarray:
     return whole
 
 
+def make_array(
+    made: dict[str, Any],
+    path: str,
+    array: ArraySpec,
+    codec: Codec,
+    *,
+    n_rows: int,
+    shard_rows: int,
+    native: bool = False,
+) -> zarr.Array:
+    """Have zarr-python make the metadata of an array in memory: `made[path + "/zarr.json"]`, and its groups' beside it.
+
+    native: bfloat16 is called that, with fill value 0.0, not uint16 with 0; every other dtype has one form.
+    """
+    as_bfloat16 = native and array.dtype == "bfloat16"
+    return zarr.create_array(
+        MemoryStore(made),
+        name=path,
+        shape=(n_rows, *array.row_shape),
+        chunks=(array.chunk_rows, *array.row_shape),
+        shards=(shard_rows, *array.row_shape),
+        dtype=BFloat16() if as_bfloat16 else array.storage_dtype,
+        filters=None,
+        compressors=codec.zarr_compressors(np.dtype(array.storage_dtype).itemsize),
+        fill_value=0.0 if as_bfloat16 else 0,
+        attributes={"actcache": {"dtype": array.dtype}},
+    )
+
+
 def write_metadata(
     store: Path, attributes: dict[str, Any], arrays: Mapping[str, tuple[ArraySpec, int, int]], codec: Codec
 ) -> None:
@@ -103,20 +144,8 @@ def write_metadata(
     metadata in memory, so that nothing of it can delete or overwrite a shard.
     """
     made: dict[str, Any] = {}
-    memory = MemoryStore(made)
-    zarr.create_group(memory, attributes=attributes)
+    zarr.create_group(MemoryStore(made), attributes=attributes)
     for path, (array, n_rows, shard_rows) in arrays.items():
-        zarr.create_array(
-            memory,
-            name=path,
-            shape=(n_rows, *array.row_shape),
-            chunks=(array.chunk_rows, *array.row_shape),
-            shards=(shard_rows, *array.row_shape),
-            dtype=array.storage_dtype,
-            filters=None,
-            compressors=codec.zarr_compressors(np.dtype(array.storage_dtype).itemsize),
-            fill_value=0,
-            attributes={"actcache": {"dtype": array.dtype}},
-        )
+        make_array(made, path, array, codec, n_rows=n_rows, shard_rows=shard_rows)
     for key in sorted(made, reverse=True):  # the root's zarr.json last
         write_atomically(store / key, [made[key].to_bytes()])

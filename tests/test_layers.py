@@ -7,13 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    ["actcache.errors", "actcache.order", "actcache.stats", "actcache.flow", "actcache.bundled"],
+    ["actcache.errors", "actcache.order", "actcache.stats", "actcache.flow", "actcache.bundled", "actcache.bfloat16"],
     ["actcache.codecs"],
     ["actcache.manifest"],
     ["actcache.writer", "actcache.tokens", "actcache.models"],
     ["actcache.reader", "actcache.journal"],
     ["actcache.cache"],
-    ["actcache.plan", "actcache.finalise", "actcache.loader", "actcache.verify"],
+    ["actcache.plan", "actcache.finalise", "actcache.loader", "actcache.verify", "actcache.relabel"],
     ["actcache.harvester"],
     ["actcache.notebook"],
     ["actcache"],
@@ -33,7 +33,7 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 HOMES = {
-    "zarr": {"actcache.codecs", "actcache.writer", "actcache.verify", "benchmarks.bench_read"},
+    "zarr": {"actcache.bfloat16", "actcache.codecs", "actcache.writer", "actcache.verify", "benchmarks.bench_read"},
     "numcodecs": {"actcache.codecs"},
     "google_crc32c": {"actcache.codecs"},
     "datasets": {"actcache.tokens", "actcache.notebook", "benchmarks.stream"},
