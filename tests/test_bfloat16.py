@@ -1,6 +1,8 @@
 """bfloat16 of zarr-python against tensorstore, which has it natively, in both directions."""
 
 import json
+import subprocess
+import sys
 from importlib.metadata import entry_points
 
 import ml_dtypes
@@ -104,3 +106,10 @@ def test_format_2_is_refused():
 def test_the_entry_point_names_the_data_type():
     (found,) = entry_points(group="zarr.data_type", name="bfloat16")
     assert found.load() is BFloat16
+
+
+def test_the_entry_point_does_not_import_torch():
+    """zarr-python loads it in every process that opens an array."""
+    script = "import sys, actcache.bfloat16; print(sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

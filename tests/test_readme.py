@@ -71,7 +71,7 @@ def test_the_folders_of_a_cache_are_those_listed(tiny_cache):
 
 def test_the_tree_names_every_module():
     (tree,) = [block for block in blocks("") if block.startswith("cli.py")]
-    named = set(re.findall(r"[a-z_]+\.py\b", tree))
+    named = set(re.findall(r"[a-z0-9_]+\.py\b", tree))
     modules = {path.name for package in ("actcache", "trainer", "benchmarks") for path in (ROOT / package).glob("*.py")}
     assert named - {"test_layers.py", "test_readme.py", "reference.py"} == modules - {"__init__.py"} | {"cli.py"}
 
