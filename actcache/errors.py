@@ -5,6 +5,7 @@ ActcacheError          what is on disk, in the model or in the data is not as it
   CacheMismatch        the cache (or run) is fine but is not the one that was asked for
   CorruptShard         bytes on disk do not match the checksum in the manifest
   CacheLocked          another process holds the cache
+  DiskTooSmall         the disk has less room than what is to be written
   DatasetError         the dataset is missing, empty, malformed or too short
   ModelError           the language model cannot be loaded or lacks the hook that was asked for
   NonFiniteActivations the model produced NaN or infinity, or the stored dtype overflowed
@@ -31,6 +32,10 @@ class CorruptShard(ActcacheError):
 
 class CacheLocked(ActcacheError):
     """Another process holds the cache."""
+
+
+class DiskTooSmall(ActcacheError):
+    """The disk has less room than what is to be written."""
 
 
 class DatasetError(ActcacheError):

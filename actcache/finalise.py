@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,10 @@ def finalise(root: Path, plan: Plan, records: Sequence[ShardRecord]) -> None:
     Raises ManifestError if a shard is missing, CorruptShard if a shard's partial statistics are damaged.
     """
     merged = merge_records(records)
-    shards = {split: _finished_shards(plan, split, merged) for split in SPLITS}
-    manifest = Manifest(plan=plan, hooks=_finished_hooks(shards), shards=shards)
+    found = {split: _finished_shards(plan, split, merged) for split in SPLITS}
+    hooks = _finished_hooks(found)
+    shards = {split: tuple(_canonical(shard, hooks) for shard in found[split]) for split in SPLITS}
+    manifest = Manifest(plan=replace(plan, hooks=()), hooks=hooks, shards=shards)
     sealed = seal(manifest.to_json())
     cache = Cache(root, Manifest.from_json(manifest.to_json()), fingerprint="")
     for split in SPLITS:
@@ -56,7 +59,11 @@ def partials_key(split: str, index: int, hook_name: str) -> str:
 
 
 def _finished_shards(plan: Plan, split: str, merged: dict[tuple[str, int], ShardRecord]) -> tuple[ShardRecord, ...]:
-    missing = [index for index in range(plan.n_shards(split)) if (split, index) not in merged]
+    missing = [
+        index
+        for index in range(plan.n_shards(split))
+        if (split, index) not in merged or merged[split, index].n_rows != plan.rows_of(split, index)
+    ]
     if missing:
         raise ManifestError(f"finalise: {len(missing)} shards of {split} are missing, the first is {missing[0]}")
     return tuple(merged[split, index] for index in range(plan.n_shards(split)))
@@ -66,6 +73,19 @@ def _finished_hooks(shards: dict[str, tuple[ShardRecord, ...]]) -> tuple[HookSpe
     """The hooks that every shard holds, by name."""
     everywhere = set.intersection(*(set(shard.hooks) for split in SPLITS for shard in shards[split]))
     return tuple(sorted(everywhere, key=lambda hook: hook.hook_name))
+
+
+def _canonical(shard: ShardRecord, hooks: tuple[HookSpec, ...]) -> ShardRecord:
+    """The record as any other way to the same cache would have left it."""
+    dropped = tuple(f"{hook.hook_name}/" for hook in set(shard.hooks) - set(hooks))
+    keys = [partials_key(shard.split, shard.index, hook.hook_name) for hook in hooks]
+    return replace(
+        shard,
+        hooks=hooks,
+        arrays={path: array for path, array in shard.arrays.items() if not path.startswith(dropped)},
+        partials={key: shard.partials[key] for key in keys},
+        attempt=0,
+    )
 
 
 def _statistics(cache: Cache, split: str, hook: HookSpec) -> dict[str, HookStatistics]:

@@ -1,6 +1,6 @@
 """The one loop that runs a language model: packed sequences -> activations of every asked hook -> shards.
 
-While the model runs shard i, a thread encodes and writes shard i - 1 from the other of two windows; a window that is
+While the model runs shard i, other threads encode and write shard i - 1 from the other of two windows; a window that is
 not free yet blocks the loop, so nothing is dropped and memory is bounded by two windows.
 """
 
@@ -13,58 +13,84 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.numpy
 import torch
-from jaxtyping import Bool, Int32, Int64
-from torch import Tensor
 
-from actcache.cache import CACHE_MANIFEST, ORIGIN, STORE, Cache, open_cache, sequence_reader
-from actcache.codecs import TORCH_DTYPE, Codec, codec, crc32c, float32_values, storage_view, stored_tensors
-from actcache.errors import CacheMismatch, NonFiniteActivations
-from actcache.finalise import finalise, partials_key
-from actcache.flow import SPLITS, ActivationBatch, TokenBatch
-from actcache.journal import Journal
-from actcache.manifest import (
-    ArrayRecord,
-    ArraySpec,
-    HookSpec,
-    Plan,
-    ShardRecord,
-    hook_arrays,
-    merge_records,
-    shard_key,
-    token_arrays,
+from actcache.batch_size import largest_batch
+from actcache.cache import CACHE_MANIFEST, ORIGIN, PLAN, Cache, open_cache
+from actcache.codecs import codec
+from actcache.encoder import ShardEncoder
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError
+from actcache.estimate import (
+    Estimate,
+    encoder_threads,
+    expected_bytes,
+    favoured_codec,
+    free_bytes,
+    refuse_small_disk,
+    tokens_per_second,
 )
+from actcache.finalise import finalise
+from actcache.flow import SPLITS, ActivationBatch
+from actcache.journal import Journal, active_writers, has_journal, read_journals, settling
+from actcache.manifest import HookSpec, Plan, ShardRecord, merge_records, token_arrays
 from actcache.models import LanguageModel
-from actcache.order import shard_permutation
-from actcache.plan import HarvestConfig, settle_plan
-from actcache.stats import ROW_FILTERS, Moments, filtered_moments
+from actcache.plan import AUTO, HarvestConfig, count_sequences, read_plan, refuse_other_identity, settle_plan
 from actcache.tokens import Source
-from actcache.writer import chunk_slices, remove_partials, write_atomically, write_shard
+from actcache.window import Shard, Window
+from actcache.writer import remove_partials, write_atomically
 
-JOURNAL = "manifest/writer-00.jsonl"
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+BATCH_TOKENS = 4096  # of a forward pass on a CPU
 Progress = Callable[[int, int], None]
 
 logger = logging.getLogger("actcache")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One of several processes that share a cache: it takes the shards index, index + count, ... of those missing."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ConfigError(f"harvest: worker i/n must have 0 <= i < n, got {self.index}/{self.count}")
+
+
 @dataclass(slots=True)
 class HarvestTimes:
-    """Seconds: in the forward pass, waiting for a free window, writing (beside the model), packing, in all."""
+    """Seconds of one call. pack: settling the plan. finalise: statistics and metadata. total: all of it.
 
-    model: float = 0.0
-    wait: float = 0.0
-    write: float = 0.0
-    pack: float = 0.0
-    total: float = 0.0
+    Of the stages: busy, and wait, the time that its threads had nothing to do or no room; encode is a sum over threads.
+    """
+
     n_tokens: int = 0
+    pack: float = 0.0
+    model_busy: float = 0.0
+    model_wait: float = 0.0
+    copy_busy: float = 0.0
+    copy_wait: float = 0.0
+    encode_busy: float = 0.0
+    encode_wait: float = 0.0
+    write_busy: float = 0.0
+    write_wait: float = 0.0
+    finalise: float = 0.0
+    total: float = 0.0
+
+    def described(self) -> str:
+        """A line for a person."""
+        stages = ", ".join(
+            f"{name} {getattr(self, f'{name}_busy'):.1f} s busy {getattr(self, f'{name}_wait'):.1f} s waiting"
+            for name in ("model", "copy", "encode", "write")
+        )
+        rate = self.n_tokens / max(self.model_busy, 1e-9)
+        return f"harvested {self.n_tokens} tokens in {self.total:.1f} s ({rate:,.0f} tokens/s in the model): {stages}"
 
 
 def harvest(
@@ -73,7 +99,7 @@ def harvest(
     """Run the model once over the packed dataset and write every asked hook into the cache at `out`.
 
     The same call after a kill continues at the first unfinished shard; a finished cache that already holds what is
-    asked is opened as it is; a hook that it lacks is added over the stored sequences.
+    asked is opened as it is; a hook that it lacks is added over the stored sequences; more tokens make it grow.
 
     Args:
         progress: called with (rows done, rows in all) after every forward batch.
@@ -81,48 +107,181 @@ def harvest(
     Raises:
         CacheMismatch: `out` holds something else; the message lists the differences.
         CacheLocked: another process is writing there.
+        DiskTooSmall: the disk has less room than the shards will take.
         DatasetError, ModelError, NonFiniteActivations: see there; what is finished stays and is not redone.
+    """
+    cache = harvest_share(model, source, config, out, Worker(), progress=progress)
+    assert cache is not None, "a single worker owes nothing to others"
+    return cache
+
+
+def harvest_share(
+    model: LanguageModel,
+    source: Source,
+    config: HarvestConfig,
+    out: str | Path,
+    worker: Worker,
+    *,
+    progress: Progress | None = None,
+) -> Cache | None:
+    """`harvest` by one of several processes on one cache; whichever writes the last shard finalises.
+
+    Returns None while other workers owe shards. CacheLocked: another process is the same worker, or one with more.
     """
     root = Path(out)
     widths = model.hook_widths(config.hook_names)
     _refuse_foreign_folder(root)
-    times = HarvestTimes()
-    started = time.perf_counter()
-    with Journal(root / JOURNAL) as journal:
-        plan = settle_plan(root, model, source, config, max(widths.values()))
+    times, started = HarvestTimes(), time.perf_counter()
+    with Journal(root, worker.index) as journal:
+        try:
+            with settling(root):
+                plan = _begun(root, model, source, config, widths, worker)
+        except BaseException:
+            if not (root / PLAN).exists():
+                journal.discard()
+            raise
         times.pack = time.perf_counter() - started
-        if _is_finished(root, config.hook_names):
-            return open_cache(root)
-        remove_partials(root)
+        hooks = _wanted_hooks(plan, widths)
+        cache = _finished(root, plan, hooks)
+        if cache is not None:
+            return cache
         origin = {"model": model.source, "revision": model.identity["revision"]}
         write_atomically(root / ORIGIN, [json.dumps(origin).encode()])
-        dtype = plan.identity["dtype"]
-        specs = [HookSpec(hook_name=name, d_in=d_in, dtype=dtype) for name, d_in in widths.items()]
-        _Harvester(root, plan, model, specs, journal, config.batch_size, times, progress).run()
-        finalise(root, plan, journal.records)
-        times.total = time.perf_counter() - started
-        _write_log(root, model, times)
-        logger.info(
-            "harvested %d tokens in %.1f s: %.0f tokens/s in the model, %.1f s waiting for the writer",
-            times.n_tokens,
-            times.total,
-            times.n_tokens / max(times.model, 1e-9),
-            times.wait,
-        )
-    return open_cache(root)
+        harvester = _Harvester(root, plan, model, hooks, journal, config.batch_size, worker, times, progress)
+        harvester.run()
+        cache = _finalised(root, hooks, times)
+    times.total = time.perf_counter() - started
+    _write_log(root, model, times)
+    logger.info(times.described())
+    return cache
+
+
+def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: str | Path) -> Estimate:
+    """What `harvest` has still to do there; runs two short forward passes and writes nothing.
+
+    Without config.tokens the dataset is packed to count it. Raises CacheMismatch for another cache, as `harvest` does.
+    """
+    root = Path(out)
+    widths = model.hook_widths(config.hook_names)
+    _refuse_foreign_folder(root)
+    held = read_plan(root)
+    config = _with_codec(root, held, model, config)
+    if held is not None:
+        refuse_other_identity(root, held, model, source, config)
+    hooks = _specs(widths, config.dtype)
+    sequences = (
+        count_sequences(model, source, config) if config.tokens is None else config.tokens // config.context_size
+    )
+    n_rows = sequences * config.context_size - _rows_done(root, held, hooks)
+    rate = tokens_per_second(
+        model, config.hook_names, config.context_size, config.batch_size or BATCH_TOKENS // config.context_size
+    )
+    return Estimate(
+        n_rows=n_rows,
+        n_bytes=expected_bytes(n_rows, hooks, config.codec),
+        free_bytes=free_bytes(root),
+        seconds=n_rows / rate,
+    )
+
+
+def _rows_done(root: Path, held: Plan | None, hooks: Sequence[HookSpec]) -> int:
+    if held is None:
+        return 0
+    lacking = {(split, index) for split, index, _, _ in _missing(held, merge_records(read_journals(root)), hooks)}
+    return sum(
+        held.rows_of(split, index)
+        for split in SPLITS
+        for index in range(held.n_shards(split))
+        if (split, index) not in lacking
+    )
+
+
+def _begun(
+    root: Path, model: LanguageModel, source: Source, config: HarvestConfig, widths: dict[str, int], worker: Worker
+) -> Plan:
+    """Settle the plan while nobody else does; what killed writers left goes, if nobody writes."""
+    others = active_writers(root) - {worker.index}
+    if any(slot >= worker.count for slot in others):
+        raise CacheLocked(f"{root}: {len(others)} workers write this cache; wait for them, or join with --worker i/n")
+    held = read_plan(root)
+    config = _with_codec(root, held, model, config)
+    if held is None and config.tokens is not None:
+        refuse_small_disk(root, expected_bytes(config.tokens, _specs(widths, config.dtype), config.codec))
+    plan = settle_plan(root, model, source, config, max(widths.values()))
+    if not others:
+        remove_partials(root)
+    return plan
+
+
+def _with_codec(root: Path, held: Plan | None, model: LanguageModel, config: HarvestConfig) -> HarvestConfig:
+    """The config with its codec settled: the one that is there, else measured."""
+    if config.codec != AUTO:
+        return config
+    if held is not None:
+        return replace(config, codec=held.identity["codec"])
+    batch_size = config.batch_size or max(1, BATCH_TOKENS // config.context_size)
+    name, why = favoured_codec(model, config.hook_names, config.context_size, batch_size, config.dtype, root)
+    logger.info("codec %s: %s", name, why)
+    return replace(config, codec=name)
+
+
+def _specs(widths: dict[str, int], dtype: str) -> list[HookSpec]:
+    return [HookSpec(hook_name=name, d_in=d_in, dtype=dtype) for name, d_in in widths.items()]
+
+
+def _wanted_hooks(plan: Plan, widths: dict[str, int]) -> list[HookSpec]:
+    """The asked hooks, and those that grow with the cache."""
+    return list(dict.fromkeys([*_specs(widths, plan.identity["dtype"]), *plan.hooks]))
 
 
 def _refuse_foreign_folder(root: Path) -> None:
     if root.is_file():
         raise CacheMismatch(f"{root}: must be a folder for the cache, is a file; pass another --out")
-    if root.exists() and not (root / JOURNAL).exists():
+    if root.exists() and not has_journal(root):
         held = sorted(path.name for path in root.iterdir())
         if held:
             raise CacheMismatch(f"{root}: must be empty or a cache, holds {', '.join(held[:5])}; pass another --out")
 
 
-def _is_finished(root: Path, hook_names: Sequence[str]) -> bool:
-    return (root / CACHE_MANIFEST).exists() and set(hook_names) <= set(open_cache(root).hook_names)
+def _finished(root: Path, plan: Plan, hooks: Sequence[HookSpec]) -> Cache | None:
+    """The cache, if it is finished, of this plan, and holds the hooks."""
+    if not (root / CACHE_MANIFEST).exists():
+        return None
+    cache = open_cache(root)
+    grown = cache.manifest.plan.sequences != plan.sequences
+    return None if grown or not set(hooks) <= set(cache.manifest.hooks) else cache
+
+
+def _finalised(root: Path, hooks: Sequence[HookSpec], times: HarvestTimes) -> Cache | None:
+    """The finished cache, unless other workers owe shards; one process at a time."""
+    started = time.perf_counter()
+    with settling(root):
+        plan, records = read_plan(root), read_journals(root)
+        assert plan is not None, "settled before the first shard"
+        owed = len(list(_missing(plan, merge_records(records), hooks)))
+        if owed:
+            logger.info("%s: this worker is done; other workers owe %d shards, the last of them finalises", root, owed)
+            return None
+        if _finished(root, plan, hooks) is None:
+            finalise(root, plan, records)
+    times.finalise = time.perf_counter() - started
+    return open_cache(root)
+
+
+def _missing(
+    plan: Plan, done: dict[tuple[str, int], ShardRecord], hooks: Sequence[HookSpec]
+) -> Iterator[tuple[str, int, tuple[HookSpec, ...], int]]:
+    """(split, index, hooks without a finished array, attempt) of every shard that lacks something."""
+    for split in SPLITS:
+        for index in range(plan.n_shards(split)):
+            record = done.get((split, index))
+            if record is not None and record.n_rows != plan.rows_of(split, index):
+                yield split, index, tuple(hooks), record.attempt + 1
+                continue
+            stored = set(record.hooks) if record else set()
+            lacking = tuple(hook for hook in hooks if hook not in stored)
+            if lacking:
+                yield split, index, lacking, record.attempt if record else 0
 
 
 def _write_log(root: Path, model: LanguageModel, times: HarvestTimes) -> None:
@@ -138,56 +297,9 @@ def _write_log(root: Path, model: LanguageModel, times: HarvestTimes) -> None:
     write_atomically(root / "log" / f"harvest-{time.time_ns()}.json", [json.dumps(values, indent=1).encode()])
 
 
-class _Window:
-    """The rows of one shard, in stored order, while they come in; hook tensors lie on the model's device."""
-
-    def __init__(self, hooks: Sequence[HookSpec], codec: Codec, rows: int, device: torch.device):
-        self._hooks, self._codec = {hook.hook_name: hook for hook in hooks}, codec
-        self.stored = {
-            hook.hook_name: tuple(
-                torch.empty(rows, *array.row_shape, dtype=TORCH_DTYPE[array.dtype], device=device)
-                for array in hook_arrays(hook, codec, rows)
-            )
-            for hook in hooks
-        }
-
-    def add(self, batch: ActivationBatch, first_token: int, permutation: Int64[Tensor, " row"]) -> None:
-        """Scatter the part of a batch that belongs to the shard starting at `first_token`."""
-        for hook_name, x in batch.x.items():
-            rows = x.flatten(0, 1)  # (sequence * position, d_in)
-            skip = max(first_token - batch.first_token, 0)
-            start = max(batch.first_token - first_token, 0)
-            n_rows = min(len(rows) - skip, len(permutation) - start)
-            places = permutation[start : start + n_rows]
-            stored = stored_tensors(rows[skip : skip + n_rows], self._hooks[hook_name].dtype, self._codec)
-            for window, part in zip(self.stored[hook_name], stored, strict=True):
-                window[places] = part
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Shard:
-    """One shard to be written: where it lies and what its rows are, in stored order."""
-
-    split: str
-    index: int
-    first_token: int
-    permutation: Int64[np.ndarray, " row"]
-    token_ids: Int32[np.ndarray, " row"]
-    hooks: tuple[HookSpec, ...]
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.permutation)
-
-    @property
-    def flat_tokens(self) -> Int64[np.ndarray, " row"]:
-        """Flat token number of each stored row."""
-        tokens = np.empty(self.n_rows, dtype=np.int64)
-        tokens[self.permutation] = np.arange(self.first_token, self.first_token + self.n_rows)
-        return tokens
-
-
 class _Harvester:
+    """Runs the model over the shards that this worker owes, while threads write those before."""
+
     def __init__(
         self,
         root: Path,
@@ -196,92 +308,87 @@ class _Harvester:
         hooks: Sequence[HookSpec],
         journal: Journal,
         batch_size: int | None,
+        worker: Worker,
         times: HarvestTimes,
         progress: Progress | None,
     ):
         self._root, self._plan, self._model, self._journal, self._times = root, plan, model, journal, times
+        self._done = merge_records(read_journals(root))
+        missing = list(_missing(plan, self._done, hooks))
+        self._todo = [entry for entry in missing if self._number(entry[0], entry[1]) % worker.count == worker.index]
         self._context_size = plan.identity["context_size"]
-        self._chunk_rows = plan.identity["chunk_rows"]
-        self._batch_size = batch_size or max(1, BATCH_TOKENS[model.device.type] // self._context_size)
-        self._codec = codec(plan.identity["codec"])
-        self._special = np.array(plan.identity["special_token_ids"], dtype=np.int32)
+        self._batch_size = batch_size or self._settled_batch_size([hook.hook_name for hook in hooks])
         self._compute = _compute(model, self._batch_size)
-        # On CUDA, windows are copied out on a stream of their own, beside the next forward pass; None means no stream.
-        self._copy_stream = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
-        self._done = merge_records(journal.records)
-        self._todo = list(self._missing(hooks))
         self._progress = progress
-        self._rows_done = sum(plan.n_rows(s) for s in SPLITS) - sum(self._shard_rows(s, i) for s, i, _ in self._todo)
+        self._n_rows = sum(plan.n_rows(split) for split in SPLITS)
+        self._rows_done = self._n_rows - self._rows(missing)
 
     def run(self) -> None:
-        """Harvest every missing shard; on an error or Ctrl-C the shard being written is still finished."""
+        """Harvest every owed shard; on an error or Ctrl-C the shard being written is still finished."""
         self._warn_of_other_compute()
         if not self._todo:
             return
-        windows: queue.Queue[_Window] = queue.Queue()
-        rows = max(self._shard_rows(split, index) for split, index, _ in self._todo)
-        hooks = list(dict.fromkeys(hook for _, _, hooks in self._todo for hook in hooks))
-        for _ in range(min(2, len(self._todo))):
-            windows.put(_Window(hooks, self._codec, rows, self._model.device))
-        with ThreadPoolExecutor(1, "actcache-write") as writer:
+        self._announce()
+        started = time.perf_counter()
+        windows = self._windows()
+        n_threads = encoder_threads()
+        encoder = ShardEncoder(self._root, self._plan, self._model.device, self._compute, n_threads)
+        with closing(encoder), ThreadPoolExecutor(1, "actcache-write") as writer:
             pending: list[Future[None]] = []
-            for split, index, hooks in self._todo:
+            for split, index, hooks, attempt in self._todo:
                 window = self._free_window(windows, pending)
-                shard = self._shard(split, index, hooks)
+                shard = Shard.of(self._root, self._plan, split, index, hooks, attempt)
                 self._fill(window, shard)
                 ready = _recorded_event(self._model.device)
-                pending.append(writer.submit(self._write, shard, window, windows, ready))
+                pending.append(writer.submit(self._write, encoder, shard, window, windows, ready))
             for future in pending:
                 future.result()
+        self._add_stages(encoder, time.perf_counter() - started, n_threads)
 
-    def _missing(self, hooks: Sequence[HookSpec]) -> Iterator[tuple[str, int, tuple[HookSpec, ...]]]:
-        """(split, index, hooks without a finished array) of every shard that lacks something."""
-        for split in SPLITS:
-            for index in range(self._plan.n_shards(split)):
-                record = self._done.get((split, index))
-                stored = set(record.hooks) if record else set()
-                lacking = tuple(hook for hook in hooks if hook not in stored)
-                if lacking:
-                    yield split, index, lacking
+    def _number(self, split: str, index: int) -> int:
+        """Number of a shard among those of both splits: what workers share out."""
+        return index if split == SPLITS[0] else self._plan.n_shards(SPLITS[0]) + index
 
-    def _shard_rows(self, split: str, index: int) -> int:
-        rows = self._plan.identity["shard_rows"]
-        return min(rows, self._plan.n_rows(split) - index * rows)
+    def _rows(self, entries: Sequence[tuple[str, int, tuple[HookSpec, ...], int]]) -> int:
+        return sum(self._plan.rows_of(split, index) for split, index, _, _ in entries)
 
-    def _shard(self, split: str, index: int, hooks: tuple[HookSpec, ...]) -> _Shard:
-        first_token = index * self._plan.identity["shard_rows"]
-        n_rows = self._shard_rows(split, index)
-        permutation = shard_permutation(n_rows, seed=self._plan.identity["seed"], split=split, index=index)
-        first, last = self._sequence_range(first_token, n_rows)
-        flat = sequence_reader(self._root, self._plan, split, "id").read(first, last).reshape(-1)
-        token_ids = np.empty(n_rows, dtype=np.int32)
-        offset = first_token - first * self._context_size
-        token_ids[permutation] = flat[offset : offset + n_rows]
-        return _Shard(
-            split=split,
-            index=index,
-            first_token=first_token,
-            permutation=permutation,
-            token_ids=token_ids,
-            hooks=hooks,
+    def _settled_batch_size(self, hook_names: Sequence[str]) -> int:
+        """As finished shards were computed, so that bytes are equal; else by device: measured on CUDA."""
+        for record in self._done.values():
+            return record.compute["batch_size"]
+        if self._model.device.type == "cuda":
+            return largest_batch(self._model, self._context_size, hook_names)
+        return max(1, BATCH_TOKENS // self._context_size)
+
+    def _announce(self) -> None:
+        """Refuse a disk that is too small for what is owed, else say how much that is."""
+        n_bytes = sum(
+            expected_bytes(self._plan.rows_of(split, index), hooks, self._plan.identity["codec"])
+            for split, index, hooks, _ in self._todo
+        )
+        refuse_small_disk(self._root, n_bytes)
+        free = free_bytes(self._root)
+        logger.info(
+            "%d shards, %d rows, at most about %.3g GB (%.3g GB free)",
+            len(self._todo),
+            self._rows(self._todo),
+            n_bytes / 1e9,
+            free / 1e9,
         )
 
-    def _sequence_range(self, first_token: int, n_rows: int) -> tuple[int, int]:
-        return first_token // self._context_size, -(-(first_token + n_rows) // self._context_size)
+    def _windows(self) -> queue.Queue[Window]:
+        windows: queue.Queue[Window] = queue.Queue()
+        rows = max(self._plan.rows_of(split, index) for split, index, _, _ in self._todo)
+        hooks = list(dict.fromkeys(hook for _, _, hooks, _ in self._todo for hook in hooks))
+        for _ in range(min(2, len(self._todo))):
+            windows.put(Window(hooks, codec(self._plan.identity["codec"]), rows, self._model.device))
+        return windows
 
-    def _token_batches(self, shard: _Shard) -> Iterator[TokenBatch]:
-        """Forward batches restart at each shard, so that a shard never depends on where a run was cut."""
-        reader = sequence_reader(self._root, self._plan, shard.split, "id")
-        first, last = self._sequence_range(shard.first_token, shard.n_rows)
-        token_ids = reader.read(first, last)
-        for start in range(0, last - first, self._batch_size):
-            yield TokenBatch(token_ids=token_ids[start : start + self._batch_size], first_sequence=first + start)
-
-    def _fill(self, window: _Window, shard: _Shard) -> None:
+    def _fill(self, window: Window, shard: Shard) -> None:
         permutation = torch.from_numpy(shard.permutation).to(self._model.device)
         hook_names = [hook.hook_name for hook in shard.hooks]
         started = time.perf_counter()
-        for tokens in self._token_batches(shard):
+        for tokens in shard.token_batches(self._batch_size):
             x = self._model.activations(torch.from_numpy(tokens.token_ids), hook_names)
             batch = ActivationBatch(x=x, first_token=tokens.first_sequence * self._context_size)
             window.add(batch, shard.first_token, permutation)
@@ -290,120 +397,61 @@ class _Harvester:
                 self._progress(self._rows_done + min(last_token, shard.n_rows), self._n_rows)
         self._rows_done += shard.n_rows
         self._times.n_tokens += shard.n_rows
-        self._times.model += time.perf_counter() - started
+        self._times.model_busy += time.perf_counter() - started
 
-    @property
-    def _n_rows(self) -> int:
-        return sum(self._plan.n_rows(split) for split in SPLITS)
-
-    def _free_window(self, windows: queue.Queue[_Window], pending: list[Future[None]]) -> _Window:
+    def _free_window(self, windows: queue.Queue[Window], pending: list[Future[None]]) -> Window:
         """The next window that is not being written; a failed writer raises here instead of blocking for ever."""
         started = time.perf_counter()
         while windows.empty() and pending:
             pending.pop(0).result()
         for future in [future for future in pending if future.done()]:
             future.result()
-        self._times.wait += time.perf_counter() - started
+        self._times.model_wait += time.perf_counter() - started
         return windows.get_nowait()
 
     # --- in the writer's thread ---
 
     def _write(
-        self, shard: _Shard, window: _Window, windows: queue.Queue[_Window], ready: torch.cuda.Event | None
-    ) -> None:
-        started = time.perf_counter()
-        if ready is not None:
-            ready.synchronize()
-        with torch.cuda.stream(self._copy_stream):
-            record = self._written(shard, window)
-        self._journal.append(asdict(record))
-        self._journal.records.append(record)
-        self._times.write += time.perf_counter() - started
-        windows.put(window)
-
-    def _written(self, shard: _Shard, window: _Window) -> ShardRecord:
-        """Write every array of a shard; returns the line that says so."""
-        arrays: dict[str, ArrayRecord] = {}
-        partials: dict[str, int] = {}
-        if not self._has_tokens(shard):
-            arrays |= self._write_tokens(shard)
-        for hook in shard.hooks:
-            found, moments = self._write_hook(shard, hook, window.stored[hook.hook_name])
-            arrays |= found
-            partials |= self._write_partials(shard, hook, moments)
-        return ShardRecord(
-            split=shard.split,
-            index=shard.index,
-            first_token=shard.first_token,
-            n_rows=shard.n_rows,
-            hooks=shard.hooks,
-            arrays=arrays,
-            partials=partials,
-            compute=self._compute,
-        )
-
-    def _has_tokens(self, shard: _Shard) -> bool:
-        record = self._done.get((shard.split, shard.index))
-        return record is not None and all(a.path in record.arrays for a in self._token_arrays)
-
-    @property
-    def _token_arrays(self) -> list[ArraySpec]:
-        return token_arrays(self._plan.identity["shard_rows"])
-
-    def _write_tokens(self, shard: _Shard) -> dict[str, ArrayRecord]:
-        flat = shard.flat_tokens
-        columns = (
-            shard.token_ids,
-            (flat // self._context_size).astype(np.int32),
-            (flat % self._context_size).astype(np.int32),
-        )
-        return {
-            array.path: self._write_array(shard, array, (column[rows] for rows in chunk_slices(array, shard.n_rows)))
-            for array, column in zip(self._token_arrays, columns, strict=True)
-        }
-
-    def _write_hook(
-        self, shard: _Shard, hook: HookSpec, window: Sequence[Tensor]
-    ) -> tuple[dict[str, ArrayRecord], dict[str, Moments]]:
-        """Encode a hook's window chunk by chunk, taking its statistics on the way."""
-        special = np.isin(shard.token_ids, self._special)
-        moments = {name: Moments.empty(hook.d_in) for name in ROW_FILTERS}
-        arrays = hook_arrays(hook, self._codec, self._chunk_rows)
-        parts = [storage_view(part.cpu()) for part in window]
-        for rows in chunk_slices(arrays[0], shard.n_rows):
-            self._add_moments(shard, hook, [part[rows] for part in parts], special[rows], rows, moments)
-        return {
-            array.path: self._write_array(shard, array, (part[rows] for rows in chunk_slices(array, shard.n_rows)))
-            for array, part in zip(arrays, parts, strict=True)
-        }, moments
-
-    def _add_moments(
         self,
-        shard: _Shard,
-        hook: HookSpec,
-        stored: Sequence[np.ndarray],
-        special: Bool[np.ndarray, " row"],
-        rows: slice,
-        moments: dict[str, Moments],
+        encoder: ShardEncoder,
+        shard: Shard,
+        window: Window,
+        windows: queue.Queue[Window],
+        ready: torch.cuda.Event | None,
     ) -> None:
-        x = float32_values(stored, hook.dtype)
-        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found and named just below
-            found = filtered_moments(x, special)
-        if not np.isfinite(found["all"].square_norm_sum):
-            raise _non_finite(shard, hook, x, rows)
-        for name in ROW_FILTERS:
-            moments[name] = moments[name].merge(found[name])
+        with_tokens = not self._has_tokens(shard)
+        record = encoder.write(shard, window, with_tokens=with_tokens, ready=ready)
+        self._journal.append(asdict(record))
+        windows.put(window)
+        if (shard.split, shard.index) == self._todo[0][:2]:
+            self._say_first(record)
 
-    def _write_array(self, shard: _Shard, array: ArraySpec, chunks: Iterator[np.ndarray]) -> ArrayRecord:
-        path = self._root / STORE / shard.split / shard_key(array, shard.index)
-        return write_shard(path, array, self._codec, chunks, self._plan.identity["shard_rows"])
+    def _has_tokens(self, shard: Shard) -> bool:
+        """Whether the shard's token arrays are there, of the rows that it has now."""
+        record = self._done.get((shard.split, shard.index))
+        arrays = token_arrays(self._plan.identity["shard_rows"])
+        return record is not None and record.attempt == shard.attempt and all(a.path in record.arrays for a in arrays)
 
-    def _write_partials(self, shard: _Shard, hook: HookSpec, moments: dict[str, Moments]) -> dict[str, int]:
-        arrays = {f"{row_filter}.{key}": v for row_filter, m in moments.items() for key, v in m.to_arrays().items()}
-        payload = safetensors.numpy.save(arrays)
-        key = partials_key(shard.split, shard.index, hook.hook_name)
-        write_atomically(self._root / key, [payload])
-        return {key: crc32c(payload)}
+    def _say_first(self, record: ShardRecord) -> None:
+        """After the first shard: what the rest will take."""
+        rest = self._rows(self._todo) - record.n_rows
+        if rest:
+            rate = self._times.n_tokens / self._times.model_busy
+            row_bytes = sum(array.n_bytes for array in record.arrays.values()) / record.n_rows
+            logger.info(
+                "first shard: %.0f tokens/s, %.0f bytes a row; about %.0f s and %.3g GB to go",
+                rate,
+                row_bytes,
+                rest / rate,
+                rest * row_bytes / 1e9,
+            )
+
+    def _add_stages(self, encoder: ShardEncoder, elapsed: float, n_threads: int) -> None:
+        times, found = self._times, encoder.seconds
+        times.copy_busy, times.encode_busy, times.write_busy = found.copy, found.encode, found.write
+        times.copy_wait = elapsed - found.copy
+        times.encode_wait = n_threads * elapsed - found.encode
+        times.write_wait = elapsed - found.write
 
     def _warn_of_other_compute(self) -> None:
         for record in self._done.values():
@@ -428,6 +476,7 @@ def _compute(model: LanguageModel, batch_size: int) -> dict[str, Any]:
         "backend": model.backend,
         "model_dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.attention_kernel,
+        "compiled": model.compiled,
         "batch_size": batch_size,
     }
 
@@ -439,12 +488,3 @@ def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event
-
-
-def _non_finite(shard: _Shard, hook: HookSpec, x: np.ndarray, rows: slice) -> NonFiniteActivations:
-    tokens = shard.flat_tokens[rows][~np.isfinite(x).all(axis=1)]
-    return NonFiniteActivations(
-        f"harvest: {hook.hook_name} is NaN or infinite as {hook.dtype} for {len(tokens)} tokens between "
-        f"{tokens.min()} and {tokens.max()} of {shard.split}; store another --dtype (bfloat16 reaches 3e38, "
-        "float16 65504) or check the model"
-    )

@@ -88,7 +88,8 @@ class ShardRecord:
     """One finished shard: flat tokens [first_token, first_token + n_rows) of a split, per array what is stored.
 
     hooks: those whose arrays are stored. compute: what decides the last bits of a value beside the identity.
-    partials: file name below manifest/partials -> CRC-32C, the statistics of the shard.
+    partials: file name below manifest/partials -> CRC-32C, the statistics of the shard. attempt: how often the shard
+    was written anew because it had grown or was damaged; of several lines the one of the last attempt is true.
     """
 
     split: str
@@ -99,6 +100,7 @@ class ShardRecord:
     arrays: dict[str, ArrayRecord]
     partials: dict[str, int]
     compute: dict[str, Any]
+    attempt: int = 0
 
     def merge(self, other: ShardRecord) -> ShardRecord:
         """This record with the arrays of another line about the same shard; the later line wins."""
@@ -111,6 +113,7 @@ class ShardRecord:
             arrays={**self.arrays, **other.arrays},
             partials={**self.partials, **other.partials},
             compute=other.compute,
+            attempt=other.attempt,
         )
 
 
@@ -124,11 +127,15 @@ class SequencesRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a harvest set out to do: the identity of the cache, the tokens asked (None: all), the packed sequences."""
+    """What a harvest set out to do: the identity of the cache, the tokens asked (None: all), the packed sequences.
+
+    hooks: those that were finished before the cache grew, and have to grow with it; none in manifest/cache.json.
+    """
 
     identity: dict[str, Any]
     tokens: int | None
     sequences: dict[str, SequencesRecord]
+    hooks: tuple[HookSpec, ...] = ()
 
     def n_rows(self, split: str) -> int:
         """Rows that the split will have."""
@@ -138,12 +145,18 @@ class Plan:
         """Shards that the split will have; the last may be partial."""
         return -(-self.n_rows(split) // self.identity["shard_rows"])
 
+    def rows_of(self, split: str, index: int) -> int:
+        """Rows that a shard will have."""
+        rows = self.identity["shard_rows"]
+        return min(rows, self.n_rows(split) - index * rows)
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; `from_json` is the inverse."""
         return {
             "identity": self.identity,
             "tokens": self.tokens,
             "sequences": {split: asdict(s) for split, s in self.sequences.items()},
+            "hooks": [asdict(hook) for hook in self.hooks],
         }
 
     @staticmethod
@@ -152,10 +165,11 @@ class Plan:
         try:
             check_identity(values["identity"])
             sequences = {split: _sequences_record(values["sequences"][split]) for split in SPLITS}
+            hooks = tuple(_hook_spec(hook) for hook in values["hooks"])
             tokens = None if values["tokens"] is None else _whole_number("tokens", values["tokens"])
         except MALFORMED as error:
             raise ManifestError(f"plan: malformed ({type(error).__name__}: {error})") from error
-        plan = Plan(identity=values["identity"], tokens=tokens, sequences=sequences)
+        plan = Plan(identity=values["identity"], tokens=tokens, sequences=sequences, hooks=hooks)
         for array in sequence_arrays(plan.identity["context_size"]):
             for split, record in sequences.items():
                 if len(record.arrays.get(array.path, ())) != -(-record.n_sequences // array.chunk_rows):
@@ -260,6 +274,7 @@ def shard_record(values: dict[str, Any]) -> ShardRecord:
         arrays=arrays,
         partials={name: _checksum(checksum) for name, checksum in values["partials"].items()},
         compute=dict(values["compute"]),
+        attempt=int(values["attempt"]),
     )
 
 
@@ -295,11 +310,12 @@ def _sequences_record(values: dict[str, Any]) -> SequencesRecord:
 
 
 def merge_records(records: Iterable[ShardRecord]) -> dict[tuple[str, int], ShardRecord]:
-    """(split, index) -> one record with the arrays of all its lines."""
+    """(split, index) -> one record with the arrays of all its lines; a line of a grown shard replaces those before."""
     merged: dict[tuple[str, int], ShardRecord] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: record.attempt):
         key = (record.split, record.index)
-        merged[key] = merged[key].merge(record) if key in merged else record
+        held = merged.get(key)
+        merged[key] = held.merge(record) if held and held.n_rows == record.n_rows else record
     return merged
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from actcache.cache import PLAN, STORE
+from actcache.cache import CACHE_MANIFEST, PLAN, STORE, read_manifest, sequence_reader
 from actcache.codecs import ACTIVATION_DTYPES, TORCH_DTYPE, Codec, codec
-from actcache.errors import CacheMismatch, ConfigError, DatasetError
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError, CorruptShard, DatasetError
 from actcache.flow import SPLITS
+from actcache.journal import active_writers
 from actcache.manifest import (
     FORMAT_VERSION,
     HOOK_NAME,
     ArrayRecord,
     ArraySpec,
+    HookSpec,
     Plan,
     SequencesRecord,
     chunk_rows,
@@ -29,9 +32,11 @@ from actcache.manifest import (
     unseal,
 )
 from actcache.models import LanguageModel
+from actcache.reader import ArrayReader
 from actcache.tokens import PackedSequence, Packing, Source, documents, pack, tokenizer_hash
-from actcache.writer import write_atomically, write_shard
+from actcache.writer import sync_folder, write_atomically, write_shard
 
+AUTO = "auto"
 SEPARATORS = ("bos", "eos", "none")
 SIZES = ("shard_rows", "chunk_rows")  # settled when a cache is created, not asked for
 
@@ -40,9 +45,10 @@ SIZES = ("shard_rows", "chunk_rows")  # settled when a cache is created, not ask
 class HarvestConfig:
     """What to harvest, and how it is packed and stored.
 
-    tokens: stored rows of both splits, rounded down to whole sequences; None takes the whole dataset.
-    dtype: of the stored values. batch_size: sequences of one forward pass; None takes about 4,096 tokens on a CPU and
-    32,768 on CUDA. separator: the token between documents. holdout: share of documents in the validation split.
+    tokens: stored rows of both splits, rounded down to whole sequences; None takes the whole dataset. codec: a profile,
+    or "auto" for the one that a short measurement favours. dtype: of the stored values. batch_size: sequences of one
+    forward pass; None takes about 4,096 tokens on a CPU and has it measured on CUDA. separator: the token between
+    documents. holdout: share of documents in the validation split.
     """
 
     hook_names: tuple[str, ...]
@@ -57,7 +63,8 @@ class HarvestConfig:
     holdout: float = 0.01
 
     def __post_init__(self) -> None:
-        codec(self.codec)
+        if self.codec != AUTO:
+            codec(self.codec)
         for hook_name in self.hook_names:
             if not HOOK_NAME.fullmatch(hook_name):
                 raise ConfigError(f"harvest: a hook name is words joined by dots, got {hook_name!r}")
@@ -82,18 +89,57 @@ class HarvestConfig:
                 raise ConfigError(f"harvest: {rule}, got {got!r}")
 
 
-def settle_plan(root: Path, model: LanguageModel, source: Source, config: HarvestConfig, widest: int) -> Plan:
-    """The plan on disk if it is the one asked for, else a new one, for which the dataset is packed.
-
-    widest: the largest d_in of the asked hooks. Raises CacheMismatch, listing the differences, and DatasetError.
-    """
+def read_plan(root: Path) -> Plan | None:
+    """The plan of the cache at `root`, None if there is none yet. Raises ManifestError if it is damaged."""
     path = root / PLAN
+    return Plan.from_json(unseal(path.read_bytes(), path)) if path.exists() else None
+
+
+def settle_plan(root: Path, model: LanguageModel, source: Source, config: HarvestConfig, widest: int) -> Plan:
+    """The plan on disk if it is the one asked for, else a new or a grown one, for which the dataset is packed.
+
+    A cache that grows is unfinished from then on: manifest/cache.json goes before anything that it speaks of changes.
+    config.codec must be settled. widest: the largest d_in of the asked hooks.
+
+    Raises:
+        CacheMismatch: there is another cache, with a list of the differences; or the dataset has changed.
+        CacheLocked: it has to grow while another process writes.
+        DatasetError: the dataset holds fewer tokens than asked.
+    """
+    held = read_plan(root)
     wanted = _identity(model, source, config)
-    if path.exists():
-        plan = Plan.from_json(unseal(path.read_bytes(), path))
-        _refuse_other_plan(root, plan, wanted, config.tokens)
-        return plan
-    sequences = _pack(root, model, source, config)
+    if held is not None:
+        refuse_other_identity(root, held, model, source, config)
+        if _covers(held, config.tokens) and _tails_are_sound(root, held):
+            _refuse_unfinished(root, held, config.tokens)
+            return held
+        if len(active_writers(root)) > 1:
+            raise CacheLocked(f"{root}: other processes write this cache; wait for them before it grows")
+    packed = _Packed(root, codec(config.codec), config.context_size, held)
+    try:
+        _pack(packed, model, source, config)
+        packed.finish()
+    except BaseException:
+        packed.abandon()
+        raise
+    hooks = _finished_hooks(root, held)
+    (root / CACHE_MANIFEST).unlink(missing_ok=True)
+    sync_folder((root / PLAN).parent)
+    sequences = packed.commit()
+    sizes = _sizes(config, widest, sequences) if held is None else {size: held.identity[size] for size in SIZES}
+    sealed = seal(Plan(identity={**wanted, **sizes}, tokens=config.tokens, sequences=sequences, hooks=hooks).to_json())
+    write_atomically(root / PLAN, [sealed])
+    return Plan.from_json(unseal(sealed, root / PLAN))  # as a resumed run reads it, down to the order of its keys
+
+
+def _finished_hooks(root: Path, held: Plan | None) -> tuple[HookSpec, ...]:
+    """What must not be lost when the cache grows; a second attempt finds it in the plan of the first."""
+    if held is None:
+        return ()
+    return read_manifest(root).manifest.hooks if (root / CACHE_MANIFEST).exists() else held.hooks
+
+
+def _sizes(config: HarvestConfig, widest: int, sequences: dict[str, SequencesRecord]) -> dict[str, int]:
     itemsize = TORCH_DTYPE[config.dtype].itemsize
     rows = shard_rows(
         widest,
@@ -102,23 +148,57 @@ def settle_plan(root: Path, model: LanguageModel, source: Source, config: Harves
         n_rows=max(record.n_sequences for record in sequences.values()) * config.context_size,
         context_size=config.context_size,
     )
-    sizes = {"shard_rows": rows, "chunk_rows": chunk_rows(widest, itemsize, rows)}
-    plan = Plan(identity={**wanted, **sizes}, tokens=config.tokens, sequences=sequences)
-    sealed = seal(plan.to_json())
-    write_atomically(path, [sealed])
-    return Plan.from_json(unseal(sealed, path))  # as a resumed run reads it, down to the order of its keys
+    return {"shard_rows": rows, "chunk_rows": chunk_rows(widest, itemsize, rows)}
 
 
-def _refuse_other_plan(root: Path, plan: Plan, wanted: dict[str, Any], tokens: int | None) -> None:
-    held = {**plan.identity, "tokens": plan.tokens}
-    wanted = {**wanted, "tokens": tokens, **{size: plan.identity[size] for size in SIZES}}
+def count_sequences(model: LanguageModel, source: Source, config: HarvestConfig) -> int:
+    """How many sequences the whole dataset fills."""
+    stream = pack(documents(source, model.tokenizer), _packing(model, config), seed=config.seed, holdout=config.holdout)
+    return sum(1 for _ in stream)
+
+
+def refuse_other_identity(root: Path, held: Plan, model: LanguageModel, source: Source, config: HarvestConfig) -> None:
+    """Raise CacheMismatch, listing the differences, if the plan there is not of this model, dataset and settings."""
+    wanted = {**_identity(model, source, config), **{size: held.identity[size] for size in SIZES}}
     differences = [
-        f"{key} is {held.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in sorted({*held, *wanted})
-        if held.get(key) != wanted.get(key)
+        f"{key} is {held.identity.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in sorted({*held.identity, *wanted})
+        if held.identity.get(key) != wanted.get(key)
     ]
     if differences:
         raise CacheMismatch(f"{root}: holds another cache: {'; '.join(differences)}; pass another --out")
+
+
+def _covers(held: Plan, tokens: int | None) -> bool:
+    """Whether the plan has as many rows as are asked for; None asks for all there are."""
+    if tokens is None:
+        return held.tokens is None
+    return tokens // held.identity["context_size"] * held.identity["context_size"] <= _n_rows(held)
+
+
+def _n_rows(plan: Plan) -> int:
+    return sum(plan.n_rows(split) for split in SPLITS)
+
+
+def _refuse_unfinished(root: Path, held: Plan, tokens: int | None) -> None:
+    """Fewer tokens than a finished cache holds are there already; an unfinished one would get more than was asked."""
+    if tokens != held.tokens and not (root / CACHE_MANIFEST).exists():
+        raise CacheMismatch(
+            f"{root}: holds an unfinished harvest of {held.tokens or 'all'} tokens, {tokens} asked; finish it with "
+            f"{'no --tokens' if held.tokens is None else f'--tokens {held.tokens}'}, or pass another --out"
+        )
+
+
+def _tails_are_sound(root: Path, plan: Plan) -> bool:
+    """Whether the last shard of every sequence array is what the plan says: a kill while growing may leave another."""
+    for split in SPLITS:
+        for name in ("id", "document"):
+            reader = sequence_reader(root, plan, split, name)
+            try:
+                reader.read(max(reader.n_rows - 1, 0), reader.n_rows)
+            except CorruptShard:
+                return False
+    return True
 
 
 def _identity(model: LanguageModel, source: Source, config: HarvestConfig) -> dict[str, Any]:
@@ -149,18 +229,13 @@ def _packing(model: LanguageModel, config: HarvestConfig) -> Packing:
     )
 
 
-def _pack(root: Path, model: LanguageModel, source: Source, config: HarvestConfig) -> dict[str, SequencesRecord]:
+def _pack(packed: _Packed, model: LanguageModel, source: Source, config: HarvestConfig) -> None:
+    """Pack as many sequences as are asked for. Raises DatasetError if there are fewer."""
     wanted = None if config.tokens is None else config.tokens // config.context_size
-    store = codec(config.codec)
-    arrays = {array.path: array for array in sequence_arrays(config.context_size)}
-    writers = {
-        split: {path: _SequenceWriter(root / STORE / split, array, store) for path, array in arrays.items()}
-        for split in SPLITS
-    }
-    found = 0
     stream = pack(documents(source, model.tokenizer), _packing(model, config), seed=config.seed, holdout=config.holdout)
+    found = 0
     for sequence in stream:
-        _add_sequence(writers[sequence.split], sequence)
+        packed.add(sequence)
         found += 1
         if found == wanted:
             break
@@ -171,28 +246,62 @@ def _pack(root: Path, model: LanguageModel, source: Source, config: HarvestConfi
             f"dataset: {config.tokens} tokens asked, it holds {found * config.context_size} "
             f"({found} sequences of {config.context_size}); pass --tokens {found * config.context_size} or fewer"
         )
-    return {
-        split: SequencesRecord(
-            n_sequences=next(iter(writers[split].values())).n_rows,
-            arrays={path: writer.finish() for path, writer in writers[split].items()},
-        )
-        for split in SPLITS
-    }
 
 
-def _add_sequence(writers: dict[str, _SequenceWriter], sequence: PackedSequence) -> None:
-    writers["sequences/id"].add(sequence.token_ids)
-    writers["sequences/document"].add(sequence.documents)
+class _Packed:
+    """The sequence arrays of both splits while they are written; a held plan's shards are kept and compared."""
+
+    def __init__(self, root: Path, store: Codec, context_size: int, held: Plan | None):
+        self._store = root / STORE
+        self._writers: dict[str, dict[str, _SequenceWriter]] = {split: {} for split in SPLITS}
+        for split in SPLITS:
+            for name, array in zip(("id", "document"), sequence_arrays(context_size), strict=True):
+                reader = sequence_reader(root, held, split, name) if held else None
+                self._writers[split][name] = _SequenceWriter(root / STORE / split, array, store, reader)
+
+    def add(self, sequence: PackedSequence) -> None:
+        self._writers[sequence.split]["id"].add(sequence.token_ids)
+        self._writers[sequence.split]["document"].add(sequence.documents)
+
+    def finish(self) -> None:
+        """Write what does not fill a shard. Raises CacheMismatch if the held plan has more sequences."""
+        for writer in self._each():
+            writer.finish()
+
+    def commit(self) -> dict[str, SequencesRecord]:
+        """Replace what has to be replaced; returns what is stored then."""
+        return {
+            split: SequencesRecord(
+                n_sequences=writers["id"].n_rows, arrays={writer.path: writer.commit() for writer in writers.values()}
+            )
+            for split, writers in self._writers.items()
+        }
+
+    def abandon(self) -> None:
+        """Remove the shards that no plan speaks of, and the folders made for them."""
+        for writer in self._each():
+            writer.abandon()
+        for path in sorted([self._store, *self._store.rglob("*")], reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+    def _each(self) -> Iterator[_SequenceWriter]:
+        return (writer for writers in self._writers.values() for writer in writers.values())
 
 
 class _SequenceWriter:
-    """Gathers rows of a sequence array and writes each full shard, which is one chunk."""
+    """Gathers rows of a sequence array and writes each full shard, which is one chunk.
 
-    def __init__(self, folder: Path, array: ArraySpec, store: Codec):
-        self._folder, self._array, self._codec = folder, array, store
+    Shards that a held plan speaks of are not touched before `commit`: whole ones must come out as they are, the partial
+    tail must begin as it is. A damaged one is written anew.
+    """
+
+    def __init__(self, folder: Path, array: ArraySpec, store: Codec, held: ArrayReader | None):
+        self.path, self.n_rows = array.path, 0
+        self._folder, self._array, self._codec, self._held = folder, array, store, held
         self._rows: list[np.ndarray] = []
-        self._records: list[ArrayRecord] = []
-        self.n_rows = 0
+        self._records: list[ArrayRecord | None] = []
+        self._changed: dict[int, np.ndarray] = {}
 
     def add(self, row: Int32[np.ndarray, " position"]) -> None:
         self._rows.append(row)
@@ -200,13 +309,53 @@ class _SequenceWriter:
         if len(self._rows) == self._array.chunk_rows:
             self._flush()
 
-    def finish(self) -> tuple[ArrayRecord, ...]:
+    def finish(self) -> None:
         if self._rows:
             self._flush()
-        return tuple(self._records)
+        if self._held and self.n_rows < self._held.n_rows:
+            raise self._other_tokens(f"{self.n_rows} sequences instead of {self._held.n_rows}")
+
+    def commit(self) -> tuple[ArrayRecord, ...]:
+        for index, chunk in self._changed.items():
+            self._records[index] = self._written(index, chunk)
+        return tuple(record for record in self._records if record is not None)
+
+    def abandon(self) -> None:
+        for index in range(self._n_held, len(self._records)):
+            self._shard_path(index).unlink(missing_ok=True)
+
+    @property
+    def _n_held(self) -> int:
+        return self._held.n_chunks if self._held else 0
 
     def _flush(self) -> None:
-        path = self._folder / shard_key(self._array, len(self._records))
-        chunk = np.stack(self._rows)
-        self._records.append(write_shard(path, self._array, self._codec, [chunk], self._array.chunk_rows))
+        index, chunk = len(self._records), np.stack(self._rows)
         self._rows.clear()
+        record = self._kept(index, chunk) if index < self._n_held else self._written(index, chunk)
+        if record is None:
+            self._changed[index] = chunk
+        self._records.append(record)
+
+    def _kept(self, index: int, chunk: np.ndarray) -> ArrayRecord | None:
+        """The held shard's record if it is these rows, None if it has to change. Raises CacheMismatch for others."""
+        assert self._held is not None, "index < self._n_held"
+        start = index * self._array.chunk_rows
+        try:
+            stored = self._held.read(start, start + self._held.rows_of(index))
+        except CorruptShard:
+            return None
+        if not np.array_equal(stored, chunk[: len(stored)]):
+            raise self._other_tokens(f"other tokens in sequences {start} to {start + len(stored)}")
+        return self._held.records[index] if len(stored) == len(chunk) else None
+
+    def _written(self, index: int, chunk: np.ndarray) -> ArrayRecord:
+        return write_shard(self._shard_path(index), self._array, self._codec, [chunk], self._array.chunk_rows)
+
+    def _shard_path(self, index: int) -> Path:
+        return self._folder / shard_key(self._array, index)
+
+    def _other_tokens(self, what: str) -> CacheMismatch:
+        return CacheMismatch(
+            f"{self._folder.parent.parent}: the dataset must give the tokens that it gave when the cache was begun, it "
+            f"gives {what}; pass its former revision, or another --out"
+        )

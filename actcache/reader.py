@@ -86,7 +86,8 @@ class ArrayReader:
         """folder: the split's, below acts.zarr. records: what the manifest says of each shard, in order."""
         self.array, self.n_rows = array, n_rows
         self.n_chunks = -(-n_rows // array.chunk_rows)
-        self._folder, self._codec, self._records = folder, codec, records
+        self.records = records
+        self._folder, self._codec = folder, codec
         self._chunks_per_shard = shard_rows // array.chunk_rows
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
@@ -110,7 +111,7 @@ class ArrayReader:
         shard, number = divmod(chunk, self._chunks_per_shard)
         file = self._shard(shard)
         stored = file.chunk(number)
-        if stored is None or self._codec.checksum(stored) != self._records[shard].checksums[number]:
+        if stored is None or self._codec.checksum(stored) != self.records[shard].checksums[number]:
             start = chunk * self.array.chunk_rows
             raise CorruptShard(
                 f"{file.path}: chunk {number} (rows {start} to {start + self.rows_of(chunk)}) does not match "
@@ -141,7 +142,7 @@ class ArrayReader:
             file = self._open.pop(index, None)
             if file is None:
                 path = self._folder / shard_key(self.array, index)
-                file = ShardFile(path, self._chunks_per_shard, self._records[index].n_bytes)
+                file = ShardFile(path, self._chunks_per_shard, self.records[index].n_bytes)
             self._open[index] = file
             if len(self._open) > MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)  # unmapped once no thread holds a view of it

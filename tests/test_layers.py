@@ -14,6 +14,8 @@ LEVELS = [
     ["actcache.reader", "actcache.journal"],
     ["actcache.cache"],
     ["actcache.plan", "actcache.finalise", "actcache.loader", "actcache.verify", "actcache.relabel"],
+    ["actcache.window", "actcache.estimate"],
+    ["actcache.encoder"],
     ["actcache.harvester"],
     ["actcache.notebook"],
     ["actcache"],
