@@ -6,7 +6,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
@@ -14,20 +16,49 @@ import torch
 Say = Callable[[str], None]
 
 
-def interleaved_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Wall seconds of each contender, taken in turn `repeats` times after one uncounted round.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Seconds of one call: by the clock on the wall, and of CPU in all threads of this process."""
+
+    wall: float
+    cpu: float
+
+
+def interleaved_costs(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Cost]]:
+    """What each contender costs, taken in turn `repeats` times after one uncounted round.
 
     The order is turned round in every other round, so that a drift of the machine favours nobody.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    costs: dict[str, list[Cost]] = {name: [] for name in contenders}
     for number in range(repeats + 1):
         order = list(contenders) if number % 2 else list(contenders)[::-1]
         for name in order:
-            started = time.perf_counter()
-            contenders[name]()
+            cost = _cost(contenders[name])
             if number:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+                costs[name].append(cost)
+    return costs
+
+
+def _cost(contender: Callable[[], object]) -> Cost:
+    wall, cpu = time.perf_counter(), time.process_time()
+    contender()
+    return Cost(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
+
+
+def interleaved_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Wall seconds of each contender, as `interleaved_costs` takes them."""
+    return {name: [cost.wall for cost in costs] for name, costs in interleaved_costs(contenders, repeats).items()}
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """For what is measured by the thread, or makes threads of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def ratios(bound: Sequence[float], ours: Sequence[float]) -> dict[str, float]:

@@ -30,12 +30,14 @@ LEVELS = [
     ["benchmarks"],
     ["benchmarks.measure", "benchmarks.stream", "benchmarks.train_demo_model"],
     ["benchmarks.bench_harvest", "benchmarks.bench_read", "benchmarks.bench_train", "benchmarks.bench_shuffle"],
+    ["benchmarks.bench_codecs", "benchmarks.bench_write"],
     ["benchmarks.bench_sweep"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 HOMES = {
-    "zarr": {"actcache.bfloat16", "actcache.codecs", "actcache.writer", "actcache.verify", "benchmarks.bench_read"},
+    "zarr": {"actcache.bfloat16", "actcache.codecs", "actcache.writer", "actcache.verify", "benchmarks.bench_read"}
+    | {"benchmarks.bench_write"},
     "numcodecs": {"actcache.codecs"},
     "google_crc32c": {"actcache.codecs"},
     "datasets": {"actcache.tokens", "actcache.notebook", "benchmarks.stream"},
