@@ -8,71 +8,44 @@ Neither changes the model: no folding, no centring, no conversion of weights.
 """
 
 import copy
-import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-import transformers
-from huggingface_hub.errors import StrictDataclassError
+from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actcache.compiled import compile_blocks_
 from actcache.errors import ConfigError, ModelError
+from actcache.families import blocks_of, family_of
+from actcache.identity import model_identity
+from actcache.pretrained import (
+    check_flash_attention,
+    device_of,
+    dtype_of,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    name_of,
+    revision_of,
+    source_of,
+)
 
 Visit = Callable[[Tensor], Tensor | None]  # is shown an activation; returns what takes its place, or None to leave it
 
 BACKENDS = ("hf", "transformer_lens")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION_KERNELS = ("auto", "sdpa", "eager", "flash_attention_2")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # what accelerate can work out by itself
 SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
-SAMPLES_PER_PARAMETER = 64
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """Where one family of transformers modules keeps its activations; names of submodules, the last four in a block."""
-
-    blocks: str  # the ModuleList of blocks, wherever in the model it is
-    attn_out: str  # its output is what attention adds to the residual stream
-    mlp_out: str  # its output is what the MLP adds to the residual stream
-    resid_mid: str | None  # its input is the residual stream between the two; None where there is none
-
-
-_LLAMA = _Family(blocks="layers", attn_out="self_attn", mlp_out="mlp", resid_mid="post_attention_layernorm")
-_GEMMA = _Family(  # norms before and after attention and MLP: the stream gets the normed outputs
-    blocks="layers",
-    attn_out="post_attention_layernorm",
-    mlp_out="post_feedforward_layernorm",
-    resid_mid="pre_feedforward_layernorm",
-)
-_FAMILIES = {
-    "gpt2": _Family(blocks="h", attn_out="attn", mlp_out="mlp", resid_mid="ln_2"),
-    "gpt_neox": _Family(blocks="layers", attn_out="attention", mlp_out="mlp", resid_mid="post_attention_layernorm"),
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-}
 
 
 class _AllCaptured(Exception):
@@ -92,10 +65,12 @@ class LanguageModel(ABC):
         dtype: of the parameters, and of the activations unless a hook says otherwise.
         n_layers, d_model: number of blocks, width of the residual stream.
         attention_kernel: "sdpa", "eager", "flash_attention_2", ...
+        compiled: its blocks run compiled.
         backend: "hf" or "transformer_lens", as `load_model` takes it.
     """
 
     backend: str
+    compiled: bool = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
         config = model.config.get_text_config()
@@ -103,7 +78,9 @@ class LanguageModel(ABC):
         self.identity = identity
         path = cast(str, model.config.name_or_path)
         self.source = os.path.abspath(path) if os.path.isdir(path) else path
-        self.device: torch.device = next(model.get_input_embeddings().parameters()).device
+        embedding = model.get_input_embeddings()
+        with align_module_device(embedding):  # where it is computed, if it is offloaded
+            self.device: torch.device = next(embedding.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
@@ -179,7 +156,9 @@ class HuggingFaceModel(LanguageModel):
 
     The module may be quantised, adapted or spread over devices. The whole module is called, so whatever wraps the
     blocks acts as it does in normal use; the early stop keeps later blocks, the final norm and the output head from
-    running.
+    running. With `compiled`, the blocks' forward passes are replaced by compiled ones for good; a block whose inside is
+    asked for (hook_attn_out, hook_resid_mid, hook_mlp_out) runs uncompiled in that pass. So the last bits of an
+    activation may depend on which hooks are asked for together.
 
     Raises:
         ModelError: the model is of a family that is not in the table, or its blocks are not where that family has them.
@@ -187,15 +166,25 @@ class HuggingFaceModel(LanguageModel):
 
     backend = "hf"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        identity: dict[str, str | None],
+        *,
+        compiled: bool = False,
+    ):
         super().__init__(model, tokenizer, identity)
         config = model.config.get_text_config()
         self._model = model
-        self._family = _family(config, identity["name"])
-        self._blocks = _blocks(model, self._family, self.n_layers, identity["name"])
+        self._family = family_of(config, identity["name"])
+        self._blocks = blocks_of(model, self._family, self.n_layers, identity["name"])
         sites = [site for site in SITES if site != "hook_resid_mid" or self._family.resid_mid is not None]
         self._hook_names = [f"blocks.{layer}.{site}" for layer in range(self.n_layers) for site in sites]
         self._max_positions: int = config.max_position_embeddings
+        self.compiled = compiled
+        if compiled:
+            compile_blocks_(self._blocks, identity["name"])
 
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
         """d_in of each hook: all five sites read or write the residual stream, so it is d_model."""
@@ -326,8 +315,11 @@ def load_model(
     *,
     revision: str | None = None,
     device: str = "auto",
+    device_map: str | None = None,
     dtype: str = "auto",
     backend: str = "hf",
+    attention: str = "auto",
+    compile: bool = False,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer from a local directory or the Hugging Face hub.
 
@@ -337,31 +329,37 @@ def load_model(
         name_or_path: directory with config.json, weights and tokenizer; or a hub name such as "openai-community/gpt2".
         revision: branch, tag or commit on the hub.
         device: "auto" (cuda if there is one, else cpu) or a torch device.
+        device_map: how accelerate spreads the model over all devices: "auto", "balanced", "balanced_low_0",
+            "sequential"; each activation is then where its block is. None for one device.
         dtype: "auto" (float32 on the CPU, the checkpoint's elsewhere), "float32", "bfloat16" or "float16".
         backend: "hf" or "transformer_lens".
+        attention: "auto" (what transformers prefers for the model), "sdpa", "eager" or "flash_attention_2".
+        compile: run the blocks compiled, see HuggingFaceModel; only on one device.
 
     Raises:
-        ConfigError: unknown device, dtype or backend.
-        ModelError: nothing there, something missing or damaged, or a family that the backend does not support.
+        ConfigError: an unknown word, or settings that exclude each other.
+        ModelError: nothing there, something missing or damaged, a family that the backend does not support, or an
+            attention kernel that is not to be had.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"load_model: backend must be one of {list(BACKENDS)}, got {backend!r}")
-    where = _device(device)
-    source = _source(str(name_or_path))
-    config = _loaded(AutoConfig.from_pretrained, source, revision)
-    name = _name(source)
+    _check_settings(device, device_map, backend, attention, compile)
+    where = device_of(device)
+    source = source_of(str(name_or_path))
+    config = load_config(source, revision)
+    name = name_of(source)
     if backend == "hf":
-        _family(config.get_text_config(), name)  # before the weights, which may be large
-    tokenizer = _loaded(AutoTokenizer.from_pretrained, source, revision)
-    settings = {"dtype": _dtype(dtype, where), "output_loading_info": True, "ignore_mismatched_sizes": True}
+        family_of(config.get_text_config(), name)  # before the weights, which may be large
+    torch_dtype = dtype_of(dtype, where)
+    if attention == "flash_attention_2":
+        check_flash_attention(where, torch_dtype, config)
+    tokenizer = load_tokenizer(source, revision)
+    kernel = "eager" if backend == "transformer_lens" else attention
+    model = load_weights(source, revision, name, torch_dtype, kernel, device_map)
+    if device_map is None:
+        model.to(where)  # pyright: ignore[reportArgumentType]: transformers' stub loses `self`
+    identity = model_identity(model, name, revision_of(config, revision))
     if backend == "transformer_lens":
-        settings["attn_implementation"] = "eager"
-    with _quiet():
-        model, report = _loaded(AutoModelForCausalLM.from_pretrained, source, revision, **settings)
-    model = _complete(model, report, name)
-    model.to(where)  # pyright: ignore[reportArgumentType]: transformers' stub loses `self`
-    identity = _identity(model, name, _revision(config, revision))
-    return (HuggingFaceModel if backend == "hf" else BridgeModel)(model, tokenizer, identity)
+        return BridgeModel(model, tokenizer, identity)
+    return HuggingFaceModel(model, tokenizer, identity, compiled=compile)
 
 
 def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> LanguageModel:
@@ -376,176 +374,37 @@ def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str |
         ModelError: the model is in training mode (dropout would change the activations) or of an unknown family.
     """
     model = cast(PreTrainedModel, model)  # or an adapter's wrapper that passes attributes on
-    name = name or _name(cast(str, model.config.name_or_path)) or type(model).__name__
+    name = name or name_of(cast(str, model.config.name_or_path)) or type(model).__name__
     if model.training:
         raise ModelError(f"wrap_model: {name} must be in evaluation mode, got training mode; call model.eval() first")
-    return HuggingFaceModel(model, tokenizer, _identity(model, name, _revision(model.config, None)))
+    return HuggingFaceModel(model, tokenizer, model_identity(model, name, revision_of(model.config, None)))
 
 
-# What is loaded, and from where
-
-
-def _source(name_or_path: str) -> str:
-    """The name or path, if it can be one. Raises ModelError for a directory that is absent or has no config.json."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"load_model: {path} has no config.json; pass a directory with config, weights, tokenizer")
-        return str(path)
-    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise ModelError(f"load_model: no directory {path}; pass a directory with a model, or a hub name owner/model")
-    return name_or_path
-
-
-def _name(source: str) -> str:
-    """A hub name as given; of a local directory its own name, so that it says nothing about this machine."""
-    return Path(source).resolve().name if os.path.isdir(source) else source
-
-
-def _revision(config: PretrainedConfig, revision: str | None) -> str | None:
-    """The commit if the hub told it (a branch moves), else as given."""
-    return getattr(config, "_commit_hash", None) or revision  # there only when it came from the hub
-
-
-def _loaded(from_pretrained: Callable[..., Any], source: str, revision: str | None, **settings: object) -> Any:
-    """`from_pretrained(source)`, from local files if they are there. Raises ModelError, one line, if it fails."""
-    try:
-        try:
-            return from_pretrained(source, revision=revision or "main", local_files_only=True, **settings)
-        except OSError:
-            if os.path.isdir(source):
-                raise
-            return from_pretrained(source, revision=revision or "main", **settings)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
-        at = "" if revision is None else f" at revision {revision}"
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"load_model: cannot load {source!r}{at}: {lines[0].rstrip(':.')}; check the name or pass a directory with "
-            "a whole model"
-        ) from None
-
-
-def _complete(model: PreTrainedModel, report: dict[str, Any], name: str) -> PreTrainedModel:
-    """The model, without its head if the checkpoint lacks one. Raises ModelError for any other hole in the weights."""
-    inside = {key for key in report["missing_keys"] if key.startswith(f"{model.base_model_prefix}.")}
-    wrong = sorted(inside | {key for key, *_ in report["mismatched_keys"]})
-    if wrong:
-        raise ModelError(
-            f"load_model: {name} must hold every parameter in the shape that its config.json says; {len(wrong)} are "
-            f"missing or of another shape, such as {wrong[0]}; get the checkpoint again"
+def _check_settings(device: str, device_map: str | None, backend: str, attention: str, compile: bool) -> None:
+    """Raise ConfigError for a word that is unknown, or settings that exclude each other."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"load_model: backend must be one of {list(BACKENDS)}, got {backend!r}")
+    if attention not in ATTENTION_KERNELS:
+        raise ConfigError(f"load_model: attention must be one of {list(ATTENTION_KERNELS)}, got {attention!r}")
+    if device_map is not None and device_map not in DEVICE_MAPS:
+        raise ConfigError(f"load_model: device_map must be one of {list(DEVICE_MAPS)}, got {device_map!r}")
+    if device_map is not None and device != "auto":
+        raise ConfigError(
+            f"load_model: device_map chooses the devices, so device must be auto, got {device!r} with device_map "
+            f"{device_map!r}; leave one of them out"
         )
-    return cast(PreTrainedModel, model.base_model) if report["missing_keys"] else model
-
-
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"load_model: device must be auto or a torch device such as cuda:0, got {device!r}") from None
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"load_model: device {device!r} asked for, torch sees no CUDA device; pass auto or cpu")
-    return where
-
-
-def _dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in DTYPES:
-        raise ConfigError(f"load_model: dtype must be auto or one of {list(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no load reports of transformers meanwhile; what they say is checked or raised here."""
-    shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if shown:
-            transformers.logging.enable_progress_bar()
-
-
-# What a model is
-
-_NOT_ARCHITECTURE = frozenset(
-    {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
-    | {"bos_token_id", "eos_token_id", "pad_token_id"}
-)
-
-
-def _identity(model: PreTrainedModel, name: str, revision: str | None) -> dict[str, str | None]:
-    config = _architecture(model.config.to_diff_dict())
-    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
-    return {
-        "name": name,
-        "revision": revision,
-        "config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
-        "weights_sha256": weights_sha256(model),
-    }
-
-
-def _architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config, nested configs too, that says what is computed: no names, versions, dtypes, token ids."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
-    return {key: _architecture(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Hash of the name, the shape and 64 to 127 evenly strided elements (as float32) of every parameter.
-
-    Equal for the same weights loaded in the same dtype, on any device. It tells other checkpoints, training steps,
-    dtypes, quantisations and adapters apart. It does not see a change confined to elements between the samples, nor
-    buffers; of parameters that are offloaded ("meta") it sees name and shape only.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        if not parameter.is_meta:
-            stride = max(1, parameter.numel() // SAMPLES_PER_PARAMETER)
-            sample = parameter.detach().flatten()[::stride]
-            digest.update(sample.to(device="cpu", dtype=torch.float32).numpy().tobytes())
-    return digest.hexdigest()
+    if device_map is not None and compile:
+        raise ConfigError(
+            f"load_model: compile needs the model on one device, got device_map {device_map!r}; leave one of them out"
+        )
+    if backend == "transformer_lens" and (device_map is not None or compile or attention not in ("auto", "eager")):
+        raise ConfigError(
+            "load_model: backend transformer_lens computes attention itself (eager), uncompiled, on one device; got "
+            f"attention {attention!r}, compile {compile}, device_map {device_map!r}; leave them out or use backend hf"
+        )
 
 
 # Hook names and modules
-
-
-def _family(config: PretrainedConfig, name: str | None) -> _Family:
-    """The row of the table for a text config. Raises ModelError for a family that is not there."""
-    family = _FAMILIES.get(config.model_type)
-    if family is None:
-        raise ModelError(
-            f"{name}: model_type must be one of {list(_FAMILIES)}, got {config.model_type!r}; load it with "
-            "--backend transformer_lens"
-        )
-    if config.model_type == "gpt_neox" and config.use_parallel_residual:
-        return replace(family, resid_mid=None)
-    return family
-
-
-def _blocks(model: nn.Module, family: _Family, n_layers: int, name: str | None) -> nn.ModuleList:
-    """The one ModuleList of `n_layers` blocks of the family, however deep adapters and heads have wrapped it."""
-    needed = {family.attn_out, family.mlp_out} | ({family.resid_mid} - {None})
-    found = [
-        module
-        for path, module in model.named_modules()
-        if path.rpartition(".")[2] == family.blocks
-        and isinstance(module, nn.ModuleList)
-        and len(module) == n_layers
-        and needed <= {child for child, _ in module[0].named_children()}
-    ]
-    if len(found) != 1:
-        raise ModelError(
-            f"{name}: must have one list {family.blocks!r} of {n_layers} blocks with {sorted(map(str, needed))}, found "
-            f"{len(found)}; load it with --backend transformer_lens"
-        )
-    return found[0]
 
 
 def _unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str], way_out: str) -> NoReturn:

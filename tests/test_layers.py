@@ -8,10 +8,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["actcache.errors", "actcache.order", "actcache.stats", "actcache.flow", "actcache.bundled", "actcache.bfloat16"],
-    ["actcache.codecs"],
+    ["actcache.codecs", "actcache.families", "actcache.identity", "actcache.compiled", "actcache.pretrained"],
     ["actcache.manifest"],
     ["actcache.writer", "actcache.tokens", "actcache.models"],
-    ["actcache.reader", "actcache.journal"],
+    ["actcache.reader", "actcache.journal", "actcache.batch_size"],
     ["actcache.cache"],
     ["actcache.plan", "actcache.finalise", "actcache.loader", "actcache.verify", "actcache.relabel"],
     ["actcache.window", "actcache.estimate"],
@@ -41,8 +41,9 @@ HOMES = {
     "numcodecs": {"actcache.codecs"},
     "google_crc32c": {"actcache.codecs"},
     "datasets": {"actcache.tokens", "actcache.notebook", "benchmarks.stream"},
-    "transformers": {"actcache.models", "actcache.tokens", "actcache.notebook", "benchmarks.stream"}
-    | {"benchmarks.train_demo_model"},
+    "transformers": {"actcache.models", "actcache.families", "actcache.identity", "actcache.pretrained"}
+    | {"actcache.tokens", "actcache.notebook", "benchmarks.stream", "benchmarks.train_demo_model"},
+    "accelerate": {"actcache.models", "actcache.identity"},
     "transformer_lens": {"actcache.models"},
     "tokenizers": {"benchmarks.train_demo_model"},
     "plotly": {"trainer.report"},

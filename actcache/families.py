@@ -1,0 +1,69 @@
+"""The families of transformers models that the fast path knows: where each keeps its blocks and what is in a block."""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from actcache.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Where one family of transformers modules keeps its activations; names of submodules, the last four in a block."""
+
+    blocks: str  # the ModuleList of blocks, wherever in the model it is
+    attn_out: str  # its output is what attention adds to the residual stream
+    mlp_out: str  # its output is what the MLP adds to the residual stream
+    resid_mid: str | None  # its input is the residual stream between the two; None where there is none
+
+
+_LLAMA = Family(blocks="layers", attn_out="self_attn", mlp_out="mlp", resid_mid="post_attention_layernorm")
+_GEMMA = Family(  # norms before and after attention and MLP: the stream gets the normed outputs
+    blocks="layers",
+    attn_out="post_attention_layernorm",
+    mlp_out="post_feedforward_layernorm",
+    resid_mid="pre_feedforward_layernorm",
+)
+FAMILIES = {
+    "gpt2": Family(blocks="h", attn_out="attn", mlp_out="mlp", resid_mid="ln_2"),
+    "gpt_neox": Family(blocks="layers", attn_out="attention", mlp_out="mlp", resid_mid="post_attention_layernorm"),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+}
+
+
+def family_of(config: PretrainedConfig, name: str | None) -> Family:
+    """The row of the table for a text config. Raises ModelError for a family that is not there."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ModelError(
+            f"{name}: model_type must be one of {list(FAMILIES)}, got {config.model_type!r}; load it with "
+            "--backend transformer_lens"
+        )
+    if config.model_type == "gpt_neox" and config.use_parallel_residual:
+        return replace(family, resid_mid=None)
+    return family
+
+
+def blocks_of(model: nn.Module, family: Family, n_layers: int, name: str | None) -> nn.ModuleList:
+    """The one ModuleList of `n_layers` blocks of the family, however deep adapters and heads have wrapped it."""
+    needed = {family.attn_out, family.mlp_out} | ({family.resid_mid} - {None})
+    found = [
+        module
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] == family.blocks
+        and isinstance(module, nn.ModuleList)
+        and len(module) == n_layers
+        and needed <= {child for child, _ in module[0].named_children()}
+    ]
+    if len(found) != 1:
+        raise ModelError(
+            f"{name}: must have one list {family.blocks!r} of {n_layers} blocks with {sorted(map(str, needed))}, found "
+            f"{len(found)}; load it with --backend transformer_lens"
+        )
+    return found[0]
