@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -21,6 +23,7 @@ from typer.core import TyperGroup
 from actcache.cache import Cache, open_cache, stored_files
 from actcache.errors import ActcacheError, ConfigError, ManifestError
 from actcache.flow import SPLITS
+from actcache.relabel import relabel as run_relabel
 from actcache.verify import verify as audit
 from trainer.config import SweepConfig
 from trainer.evaluate import evaluate_runs
@@ -28,6 +31,10 @@ from trainer.report import write_report
 from trainer.saelens import export_sae
 from trainer.sweep import SweepProgress
 from trainer.sweep import train as run_train
+
+if TYPE_CHECKING:
+    from actcache.estimate import Estimate
+    from actcache.harvester import Worker
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
 BENCHES = ("harvest", "read", "train", "sweep")
@@ -90,11 +97,14 @@ def harvest(
         int | None, typer.Option(help="Rows to store, of both splits; all there are if left out.")
     ] = None,
     context_size: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
-    codec: Annotated[str, typer.Option(help="lossless or raw.")] = "lossless",
+    codec: Annotated[str, typer.Option(help="lossless, fast, raw, int8, or auto to measure.")] = "lossless",
     dtype: Annotated[str, typer.Option(help="Stored as bfloat16, float16 or float32.")] = "bfloat16",
     model_dtype: Annotated[str, typer.Option(help="The model runs in float32, bfloat16, float16, or auto.")] = "auto",
     batch_size: Annotated[int | None, typer.Option(help="Sequences of a forward pass; chosen if left out.")] = None,
     device: Device = "auto",
+    device_map: Annotated[str | None, typer.Option(help="auto spreads the model over all devices.")] = None,
+    attention: Annotated[str, typer.Option(help="auto, sdpa, eager or flash_attention_2.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Run the model's blocks through torch.compile.")] = False,
     revision: Annotated[str | None, typer.Option(help="Of the model on the hub.")] = None,
     dataset_config: Annotated[str | None, typer.Option(help="Configuration of a hub dataset.")] = None,
     dataset_revision: Annotated[str | None, typer.Option(help="Revision of a hub dataset.")] = None,
@@ -111,9 +121,16 @@ def harvest(
     seed: Annotated[int, typer.Option(help="Of the row order and the holdout.")] = 0,
     holdout: Annotated[float, typer.Option(help="Share of documents in the validation split.")] = 0.01,
     backend: Annotated[str, typer.Option(help="hf, or transformer_lens for every other hook.")] = "hf",
+    worker: Annotated[
+        str | None, typer.Option(metavar="I/N", help="One of N processes on this cache; else as torchrun or srun say.")
+    ] = None,
+    estimate: Annotated[bool, typer.Option("--dry-run", help="Estimate bytes and time, and stop there.")] = False,
 ) -> None:
-    """Run the model once and store every asked hook; a finished cache that holds them is reused."""
-    from actcache.harvester import harvest as run_harvest  # with transformers, which takes seconds to import
+    """Run the model once and store every asked hook.
+
+    A finished cache that holds them is reused; a new hook is added over its tokens; more tokens make it grow.
+    """
+    from actcache.harvester import dry_run, harvest_share  # with transformers, which takes seconds to import
     from actcache.models import load_model
     from actcache.plan import HarvestConfig
     from actcache.tokens import DatasetSource
@@ -139,11 +156,24 @@ def harvest(
         sample_by=sample_by,
         streaming=streaming,
     )
-    language_model = load_model(model, revision=revision, device=device, dtype=model_dtype, backend=backend)
+    share = _worker(worker)
+    language_model = load_model(
+        model,
+        revision=revision,
+        device=_local_device(device, device_map),
+        device_map=device_map,
+        dtype=model_dtype,
+        attention=attention,
+        compile=compiled,
+        backend=backend,
+    )
+    if estimate:
+        return _say(_estimated(dry_run(language_model, source, config, out)))
     with closing(_Bar("harvest", "tok")) as progress:
-        cache = run_harvest(language_model, source, config, out, progress=progress)
-    _say(f"{out} was already there" if progress.untouched else f"{out} is finished")
-    _say(_described(cache))
+        cache = harvest_share(language_model, source, config, out, share, progress=progress)
+    if cache is not None:
+        _say(f"{out} is finished" if progress.touched else f"{out} was already there, nothing was done")
+        _say(_described(cache))
 
 
 @app.command()
@@ -168,6 +198,17 @@ def verify(cache: CachePath, as_json: Json = False) -> None:
     if found.problems:
         raise ManifestError(f"{cache}: {len(found.problems)} problems found")
     _say(f"{cache}: {found.n_rows} rows in {found.n_chunks} chunks are sound")
+
+
+@app.command()
+def relabel(
+    cache: CachePath,
+    native: Annotated[
+        bool, typer.Option("--native-bf16/--no-native-bf16", help="Call bfloat16 arrays bfloat16, or uint16 again.")
+    ],
+) -> None:
+    """Change what zarr.json says of bfloat16 arrays, for other Zarr readers; no shard is touched."""
+    _say(f"{cache}: {run_relabel(cache, native)} zarr.json files changed")
 
 
 @app.command()
@@ -308,13 +349,13 @@ class _Bar:
 
     def __init__(self, title: str, unit: str):
         self._bar = tqdm(desc=title, unit=unit, unit_scale=True, file=sys.stderr, disable=None)
-        self.untouched = True
+        self.touched = False
 
     def __call__(self, done: int, total: int) -> None:
-        if self.untouched:
+        if not self.touched:
             self._bar.reset(total)
             self._bar.initial = self._bar.n = 0
-        self.untouched = False
+        self.touched = True
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
@@ -339,6 +380,35 @@ class _TrainBar:
 
     def close(self) -> None:
         self._bar.close()
+
+
+# --- what harvest and others need of the machine ---------------------------------------------------------------------
+
+
+def _worker(share: str | None) -> Worker:
+    """The worker that --worker i/n names, else the one that torchrun or srun made this process."""
+    from actcache.harvester import Worker
+
+    if share is None:
+        index = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        share = f"{index}/{os.environ.get('WORLD_SIZE', os.environ.get('SLURM_NTASKS', '1'))}"
+    match = re.fullmatch(r"(\d+)/(\d+)", share)
+    if match is None:
+        raise ConfigError(f"harvest: --worker must be i/n, such as 0/4, got {share!r}")
+    return Worker(index=int(match[1]), count=int(match[2]))
+
+
+def _local_device(device: str, device_map: str | None) -> str:
+    """With several processes on one machine, each takes its own CUDA device."""
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    mine = device == "auto" and device_map is None and rank is not None and torch.cuda.device_count() > 1
+    return f"cuda:{int(rank or 0) % torch.cuda.device_count()}" if mine else device
+
+
+def _estimated(found: Estimate) -> str:
+    time_left = "" if found.seconds is None else f", about {found.seconds:,.0f} s in the model"
+    room = f"{found.free_bytes / 1e9:,.3g} GB free"
+    return f"to harvest: {found.n_rows:,} rows, at most about {found.n_bytes / 1e9:,.3g} GB ({room}){time_left}"
 
 
 # --- what commands share -------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ class Journal:
                 raise CacheLocked(f"{root}: another process is writing this cache as worker {slot}; wait for it")
             sync_folder(self.path.parent)
             _, n_bytes = _read(self.path)
-            self._file.truncate(n_bytes)
+            if n_bytes < self.path.stat().st_size:
+                self._file.truncate(n_bytes)
         except BaseException:
             self._file.close()
             raise
