@@ -42,8 +42,16 @@ class Batch:
     x: hook_name -> activations in the stored dtype (bfloat16, float16 or float32), on the loader's device.
     row: number of each row within the split, shared by all hooks of the cache.
     step: number of this batch since the start of the stream, from 0.
+    token_id, document, sequence, position: of each row's token, where the loader was asked for them: its id, the index
+        of its document in the dataset, its packed sequence and its position there.
+    cache: which cache of a mixture each row is of, by its number; None where there is one cache.
     """
 
     x: dict[str, Float[Tensor, "batch d_in"]]
     row: Int[Tensor, " batch"]
     step: int
+    token_id: Int[Tensor, " batch"] | None = None
+    document: Int[Tensor, " batch"] | None = None
+    sequence: Int[Tensor, " batch"] | None = None
+    position: Int[Tensor, " batch"] | None = None
+    cache: Int[Tensor, " batch"] | None = None

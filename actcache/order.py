@@ -196,5 +196,10 @@ class MixtureOrder:
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts.tolist()])
         return np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
 
+    def totals(self) -> Int64[np.ndarray, " stream"]:
+        """How many rows each stream gives in all."""
+        step, rest = divmod(self.n_stream_rows, self.batch_tokens)
+        return self.given(step) + np.bincount(self.owners(step)[:rest], minlength=len(self._counts))
+
     def _lacks(self, step: int) -> bool:
         return bool((self.given(step) > self._counts).any())
