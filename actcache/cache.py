@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ class Cache:
     def origin(self) -> dict[str, Any]:
         """{"model", "revision"}: where the model was loaded from, which may differ between equal caches."""
         try:
-            return json.loads((self.path / ORIGIN).read_bytes())
+            return json.loads(_contents(self.path / ORIGIN))
         except (OSError, ValueError, RecursionError) as error:
             raise ManifestError(f"{self.path / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
 
@@ -122,14 +123,13 @@ class Cache:
         hook = self.hook(hook_name)
         path = self.path / statistics_key(split, hook_name)
         try:
-            found = HookStatistics.from_json(unseal(path.read_bytes(), path)[row_filter])
+            values = unseal(_contents(path), path)
+            every, found = (HookStatistics.from_json(values[name]) for name in ("all", row_filter))
         except (OSError, *MALFORMED) as error:
             raise ManifestError(f"{path}: cannot be read as statistics ({type(error).__name__}: {error})") from error
-        if len(found.mean) != hook.d_in or found.n_rows > self.n_rows(split):
-            raise ManifestError(
-                f"{path}: must be of at most {self.n_rows(split)} rows of {hook.d_in} channels, is of "
-                f"{found.n_rows} rows of {len(found.mean)}; these are another cache's statistics"
-            )
+        wanted, got = (self.n_rows(split), hook.d_in), (every.n_rows, len(found.mean))
+        if wanted != got or found.n_rows > every.n_rows:
+            raise ManifestError(f"{path}: must be of (rows, d_in) = {wanted}, is of {got}; another cache's statistics?")
         return found
 
     def _sequences(self, split: str, name: str) -> np.ndarray:
@@ -155,7 +155,7 @@ def read_manifest(path: str | Path) -> Cache:
     """Open a cache without a look at its shards; `open_cache` is for everyone but an auditor. Raises ManifestError."""
     root = Path(path)
     try:
-        sealed = (root / CACHE_MANIFEST).read_bytes()
+        sealed = _contents(root / CACHE_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         if (root / PLAN).exists():
             raise ManifestError(f"{root}: the harvest is unfinished; run the same command again") from None
@@ -223,10 +223,17 @@ def _file_bytes(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
+def _contents(path: Path) -> bytes:
+    """What a regular file holds. Raises OSError: a pipe would block for ever, a device may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file")
+    return path.read_bytes()
+
+
 def _check_identity(cache: Cache) -> None:
     metadata = cache.path / STORE / "zarr.json"
     try:
-        identity = json.loads(metadata.read_bytes())["attributes"]["actcache"]
+        identity = json.loads(_contents(metadata))["attributes"]["actcache"]
         same = identity == cache.identity
     except (OSError, *MALFORMED) as error:
         raise ManifestError(f"{metadata}: cannot be read ({type(error).__name__}); the cache is damaged") from error

@@ -43,7 +43,7 @@ SEQUENCE_ARRAYS = ("sequences/id", "sequences/document")
 SEQUENCE_SHARD_TOKENS = 1 << 18
 HOOK_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError)  # what malformed JSON values raise
-SEAL = re.compile(rb'(\{.*),"crc32c":"([0-9a-f]{8})"\}\n?', re.DOTALL)
+SEAL = re.compile(rb'(\{.*),"crc32c":"([0-9a-f]{8})"\}\n', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +172,10 @@ class Plan:
         plan = Plan(identity=values["identity"], tokens=tokens, sequences=sequences, hooks=hooks)
         for array in sequence_arrays(plan.identity["context_size"]):
             for split, record in sequences.items():
-                if len(record.arrays.get(array.path, ())) != -(-record.n_sequences // array.chunk_rows):
-                    raise ManifestError(f"plan: {split} lacks {array.path} or some of its shards")
+                shards = record.arrays.get(array.path, ())
+                whole = len(shards) == -(-record.n_sequences // array.chunk_rows)
+                if not whole or any(len(shard.checksums) != 1 for shard in shards):
+                    raise ManifestError(f"plan: {split} lacks {array.path} or some of its shards, of one chunk each")
         return plan
 
 
