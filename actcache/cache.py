@@ -53,7 +53,7 @@ class Cache:
     def origin(self) -> dict[str, Any]:
         """{"model", "revision"}: where the model was loaded from, which may differ between equal caches."""
         try:
-            return json.loads(_contents(self.path / ORIGIN))
+            return json.loads(contents(self.path / ORIGIN))
         except (OSError, ValueError, RecursionError) as error:
             raise ManifestError(f"{self.path / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
 
@@ -123,7 +123,7 @@ class Cache:
         hook = self.hook(hook_name)
         path = self.path / statistics_key(split, hook_name)
         try:
-            values = unseal(_contents(path), path)
+            values = unseal(contents(path), path)
             every, found = (HookStatistics.from_json(values[name]) for name in ("all", row_filter))
         except (OSError, *MALFORMED) as error:
             raise ManifestError(f"{path}: cannot be read as statistics ({type(error).__name__}: {error})") from error
@@ -155,7 +155,7 @@ def read_manifest(path: str | Path) -> Cache:
     """Open a cache without a look at its shards; `open_cache` is for everyone but an auditor. Raises ManifestError."""
     root = Path(path)
     try:
-        sealed = _contents(root / CACHE_MANIFEST)
+        sealed = contents(root / CACHE_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         if (root / PLAN).exists():
             raise ManifestError(f"{root}: the harvest is unfinished; run the same command again") from None
@@ -208,13 +208,20 @@ def wrong_files(cache: Cache) -> Iterator[str]:
     """What is missing or of a wrong size: a truncated map is SIGBUS, and a missing shard reads as zeros elsewhere."""
     for key, n_bytes in stored_files(cache.manifest).items():
         path = cache.path / STORE / key
-        size = _file_bytes(path)
+        size = file_bytes(path)
         if size != n_bytes:
             found = "is missing or no file" if size is None else f"is {size} bytes long"
             yield f"{path}: must be {n_bytes} bytes long, {found}"
 
 
-def _file_bytes(path: Path) -> int | None:
+def contents(path: Path) -> bytes:
+    """What a regular file holds. Raises OSError: a pipe would block for ever, a device may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file")
+    return path.read_bytes()
+
+
+def file_bytes(path: Path) -> int | None:
     """Size of a regular file; None if it is missing, out of reach, or a folder, pipe or device."""
     try:
         status = path.stat()
@@ -223,17 +230,10 @@ def _file_bytes(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def _contents(path: Path) -> bytes:
-    """What a regular file holds. Raises OSError: a pipe would block for ever, a device may never end."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "no regular file")
-    return path.read_bytes()
-
-
 def _check_identity(cache: Cache) -> None:
     metadata = cache.path / STORE / "zarr.json"
     try:
-        identity = json.loads(_contents(metadata))["attributes"]["actcache"]
+        identity = json.loads(contents(metadata))["attributes"]["actcache"]
         same = identity == cache.identity
     except (OSError, *MALFORMED) as error:
         raise ManifestError(f"{metadata}: cannot be read ({type(error).__name__}); the cache is damaged") from error

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch import Tensor
 from actcache.cache import STORE
 from actcache.codecs import codec, crc32c, float32_values, storage_view
 from actcache.errors import NonFiniteActivations
-from actcache.finalise import partials_key
+from actcache.finalise import partials_key, partials_payload
 from actcache.manifest import (
     ArrayRecord,
     ArraySpec,
@@ -207,8 +206,7 @@ class ShardEncoder:
         return self._root / STORE / shard.split / shard_key(array, shard.index)
 
     def _write_partials(self, shard: Shard, hook: HookSpec, moments: dict[str, Moments]) -> dict[str, int]:
-        arrays = {f"{row_filter}.{key}": v for row_filter, m in moments.items() for key, v in m.to_arrays().items()}
-        payload = safetensors.numpy.save(arrays)
+        payload = partials_payload(moments)
         key = partials_key(shard.split, shard.index, hook.hook_name)
         write_atomically(self._root / key, [payload])
         return {key: crc32c(payload)}

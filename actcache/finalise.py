@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,25 +37,63 @@ def finalise(root: Path, plan: Plan, records: Sequence[ShardRecord]) -> None:
 
     Raises ManifestError if a shard is missing, CorruptShard if a shard's partial statistics are damaged.
     """
+    manifest = finished_manifest(plan, records)
+    cache = Cache(root, manifest, fingerprint="")
+    for split in SPLITS:
+        for hook in manifest.hooks:
+            write_statistics(cache, split, hook)
+    write_metadata(root / STORE, {"actcache": plan.identity}, store_arrays(manifest), codec(plan.identity["codec"]))
+    write_atomically(root / CACHE_MANIFEST, [seal(manifest.to_json())])
+
+
+def finished_manifest(plan: Plan, records: Sequence[ShardRecord]) -> Manifest:
+    """What manifest/cache.json is to say. Raises ManifestError if a shard is missing."""
     merged = merge_records(records)
     found = {split: _finished_shards(plan, split, merged) for split in SPLITS}
     hooks = _finished_hooks(found)
     shards = {split: tuple(_canonical(shard, hooks) for shard in found[split]) for split in SPLITS}
     manifest = Manifest(plan=replace(plan, hooks=()), hooks=hooks, shards=shards)
-    sealed = seal(manifest.to_json())
-    cache = Cache(root, Manifest.from_json(manifest.to_json()), fingerprint="")
-    for split in SPLITS:
-        for hook in manifest.hooks:
-            statistics = _statistics(cache, split, hook)
-            values = {row_filter: found.to_json() for row_filter, found in statistics.items()}
-            write_atomically(root / statistics_key(split, hook.hook_name), [seal(values)])
-    write_metadata(root / STORE, {"actcache": plan.identity}, _store_arrays(manifest), codec(plan.identity["codec"]))
-    write_atomically(root / CACHE_MANIFEST, [sealed])
+    return Manifest.from_json(manifest.to_json())
 
 
 def partials_key(split: str, index: int, hook_name: str) -> str:
     """Path, below the cache, of the partial statistics of one hook in one shard."""
     return f"manifest/partials/{split}-{index:06d}-{hook_name}.safetensors"
+
+
+def partials_payload(moments: Mapping[str, Moments]) -> bytes:
+    """The file of one hook's partial statistics in one shard, from the moments of each row filter."""
+    arrays = {f"{row_filter}.{key}": v for row_filter, m in moments.items() for key, v in m.to_arrays().items()}
+    return safetensors.numpy.save(arrays)
+
+
+def write_statistics(cache: Cache, split: str, hook: HookSpec) -> None:
+    """Write a hook's statistics. Raises CorruptShard if a partial, or a chunk that the median wants, is damaged."""
+    moments, medians = merged_moments(cache, split, hook), _medians(cache, split, hook)
+    values = {name: HookStatistics.of(moments[name], medians[name]).to_json() for name in ROW_FILTERS}
+    write_atomically(cache.path / statistics_key(split, hook.hook_name), [seal(values)])
+
+
+def merged_moments(cache: Cache, split: str, hook: HookSpec) -> dict[str, Moments]:
+    """Moments per row filter; partials merge in shard order, so equal shards give equal bits. Raises CorruptShard."""
+    moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
+    for shard in cache.manifest.shards[split]:
+        for row_filter, found in _partials(cache.path, shard, hook.hook_name).items():
+            moments[row_filter] = moments[row_filter].merge(found)
+    return moments
+
+
+def store_arrays(manifest: Manifest) -> dict[str, tuple[ArraySpec, int, int]]:
+    """Path below the store -> (array, rows, rows of a shard), of every array."""
+    arrays = {
+        f"{split}/{array.path}": (array, manifest.n_rows(split), manifest.shard_rows)
+        for split in SPLITS
+        for array in aligned_arrays(manifest)
+    }
+    for split, record in manifest.plan.sequences.items():
+        for array in sequence_arrays(manifest.identity["context_size"]):
+            arrays[f"{split}/{array.path}"] = (array, record.n_sequences, array.chunk_rows)
+    return arrays
 
 
 def _finished_shards(plan: Plan, split: str, merged: dict[tuple[str, int], ShardRecord]) -> tuple[ShardRecord, ...]:
@@ -88,21 +126,11 @@ def _canonical(shard: ShardRecord, hooks: tuple[HookSpec, ...]) -> ShardRecord:
     )
 
 
-def _statistics(cache: Cache, split: str, hook: HookSpec) -> dict[str, HookStatistics]:
-    """Per row filter; partials merge in shard order, so equal shards give equal bits."""
-    moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
-    for shard in cache.manifest.shards[split]:
-        for row_filter, found in _partials(cache.path, shard, hook.hook_name).items():
-            moments[row_filter] = moments[row_filter].merge(found)
-    medians = _medians(cache, split, hook)
-    return {name: HookStatistics.of(moments[name], medians[name]) for name in ROW_FILTERS}
-
-
 def _partials(root: Path, shard: ShardRecord, hook_name: str) -> dict[str, Moments]:
     key = partials_key(shard.split, shard.index, hook_name)
     payload = (root / key).read_bytes() if (root / key).exists() else b""
     if crc32c(payload) != shard.partials.get(key):
-        raise CorruptShard(f"{root / key}: does not match its checksum; harvest again into another folder")
+        raise CorruptShard(f"{root / key}: does not match its checksum; run `actcache repair`")
     arrays = safetensors.numpy.load(payload)
     prefixes = {row_filter: f"{row_filter}." for row_filter in ROW_FILTERS}
     return {
@@ -127,16 +155,3 @@ def _medians(cache: Cache, split: str, hook: HookSpec) -> dict[str, Float[np.nda
     plain = geometric_median(x[is_plain])
     start = plain if is_plain.any() else None  # a few special rows move the median little
     return {"all": geometric_median(x, start=start), "no_special_tokens": plain}
-
-
-def _store_arrays(manifest: Manifest) -> dict[str, tuple[ArraySpec, int, int]]:
-    """Path below the store -> (array, rows, rows of a shard), of every array."""
-    arrays = {
-        f"{split}/{array.path}": (array, manifest.n_rows(split), manifest.shard_rows)
-        for split in SPLITS
-        for array in aligned_arrays(manifest)
-    }
-    for split, record in manifest.plan.sequences.items():
-        for array in sequence_arrays(manifest.identity["context_size"]):
-            arrays[f"{split}/{array.path}"] = (array, record.n_sequences, array.chunk_rows)
-    return arrays

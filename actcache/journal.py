@@ -5,14 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from actcache.errors import CacheLocked, ManifestError
-from actcache.manifest import ShardRecord, seal, shard_record, unseal
-from actcache.writer import sync_folder
+from actcache.manifest import MALFORMED, ShardRecord, seal, shard_record, unseal
+from actcache.writer import sync_folder, write_atomically
 
 MANIFEST = "manifest"
 SETTLING = "manifest/settling.lock"
@@ -31,7 +31,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b")  # noqa: SIM115  # closed by close(), with the lock
         try:
-            if not _locked(self._file.fileno(), fcntl.LOCK_EX):
+            if not _locked(self._file.fileno(), fcntl.LOCK_EX) or not _is_at(self.path, self._file.fileno()):
                 raise CacheLocked(f"{root}: another process is writing this cache as worker {slot}; wait for it")
             sync_folder(self.path.parent)
             _, n_bytes = _read(self.path)
@@ -83,14 +83,35 @@ def read_journals(root: Path) -> list[ShardRecord]:
     return [record for path in _journals(root) for record in _read(path)[0]]
 
 
+def damaged_lines(root: Path) -> dict[Path, list[int]]:
+    """Journal -> the numbers, from 1, of its lines that cannot be read; a torn last line is none of them."""
+    found = {path: _damaged(_parsed(path)) for path in _journals(root)}
+    return {path: numbers for path, numbers in found.items() if numbers}
+
+
+def salvage(root: Path) -> dict[Path, list[int]]:
+    """Rewrite every journal that has damaged lines without them; returns what `damaged_lines` found.
+
+    Raises CacheLocked if a process writes one of them.
+    """
+    found = damaged_lines(root)
+    for path in found:
+        with open(path, "rb") as file:
+            if not _locked(file.fileno(), fcntl.LOCK_EX):
+                raise CacheLocked(f"{path}: another process writes this damaged journal; wait for it")
+            write_atomically(path, [line for line, record in _parsed(path) if record is not None])
+    return found
+
+
 def active_writers(root: Path) -> set[int]:
     """The slots that a process holds, this one's included."""
     return {slot for path, slot in _journals(root).items() if _is_held(path)}
 
 
-def has_journal(root: Path) -> bool:
-    """Whether a harvest was ever begun here."""
-    return bool(_journals(root))
+def was_begun(root: Path) -> bool:
+    """Whether a harvest was ever begun here; one killed at once leaves the folder for journals alone, and empty."""
+    folder = root / MANIFEST
+    return bool(_journals(root)) or ([*root.iterdir()] == [folder] and folder.is_dir() and not any(folder.iterdir()))
 
 
 def _journals(root: Path) -> dict[Path, int]:
@@ -121,23 +142,34 @@ def _locked(descriptor: int, kind: int) -> bool:
             return True
 
 
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one of that name: whoever held its lock may have replaced or removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _read(path: Path) -> tuple[list[ShardRecord], int]:
     """The records of a journal, and the bytes that they take: what lies behind is a torn line."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    records: list[ShardRecord] = []
-    n_bytes = 0
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(shard_record(unseal(_whole(line), path)))
-        except (ManifestError, KeyError, TypeError, ValueError, AttributeError):
-            if number < len(lines):
-                raise ManifestError(f"{path}: line {number} is damaged; restore it with `actcache repair`") from None
-            break
-        n_bytes += len(line)
-    return records, n_bytes
+    parsed = _parsed(path)
+    if damaged := _damaged(parsed):
+        raise ManifestError(f"{path}: line {damaged[0]} is damaged; restore it with `actcache repair`")
+    whole = [(line, record) for line, record in parsed if record is not None]
+    return [record for _, record in whole], sum(len(line) for line, _ in whole)
 
 
-def _whole(line: bytes) -> bytes:
-    if not line.endswith(b"\n"):
-        raise ValueError("torn line")
-    return line
+def _damaged(parsed: Sequence[tuple[bytes, ShardRecord | None]]) -> list[int]:
+    return [number for number, (_, record) in enumerate(parsed[:-1], 1) if record is None]
+
+
+def _parsed(path: Path) -> list[tuple[bytes, ShardRecord | None]]:
+    """Every line of a journal, with its record if it can be read."""
+    return [(line, _record(line, path)) for line in path.read_bytes().splitlines(keepends=True)]
+
+
+def _record(line: bytes, path: Path) -> ShardRecord | None:
+    try:
+        return shard_record(unseal(line, path)) if line.endswith(b"\n") else None
+    except (ManifestError, *MALFORMED):
+        return None

@@ -135,17 +135,25 @@ def make_array(
     )
 
 
-def write_metadata(
-    store: Path, attributes: dict[str, Any], arrays: Mapping[str, tuple[ArraySpec, int, int]], codec: Codec
-) -> None:
-    """Write every zarr.json of the store; only now do other Zarr readers see the arrays.
+def make_store(
+    attributes: dict[str, Any], arrays: Mapping[str, tuple[ArraySpec, int, int]], codec: Codec, *, native: bool = False
+) -> dict[str, Any]:
+    """Have zarr-python make every zarr.json of a store in memory, so that nothing of it can overwrite a shard.
 
-    attributes: of the root group. arrays: path below the store -> (spec, rows, rows of a shard). zarr-python makes the
-    metadata in memory, so that nothing of it can delete or overwrite a shard.
+    attributes: of the root group. arrays: path below the store -> (spec, rows, rows of a shard). Returns path below the
+    store -> buffer. native: as for `make_array`.
     """
     made: dict[str, Any] = {}
     zarr.create_group(MemoryStore(made), attributes=attributes)
     for path, (array, n_rows, shard_rows) in arrays.items():
-        make_array(made, path, array, codec, n_rows=n_rows, shard_rows=shard_rows)
+        make_array(made, path, array, codec, n_rows=n_rows, shard_rows=shard_rows, native=native)
+    return made
+
+
+def write_metadata(
+    store: Path, attributes: dict[str, Any], arrays: Mapping[str, tuple[ArraySpec, int, int]], codec: Codec
+) -> None:
+    """Write every zarr.json of the store, as `make_store` makes them; only now do other Zarr readers see the arrays."""
+    made = make_store(attributes, arrays, codec)
     for key in sorted(made, reverse=True):  # the root's zarr.json last
         write_atomically(store / key, [made[key].to_bytes()])
