@@ -276,7 +276,7 @@ def shard_record(values: dict[str, Any]) -> ShardRecord:
         arrays=arrays,
         partials={name: _checksum(checksum) for name, checksum in values["partials"].items()},
         compute=dict(values["compute"]),
-        attempt=int(values["attempt"]),
+        attempt=_whole_number("attempt", values["attempt"]),
     )
 
 

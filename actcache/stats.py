@@ -183,7 +183,7 @@ def norm_bin(norms: Float64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
     with np.errstate(divide="ignore"):  # a zero norm goes to the first bin
         octaves = np.log2(norms)
     bins = np.floor((octaves - SMALLEST_OCTAVE) * BINS_PER_OCTAVE)
-    return np.clip(bins, 0, N_BINS - 1).astype(np.int64)
+    return np.fmax(np.fmin(bins, N_BINS - 1), 0).astype(np.int64)  # fmin: what is no number goes to the last bin
 
 
 def filtered_moments(x: Float32[np.ndarray, "row d_in"], special: Bool[np.ndarray, " row"]) -> dict[str, Moments]:
