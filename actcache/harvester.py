@@ -37,7 +37,7 @@ from actcache.estimate import (
 )
 from actcache.finalise import finalise
 from actcache.flow import SPLITS, ActivationBatch
-from actcache.journal import Journal, active_writers, has_journal, read_journals, settling
+from actcache.journal import Journal, active_writers, read_journals, settling, was_begun
 from actcache.manifest import HookSpec, Plan, ShardRecord, merge_records, token_arrays
 from actcache.models import LanguageModel
 from actcache.plan import AUTO, HarvestConfig, count_sequences, read_plan, refuse_other_identity, settle_plan
@@ -45,7 +45,6 @@ from actcache.tokens import Source
 from actcache.window import Shard, Window
 from actcache.writer import remove_partials, write_atomically
 
-BATCH_TOKENS = 4096  # of a forward pass on a CPU
 Progress = Callable[[int, int], None]
 
 logger = logging.getLogger("actcache")
@@ -144,14 +143,16 @@ def harvest_share(
         hooks = _wanted_hooks(plan, widths)
         cache = _finished(root, plan, hooks)
         if cache is not None:
+            _leave(root, journal, worker)
             return cache
         origin = {"model": model.source, "revision": model.identity["revision"]}
         write_atomically(root / ORIGIN, [json.dumps(origin).encode()])
-        harvester = _Harvester(root, plan, model, hooks, journal, config.batch_size, worker, times, progress)
+        harvester = _Harvester(root, plan, model, hooks, journal, config, worker, times, progress)
         harvester.run()
         cache = _finalised(root, hooks, times)
-    times.total = time.perf_counter() - started
-    _write_log(root, model, times)
+        times.total = time.perf_counter() - started
+        _write_log(root, model, times)
+        _leave(root, journal, worker)
     logger.info(times.described())
     return cache
 
@@ -173,9 +174,7 @@ def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: st
         count_sequences(model, source, config) if config.tokens is None else config.tokens // config.context_size
     )
     n_rows = sequences * config.context_size - _rows_done(root, held, hooks)
-    rate = tokens_per_second(
-        model, config.hook_names, config.context_size, config.batch_size or BATCH_TOKENS // config.context_size
-    )
+    rate = tokens_per_second(model, config.hook_names, config.context_size, config.batch_sequences)
     return Estimate(
         n_rows=n_rows,
         n_bytes=expected_bytes(n_rows, hooks, config.codec),
@@ -219,8 +218,9 @@ def _with_codec(root: Path, held: Plan | None, model: LanguageModel, config: Har
         return config
     if held is not None:
         return replace(config, codec=held.identity["codec"])
-    batch_size = config.batch_size or max(1, BATCH_TOKENS // config.context_size)
-    name, why = favoured_codec(model, config.hook_names, config.context_size, batch_size, config.dtype, root)
+    name, why = favoured_codec(
+        model, config.hook_names, config.context_size, config.batch_sequences, config.dtype, root
+    )
     logger.info("codec %s: %s", name, why)
     return replace(config, codec=name)
 
@@ -237,7 +237,7 @@ def _wanted_hooks(plan: Plan, widths: dict[str, int]) -> list[HookSpec]:
 def _refuse_foreign_folder(root: Path) -> None:
     if root.is_file():
         raise CacheMismatch(f"{root}: must be a folder for the cache, is a file; pass another --out")
-    if root.exists() and not has_journal(root):
+    if root.exists() and not was_begun(root):
         held = sorted(path.name for path in root.iterdir())
         if held:
             raise CacheMismatch(f"{root}: must be empty or a cache, holds {', '.join(held[:5])}; pass another --out")
@@ -266,6 +266,14 @@ def _finalised(root: Path, hooks: Sequence[HookSpec], times: HarvestTimes) -> Ca
             finalise(root, plan, records)
     times.finalise = time.perf_counter() - started
     return open_cache(root)
+
+
+def _leave(root: Path, journal: Journal, worker: Worker) -> None:
+    """Give up the slot; the last writer to do so deletes what killed ones have left aside."""
+    with settling(root):
+        if active_writers(root) == {worker.index}:
+            remove_partials(root)
+        journal.close()
 
 
 def _missing(
@@ -307,7 +315,7 @@ class _Harvester:
         model: LanguageModel,
         hooks: Sequence[HookSpec],
         journal: Journal,
-        batch_size: int | None,
+        config: HarvestConfig,
         worker: Worker,
         times: HarvestTimes,
         progress: Progress | None,
@@ -317,7 +325,8 @@ class _Harvester:
         missing = list(_missing(plan, self._done, hooks))
         self._todo = [entry for entry in missing if self._number(entry[0], entry[1]) % worker.count == worker.index]
         self._context_size = plan.identity["context_size"]
-        self._batch_size = batch_size or self._settled_batch_size([hook.hook_name for hook in hooks])
+        self._windows = self._made_windows()  # before the batch size is measured by what fits beside them
+        self._batch_size = config.batch_size or self._settled_batch_size(config, hooks)
         self._compute = _compute(model, self._batch_size)
         self._progress = progress
         self._n_rows = sum(plan.n_rows(split) for split in SPLITS)
@@ -330,17 +339,16 @@ class _Harvester:
             return
         self._announce()
         started = time.perf_counter()
-        windows = self._windows()
         n_threads = encoder_threads()
         encoder = ShardEncoder(self._root, self._plan, self._model.device, self._compute, n_threads)
         with closing(encoder), ThreadPoolExecutor(1, "actcache-write") as writer:
             pending: list[Future[None]] = []
             for split, index, hooks, attempt in self._todo:
-                window = self._free_window(windows, pending)
+                window = self._free_window(pending)
                 shard = Shard.of(self._root, self._plan, split, index, hooks, attempt)
                 self._fill(window, shard)
                 ready = _recorded_event(self._model.device)
-                pending.append(writer.submit(self._write, encoder, shard, window, windows, ready))
+                pending.append(writer.submit(self._write, encoder, shard, window, ready))
             for future in pending:
                 future.result()
         self._add_stages(encoder, time.perf_counter() - started, n_threads)
@@ -352,13 +360,13 @@ class _Harvester:
     def _rows(self, entries: Sequence[tuple[str, int, tuple[HookSpec, ...], int]]) -> int:
         return sum(self._plan.rows_of(split, index) for split, index, _, _ in entries)
 
-    def _settled_batch_size(self, hook_names: Sequence[str]) -> int:
+    def _settled_batch_size(self, config: HarvestConfig, hooks: Sequence[HookSpec]) -> int:
         """As finished shards were computed, so that bytes are equal; else by device: measured on CUDA."""
         for record in self._done.values():
             return record.compute["batch_size"]
         if self._model.device.type == "cuda":
-            return largest_batch(self._model, self._context_size, hook_names)
-        return max(1, BATCH_TOKENS // self._context_size)
+            return largest_batch(self._model, self._context_size, [hook.hook_name for hook in hooks])
+        return config.batch_sequences
 
     def _announce(self) -> None:
         """Refuse a disk that is too small for what is owed, else say how much that is."""
@@ -376,9 +384,9 @@ class _Harvester:
             free / 1e9,
         )
 
-    def _windows(self) -> queue.Queue[Window]:
+    def _made_windows(self) -> queue.Queue[Window]:
         windows: queue.Queue[Window] = queue.Queue()
-        rows = max(self._plan.rows_of(split, index) for split, index, _, _ in self._todo)
+        rows = max((self._plan.rows_of(split, index) for split, index, _, _ in self._todo), default=0)
         hooks = list(dict.fromkeys(hook for _, _, hooks, _ in self._todo for hook in hooks))
         for _ in range(min(2, len(self._todo))):
             windows.put(Window(hooks, codec(self._plan.identity["codec"]), rows, self._model.device))
@@ -399,30 +407,23 @@ class _Harvester:
         self._times.n_tokens += shard.n_rows
         self._times.model_busy += time.perf_counter() - started
 
-    def _free_window(self, windows: queue.Queue[Window], pending: list[Future[None]]) -> Window:
+    def _free_window(self, pending: list[Future[None]]) -> Window:
         """The next window that is not being written; a failed writer raises here instead of blocking for ever."""
         started = time.perf_counter()
-        while windows.empty() and pending:
+        while self._windows.empty() and pending:
             pending.pop(0).result()
         for future in [future for future in pending if future.done()]:
             future.result()
         self._times.model_wait += time.perf_counter() - started
-        return windows.get_nowait()
+        return self._windows.get_nowait()
 
     # --- in the writer's thread ---
 
-    def _write(
-        self,
-        encoder: ShardEncoder,
-        shard: Shard,
-        window: Window,
-        windows: queue.Queue[Window],
-        ready: torch.cuda.Event | None,
-    ) -> None:
+    def _write(self, encoder: ShardEncoder, shard: Shard, window: Window, ready: torch.cuda.Event | None) -> None:
         with_tokens = not self._has_tokens(shard)
         record = encoder.write(shard, window, with_tokens=with_tokens, ready=ready)
         self._journal.append(asdict(record))
-        windows.put(window)
+        self._windows.put(window)
         if (shard.split, shard.index) == self._todo[0][:2]:
             self._say_first(record)
 

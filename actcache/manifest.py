@@ -33,7 +33,7 @@ from actcache.flow import SPLITS
 FORMAT_VERSION = 1
 MAX_SHARD_ROWS = 1 << 18
 MAX_SHARD_BYTES = 1 << 30
-MAX_CHUNK_BYTES = 2 << 20
+MAX_CHUNK_BYTES = 9 << 18  # 2.25 MiB: a chunk of 2304 channels is then whole blocks of 256 KiB, which zstd likes
 MIN_CHUNK_ROWS = 32
 MIN_SHARDS = 16
 WINDOW_BYTES = 8 << 30  # two windows of every hook fit in this much memory
@@ -339,15 +339,15 @@ def check_identity(identity: dict[str, Any]) -> None:
         _whole_number("special_token_ids", token_id, highest=(1 << 31) - 1)
 
 
-def shard_rows(d_in: int, itemsize: int, *, n_hooks: int, n_rows: int, context_size: int) -> int:
+def shard_rows(d_in: int, itemsize: int, *, n_hooks: int, n_rows: int, batch_tokens: int) -> int:
     """S: rows of a shard, from the widest hook when a cache is created; frozen afterwards.
 
     The largest power of two with at most 2^18 rows and 1 GiB, halved while the windows of all hooks take more than
-    8 GiB or `n_rows`, the rows of the larger split, would make fewer than 16 shards; but not below eight sequences
-    (or 32 rows), since a sequence on a border runs twice.
+    8 GiB or `n_rows`, the rows of the larger split, would make fewer than 16 shards; but not below `batch_tokens`, the
+    tokens of a forward pass (or 32 rows), since forward passes restart at each shard.
     """
     rows = min(MAX_SHARD_ROWS, _floor_power_of_two(MAX_SHARD_BYTES // (d_in * itemsize)))
-    smallest = max(MIN_CHUNK_ROWS, _floor_power_of_two(8 * context_size))
+    smallest = max(MIN_CHUNK_ROWS, _floor_power_of_two(batch_tokens))
     while rows > smallest and (
         2 * n_hooks * rows * d_in * itemsize > WINDOW_BYTES or rows * (MIN_SHARDS - 1) >= n_rows
     ):
@@ -358,7 +358,7 @@ def shard_rows(d_in: int, itemsize: int, *, n_hooks: int, n_rows: int, context_s
 def chunk_rows(d_in: int, itemsize: int, shard_rows: int) -> int:
     """C: rows of an inner chunk, from the widest hook when a cache is created; frozen afterwards.
 
-    The largest power of two within 2 MiB, at least 32 and at most the shard. One number for every hook, so that the
+    The largest power of two within 2.25 MiB, at least 32 and at most the shard. One number for every hook, so that the
     order of the rows does not depend on which hooks are read.
     """
     return min(max(MIN_CHUNK_ROWS, _floor_power_of_two(MAX_CHUNK_BYTES // (d_in * itemsize))), shard_rows)

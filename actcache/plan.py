@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from actcache.tokens import PackedSequence, Packing, Source, documents, pack, to
 from actcache.writer import sync_folder, write_atomically, write_shard
 
 AUTO = "auto"
+BATCH_TOKENS = 4096  # of a forward pass on a CPU, and at least of a shard
 SEPARATORS = ("bos", "eos", "none")
 SIZES = ("shard_rows", "chunk_rows")  # settled when a cache is created, not asked for
 
@@ -88,6 +89,11 @@ class HarvestConfig:
             if not kept:
                 raise ConfigError(f"harvest: {rule}, got {got!r}")
 
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of a forward pass, as given or as a CPU takes them."""
+        return self.batch_size or max(1, BATCH_TOKENS // self.context_size)
+
 
 def read_plan(root: Path) -> Plan | None:
     """The plan of the cache at `root`, None if there is none yet. Raises ManifestError if it is damaged."""
@@ -123,13 +129,21 @@ def settle_plan(root: Path, model: LanguageModel, source: Source, config: Harves
         packed.abandon()
         raise
     hooks = _finished_hooks(root, held)
+    if held is not None:
+        _write_plan(root, replace(held, hooks=hooks))  # they would be lost with manifest/cache.json
     (root / CACHE_MANIFEST).unlink(missing_ok=True)
     sync_folder((root / PLAN).parent)
     sequences = packed.commit()
     sizes = _sizes(config, widest, sequences) if held is None else {size: held.identity[size] for size in SIZES}
-    sealed = seal(Plan(identity={**wanted, **sizes}, tokens=config.tokens, sequences=sequences, hooks=hooks).to_json())
+    plan = Plan(identity={**wanted, **sizes}, tokens=config.tokens, sequences=sequences, hooks=hooks)
+    return _write_plan(root, plan)
+
+
+def _write_plan(root: Path, plan: Plan) -> Plan:
+    """The plan as a resumed run reads it, down to the order of its keys."""
+    sealed = seal(plan.to_json())
     write_atomically(root / PLAN, [sealed])
-    return Plan.from_json(unseal(sealed, root / PLAN))  # as a resumed run reads it, down to the order of its keys
+    return Plan.from_json(unseal(sealed, root / PLAN))
 
 
 def _finished_hooks(root: Path, held: Plan | None) -> tuple[HookSpec, ...]:
@@ -146,7 +160,7 @@ def _sizes(config: HarvestConfig, widest: int, sequences: dict[str, SequencesRec
         itemsize,
         n_hooks=len(config.hook_names),
         n_rows=max(record.n_sequences for record in sequences.values()) * config.context_size,
-        context_size=config.context_size,
+        batch_tokens=config.batch_sequences * config.context_size,
     )
     return {"shard_rows": rows, "chunk_rows": chunk_rows(widest, itemsize, rows)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import statistics
@@ -70,6 +71,14 @@ def ratios(bound: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 def described(name: str, found: Mapping[str, float]) -> str:
     """A line for a person: the ratio with its range."""
     return f"{name}: {found['median']:.3f} (range {found['min']:.3f} to {found['max']:.3f}, {found['pairs']} pairs)"
+
+
+def installed(package: str, say: Say) -> bool:
+    """Whether a peer can be measured; says so if not."""
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        say(f"{package} is not installed; left out")
+    return found
 
 
 def machine() -> dict[str, object]:

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from actcache.bundled import bundled_model_path, standard_library_documents
 from actcache.cache import Cache
@@ -27,13 +27,13 @@ from actcache.tokens import LoadedDataset
 D_MODEL, CONTEXT_SIZE, HOOK = 512, 128, "blocks.0.hook_resid_post"
 
 
-def random_gpt2(n_layers: int) -> LanguageModel:
-    """A GPT-2 of random weights, 512 wide, with the bundled tokenizer; on CUDA if there is one."""
+def random_gpt2_module(n_layers: int, d_model: int) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
+    """A GPT-2 of random weights with the bundled tokenizer, on the CPU; heads are 64 wide."""
     tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
     config = GPT2Config(
-        n_embd=D_MODEL,
+        n_embd=d_model,
         n_layer=n_layers,
-        n_head=8,
+        n_head=d_model // 64,
         n_positions=CONTEXT_SIZE,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
@@ -41,10 +41,15 @@ def random_gpt2(n_layers: int) -> LanguageModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(config).eval()
+        return GPT2LMHeadModel(config).eval(), tokenizer
+
+
+def random_gpt2(n_layers: int, d_model: int = D_MODEL) -> LanguageModel:
+    """`random_gpt2_module` as a LanguageModel; on CUDA if there is one."""
+    model, tokenizer = random_gpt2_module(n_layers, d_model)
     if torch.cuda.is_available():
         model.to(torch.device("cuda"))  # pyright: ignore[reportArgumentType]: transformers' stub loses `self`
-    return wrap_model(model, tokenizer, name=f"random-gpt2-{D_MODEL}x{n_layers}")
+    return wrap_model(model, tokenizer, name=f"random-gpt2-{d_model}x{n_layers}")
 
 
 def random_documents(n_sequences: int) -> LoadedDataset:
