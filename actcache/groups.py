@@ -198,12 +198,14 @@ class DeviceGroup(Group):
             self._staged.put(staged)
 
     def landed(self, served: Int64[np.ndarray, " served"]) -> None:
-        self._served = torch.from_numpy(served).to(self._copies.device)
+        with torch.cuda.stream(self._copies):
+            self._served = torch.from_numpy(served).to(self._copies.device)
         self._arrived.record(self._copies)
 
     def gather(self, start: int, stop: int, out: Sequence[Tensor]) -> None:
         stream = torch.cuda.current_stream(self._copies.device)
         stream.wait_event(self._arrived)
+        self._served.record_stream(stream)
         for part, rows in zip(self._parts, out, strict=True):
             torch.index_select(part, 0, self._served[start:stop], out=rows)
         gathered = torch.cuda.Event()

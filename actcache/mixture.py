@@ -40,7 +40,7 @@ class Mixture(Iterator[Batch]):
 
     def __init__(
         self,
-        caches: Sequence[tuple[Cache, float | Fraction]],
+        caches: Sequence[tuple[Cache, int | float | Fraction]],
         hook_names: str | Sequence[str],
         *,
         split: str = "train",
@@ -153,7 +153,7 @@ class Mixture(Iterator[Batch]):
         )
 
     def _merged_x(
-        self, hook_name: str, parts: Sequence[Float[Tensor, "part d_in"]], places: Sequence[Int64[np.ndarray, " part"]]
+        self, hook_name: str, parts: Sequence[Float[Tensor, "_ d_in"]], places: Sequence[Int64[np.ndarray, " _"]]
     ) -> Float[Tensor, "batch d_in"]:
         if parts[0].device.type != "cpu":
             order = torch.from_numpy(np.argsort(np.concatenate(places))).to(parts[0].device)
@@ -169,7 +169,7 @@ def _merged(parts: Sequence[Tensor | None], order: Int64[Tensor, " batch"]) -> I
     return torch.cat(there)[order] if there else None
 
 
-def _checked_shares(shares: Sequence[float | Fraction], batch_tokens: int) -> list[Fraction]:
+def _checked_shares(shares: Sequence[int | float | Fraction], batch_tokens: int) -> list[Fraction]:
     """The shares as exact fractions. Raises ConfigError."""
     if not shares or not all(math.isfinite(share) and share > 0 for share in shares):
         raise ConfigError(f"mixture: needs caches, each with a finite share above 0, got shares {list(shares)}")
