@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from actcache.harvester import Worker
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
-BENCHES = ("harvest", "read", "train", "sweep")
+BENCHES = ("harvest", "codecs", "write", "read", "feed", "shuffle", "train", "sweep")
 DEMO_HOOK = "blocks.2.hook_resid_post"
 DEMO_HOLDOUT = 0.1
 DEMO_SWEEP = Path(__file__).parent / "trainer" / "demo.yaml"
@@ -303,7 +303,7 @@ def export(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(metavar="harvest|read|train|sweep", help="What to measure.")],
+    what: Annotated[str, typer.Argument(metavar="|".join(BENCHES), help="What to measure.")],
     as_json: Annotated[bool, typer.Option("--json", help="Nothing but the JSON object.")] = False,
 ) -> None:
     """Measure ours and the bare bound in the same run, with the ratio; the last line on stdout is one JSON object."""

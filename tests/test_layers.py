@@ -30,7 +30,7 @@ LEVELS = [
     ["benchmarks"],
     ["benchmarks.measure", "benchmarks.stream", "benchmarks.train_demo_model"],
     ["benchmarks.bench_harvest", "benchmarks.bench_read", "benchmarks.bench_train", "benchmarks.bench_shuffle"],
-    ["benchmarks.bench_codecs", "benchmarks.bench_write"],
+    ["benchmarks.bench_codecs", "benchmarks.bench_write", "benchmarks.bench_feed"],
     ["benchmarks.bench_sweep"],
     ["cli"],
 ]
@@ -40,7 +40,8 @@ HOMES = {
     | {"benchmarks.bench_write"},
     "numcodecs": {"actcache.codecs"},
     "google_crc32c": {"actcache.codecs"},
-    "datasets": {"actcache.tokens", "actcache.notebook", "benchmarks.stream"},
+    "datasets": {"actcache.tokens", "actcache.notebook", "benchmarks.stream", "benchmarks.bench_harvest"}
+    | {"benchmarks.bench_feed"},
     "transformers": {"actcache.models", "actcache.families", "actcache.identity", "actcache.pretrained"}
     | {"actcache.tokens", "actcache.notebook", "benchmarks.stream", "benchmarks.train_demo_model"},
     "accelerate": {"actcache.models", "actcache.identity"},
@@ -50,7 +51,7 @@ HOMES = {
     "yaml": {"trainer.config"},
     "typer": {"cli"},
     "tqdm": {"cli"},
-    "sae_lens": {"benchmarks.bench_shuffle"},
+    "sae_lens": {"benchmarks.bench_shuffle", "benchmarks.bench_feed", "benchmarks.bench_harvest"},
 }
 MODULES = [
     ROOT / "cli.py",
