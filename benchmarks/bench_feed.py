@@ -1,0 +1,132 @@
+"""Feeding shuffled batches: ours against a copy of as many bytes, and against SAELens' cached feed.
+
+Bound: np.copyto of the same bytes, once. Ours: the Loader over a raw and over a lossless bfloat16 cache, special tokens
+kept, 4,096 rows a batch. SAELens: an ActivationsStore over the same rows in its Arrow format (float32, in token order),
+whose mixing buffer has as many rows as two of our groups (at most half of the cache). `bench shuffle` tells how well
+either of them shuffles.
+
+    actcache bench feed
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Array2D, Dataset, Features
+
+from actcache.cache import Cache
+from actcache.harvester import harvest
+from actcache.loader import Loader
+from actcache.plan import HarvestConfig
+from benchmarks.measure import Cost, Say, described, installed, interleaved_costs, machine, ratios
+from benchmarks.stream import CONTEXT_SIZE, random_documents, random_gpt2
+
+N_TOKENS = {128: 1 << 20, 512: 1 << 19, 768: 1 << 18}  # by width: two to four groups of 64 chunks
+BATCH_TOKENS, REPEATS = 4096, 7
+HOOK, CODECS = "blocks.0.hook_resid_post", ("raw", "lossless")
+SAELENS_BATCHES = 16  # an epoch of its feed takes minutes
+
+
+def run(say: Say) -> dict[str, Any]:
+    """Measure every width; returns what the JSON line says."""
+    result: dict[str, Any] = {"bench": "feed", "batch_tokens": BATCH_TOKENS, "machine": machine()}
+    for d_model in N_TOKENS:
+        with tempfile.TemporaryDirectory() as folder:
+            result[f"d_in {d_model}"] = _measured(d_model, Path(folder), say)
+    return result
+
+
+def _measured(d_model: int, root: Path, say: Say) -> dict[str, Any]:
+    caches = {name: _cache(root / name, d_model, name) for name in CODECS}
+    x = caches["raw"].hook_reader("train", HOOK).read(0, caches["raw"].n_rows())
+    rows, copy = x.view(torch.uint16).numpy(), np.empty((len(x), d_model), dtype=np.uint16)
+    feeds: dict[str, Callable[[], object]] = {"memcpy": lambda: np.copyto(copy, rows)}
+    for name, cache in caches.items():
+        _check(cache, x)
+        feeds[name] = lambda cache=cache: _drained(_loader(cache))
+    costs = interleaved_costs(feeds, REPEATS)
+    served = dict.fromkeys(feeds, len(x))
+    if installed("sae_lens", say):
+        saelens = _saelens(root / "arrow", caches["raw"], x)
+        costs |= interleaved_costs({"SAELens": lambda: _drained(islice(saelens, SAELENS_BATCHES))}, 3)
+        served["SAELens"] = SAELENS_BATCHES * BATCH_TOKENS
+    return _described(d_model, costs, served, say)
+
+
+def _cache(out: Path, d_model: int, codec: str) -> Cache:
+    config = HarvestConfig(hook_names=(HOOK,), context_size=CONTEXT_SIZE, holdout=0.0, codec=codec)
+    return harvest(random_gpt2(1, d_model), random_documents(N_TOKENS[d_model] // CONTEXT_SIZE), config, out)
+
+
+def _loader(cache: Cache) -> Loader:
+    return Loader(cache, HOOK, batch_tokens=BATCH_TOKENS, exclude_special_tokens=False)
+
+
+def _drained(batches: Any) -> None:
+    for _ in batches:
+        pass
+
+
+def _check(cache: Cache, x: torch.Tensor) -> None:
+    """Batches hold every row once, as the model gave it."""
+    seen = torch.zeros(len(x), dtype=torch.int64)
+    for batch in _loader(cache):
+        seen[batch.row] += 1
+        assert torch.equal(batch.x[HOOK], x[batch.row])
+    assert (seen == 1).all()
+
+
+def _saelens(folder: Path, cache: Cache, x: torch.Tensor) -> Any:
+    """SAELens' store over the rows in token order, as its cache runner leaves them."""
+    from sae_lens import ActivationsStore, CacheActivationsRunnerConfig
+
+    d_in = x.shape[1]
+    columns = [cache.token_reader("train", name).read(0, len(x)).astype(np.int64) for name in ("sequence", "position")]
+    in_order = x[torch.from_numpy(np.argsort(columns[0] * CONTEXT_SIZE + columns[1]))].float()
+    features = Features({HOOK: Array2D(shape=(CONTEXT_SIZE, d_in), dtype="float32")})
+    sequences = in_order.view(-1, CONTEXT_SIZE, d_in).numpy()
+    Dataset.from_dict({HOOK: list(sequences)}, features=features).save_to_disk(folder)
+    buffer_rows = 2 * 64 * cache.manifest.chunk_rows
+    config = CacheActivationsRunnerConfig(
+        dataset_path="in memory",
+        model_name="in memory",
+        model_batch_size=BATCH_TOKENS // CONTEXT_SIZE,
+        hook_name=HOOK,
+        d_in=d_in,
+        training_tokens=len(x),
+        context_size=CONTEXT_SIZE,
+        new_cached_activations_path=str(folder),
+        device="cpu",
+    )
+    store = ActivationsStore.from_cache_activations(None, config)  # pyright: ignore[reportArgumentType]: reads the cache
+    store.train_batch_size_tokens = BATCH_TOKENS
+    store.n_batches_in_buffer = min(buffer_rows, len(x) // 2) // CONTEXT_SIZE
+    served = next(store)
+    assert (torch.cdist(served[:4].double(), in_order.double()).amin(dim=1) == 0).all(), "SAELens serves other rows"
+    warnings.filterwarnings("ignore", "All samples in the training dataset have been exhausted")
+    return store
+
+
+def _described(
+    d_model: int, costs: Mapping[str, Sequence[Cost]], served: Mapping[str, int], say: Say
+) -> dict[str, Any]:
+    row_bytes = 2 * d_model
+    walls = {name: [cost.wall / served[name] for cost in spent] for name, spent in costs.items()}
+    rates = {name: 1 / statistics.median(wall) for name, wall in walls.items()}
+    found: dict[str, Any] = {f"{name}_over_memcpy": ratios(walls["memcpy"], walls[name]) for name in CODECS}
+    say(f"{d_model} wide, {served['memcpy']} rows: rows/s (GB/s as bfloat16)")
+    say("  " + ", ".join(f"{name} {rate:,.0f} ({rate * row_bytes / 1e9:.2f})" for name, rate in rates.items()))
+    for key, ratio in found.items():
+        say("  " + described(key.replace("_", " "), ratio))
+    if "SAELens" in rates:
+        found |= {f"{name}_over_saelens": rates[name] / rates["SAELens"] for name in CODECS}
+        say("  of SAELens' rows/s: " + ", ".join(f"{name} {found[f'{name}_over_saelens']:.1f}x" for name in CODECS))
+    return {"rows_per_second": rates, **found}
