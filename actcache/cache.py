@@ -51,11 +51,8 @@ class Cache:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """{"model", "revision"}: where the model was loaded from, which may differ between equal caches."""
-        try:
-            return json.loads(contents(self.path / ORIGIN))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ManifestError(f"{self.path / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
+        """As `read_origin`."""
+        return read_origin(self.path)
 
     @property
     def compute(self) -> dict[str, Any]:
@@ -168,6 +165,17 @@ def read_manifest(path: str | Path) -> Cache:
     except ManifestError as error:
         raise ManifestError(f"{root / CACHE_MANIFEST}: {error}") from error
     return Cache(root, manifest, fingerprint(sealed))
+
+
+def read_origin(root: Path) -> dict[str, Any]:
+    """{"model", "revision", "dataset"}: where both were loaded from, which may differ between equal caches.
+
+    dataset holds the fields of a DatasetSource, or is None for one in memory. Raises ManifestError.
+    """
+    try:
+        return json.loads(contents(root / ORIGIN))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{root / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
 
 
 def statistics_key(split: str, hook_name: str) -> str:

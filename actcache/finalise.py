@@ -41,7 +41,8 @@ def finalise(root: Path, plan: Plan, records: Sequence[ShardRecord]) -> None:
     cache = Cache(root, manifest, fingerprint="")
     for split in SPLITS:
         for hook in manifest.hooks:
-            write_statistics(cache, split, hook)
+            payload = statistics_payload(cache, split, hook)
+            write_atomically(root / statistics_key(split, hook.hook_name), [payload])
     write_metadata(root / STORE, {"actcache": plan.identity}, store_arrays(manifest), codec(plan.identity["codec"]))
     write_atomically(root / CACHE_MANIFEST, [seal(manifest.to_json())])
 
@@ -67,11 +68,10 @@ def partials_payload(moments: Mapping[str, Moments]) -> bytes:
     return safetensors.numpy.save(arrays)
 
 
-def write_statistics(cache: Cache, split: str, hook: HookSpec) -> None:
-    """Write a hook's statistics. Raises CorruptShard if a partial, or a chunk that the median wants, is damaged."""
+def statistics_payload(cache: Cache, split: str, hook: HookSpec) -> bytes:
+    """The file of a hook's statistics. Raises CorruptShard if a partial, or a chunk of the median's, is damaged."""
     moments, medians = merged_moments(cache, split, hook), _medians(cache, split, hook)
-    values = {name: HookStatistics.of(moments[name], medians[name]).to_json() for name in ROW_FILTERS}
-    write_atomically(cache.path / statistics_key(split, hook.hook_name), [seal(values)])
+    return seal({name: HookStatistics.of(moments[name], medians[name]).to_json() for name in ROW_FILTERS})
 
 
 def merged_moments(cache: Cache, split: str, hook: HookSpec) -> dict[str, Moments]:

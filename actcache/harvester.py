@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -41,11 +42,12 @@ from actcache.journal import Journal, active_writers, read_journals, settling, w
 from actcache.manifest import HookSpec, Plan, ShardRecord, merge_records, token_arrays
 from actcache.models import LanguageModel
 from actcache.plan import AUTO, HarvestConfig, count_sequences, read_plan, refuse_other_identity, settle_plan
-from actcache.tokens import Source
+from actcache.tokens import DatasetSource, Source
 from actcache.window import Shard, Window
 from actcache.writer import remove_partials, write_atomically
 
 Progress = Callable[[int, int], None]
+Owed = tuple[str, int, tuple[HookSpec, ...], int]  # split, index, hooks to be written, attempt of a shard
 
 logger = logging.getLogger("actcache")
 
@@ -145,9 +147,13 @@ def harvest_share(
         if cache is not None:
             _leave(root, journal, worker)
             return cache
-        origin = {"model": model.source, "revision": model.identity["revision"]}
-        write_atomically(root / ORIGIN, [json.dumps(origin).encode()])
-        harvester = _Harvester(root, plan, model, hooks, journal, config, worker, times, progress)
+        write_atomically(root / ORIGIN, [json.dumps(_origin(model, source)).encode()])
+        done = merge_records(read_journals(root))
+        share = [
+            owed for owed in _missing(plan, done, hooks) if _number(plan, *owed[:2]) % worker.count == worker.index
+        ]
+        harvester = _Harvester(root, plan, model, share, done, config, journal.append, times, progress)
+        harvester.warn_of_other_compute()
         harvester.run()
         cache = _finalised(root, hooks, times)
         times.total = time.perf_counter() - started
@@ -155,6 +161,50 @@ def harvest_share(
         _leave(root, journal, worker)
     logger.info(times.described())
     return cache
+
+
+def redo(
+    root: Path,
+    plan: Plan,
+    model: LanguageModel,
+    owed: Sequence[Owed],
+    held: dict[tuple[str, int], ShardRecord],
+    batch_size: int,
+    written: Callable[[dict[str, Any]], None],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write arrays of recorded shards anew, from the same forward batches; token arrays in `held` are left alone.
+
+    written: called with each line that a journal would get, in a thread of its own. For whoever holds a slot.
+    """
+    hook_names = dict.fromkeys(hook.hook_name for _, _, hooks, _ in owed for hook in hooks)
+    config = HarvestConfig(
+        hook_names=tuple(hook_names), context_size=plan.identity["context_size"], batch_size=batch_size
+    )
+    _Harvester(root, plan, model, owed, held, config, written, HarvestTimes(), progress).run()
+
+
+def compute_of(model: LanguageModel, batch_size: int) -> dict[str, Any]:
+    """What decides the last bits of an activation beside the identity."""
+    return {
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "backend": model.backend,
+        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.attention_kernel,
+        "compiled": model.compiled,
+        "batch_size": batch_size,
+    }
+
+
+def other_compute(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """What differs between two computations, in words, or None."""
+    differing = [key for key, value in here.items() if there.get(key) != value]
+    theirs = ", ".join(str(there.get(key)) for key in differing)
+    ours = ", ".join(str(here[key]) for key in differing)
+    return f"{', '.join(differing)} ({theirs}; now {ours})" if differing else None
 
 
 def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: str | Path) -> Estimate:
@@ -276,10 +326,8 @@ def _leave(root: Path, journal: Journal, worker: Worker) -> None:
         journal.close()
 
 
-def _missing(
-    plan: Plan, done: dict[tuple[str, int], ShardRecord], hooks: Sequence[HookSpec]
-) -> Iterator[tuple[str, int, tuple[HookSpec, ...], int]]:
-    """(split, index, hooks without a finished array, attempt) of every shard that lacks something."""
+def _missing(plan: Plan, done: dict[tuple[str, int], ShardRecord], hooks: Sequence[HookSpec]) -> Iterator[Owed]:
+    """Every shard that lacks something, with the hooks that have no finished array."""
     for split in SPLITS:
         for index in range(plan.n_shards(split)):
             record = done.get((split, index))
@@ -290,6 +338,20 @@ def _missing(
             lacking = tuple(hook for hook in hooks if hook not in stored)
             if lacking:
                 yield split, index, lacking, record.attempt if record else 0
+
+
+def _number(plan: Plan, split: str, index: int) -> int:
+    """Number of a shard among those of both splits: what workers share out."""
+    return index if split == SPLITS[0] else plan.n_shards(SPLITS[0]) + index
+
+
+def _origin(model: LanguageModel, source: Source) -> dict[str, Any]:
+    """Where model and dataset can be loaded from again; the dataset is None if it was in memory."""
+    dataset = None
+    if isinstance(source, DatasetSource):
+        path = os.path.abspath(source.path) if os.path.exists(source.path) else source.path
+        dataset = asdict(replace(source, path=path))
+    return {"model": model.source, "revision": model.identity["revision"], "dataset": dataset}
 
 
 def _write_log(root: Path, model: LanguageModel, times: HarvestTimes) -> None:
@@ -306,35 +368,33 @@ def _write_log(root: Path, model: LanguageModel, times: HarvestTimes) -> None:
 
 
 class _Harvester:
-    """Runs the model over the shards that this worker owes, while threads write those before."""
+    """Runs the model over the owed shards, while threads write those before."""
 
     def __init__(
         self,
         root: Path,
         plan: Plan,
         model: LanguageModel,
-        hooks: Sequence[HookSpec],
-        journal: Journal,
+        todo: Sequence[Owed],
+        done: dict[tuple[str, int], ShardRecord],
         config: HarvestConfig,
-        worker: Worker,
+        written: Callable[[dict[str, Any]], None],
         times: HarvestTimes,
         progress: Progress | None,
     ):
-        self._root, self._plan, self._model, self._journal, self._times = root, plan, model, journal, times
-        self._done = merge_records(read_journals(root))
-        missing = list(_missing(plan, self._done, hooks))
-        self._todo = [entry for entry in missing if self._number(entry[0], entry[1]) % worker.count == worker.index]
+        """done: what is recorded. written: called with the line of each shard whose files are there."""
+        self._root, self._plan, self._model, self._written, self._times = root, plan, model, written, times
+        self._todo, self._done = todo, done
         self._context_size = plan.identity["context_size"]
         self._windows = self._made_windows()  # before the batch size is measured by what fits beside them
-        self._batch_size = config.batch_size or self._settled_batch_size(config, hooks)
-        self._compute = _compute(model, self._batch_size)
+        self._batch_size = config.batch_size or self._settled_batch_size(config)
+        self._compute = compute_of(model, self._batch_size)
         self._progress = progress
         self._n_rows = sum(plan.n_rows(split) for split in SPLITS)
-        self._rows_done = self._n_rows - self._rows(missing)
+        self._rows_done = self._n_rows - self._rows(todo)
 
     def run(self) -> None:
         """Harvest every owed shard; on an error or Ctrl-C the shard being written is still finished."""
-        self._warn_of_other_compute()
         if not self._todo:
             return
         self._announce()
@@ -353,19 +413,23 @@ class _Harvester:
                 future.result()
         self._add_stages(encoder, time.perf_counter() - started, n_threads)
 
-    def _number(self, split: str, index: int) -> int:
-        """Number of a shard among those of both splits: what workers share out."""
-        return index if split == SPLITS[0] else self._plan.n_shards(SPLITS[0]) + index
+    def warn_of_other_compute(self) -> None:
+        """Say, once, what finished shards were computed with if it is something else."""
+        others = (other_compute(record.compute, self._compute) for record in self._done.values())
+        if other := next(filter(None, others), None):
+            logger.warning(
+                "%s: finished shards were computed with another %s; bytes may differ in the last bit", self._root, other
+            )
 
-    def _rows(self, entries: Sequence[tuple[str, int, tuple[HookSpec, ...], int]]) -> int:
+    def _rows(self, entries: Sequence[Owed]) -> int:
         return sum(self._plan.rows_of(split, index) for split, index, _, _ in entries)
 
-    def _settled_batch_size(self, config: HarvestConfig, hooks: Sequence[HookSpec]) -> int:
+    def _settled_batch_size(self, config: HarvestConfig) -> int:
         """As finished shards were computed, so that bytes are equal; else by device: measured on CUDA."""
         for record in self._done.values():
             return record.compute["batch_size"]
         if self._model.device.type == "cuda":
-            return largest_batch(self._model, self._context_size, [hook.hook_name for hook in hooks])
+            return largest_batch(self._model, self._context_size, config.hook_names)
         return config.batch_sequences
 
     def _announce(self) -> None:
@@ -422,7 +486,7 @@ class _Harvester:
     def _write(self, encoder: ShardEncoder, shard: Shard, window: Window, ready: torch.cuda.Event | None) -> None:
         with_tokens = not self._has_tokens(shard)
         record = encoder.write(shard, window, with_tokens=with_tokens, ready=ready)
-        self._journal.append(asdict(record))
+        self._written(asdict(record))
         self._windows.put(window)
         if (shard.split, shard.index) == self._todo[0][:2]:
             self._say_first(record)
@@ -431,7 +495,7 @@ class _Harvester:
         """Whether the shard's token arrays are there, of the rows that it has now."""
         record = self._done.get((shard.split, shard.index))
         arrays = token_arrays(self._plan.identity["shard_rows"])
-        return record is not None and record.attempt == shard.attempt and all(a.path in record.arrays for a in arrays)
+        return record is not None and record.n_rows == shard.n_rows and all(a.path in record.arrays for a in arrays)
 
     def _say_first(self, record: ShardRecord) -> None:
         """After the first shard: what the rest will take."""
@@ -453,33 +517,6 @@ class _Harvester:
         times.copy_wait = elapsed - found.copy
         times.encode_wait = n_threads * elapsed - found.encode
         times.write_wait = elapsed - found.write
-
-    def _warn_of_other_compute(self) -> None:
-        for record in self._done.values():
-            differing = [key for key, value in self._compute.items() if record.compute.get(key) != value]
-            if differing:
-                logger.warning(
-                    "%s: finished shards were computed with another %s (%s; now %s); bytes may differ in the last bit",
-                    self._root,
-                    ", ".join(differing),
-                    ", ".join(str(record.compute.get(key)) for key in differing),
-                    ", ".join(str(self._compute[key]) for key in differing),
-                )
-                return
-
-
-def _compute(model: LanguageModel, batch_size: int) -> dict[str, Any]:
-    """What decides the last bits of an activation beside the identity."""
-    return {
-        "device": model.device.type,
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "backend": model.backend,
-        "model_dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.attention_kernel,
-        "compiled": model.compiled,
-        "batch_size": batch_size,
-    }
 
 
 def _recorded_event(device: torch.device) -> torch.cuda.Event | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def _sizes(config: HarvestConfig, widest: int, sequences: dict[str, SequencesRec
 
 def count_sequences(model: LanguageModel, source: Source, config: HarvestConfig) -> int:
     """How many sequences the whole dataset fills."""
-    stream = pack(documents(source, model.tokenizer), _packing(model, config), seed=config.seed, holdout=config.holdout)
+    stream = pack(documents(source, model.tokenizer), packing(model, config), seed=config.seed, holdout=config.holdout)
     return sum(1 for _ in stream)
 
 
@@ -181,6 +181,14 @@ def refuse_other_identity(root: Path, held: Plan, model: LanguageModel, source: 
     ]
     if differences:
         raise CacheMismatch(f"{root}: holds another cache: {'; '.join(differences)}; pass another --out")
+
+
+def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageModel) -> None:
+    """Raise CacheMismatch, listing the differences, unless this is the model of that identity, with its tokenizer."""
+    ours = {"model": dict(model.identity), "tokenizer_sha256": tokenizer_hash(model.tokenizer)}
+    differences = [f"{key} is {identity[key]} there, {ours[key]} here" for key in ours if identity[key] != ours[key]]
+    if differences:
+        raise CacheMismatch(f"{root}: was harvested from another model: {'; '.join(differences)}; pass --model")
 
 
 def _covers(held: Plan, tokens: int | None) -> bool:
@@ -233,7 +241,8 @@ def _identity(model: LanguageModel, source: Source, config: HarvestConfig) -> di
     return json.loads(json.dumps(identity))  # as it reads back, so that it compares equal
 
 
-def _packing(model: LanguageModel, config: HarvestConfig) -> Packing:
+def packing(model: LanguageModel, config: HarvestConfig) -> Packing:
+    """How documents become sequences with this model's tokenizer."""
     tokenizer = model.tokenizer
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "none": None}
     return Packing(
@@ -246,7 +255,7 @@ def _packing(model: LanguageModel, config: HarvestConfig) -> Packing:
 def _pack(packed: _Packed, model: LanguageModel, source: Source, config: HarvestConfig) -> None:
     """Pack as many sequences as are asked for. Raises DatasetError if there are fewer."""
     wanted = None if config.tokens is None else config.tokens // config.context_size
-    stream = pack(documents(source, model.tokenizer), _packing(model, config), seed=config.seed, holdout=config.holdout)
+    stream = pack(documents(source, model.tokenizer), packing(model, config), seed=config.seed, holdout=config.holdout)
     found = 0
     for sequence in stream:
         packed.add(sequence)
