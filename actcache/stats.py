@@ -102,7 +102,7 @@ class HookStatistics:
     """What a cache says of one hook, split and row filter; float64, of the values as stored.
 
     variance divides by n_rows. mean_square_norm is E||x||^2, mean_norm is E||x||. geometric_median is that of about
-    32,768 rows taken from evenly spaced chunks. norm_histogram counts norms in bins of an eighth of an octave.
+    8,192 rows taken from evenly spaced chunks. norm_histogram counts norms in bins of an eighth of an octave.
     """
 
     n_rows: int

@@ -54,7 +54,7 @@ def test_the_permutation_by_the_text_alone():
 def test_the_sizes_by_the_text_alone():
     from actcache import manifest
 
-    assert (manifest.MAX_SHARD_ROWS, manifest.MAX_SHARD_BYTES, manifest.MAX_CHUNK_BYTES) == (2**18, 2**30, 2**21)
+    assert (manifest.MAX_SHARD_ROWS, manifest.MAX_SHARD_BYTES, manifest.MAX_CHUNK_BYTES) == (2**18, 2**30, 9 * 2**18)
     assert (manifest.MIN_CHUNK_ROWS, manifest.MIN_SHARDS, manifest.WINDOW_BYTES) == (32, 16, 8 * 2**30)
     assert (manifest.TOKEN_CHUNK_ROWS, manifest.SEQUENCE_SHARD_TOKENS) == (4096, 2**18)
 
