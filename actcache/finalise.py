@@ -29,7 +29,7 @@ from actcache.manifest import (
 from actcache.stats import ROW_FILTERS, HookStatistics, Moments, geometric_median
 from actcache.writer import write_atomically, write_metadata
 
-MEDIAN_ROWS = 32768
+MEDIAN_ROWS = 8192
 
 
 def finalise(root: Path, plan: Plan, records: Sequence[ShardRecord]) -> None:
@@ -140,7 +140,7 @@ def _partials(root: Path, shard: ShardRecord, hook_name: str) -> dict[str, Momen
 
 
 def _medians(cache: Cache, split: str, hook: HookSpec) -> dict[str, Float[np.ndarray, " d_in"]]:
-    """Geometric medians over the rows of evenly spaced chunks, about 32,768 of them."""
+    """Geometric medians over the rows of evenly spaced chunks, about 8,192 of them."""
     reader, token_ids = cache.hook_reader(split, hook.hook_name), cache.token_reader(split, "id")
     chunk_rows = cache.manifest.chunk_rows
     n_wanted = min(reader.n_chunks, max(1, MEDIAN_ROWS // chunk_rows))
