@@ -1,0 +1,125 @@
+"""Writers that are killed, interrupted or out of room: what they leave is whole, and the same command goes on."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fault_scenarios import NEW, OLD, TOKENS, Scenarios
+from faulty_writers import Fault, Writer, shrink_sequence_shards
+from tiny_caches import HOOKS, promised_files
+
+STOP = signal.SIGSTOP
+ACTS = f"{HOOKS[0]}/acts/c"
+JOURNAL = "manifest/writer-00.jsonl"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_sequence_shards():
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_sequence_shards(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="module")
+def scenarios(tiny_llama_dir, tiny_texts, tmp_path_factory):
+    made = Scenarios(tiny_llama_dir, tiny_texts, tmp_path_factory.mktemp("faults"))
+    yield made
+    made.writers.kill_all()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_stopped(writer: Writer) -> bool:
+    """By SIGSTOP; a writer that ends before it gets there is an error."""
+    assert writer.is_alive(), writer.said
+    return Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def errors_of(said: str) -> list[str]:
+    """The lines that tell of an error; a traceback is one too many."""
+    return [line for line in said.splitlines() if line.startswith(("error", "Traceback"))]
+
+
+# command, what it had come to when it was killed, and what a reader gets then
+POINTS = [
+    ("begin", "opening manifest/writer-00.jsonl", 1, None),  # the folder manifest/ is there, and nothing else
+    ("begin", "writing acts.zarr/train/sequences/id/c/1/0", 1, None),
+    ("begin", "replaced manifest/plan.json", 1, None),
+    ("begin", f"synced acts.zarr/train/{ACTS}/1/0", 1, None),
+    ("begin", f"writing {JOURNAL}", 2, None),
+    ("begin", "opening stats/train/*", 1, None),
+    ("begin", "replaced acts.zarr/train/zarr.json", 1, None),
+    ("begin", "replacing manifest/cache.json", 1, None),
+    ("begin", "replaced manifest/cache.json", 1, NEW),
+    ("add", f"writing {JOURNAL}", 3, OLD),
+    ("add", "replaced acts.zarr/zarr.json", 1, OLD),
+    ("grow", "replaced acts.zarr/train/sequences/id/c/2/0", 1, OLD),
+    ("grow", "unlinked manifest/cache.json", 1, None),
+    ("grow", "replaced acts.zarr/train/sequences/id/c/0/0", 1, None),
+    ("grow", "replaced manifest/plan.json", 1, OLD),  # it knows the hooks that grow now
+    ("grow", "replaced manifest/plan.json", 2, None),
+    ("grow", f"replaced acts.zarr/train/{ACTS}/*", 1, None),
+]
+
+
+@pytest.mark.parametrize(("name", "event", "count", "opened"), POINTS, ids=str)
+def test_killed_at(scenarios, name, event, count, opened):
+    root = scenarios.copy(name)
+    code, said = scenarios.run(name, root, fault=Fault(event=event, count=count))
+    assert code == -signal.SIGKILL, said
+    assert scenarios.opened(name, root) == opened
+    scenarios.finish(name, root)
+
+
+def test_a_killed_worker_leaves_nothing_aside_though_another_goes_on(scenarios):
+    """It cannot sweep when it starts again, for it might sweep what the other is writing; the last to go does."""
+    root = scenarios.copy("begin")
+    other = scenarios.start("begin", root, "--worker", "0/2", fault=Fault(event=f"writing {JOURNAL}", action=STOP))
+    wait_until(lambda: is_stopped(other))
+    killed = scenarios.start("begin", root, "--worker", "1/2", fault=Fault(event=f"synced acts.zarr/train/{ACTS}/*"))
+    assert killed.wait() == -signal.SIGKILL
+    assert len(list(root.rglob("*.partial"))) == 1
+    code, said = scenarios.run("begin", root, "--worker", "1/2")
+    assert (code, "other workers owe" in said) == (0, True), said
+    os.kill(other.pid, signal.SIGCONT)
+    assert other.wait() == 0, other.said
+    assert promised_files(root) == scenarios.whole
+    assert not list(root.rglob("*.partial"))
+
+
+def test_a_second_writer_gets_one_line_while_the_first_goes_on(scenarios):
+    root = scenarios.copy("add")
+    first = scenarios.start("add", root, fault=Fault(event=f"writing {JOURNAL}", action=STOP))
+    wait_until(lambda: is_stopped(first))
+    for more in ((), ("--worker", "0/2")):
+        code, said = scenarios.run("add", root, *more)
+        assert (code, errors_of(said)) == (
+            1,
+            [f"error: {root}: another process is writing this cache as worker 0; wait for it"],
+        )
+    assert scenarios.opened("add", root) == OLD
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait() == 0, first.said
+    assert promised_files(root) == scenarios.whole
+
+
+def test_a_cache_does_not_grow_while_another_process_writes(scenarios):
+    root = scenarios.copy("add")
+    fault = Fault(event="writing manifest/writer-01.jsonl", action=STOP)
+    other = scenarios.start("add", root, "--worker", "1/2", fault=fault)
+    wait_until(lambda: is_stopped(other))
+    code, said = scenarios.writers.run(root, HOOKS[:1], TOKENS + 100, "--worker", "0/2")
+    refusal = f"error: {root}: other processes write this cache; wait for them before it grows"
+    assert (code, errors_of(said)) == (1, [refusal])
+    assert scenarios.opened("add", root) == OLD
+    os.kill(other.pid, signal.SIGCONT)
+    assert other.wait() == 0, other.said
+    scenarios.finish("add", root)
