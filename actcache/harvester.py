@@ -38,7 +38,7 @@ from actcache.estimate import (
 )
 from actcache.finalise import finalise
 from actcache.flow import SPLITS, ActivationBatch
-from actcache.journal import Journal, active_writers, read_journals, settling, was_begun
+from actcache.journal import Journal, active_writers, read_journals, refuse_held, settling, was_begun
 from actcache.manifest import HookSpec, Plan, ShardRecord, merge_records, token_arrays
 from actcache.models import LanguageModel
 from actcache.plan import AUTO, HarvestConfig, count_sequences, read_plan, refuse_other_identity, settle_plan
@@ -133,14 +133,8 @@ def harvest_share(
     widths = model.hook_widths(config.hook_names)
     _refuse_foreign_folder(root)
     times, started = HarvestTimes(), time.perf_counter()
-    with Journal(root, worker.index) as journal:
-        try:
-            with settling(root):
-                plan = _begun(root, model, source, config, widths, worker)
-        except BaseException:
-            if not (root / PLAN).exists():
-                journal.discard()
-            raise
+    journal, plan = _joined(root, model, source, config, widths, worker)
+    with journal:
         times.pack = time.perf_counter() - started
         hooks = _wanted_hooks(plan, widths)
         cache = _finished(root, plan, hooks)
@@ -245,10 +239,26 @@ def _rows_done(root: Path, held: Plan | None, hooks: Sequence[HookSpec]) -> int:
     )
 
 
+def _joined(
+    root: Path, model: LanguageModel, source: Source, config: HarvestConfig, widths: dict[str, int], worker: Worker
+) -> tuple[Journal, Plan]:
+    """Take the worker's slot and settle the plan while nobody else does; who waits for that holds no slot."""
+    refuse_held(root, worker.index)
+    with settling(root):
+        journal = Journal(root, worker.index)
+        try:
+            return journal, _begun(root, model, source, config, widths, worker)
+        except BaseException:
+            if not (root / PLAN).exists():
+                journal.discard()
+            journal.close()
+            raise
+
+
 def _begun(
     root: Path, model: LanguageModel, source: Source, config: HarvestConfig, widths: dict[str, int], worker: Worker
 ) -> Plan:
-    """Settle the plan while nobody else does; what killed writers left goes, if nobody writes."""
+    """Settle the plan; what killed writers left goes, if nobody writes."""
     others = active_writers(root) - {worker.index}
     if any(slot >= worker.count for slot in others):
         raise CacheLocked(f"{root}: {len(others)} workers write this cache; wait for them, or join with --worker i/n")

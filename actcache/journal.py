@@ -6,13 +6,13 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
 from actcache.errors import CacheLocked, ManifestError
 from actcache.manifest import MALFORMED, ShardRecord, seal, shard_record, unseal
-from actcache.writer import sync_folder, write_atomically
+from actcache.writer import make_folder, sync_folder, write_atomically
 
 MANIFEST = "manifest"
 SETTLING = "manifest/settling.lock"
@@ -28,11 +28,11 @@ class Journal:
         Raises CacheLocked if another process holds it, ManifestError if a line other than the last is damaged.
         """
         self.path = root / MANIFEST / f"writer-{slot:02d}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         self._file = open(self.path, "a+b")  # noqa: SIM115  # closed by close(), with the lock
         try:
             if not _locked(self._file.fileno(), fcntl.LOCK_EX) or not _is_at(self.path, self._file.fileno()):
-                raise CacheLocked(f"{root}: another process is writing this cache as worker {slot}; wait for it")
+                raise _held_by_another(root, slot)
             sync_folder(self.path.parent)
             _, n_bytes = _read(self.path)
             if n_bytes < self.path.stat().st_size:
@@ -48,13 +48,13 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def discard(self) -> None:
-        """Remove what making this journal left in a folder where nothing else was begun."""
+        """Remove what making this journal left in a folder where nothing else was begun; for who is settling there."""
         folder = self.path.parent
         if {path.name for path in folder.iterdir()} == {self.path.name, Path(SETTLING).name}:
-            (folder.parent / SETTLING).unlink()
             self.path.unlink()
-            folder.rmdir()
-            if not any(folder.parent.iterdir()):
+            (folder.parent / SETTLING).unlink()
+            with suppress(OSError):  # others may begin here, and the user's folder may hold something else
+                folder.rmdir()
                 folder.parent.rmdir()
 
     def close(self) -> None:
@@ -72,10 +72,13 @@ class Journal:
 def settling(root: Path) -> Iterator[None]:
     """The one process that settles the plan, or finalises, at a time; others wait here."""
     path = root / SETTLING
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    # The file stays: removing it would let a process that waits on it and a newcomer both hold "the" lock.
+    while True:
+        make_folder(path.parent)
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(path, file.fileno()):
+                yield
+                return
 
 
 def read_journals(root: Path) -> list[ShardRecord]:
@@ -103,20 +106,32 @@ def salvage(root: Path) -> dict[Path, list[int]]:
     return found
 
 
+def refuse_held(root: Path, slot: int) -> None:
+    """Raise CacheLocked if a process holds the slot."""
+    if slot in active_writers(root):
+        raise _held_by_another(root, slot)
+
+
 def active_writers(root: Path) -> set[int]:
-    """The slots that a process holds, this one's included."""
+    """The slots that a process holds, this one's included; who waits to settle holds none yet."""
     return {slot for path, slot in _journals(root).items() if _is_held(path)}
 
 
 def was_begun(root: Path) -> bool:
-    """Whether a harvest was ever begun here; one killed at once leaves the folder for journals alone, and empty."""
+    """Whether a harvest was ever begun here; one killed at once leaves the folder for journals alone, without one."""
     folder = root / MANIFEST
-    return bool(_journals(root)) or ([*root.iterdir()] == [folder] and folder.is_dir() and not any(folder.iterdir()))
+    if [*root.iterdir()] == [folder] and folder.is_dir():
+        return set(folder.iterdir()) <= {root / SETTLING} or bool(_journals(root))
+    return bool(_journals(root))
 
 
 def _journals(root: Path) -> dict[Path, int]:
     paths = sorted((root / MANIFEST).glob("writer-*.jsonl"))
     return {path: int(path.stem.removeprefix("writer-")) for path in paths}
+
+
+def _held_by_another(root: Path, slot: int) -> CacheLocked:
+    return CacheLocked(f"{root}: another process is writing this cache as worker {slot}; wait for it")
 
 
 def _is_held(path: Path) -> bool:

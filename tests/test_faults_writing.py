@@ -1,5 +1,6 @@
 """Writers that are killed, interrupted or out of room: what they leave is whole, and the same command goes on."""
 
+import itertools
 import os
 import signal
 import time
@@ -50,7 +51,8 @@ def errors_of(said: str) -> list[str]:
 
 # command, what it had come to when it was killed, and what a reader gets then
 POINTS = [
-    ("begin", "opening manifest/writer-00.jsonl", 1, None),  # the folder manifest/ is there, and nothing else
+    ("begin", "opening manifest/settling.lock", 1, None),  # the folder manifest/ is there, and nothing else
+    ("begin", "opening manifest/writer-00.jsonl", 1, None),
     ("begin", "writing acts.zarr/train/sequences/id/c/1/0", 1, None),
     ("begin", "replaced manifest/plan.json", 1, None),
     ("begin", f"synced acts.zarr/train/{ACTS}/1/0", 1, None),
@@ -123,3 +125,30 @@ def test_a_cache_does_not_grow_while_another_process_writes(scenarios):
     os.kill(other.pid, signal.SIGCONT)
     assert other.wait() == 0, other.said
     scenarios.finish("add", root)
+
+
+def test_workers_that_start_together_grow_the_cache_together(scenarios):
+    """Who has yet to read the plan is no obstacle to growth."""
+    root = scenarios.copy("grow")
+    fault = Fault(event="opening manifest/settling.lock", action=STOP)
+    waiting = scenarios.start("grow", root, "--worker", "1/2", fault=fault)
+    wait_until(lambda: is_stopped(waiting))
+    code, said = scenarios.run("grow", root, "--worker", "0/2")
+    assert (code, "other workers owe" in said) == (0, True), said
+    os.kill(waiting.pid, signal.SIGCONT)
+    assert waiting.wait() == 0, waiting.said
+    assert promised_files(root) == scenarios.whole
+
+
+def test_a_folder_is_durable_before_a_file_is_made_in_it(scenarios, tmp_path):
+    """A renamed file survives a power failure only if every folder above it does."""
+    root = scenarios.copy("begin")
+    code, said = scenarios.run("begin", root, events=tmp_path / "events")
+    assert code == 0, said
+    events = (tmp_path / "events").read_text().splitlines()
+    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
+        name = os.path.relpath(folder, root)
+        below = "opening " if folder == root else f"opening {name}/"
+        first = next(number for number, event in enumerate(events) if event.startswith(below))
+        before = list(itertools.takewhile(lambda event: event.startswith("folder "), reversed(events[:first])))
+        assert f"folder {os.path.relpath(folder.parent, root)}" in before, f"{name} is not durable"
