@@ -22,9 +22,22 @@ class Loader(Iterator[Batch]):
     on every machine, and `start_step` begins there without reading what came before.
 
     Memory, for each hook: two groups of `group_chunks` chunks, 2 * group_chunks * chunk_rows * row_bytes (at most
-    256 MiB unless `group_chunks` is raised), however large the cache is; plus the batches that the caller holds and
+    288 MiB unless `group_chunks` is raised), however large the cache is; plus the batches that the caller holds and
     two more. For each row of the two groups, 16 bytes and 4 for each token field, and at most 64 bytes more while
     a group's order is made. With `max_norm_ratio`, one bit for every row of the split.
+
+    Args:
+        batch_tokens: rows of a batch over all ranks; only the very last batch may be shorter.
+        limit: rows after which the stream ends, of all epochs together.
+        exclude_special_tokens: drop rows whose token is BOS, EOS or another special token.
+        positions: keep the rows at these positions of their sequence, as the slice would of a list of positions.
+        max_norm_ratio: drop rows whose norm at any of the hooks is above this many times the median norm of the split
+            without special tokens, as HookStatistics.norm_quantile tells it. The split is decoded once for this when
+            the loader is made, chunk by chunk.
+        token_fields: of "id", "document", "sequence" and "position", what Batch is to hold besides.
+        group_chunks: chunks whose rows are shuffled together. It decides the order of the rows, and the memory.
+        rank, world_size: rank r gets the r-th of `world_size` consecutive parts of every batch.
+        device: where x lies; row and the token fields stay on the CPU.
 
     n_stored_rows: rows of the split. n_rows: those that pass the filters, served in every epoch. dropped: how many rows
     each filter drops, of "exclude_special_tokens", "positions" and "max_norm_ratio"; a row counts for the first of them
@@ -53,19 +66,6 @@ class Loader(Iterator[Batch]):
         device: str | torch.device = "cpu",
     ):
         """Open the readers and count what each chunk keeps.
-
-        Args:
-            batch_tokens: rows of a batch over all ranks; only the very last batch may be shorter.
-            limit: rows after which the stream ends, of all epochs together.
-            exclude_special_tokens: drop rows whose token is BOS, EOS or another special token.
-            positions: keep the rows at these positions of their sequence, as the slice would of a list of positions.
-            max_norm_ratio: drop rows whose norm at any of the hooks is above this many times the median norm of the
-                split without special tokens, as HookStatistics.norm_quantile tells it. The split is decoded once for
-                this, here, chunk by chunk.
-            token_fields: of "id", "document", "sequence" and "position", what Batch is to hold besides.
-            group_chunks: chunks whose rows are shuffled together. It decides the order of the rows, and the memory.
-            rank, world_size: rank r gets the r-th of `world_size` consecutive parts of every batch.
-            device: where x lies; row and the token fields stay on the CPU.
 
         Raises:
             ConfigError: an argument is out of range. CacheMismatch: the cache lacks a hook.

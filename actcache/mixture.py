@@ -18,6 +18,7 @@ from actcache.errors import ConfigError
 from actcache.flow import Batch
 from actcache.groups import Recycler
 from actcache.loader import check_batches, rank_part
+from actcache.manifest import HookSpec
 from actcache.order import MixtureOrder
 from actcache.stream import GROUP_CHUNKS, RowStream, StreamConfig
 
@@ -34,6 +35,9 @@ class Mixture(Iterator[Batch]):
     there without reading what came before.
 
     Memory is that of a Loader for each cache.
+
+    caches: each with its share, a number above zero; shares are taken relative to their sum. The smallest must be worth
+    at least one row of a batch. Every other argument is Loader's.
 
     n_rows, dropped: of each cache, as in Loader. n_steps: number of batches. step: number of the next one.
     """
@@ -60,12 +64,6 @@ class Mixture(Iterator[Batch]):
     ):
         """Open the readers and count what each chunk keeps.
 
-        Args:
-            caches: each with its share, a number above zero; shares are taken relative to their sum. The smallest must
-                be worth at least one row of a batch.
-
-        Every other argument is Loader's.
-
         Raises:
             ConfigError: an argument is out of range, or a hook is of another width or dtype in another cache.
             CacheMismatch: a cache lacks a hook. CorruptShard: a chunk that must be read for the filters is damaged.
@@ -91,14 +89,10 @@ class Mixture(Iterator[Batch]):
         self._order = MixtureOrder(shares, [epochs * n for n in self.n_rows], batch_tokens=batch_tokens, limit=limit)
         self.n_steps, self.step = self._order.n_steps, start_step
         self._streams = [
-            RowStream(cache, config, row_filter, batch_rows=batch_tokens, limit=int(given))
-            for (cache, _), row_filter, given in zip(caches, filters, self._order.totals(), strict=True)
+            RowStream(cache, config, row_filter, batch_rows=batch_tokens, limit=given)
+            for (cache, _), row_filter, given in zip(caches, filters, self._order.totals().tolist(), strict=True)
         ]
-        self._dtypes = {name: caches[0][0].hook(name).dtype for name in self.hook_names}
-        self._mixed = {
-            name: Recycler(batch_tokens, (caches[0][0].hook(name).d_in,), STORAGE_DTYPE[dtype])
-            for name, dtype in self._dtypes.items()
-        }
+        self._mixer = _Mixer([caches[0][0].hook(hook_name) for hook_name in self.hook_names], batch_tokens)
         self._rank, self._world_size = rank, world_size
 
     @property
@@ -122,7 +116,7 @@ class Mixture(Iterator[Batch]):
             stream.rows(start, stop, step=self.step)
             for stream, start, stop in zip(self._streams, starts.tolist(), stops.tolist(), strict=True)
         ]
-        batch = self._merged(batches, owner)
+        batch = self._mixer.mixed(batches, owner)
         self.step += 1
         return batch
 
@@ -137,34 +131,42 @@ class Mixture(Iterator[Batch]):
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _merged(self, batches: Sequence[Batch], owner: Int64[np.ndarray, " batch"]) -> Batch:
-        """One batch of the rows of several; owner tells of which each row is the next."""
+
+class _Mixer:
+    """Makes one batch of the rows of several."""
+
+    def __init__(self, hooks: Sequence[HookSpec], batch_rows: int):
+        self._dtypes = {hook.hook_name: hook.dtype for hook in hooks}
+        self._memory = {hook.hook_name: Recycler(batch_rows, (hook.d_in,), STORAGE_DTYPE[hook.dtype]) for hook in hooks}
+
+    def mixed(self, batches: Sequence[Batch], owner: Int64[np.ndarray, " batch"]) -> Batch:
+        """owner tells for each row of which batch it is the next."""
         places = [np.flatnonzero(owner == number) for number in range(len(batches))]
         order = torch.from_numpy(np.argsort(np.concatenate(places)))  # the inverse: where each row comes from
         return Batch(
-            x={name: self._merged_x(name, [batch.x[name] for batch in batches], places) for name in self.hook_names},
+            x={name: self._mixed_x(name, [batch.x[name] for batch in batches], places) for name in self._dtypes},
             row=torch.cat([batch.row for batch in batches])[order],
-            step=self.step,
-            token_id=_merged([batch.token_id for batch in batches], order),
-            document=_merged([batch.document for batch in batches], order),
-            sequence=_merged([batch.sequence for batch in batches], order),
-            position=_merged([batch.position for batch in batches], order),
+            step=batches[0].step,
+            token_id=_mixed_field([batch.token_id for batch in batches], order),
+            document=_mixed_field([batch.document for batch in batches], order),
+            sequence=_mixed_field([batch.sequence for batch in batches], order),
+            position=_mixed_field([batch.position for batch in batches], order),
             cache=torch.from_numpy(owner),
         )
 
-    def _merged_x(
+    def _mixed_x(
         self, hook_name: str, parts: Sequence[Float[Tensor, "_ d_in"]], places: Sequence[Int64[np.ndarray, " _"]]
     ) -> Float[Tensor, "batch d_in"]:
         if parts[0].device.type != "cpu":
             order = torch.from_numpy(np.argsort(np.concatenate(places))).to(parts[0].device)
             return torch.cat(list(parts)).index_select(0, order)
-        mixed = self._mixed[hook_name].lend(sum(len(place) for place in places))
+        mixed = self._memory[hook_name].lend(sum(len(place) for place in places))
         for part, place in zip(parts, places, strict=True):
             mixed[place] = storage_view(part)
         return tensor_view(mixed, self._dtypes[hook_name])
 
 
-def _merged(parts: Sequence[Tensor | None], order: Int64[Tensor, " batch"]) -> Int32[Tensor, " batch"] | None:
+def _mixed_field(parts: Sequence[Tensor | None], order: Int64[Tensor, " batch"]) -> Int32[Tensor, " batch"] | None:
     there = [part for part in parts if part is not None]
     return torch.cat(there)[order] if there else None
 

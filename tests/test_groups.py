@@ -123,7 +123,9 @@ def test_recycled_memory_is_bounded():
     assert len({rows.ctypes.data for rows in held}) == 50
     del held
     assert len(recycler._spare) == 2
+    spare = {memory.ctypes.data for memory in recycler._spare}
     one, other = recycler.lend(3), recycler.lend(100)
+    assert {one.ctypes.data, other.ctypes.data} == spare
     assert one.shape == (3, 7)
     assert not np.shares_memory(one, other)
 

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import naive_loader
@@ -16,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from actcache.errors import CacheMismatch, ConfigError, CorruptShard
 from actcache.flow import Batch
+from actcache.groups import HostRoom
 from actcache.harvester import harvest
 from actcache.loader import Loader
 from actcache.models import wrap_model
@@ -239,11 +241,32 @@ def test_a_gradient_of_an_earlier_batch_is_its_own(caches):
 
 @pytest.mark.parametrize("profile", ["lossless", "raw", "float32"])
 def test_the_memory_of_dropped_batches_serves_again(caches, profile):
-    addresses = set()
+    addresses, others = set(), []
     with Loader(caches[profile], HOOKS[0], batch_tokens=64) as loader:
         for batch in loader:
             addresses.add(batch.x[HOOKS[0]].data_ptr())
+            others.append(torch.empty_like(batch.x[HOOKS[0]]))  # takes what a batch has given back to the allocator
     assert len(addresses) == 2, "one is served while the caller still has the one before"
+
+
+def test_the_next_group_decodes_while_one_is_served(tiny_cache, monkeypatch):
+    seen = chunk_reads(monkeypatch)
+    with Loader(tiny_cache, HOOKS[0], batch_tokens=100, group_chunks=2) as loader:
+        next(loader)
+        deadline = time.monotonic() + 60
+        while sum(path.endswith("acts") for path, _ in seen) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def test_two_groups_are_all_that_is_ever_made(tiny_cache, monkeypatch):
+    made = []
+    group = HostRoom.group
+    monkeypatch.setattr(HostRoom, "group", lambda room: made.append(room) or group(room))
+    rows(Loader(tiny_cache, HOOKS[:2], batch_tokens=100, group_chunks=2, epochs=2))
+    assert len(made) == 2 * 2
+    rows(Loader(tiny_cache, HOOKS[0], batch_tokens=100))
+    assert len(made) == 2 * 2 + 1, "one group is the whole cache"
 
 
 def wide_cache(out: Path, n_rows: int):
