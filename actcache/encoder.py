@@ -46,6 +46,7 @@ from actcache.writer import (
     write_shard,
 )
 
+MOMENT_VALUES = 1 << 18  # whose float64 squares take 2 MiB
 PART_ALIGNMENT = 16  # bytes, so that a view of any dtype may begin there
 
 
@@ -260,14 +261,26 @@ class _PinnedRing:
         return _OnHost(host, (begun, done))
 
 
+def chunk_moments(stored: Sequence[np.ndarray], dtype: str, special: Bool[np.ndarray, " row"]) -> dict[str, Moments]:
+    """The moments of a chunk per row filter, some rows at a time so that they stay in a core's own cache."""
+    n_rows, width = stored[0].shape
+    moments = {row_filter: Moments.empty(width) for row_filter in ROW_FILTERS}
+    step = max(1, MOMENT_VALUES // width)
+    for start in range(0, n_rows, step):
+        rows = slice(start, start + step)
+        found = filtered_moments(float32_values([part[rows] for part in stored], dtype), special[rows])
+        moments = {row_filter: moments[row_filter].merge(found[row_filter]) for row_filter in ROW_FILTERS}
+    return moments
+
+
 def _finite_moments(
     shard: Shard, hook: HookSpec, stored: Sequence[np.ndarray], rows: slice, special: Bool[np.ndarray, " row"]
 ) -> dict[str, Moments]:
-    x = float32_values(stored, hook.dtype)
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found and named just below
-        found = filtered_moments(x, special)
+        found = chunk_moments(stored, hook.dtype, special)
     if not np.isfinite(found["all"].square_norm_sum):
-        tokens = shard.flat_tokens[rows][~np.isfinite(x).all(axis=1)]
+        finite = np.isfinite(float32_values(stored, hook.dtype)).all(axis=1)
+        tokens = shard.flat_tokens[rows][~finite]
         raise NonFiniteActivations(
             f"harvest: {hook.hook_name} is NaN or infinite as {hook.dtype} for {len(tokens)} tokens between "
             f"{tokens.min()} and {tokens.max()} of {shard.split}; store another --dtype (bfloat16 reaches 3e38, "
