@@ -12,7 +12,7 @@ from types import TracebackType
 
 from actcache.errors import CacheLocked, ManifestError
 from actcache.manifest import MALFORMED, ShardRecord, seal, shard_record, unseal
-from actcache.writer import make_folder, sync_folder, write_atomically
+from actcache.writer import make_folder, naming, sync_folder, write_atomically
 
 MANIFEST = "manifest"
 SETTLING = "manifest/settling.lock"
@@ -29,7 +29,7 @@ class Journal:
         """
         self.path = root / MANIFEST / f"writer-{slot:02d}.jsonl"
         make_folder(self.path.parent)
-        self._file = open(self.path, "a+b")  # noqa: SIM115  # closed by close(), with the lock
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by close(), with the lock
         try:
             if not _locked(self._file.fileno(), fcntl.LOCK_EX) or not _is_at(self.path, self._file.fileno()):
                 raise _held_by_another(root, slot)
@@ -42,10 +42,16 @@ class Journal:
             raise
 
     def append(self, record: dict) -> None:
-        """Make one line durable. A failing write or fsync (OSError) leaves at most a torn last line."""
-        self._file.write(seal(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make one line durable. A failing write or fsync (OSError) leaves the journal as it was."""
+        line, end = memoryview(seal(record)), self._file.seek(0, os.SEEK_END)
+        try:
+            with naming(self.path):
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(end)  # or the line of the next shard, which is on its way, would follow half a line
+            raise
 
     def discard(self) -> None:
         """Remove what making this journal left in a folder where nothing else was begun; for who is settling there."""

@@ -39,7 +39,7 @@ class Fault:
     """At the `count`-th event like `event`, send oneself the signal `action`, or FILL the disk.
 
     event: "<kind> <path below the cache>" with * as in file names. Of a file, aside or not, in order: opening,
-    appending, writing (half of it is written and flushed), syncing, synced; then replacing, replaced, and folder with
+    appending, writing (half of it is written), syncing, synced; then replacing, replaced, and folder with
     the path of its folder, synced; unlinking, unlinked.
     """
 
@@ -91,6 +91,9 @@ class Writers:
         os.environ["PYTHONPATH"] = os.pathsep.join(str(path) for path in (Path(__file__).parent, ROOT))
         self._server = multiprocessing.get_context("forkserver")
         self._server.set_forkserver_preload([__name__, *PRELOADED])
+        first = self._server.Process(target=int)  # the server has imported everything once it has ended
+        first.start()
+        first.join()
 
     def kill_all(self) -> None:
         """Let nobody wait for what a failed test has left running, or stopped."""
@@ -169,26 +172,28 @@ class _Watch:
 
         return watched
 
-    def open(self, path: Path, mode: str) -> io.BufferedIOBase:
+    def open(self, path: Path, mode: str, buffering: int = -1) -> io.IOBase:
+        if mode == "rb":
+            return open(path, mode)
         self.reached("opening", path)
-        raw_mode = {"wb": "w+", "a+b": "a+"}.get(mode)
-        return open(path, mode) if raw_mode is None else _WatchedFile(self, path, raw_mode)
+        if mode == "ab":  # a lock, never written
+            return open(path, mode)
+        raw = _WatchedFile(self, path, mode.replace("b", ""))
+        return io.BufferedWriter(raw) if buffering else raw
 
 
-class _WatchedFile(io.BufferedRandom):
+class _WatchedFile(io.FileIO):
     """A file whose writes are events."""
 
     def __init__(self, watch: _Watch, path: Path, mode: str):
-        super().__init__(io.FileIO(path, mode))
+        super().__init__(path, mode)
         self._watch, self._path = watch, path
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: memoryview) -> int:
         self._watch.reached("appending", self._path)
         if not self._watch.is_now("writing", self._path):
             return super().write(data)
-        half = len(data) // 2
-        super().write(data[:half])
-        self.flush()
+        half = super().write(data[: len(data) // 2])
         self._watch.act()
         return half + super().write(data[half:])
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -10,7 +11,10 @@ from pathlib import Path
 import pytest
 from fault_scenarios import NEW, OLD, TOKENS, Scenarios
 from faulty_writers import Fault, Writer, shrink_sequence_shards
-from tiny_caches import HOOKS, promised_files
+from tiny_caches import HOOKS
+
+from actcache.cache import open_cache
+from actcache.journal import read_journals
 
 STOP = signal.SIGSTOP
 ACTS = f"{HOOKS[0]}/acts/c"
@@ -93,8 +97,7 @@ def test_a_killed_worker_leaves_nothing_aside_though_another_goes_on(scenarios):
     assert (code, "other workers owe" in said) == (0, True), said
     os.kill(other.pid, signal.SIGCONT)
     assert other.wait() == 0, other.said
-    assert promised_files(root) == scenarios.whole
-    assert not list(root.rglob("*.partial"))
+    scenarios.check_finished("begin", root)
 
 
 def test_a_second_writer_gets_one_line_while_the_first_goes_on(scenarios):
@@ -110,7 +113,7 @@ def test_a_second_writer_gets_one_line_while_the_first_goes_on(scenarios):
     assert scenarios.opened("add", root) == OLD
     os.kill(first.pid, signal.SIGCONT)
     assert first.wait() == 0, first.said
-    assert promised_files(root) == scenarios.whole
+    scenarios.check_finished("begin", root)
 
 
 def test_a_cache_does_not_grow_while_another_process_writes(scenarios):
@@ -137,7 +140,7 @@ def test_workers_that_start_together_grow_the_cache_together(scenarios):
     assert (code, "other workers owe" in said) == (0, True), said
     os.kill(waiting.pid, signal.SIGCONT)
     assert waiting.wait() == 0, waiting.said
-    assert promised_files(root) == scenarios.whole
+    scenarios.check_finished("begin", root)
 
 
 def test_a_folder_is_durable_before_a_file_is_made_in_it(scenarios, tmp_path):
@@ -152,3 +155,66 @@ def test_a_folder_is_durable_before_a_file_is_made_in_it(scenarios, tmp_path):
         first = next(number for number, event in enumerate(events) if event.startswith(below))
         before = list(itertools.takewhile(lambda event: event.startswith("folder "), reversed(events[:first])))
         assert f"folder {os.path.relpath(folder.parent, root)}" in before, f"{name} is not durable"
+
+
+@pytest.mark.parametrize(
+    ("name", "event"),
+    [
+        ("begin", "writing acts.zarr/train/sequences/id/c/1/0"),
+        ("begin", f"writing {JOURNAL}"),
+        ("grow", "replacing manifest/cache.json"),
+    ],
+)
+def test_ctrl_c_gives_one_line_and_the_same_command_goes_on(scenarios, name, event):
+    root = scenarios.copy(name)
+    code, said = scenarios.run(name, root, fault=Fault(event=event, action=signal.SIGINT))
+    assert (code, errors_of(said)) == (130, ["error: interrupted; the same command goes on from here"])
+    assert not list(root.rglob("*.partial"))
+    assert scenarios.opened(name, root) is None
+    scenarios.finish(name, root)
+
+
+def test_sigterm_ends_it_and_the_same_command_goes_on(scenarios):
+    root = scenarios.copy("begin")
+    fault = Fault(event=f"synced acts.zarr/train/{ACTS}/*", action=signal.SIGTERM)
+    code, said = scenarios.run("begin", root, fault=fault)
+    assert (code, errors_of(said)) == (-signal.SIGTERM, [])
+    scenarios.finish("begin", root)
+
+
+@pytest.mark.parametrize(
+    ("file_bytes", "where"),
+    [(300, "sequences"), (9000, "partials"), (12000, JOURNAL), (17000, "manifest/cache.json")],
+)
+def test_a_file_that_must_not_grow_stops_it_cleanly(scenarios, file_bytes, where):
+    """As a full disk does, at every stage, without the right to mount one."""
+    root = scenarios.copy("many")
+    code, said = scenarios.run("many", root, file_bytes=file_bytes)
+    (error,) = errors_of(said)
+    assert (code, "File too large: " in error, where in error) == (1, True, True), said
+    assert not list(root.rglob("*.partial"))
+    assert scenarios.opened("many", root) is None
+    assert (
+        not root.exists()
+        or not any((root / "manifest").glob("*.jsonl"))
+        or (root / JOURNAL).read_bytes()[-1:] in (b"", b"\n")
+    ), "no half line"
+    n_kept = len(read_journals(root))
+    assert (n_kept > 0) == (where in (JOURNAL, "manifest/cache.json"))
+    said = scenarios.finish("many", root)
+    n_shards = sum(len(shards) for shards in open_cache(root).manifest.shards.values())
+    assert (f"{n_shards - n_kept} shards, " in said) == (n_kept < n_shards), "nothing finished is done again"
+
+
+@pytest.mark.parametrize("out", ["/proc/cache", "{file}/cache", "{file}"])
+def test_an_unwritable_place_is_one_line(scenarios, tiny_texts, out):
+    root = Path(out.format(file=tiny_texts))
+    code, said = scenarios.run("begin", root)
+    (error,) = errors_of(said)
+    assert (code, str(root) in error) == (1, True), said
+
+
+@pytest.mark.parametrize("name", ["many", "grow", "add"])
+def test_kills_at_random(scenarios, name):
+    rng = random.Random(name)
+    assert scenarios.kill_at_random(name, rng, n_kills=3) > 0
