@@ -1,9 +1,15 @@
-"""What a killed writer may leave: a cache begun, growing or getting a hook, and what a reader may see of it."""
+"""Caches on their way, whose writers come to grief: what a reader may see of them, and what they must come to."""
 
 from __future__ import annotations
 
+import random
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,45 +26,62 @@ from actcache.manifest import Plan, ShardRecord, hook_arrays, shard_key, token_a
 from actcache.plan import read_plan
 from actcache.reader import ShardFile
 
-OLD_TOKENS, TOKENS = 330, 700
+FEW_TOKENS, TOKENS, MANY_TOKENS = 330, 700, 3000
 OLD, NEW = "old", "new"
+LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """What is asked of a cache: of the finished one at `before`, or of an empty folder."""
+    """What is asked of a cache: of the finished one at `before`, or of an empty folder.
+
+    after: all that it must come to. seconds: that coming to it at once took.
+    """
 
     before: Path | None
     hooks: tuple[str, ...]
-    tokens: int = TOKENS
+    tokens: int
+    after: dict[str, str]
+    seconds: float
+
+    @cached_property
+    def states(self) -> dict[str, dict[str, str]]:
+        """The promised files of the finished caches that a reader may see."""
+        return {OLD: promised_files(self.before) if self.before else {}, NEW: self.after}
 
 
 class Scenarios:
-    """Three commands that all come to the cache `whole`: harvest it at once, grow to it, add its second hook."""
+    """Commands, each for as many copies of the cache before it as there are ways to die."""
 
     def __init__(self, model_dir: Path, texts: Path, folder: Path):
-        self.writers, self.folder, self._n_caches = Writers(model_dir, texts, folder), folder, 0
+        self.writers, self._folder, self._n_caches = Writers(model_dir, texts, folder), folder, 0
+        self._commands: dict[str, Command] = {}
 
-    @cached_property
-    def whole(self) -> dict[str, str]:
-        """The promised files of the uninterrupted cache."""
-        return promised_files(self._finished("whole", HOOKS[:2], TOKENS))
+    def command(self, name: str) -> Command:
+        """begin: two hooks of an empty folder. grow, add: the same, of fewer tokens or one hook. many: more shards.
 
-    @cached_property
-    def commands(self) -> dict[str, Command]:
-        """Growth asks for one hook alone: the other has to grow with it."""
-        few_tokens = self._finished("few-tokens", HOOKS[:2], OLD_TOKENS)
-        one_hook = self._finished("one-hook", HOOKS[:1], TOKENS)
-        return {
-            "begin": Command(before=None, hooks=HOOKS[:2]),
-            "grow": Command(before=few_tokens, hooks=HOOKS[:1]),
-            "add": Command(before=one_hook, hooks=HOOKS[1:2]),
-        }
+        Growth asks for one hook alone: the other has to grow with it.
+        """
+        if name not in self._commands:
+            both, few, one = (HOOKS[:2], TOKENS), (HOOKS[:2], FEW_TOKENS), (HOOKS[:1], TOKENS)
+            before, hooks, after = {
+                "begin": (None, HOOKS[:2], both),
+                "grow": (few, HOOKS[:1], both),
+                "add": (one, HOOKS[1:2], both),
+                "many": (None, HOOKS[:1], (HOOKS[:1], MANY_TOKENS)),
+            }[name]
+            begun = time.monotonic()
+            files = promised_files(self._finished(*after))
+            seconds = time.monotonic() - begun
+            held = self._finished(*before) if before else None
+            made = Command(before=held, hooks=hooks, tokens=after[1], after=files, seconds=seconds)
+            self._commands[name] = made
+        return self._commands[name]
 
     def copy(self, name: str) -> Path:
-        """Where the command can be given: a copy of the cache before it."""
+        """Where the command can be given: a copy of the cache before it, or a folder that is not there yet."""
         self._n_caches += 1
-        root, before = self.folder / f"{name}-{self._n_caches}" / "c", self.commands[name].before
+        root, before = self._folder / f"{name}-{self._n_caches}" / "c", self.command(name).before
         root.parent.mkdir()
         if before:
             shutil.copytree(before, root)
@@ -66,7 +89,7 @@ class Scenarios:
 
     def start(self, name: str, root: Path, *more: object, fault: Fault | None = None, **settings: object) -> Writer:
         """Give the command."""
-        command = self.commands[name]
+        command = self.command(name)
         return self.writers.start(root, command.hooks, command.tokens, *more, fault=fault, **settings)
 
     def run(self, name: str, root: Path, *more: object, **settings: object) -> tuple[int, str]:
@@ -74,40 +97,88 @@ class Scenarios:
         writer = self.start(name, root, *more, **settings)
         return writer.wait(), writer.said
 
-    def finish(self, name: str, root: Path) -> None:
-        """The same command again: it ends well, with the bytes of the uninterrupted cache, and nothing is left over."""
+    def finish(self, name: str, root: Path) -> str:
+        """The same command again ends well, with the bytes of the uninterrupted cache; returns what it said."""
         code, said = self.run(name, root)
         assert code == 0, said
-        assert promised_files(root) == self.whole
+        self.check_finished(name, root)
+        return said
+
+    def check_finished(self, name: str, root: Path) -> None:
+        """The bytes are those of the uninterrupted cache, and nothing else is left over."""
+        assert promised_files(root) == self.command(name).after
         assert not list(root.rglob("*.partial"))
 
     def opened(self, name: str, root: Path) -> str | None:
         """What a reader gets: OLD, NEW or, with a clear error, None; not a byte of it may be wrong."""
-        before = self.commands[name].before
-        wholes = {OLD: promised_files(before) if before else {}, NEW: self.whole}
-        check_visible(root, list(wholes.values()))
+        states = self.command(name).states
+        check_visible(root, list(states.values()))
         found = promised_files(root)
         if CACHE_MANIFEST not in found:
             with pytest.raises(ManifestError, match=r"unfinished; run the same command again|not a cache"):
                 open_cache(root)
             return None
         open_cache(root)
-        which = next(age for age, whole in wholes.items() if whole.get(CACHE_MANIFEST) == found[CACHE_MANIFEST])
-        assert wholes[which].items() <= found.items(), "what a finished cache promises is there"
+        which = next(age for age, files in states.items() if files.get(CACHE_MANIFEST) == found[CACHE_MANIFEST])
+        assert states[which].items() <= found.items(), "what a finished cache promises is there"
         return which
 
-    def _finished(self, name: str, hooks: Sequence[str], tokens: int) -> Path:
-        root = self.folder / name
+    def kill_at_random(self, name: str, rng: random.Random, n_kills: int) -> int:
+        """Two workers, one or both killed again and again until they are done; returns how many kills that were."""
+        root, command, n_killed = self.copy(name), self.command(name), 0
+        with looked_at(root, list(command.states.values())):
+            workers = [self.start(name, root, "--worker", f"{index}/2") for index in range(2)]
+            while n_killed < n_kills and any(worker.is_alive() for worker in workers):
+                time.sleep(rng.uniform(0, command.seconds))
+                n_killed += sum(workers[index].kill() for index in rng.choice([(0,), (1,), (0, 1)]))
+                workers = [self._revived(name, root, index, worker) for index, worker in enumerate(workers)]
+            for index, worker in enumerate(workers):
+                assert worker.wait() in (0, -signal.SIGKILL), worker.said
+                assert self.run(name, root, "--worker", f"{index}/2")[0] == 0
+        self.check_finished(name, root)
+        return n_killed
+
+    def _revived(self, name: str, root: Path, index: int, worker: Writer) -> Writer:
+        if worker.is_alive() or worker.wait() == 0:
+            return worker
+        assert worker.wait() == -signal.SIGKILL, worker.said
+        return self.start(name, root, "--worker", f"{index}/2")
+
+    def _finished(self, hooks: Sequence[str], tokens: int) -> Path:
+        root = self._folder / f"{len(hooks)}-hooks-{tokens}"
         code, said = self.writers.run(root, hooks, tokens)
         assert code == 0, said
         return root
 
 
-def check_visible(root: Path, wholes: Sequence[dict[str, str]]) -> int:
-    """No file that has its name is torn, and every line of a journal says what is there; returns how many there are."""
+@contextmanager
+def looked_at(root: Path, states: Sequence[dict[str, str]]) -> Iterator[None]:
+    """Meanwhile somebody looks at what is visible, again and again."""
+    done = threading.Event()
+
+    def look() -> int:
+        n_seen = 0
+        while not done.wait(LOOK_SECONDS):
+            n_seen += check_visible(root, states)
+        return n_seen
+
+    with ThreadPoolExecutor(1) as pool:
+        looks = pool.submit(look)
+        try:
+            yield
+        finally:
+            done.set()
+        assert looks.result() > 0
+
+
+def check_visible(root: Path, states: Sequence[dict[str, str]]) -> int:
+    """No file is torn, and every line of a journal says what is there; returns the number of files and lines seen.
+
+    A file that is not set aside is, to the byte, that of one of the states: the promised files of finished caches.
+    """
     found = _visible(root)
     for key, digest in found.items():
-        assert digest in {whole.get(key) for whole in wholes}, f"{key} is torn"
+        assert digest in {files.get(key) for files in states}, f"{key} is torn"
     return len(found) + _check_lines(root)
 
 
