@@ -106,9 +106,13 @@ class Codec:
                 raise CorruptShard(f"raw chunk must hold {flat.nbytes} bytes, got {len(stored)}")
             flat[:] = np.frombuffer(stored, dtype=np.uint8)
             return
-        declared = int.from_bytes(stored[4:8], "little")  # blosc header: uncompressed size at byte 4
-        if declared != out.nbytes:
-            raise CorruptShard(f"blosc chunk must decode to {out.nbytes} bytes, its header says {declared}")
+        # the blosc header holds the uncompressed size at byte 4, and at byte 12 its own size, which blosc would believe
+        decoded, encoded = (int.from_bytes(stored[at : at + 4], "little") for at in (4, 12))
+        if (decoded, encoded) != (out.nbytes, len(stored) - CHECKSUM_BYTES):
+            raise CorruptShard(
+                f"blosc chunk must decode {len(stored) - CHECKSUM_BYTES} bytes to {out.nbytes}, its header says "
+                f"{encoded} to {decoded}"
+            )
         try:
             blosc.decompress(stored[:-CHECKSUM_BYTES], out)
         except (RuntimeError, ValueError) as error:

@@ -352,7 +352,6 @@ def test_hostile_caches_are_refused_in_little_memory(copied, tmp_path):
     assert {name: found[name].get("crc32c") for name in odd} == dict.fromkeys(odd, truth)
 
 
-@pytest.mark.xfail(strict=True, reason="c-blosc believes the compressed size that the header of a chunk says")
 def test_chunks_that_claim_bytes_beyond_their_end_are_refused(copied, tmp_path):
     found = outcomes(copied, tmp_path / "hostile", chunks_beyond_their_end(copied))
     assert all(one.get("ours") for one in found.values()), found
