@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-from actcache.cache import Cache, open_cache, stored_files
+from actcache.cache import Cache, open_cache, read_origin, stored_files
 from actcache.errors import ActcacheError, ConfigError, ManifestError
 from actcache.flow import SPLITS
 from actcache.relabel import relabel as run_relabel
@@ -35,6 +35,8 @@ from trainer.sweep import train as run_train
 if TYPE_CHECKING:
     from actcache.estimate import Estimate
     from actcache.harvester import Worker
+    from actcache.models import LanguageModel
+    from actcache.sample import SampleReport
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
 BENCHES = ("harvest", "codecs", "write", "read", "feed", "shuffle", "train", "sweep")
@@ -187,17 +189,51 @@ def info(cache: CachePath, as_json: Json = False) -> None:
 
 
 @app.command()
-def verify(cache: CachePath, as_json: Json = False) -> None:
+def verify(
+    cache: CachePath,
+    as_json: Json = False,
+    sampled: Annotated[bool, typer.Option("--sample-model", help="Run sequences through the model again.")] = False,
+    model: Annotated[str | None, typer.Option(help="The model; as the cache remembers it if left out.")] = None,
+    sequences: Annotated[int, typer.Option(help="How many to run through the model.")] = 16,
+    device: Device = "auto",
+) -> None:
     """Read every byte of a cache and hold it against the manifest; exit code 1 if anything is wrong."""
     with closing(_Bar("verify", "chunk")) as progress:
         found = audit(cache, progress=progress)
+    sample = _sample(cache, model, sequences, device) if sampled and not found.problems else None
     if as_json:
-        _print_json(asdict(found))
-    for problem in found.problems:
-        _say(problem)
-    if found.problems:
-        raise ManifestError(f"{cache}: {len(found.problems)} problems found")
+        _print_json({**asdict(found), "sample": asdict(sample) if sample else None})
+    problems = [*found.problems, *(sample.problems if sample else ())]
+    for line in (*problems, *found.notes, *(sample.notes if sample else ())):
+        _say(str(line))
+    if problems:
+        raise ManifestError(f"{cache}: {len(problems)} problems found; `actcache repair` rebuilds what is damaged")
     _say(f"{cache}: {found.n_rows} rows in {found.n_chunks} chunks are sound")
+    if sample:
+        _say(f"{cache}: {sample.n_rows} rows of {sample.n_sequences} sequences are what the model gives")
+
+
+@app.command()
+def repair(
+    cache: CachePath,
+    model: Annotated[str | None, typer.Option(help="The model; as the cache remembers it if left out.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The dataset; as the cache remembers it if left out.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Rebuild what is damaged and nothing else; the model is loaded only if activations are."""
+    from actcache.repair import repair as run_repair
+
+    with closing(_StageBar()) as progress:
+        done = run_repair(cache, _as_harvested(cache, model, device), dataset=dataset, progress=progress)
+    for problem in done.found:
+        _say(str(problem))
+    for path in done.redone:
+        _say(f"{path}: written anew")
+    for problem in done.problems:
+        _say(f"still wrong: {problem}")
+    if done.problems:
+        raise ManifestError(f"{cache}: {len(done.problems)} problems are left; is the disk sound?")
+    _say(f"{cache} is sound")
 
 
 @app.command()
@@ -362,6 +398,24 @@ class _Bar:
         self._bar.close()
 
 
+class _StageBar:
+    """A bar for one thing after the other, each fed (what is being done, done, in all)."""
+
+    def __init__(self) -> None:
+        self._bar, self._stage, self._done = None, "", 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None or stage != self._stage or done < self._done:
+            self.close()
+            self._bar, self._stage = _Bar(stage, {"verify": "chunk", "harvest": "tok"}[stage]), stage
+        self._done = done
+        self._bar(done, total)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 class _TrainBar:
     """A tqdm bar over steps, with tokens/s, SAE*tokens/s and the share of time spent waiting for data."""
 
@@ -428,6 +482,36 @@ def _sweep_config(path: Path | None, architecture: str, single: dict[str, Any], 
         raise ConfigError(f"train: {path} says what to train; leave out the options for one SAE: {', '.join(single)}")
     config = SweepConfig.from_yaml(path)
     return replace(config, train=replace(config.train, **shared))
+
+
+def _as_harvested(root: Path, model: str | None, device: str) -> Callable[[Mapping[str, Any]], LanguageModel]:
+    """Loads the model of a cache as it ran then, given how; from where the cache remembers it if `model` is None."""
+
+    def load(compute: Mapping[str, Any]) -> LanguageModel:
+        from actcache.models import load_model
+
+        origin = {"model": model, "revision": None} if model else read_origin(root)
+        if not origin["model"]:
+            raise ManifestError(f"{root}: was harvested from a model in memory; pass --model, or load it in Python")
+        same_device = torch.device(_device(device)).type == compute["device"]
+        return load_model(
+            origin["model"],
+            revision=origin["revision"],
+            device=device,
+            dtype=compute["model_dtype"],
+            backend=compute["backend"],
+            attention=compute["attention"] if same_device else "auto",
+            compile=compute.get("compiled", False),
+        )
+
+    return load
+
+
+def _sample(root: Path, model: str | None, sequences: int, device: str) -> SampleReport:
+    from actcache.sample import sample_model
+
+    opened = open_cache(root)
+    return sample_model(opened, _as_harvested(root, model, device)(opened.compute), sequences)
 
 
 def _evaluate(runs: Path, cache: Cache, model: str | None, device: str) -> list[dict[str, Any]]:

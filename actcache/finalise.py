@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import Float
 
-from actcache.cache import CACHE_MANIFEST, STORE, Cache, statistics_key
+from actcache.cache import CACHE_MANIFEST, STORE, Cache, file_bytes, statistics_key
 from actcache.codecs import codec, crc32c, float32_values
 from actcache.errors import CorruptShard, ManifestError
 from actcache.flow import SPLITS
@@ -128,8 +128,8 @@ def _canonical(shard: ShardRecord, hooks: tuple[HookSpec, ...]) -> ShardRecord:
 
 def _partials(root: Path, shard: ShardRecord, hook_name: str) -> dict[str, Moments]:
     key = partials_key(shard.split, shard.index, hook_name)
-    payload = (root / key).read_bytes() if (root / key).exists() else b""
-    if crc32c(payload) != shard.partials.get(key):
+    payload = None if file_bytes(root / key) is None else (root / key).read_bytes()
+    if payload is None or crc32c(payload) != shard.partials.get(key):
         raise CorruptShard(f"{root / key}: does not match its checksum; run `actcache repair`")
     arrays = safetensors.numpy.load(payload)
     prefixes = {row_filter: f"{row_filter}." for row_filter in ROW_FILTERS}

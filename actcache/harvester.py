@@ -164,13 +164,14 @@ def redo(
     owed: Sequence[Owed],
     held: dict[tuple[str, int], ShardRecord],
     batch_size: int,
-    written: Callable[[dict[str, Any]], None],
+    written: Callable[[ShardRecord], None],
     *,
     progress: Progress | None = None,
 ) -> None:
     """Write arrays of recorded shards anew, from the same forward batches; token arrays in `held` are left alone.
 
-    written: called with each line that a journal would get, in a thread of its own. For whoever holds a slot.
+    written: called, in a thread of its own, with the record of each shard whose files are there. For whoever holds a
+    slot. Raises CorruptShard if the packed sequences of a shard are damaged.
     """
     hook_names = dict.fromkeys(hook.hook_name for _, _, hooks, _ in owed for hook in hooks)
     config = HarvestConfig(
@@ -388,11 +389,11 @@ class _Harvester:
         todo: Sequence[Owed],
         done: dict[tuple[str, int], ShardRecord],
         config: HarvestConfig,
-        written: Callable[[dict[str, Any]], None],
+        written: Callable[[ShardRecord], None],
         times: HarvestTimes,
         progress: Progress | None,
     ):
-        """done: what is recorded. written: called with the line of each shard whose files are there."""
+        """done: what is recorded. written: called with the record of each shard whose files are there."""
         self._root, self._plan, self._model, self._written, self._times = root, plan, model, written, times
         self._todo, self._done = todo, done
         self._context_size = plan.identity["context_size"]
@@ -496,7 +497,7 @@ class _Harvester:
     def _write(self, encoder: ShardEncoder, shard: Shard, window: Window, ready: torch.cuda.Event | None) -> None:
         with_tokens = not self._has_tokens(shard)
         record = encoder.write(shard, window, with_tokens=with_tokens, ready=ready)
-        self._written(asdict(record))
+        self._written(record)
         self._windows.put(window)
         if (shard.split, shard.index) == self._todo[0][:2]:
             self._say_first(record)

@@ -7,8 +7,10 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from actcache.errors import CacheLocked, ManifestError
 from actcache.manifest import MALFORMED, ShardRecord, seal, shard_record, unseal
@@ -41,9 +43,9 @@ class Journal:
             self._file.close()
             raise
 
-    def append(self, record: dict) -> None:
+    def append(self, record: ShardRecord) -> None:
         """Make one line durable. A failing write or fsync (OSError) leaves the journal as it was."""
-        line, end = memoryview(seal(record)), self._file.seek(0, os.SEEK_END)
+        line, end = memoryview(seal(asdict(record))), self._file.seek(0, os.SEEK_END)
         try:
             with naming(self.path):
                 while line:
@@ -90,6 +92,16 @@ def settling(root: Path) -> Iterator[None]:
 def read_journals(root: Path) -> list[ShardRecord]:
     """Every finished shard that any writer has recorded; a line that is still being written is left out."""
     return [record for path in _journals(root) for record in _read(path)[0]]
+
+
+def hook_computes(root: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """(split, index, hook name) -> how those arrays were computed; a shard's record keeps only what came last."""
+    return {
+        (record.split, record.index, hook.hook_name): record.compute
+        for record in sorted(read_journals(root), key=lambda record: record.attempt)
+        for hook in record.hooks
+        if any(path.startswith(f"{hook.hook_name}/") for path in record.arrays)
+    }
 
 
 def damaged_lines(root: Path) -> dict[Path, list[int]]:

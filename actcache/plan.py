@@ -184,11 +184,20 @@ def refuse_other_identity(root: Path, held: Plan, model: LanguageModel, source: 
 
 
 def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageModel) -> None:
-    """Raise CacheMismatch, listing the differences, unless this is the model of that identity, with its tokenizer."""
-    ours = {"model": dict(model.identity), "tokenizer_sha256": tokenizer_hash(model.tokenizer)}
-    differences = [f"{key} is {identity[key]} there, {ours[key]} here" for key in ours if identity[key] != ours[key]]
+    """Raise CacheMismatch unless it is the model of that identity, wherever it lies, with its tokenizer.
+
+    Hashes are compared where both have them, else name and revision.
+    """
+    there = {**identity["model"], "tokenizer_sha256": identity["tokenizer_sha256"]}
+    here = {**model.identity, "tokenizer_sha256": tokenizer_hash(model.tokenizer)}
+    hashes = [key for key in ("config_sha256", "weights_sha256") if there.get(key) and here.get(key)]
+    keys = [*(hashes or ("name", "revision")), "tokenizer_sha256"]
+    differences = [f"{key} is {there.get(key)} there, {here[key]} here" for key in keys if there.get(key) != here[key]]
     if differences:
-        raise CacheMismatch(f"{root}: was harvested from another model: {'; '.join(differences)}; pass --model")
+        raise CacheMismatch(
+            f"{root}: was harvested from {there['name']!r}, the model is {here['name']!r}: {'; '.join(differences)}; "
+            "pass that model, loaded in the same dtype"
+        )
 
 
 def _covers(held: Plan, tokens: int | None) -> bool:
