@@ -2,13 +2,16 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-faults lint bench clean
 
 demo: .venv/.base
 	$(BIN)/actcache demo --out demo
 
 test: .venv/.dev lint
 	$(BIN)/python -m pytest
+
+test-faults: .venv/.dev
+	$(BIN)/python -m pytest -m faults
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

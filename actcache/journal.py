@@ -58,10 +58,11 @@ class Journal:
     def discard(self) -> None:
         """Remove what making this journal left in a folder where nothing else was begun; for who is settling there."""
         folder = self.path.parent
-        if {path.name for path in folder.iterdir()} == {self.path.name, Path(SETTLING).name}:
+        lock = folder.parent / SETTLING
+        if {*folder.iterdir()} == {self.path, lock} and [*folder.parent.iterdir()] == [folder]:
             self.path.unlink()
-            (folder.parent / SETTLING).unlink()
-            with suppress(OSError):  # others may begin here, and the user's folder may hold something else
+            lock.unlink()
+            with suppress(OSError):  # others may begin here
                 folder.rmdir()
                 folder.parent.rmdir()
 

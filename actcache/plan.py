@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def settle_plan(root: Path, model: LanguageModel, source: Source, config: Harves
         refuse_other_identity(root, held, model, source, config)
         if _covers(held, config.tokens) and _tails_are_sound(root, held):
             _refuse_unfinished(root, held, config.tokens)
+            _remove_unplanned(root, held)
             return held
         if len(active_writers(root)) > 1:
             raise CacheLocked(f"{root}: other processes write this cache; wait for them before it grows")
@@ -136,6 +138,7 @@ def settle_plan(root: Path, model: LanguageModel, source: Source, config: Harves
     sequences = packed.commit()
     sizes = _sizes(config, widest, sequences) if held is None else {size: held.identity[size] for size in SIZES}
     plan = Plan(identity={**wanted, **sizes}, tokens=config.tokens, sequences=sequences, hooks=hooks)
+    _remove_unplanned(root, plan)
     return _write_plan(root, plan)
 
 
@@ -144,6 +147,15 @@ def _write_plan(root: Path, plan: Plan) -> Plan:
     sealed = seal(plan.to_json())
     write_atomically(root / PLAN, [sealed])
     return Plan.from_json(unseal(sealed, root / PLAN))
+
+
+def _remove_unplanned(root: Path, plan: Plan) -> None:
+    """Delete the shards of sequences, beyond those of the plan, that a killed run for more tokens has left."""
+    for split, record in plan.sequences.items():
+        for array in sequence_arrays(plan.identity["context_size"]):
+            paths = (root / STORE / split / shard_key(array, index) for index in count(len(record.arrays[array.path])))
+            for path in takewhile(Path.exists, paths):
+                path.unlink()
 
 
 def _finished_hooks(root: Path, held: Plan | None) -> tuple[HookSpec, ...]:

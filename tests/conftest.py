@@ -58,3 +58,16 @@ def tiny_cache(tiny_model, tiny_texts, tmp_path_factory: pytest.TempPathFactory)
     from tiny_caches import harvest_tiny
 
     return harvest_tiny(tiny_model, tiny_texts, tmp_path_factory.mktemp("cache") / "cache")
+
+
+@pytest.fixture(scope="module")
+def scenarios(tiny_llama_dir, tiny_texts, tmp_path_factory: pytest.TempPathFactory):
+    """Caches on their way, in processes that a fault may befall."""
+    from fault_scenarios import Scenarios
+    from faulty_writers import shrink_sequence_shards
+
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_sequence_shards(patch.setattr)
+        made = Scenarios(tiny_llama_dir, tiny_texts, tmp_path_factory.mktemp("faults"))
+        yield made
+        made.writers.kill_all()

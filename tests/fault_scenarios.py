@@ -78,10 +78,10 @@ class Scenarios:
             self._commands[name] = made
         return self._commands[name]
 
-    def copy(self, name: str) -> Path:
+    def copy(self, name: str, folder: Path | None = None) -> Path:
         """Where the command can be given: a copy of the cache before it, or a folder that is not there yet."""
         self._n_caches += 1
-        root, before = self._folder / f"{name}-{self._n_caches}" / "c", self.command(name).before
+        root, before = (folder or self._folder) / f"{name}-{self._n_caches}" / "c", self.command(name).before
         root.parent.mkdir()
         if before:
             shutil.copytree(before, root)
@@ -149,6 +149,11 @@ class Scenarios:
         code, said = self.writers.run(root, hooks, tokens)
         assert code == 0, said
         return root
+
+
+def errors_of(said: str) -> list[str]:
+    """The lines that tell of an error; a traceback is one too many."""
+    return [line for line in said.splitlines() if line.startswith(("error", "Traceback"))]
 
 
 @contextmanager

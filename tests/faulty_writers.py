@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 import cli
 from actcache import journal, manifest, writer
@@ -32,6 +33,7 @@ FILL = "fill the disk"
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 BALLAST = "ballast"
 PRELOADED = ["actcache.harvester", "actcache.models", "actcache.plan", "actcache.tokens"]  # which cli imports late
+tqdm.get_lock()  # once, in the server: each killed process would leave its own
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,29 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fault_scenarios import NEW, OLD, TOKENS, Scenarios
-from faulty_writers import Fault, Writer, shrink_sequence_shards
-from tiny_caches import HOOKS
+from fault_scenarios import FEW_TOKENS, NEW, OLD, TOKENS, errors_of
+from faulty_writers import Fault, Writer
+from tiny_caches import HOOKS, promised_files
 
 from actcache.cache import open_cache
 
 STOP = signal.SIGSTOP
 ACTS = f"{HOOKS[0]}/acts/c"
 JOURNAL = "manifest/writer-00.jsonl"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_sequence_shards():
-    with pytest.MonkeyPatch.context() as patch:
-        shrink_sequence_shards(patch.setattr)
-        yield
-
-
-@pytest.fixture(scope="module")
-def scenarios(tiny_llama_dir, tiny_texts, tmp_path_factory):
-    made = Scenarios(tiny_llama_dir, tiny_texts, tmp_path_factory.mktemp("faults"))
-    yield made
-    made.writers.kill_all()
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
@@ -45,11 +31,6 @@ def is_stopped(writer: Writer) -> bool:
     """By SIGSTOP; a writer that ends before it gets there is an error."""
     assert writer.is_alive(), writer.said
     return Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
-def errors_of(said: str) -> list[str]:
-    """The lines that tell of an error; a traceback is one too many."""
-    return [line for line in said.splitlines() if line.startswith(("error", "Traceback"))]
 
 
 # command, what it had come to when it was killed, and what a reader gets then
@@ -214,3 +195,26 @@ def test_an_unwritable_place_is_one_line(scenarios, tiny_texts, out):
 def test_kills_at_random(scenarios, name):
     rng = random.Random(name)
     assert scenarios.kill_at_random(name, rng, n_kills=3) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "event"),
+    [("begin", "opening manifest/plan.json"), ("grow", "replaced acts.zarr/train/sequences/id/c/2/0")],
+)
+def test_killed_for_many_tokens_it_can_still_have_few(scenarios, name, event):
+    """Before there is a plan for the many, nothing binds."""
+    few = scenarios.command("grow").states[OLD]
+    root = scenarios.copy(name)
+    assert scenarios.run(name, root, fault=Fault(event=event))[0] == -signal.SIGKILL
+    code, said = scenarios.writers.run(root, HOOKS[:2], FEW_TOKENS)
+    assert code == 0, said
+    assert promised_files(root) == few
+
+
+def test_a_plan_that_cannot_be_written_leaves_a_cache_that_can_be_begun(scenarios):
+    """The packed sequences are there by then: this is no folder of something else."""
+    root = scenarios.copy("begin")
+    fault = Fault(event="opening manifest/plan.json", action=signal.SIGINT)
+    code, said = scenarios.run("begin", root, fault=fault)
+    assert code == 130, said
+    scenarios.finish("begin", root)
