@@ -42,11 +42,11 @@ class RowFilter:
             ConfigError: `positions` leaves none, or there is no row to take the median norm of.
             CorruptShard: a chunk is damaged.
         """
+        self._cache, self._split = cache, split
         self._n_rows, self._chunk_rows = cache.n_rows(split), cache.manifest.chunk_rows
-        self._special = np.array(cache.special_token_ids, dtype=np.int32)
-        self._token_ids = cache.token_reader(split, "id") if exclude_special_tokens else None
+        self._special = np.array(cache.special_token_ids if exclude_special_tokens else (), dtype=np.int32)
         self._allowed = _allowed_positions(positions, cache.context_size)
-        self._positions = cache.token_reader(split, "position") if positions is not None else None
+        self.open_readers()
         self._largest_norms = _largest_norms(cache, split, hook_names, max_norm_ratio)
         self._hooks = [cache.hook_reader(split, hook_name) for hook_name in self._largest_norms]
         self._usual: dict[int, UInt8[np.ndarray, " byte"]] = {}  # chunk -> a bit a row: no norm of it is outlying
@@ -54,6 +54,11 @@ class RowFilter:
         self.kept: Int64[np.ndarray, " chunk"] = counts[:, -1]
         self.n_rows = int(self.kept.sum())
         self.dropped: dict[str, int] = dict(zip(FILTERS, (-np.diff(counts.sum(axis=0))).tolist(), strict=True))
+
+    def open_readers(self) -> None:
+        """Open the token arrays; anew in a forked child, where a thread that is gone may hold a reader's lock."""
+        self._token_ids = self._cache.token_reader(self._split, "id") if len(self._special) else None
+        self._positions = None if self._allowed.all() else self._cache.token_reader(self._split, "position")
 
     def rows(self, chunk: int) -> Bool[np.ndarray, " row"]:
         """Which rows of a chunk pass."""

@@ -90,14 +90,10 @@ class RowStream:
             limit=limit,
         )
         self.wait_seconds = 0.0
-        self._filter = row_filter
+        self._cache, self._config, self._filter = cache, config, row_filter
         self._chunk_rows, self._n_stored_rows = cache.manifest.chunk_rows, cache.n_rows(config.split)
-        self._fields = _TokenFields(cache, config.split, config.token_fields)
-        self._readers = {name: cache.hook_reader(config.split, name) for name in config.hook_names}
-        sizes = {"group_chunks": min(config.group_chunks, len(row_filter.kept)), "batch_rows": batch_rows}
-        self._rooms = {name: _room(reader, config.device, **sizes) for name, reader in self._readers.items()}
         self._served: _Served | None = None
-        self._start_threads()
+        self._open()
 
     def rows(self, start: int, stop: int, *, step: int) -> Batch:
         """Rows [start, stop) of the line. Raises CorruptShard for a damaged chunk of their groups."""
@@ -132,9 +128,19 @@ class RowStream:
         self._vacant.clear()
         self._served = None
 
-    def _start_threads(self) -> None:
-        self._threads = ThreadPoolExecutor(DECODE_THREADS, "actcache-decode")
+    def _open(self) -> None:
+        """Readers, room and threads, of which a forked child can use none of its parent's."""
+        config = self._config
         self._pid = os.getpid()
+        self._filter.open_readers()
+        self._fields = _TokenFields(self._cache, config.split, config.token_fields)
+        self._readers = {name: self._cache.hook_reader(config.split, name) for name in config.hook_names}
+        sizes = {
+            "group_chunks": min(config.group_chunks, len(self._filter.kept)),
+            "batch_rows": self.order.batch_tokens,
+        }
+        self._rooms = {name: _room(reader, config.device, **sizes) for name, reader in self._readers.items()}
+        self._threads = ThreadPoolExecutor(DECODE_THREADS, "actcache-decode")
         self._loading: dict[tuple[int, int], _Loading] = {}
         self._vacant: list[dict[str, Group]] = []
 
@@ -144,7 +150,7 @@ class RowStream:
             started = time.perf_counter()
             self._served = None
             if self._pid != os.getpid():
-                self._start_threads()  # a forked child has none of its parent's
+                self._open()
             for other in [other for other in self._loading if other != key]:
                 self._vacant.append(self._loading.pop(other).stopped())
             self._load(key)
