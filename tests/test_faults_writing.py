@@ -123,12 +123,20 @@ def test_workers_that_start_together_grow_the_cache_together(scenarios):
     scenarios.check_finished("begin", root)
 
 
-def test_a_folder_is_durable_before_a_file_is_made_in_it(scenarios, tmp_path):
-    """A renamed file survives a power failure only if every folder above it does."""
+def test_everything_is_durable_before_it_is_relied_on(scenarios, tmp_path):
+    """A power failure spares a file that was synced before it got its name, in a folder synced after it did."""
     root = scenarios.copy("begin")
     code, said = scenarios.run("begin", root, events=tmp_path / "events")
     assert code == 0, said
     events = (tmp_path / "events").read_text().splitlines()
+    for number, event in enumerate(events):
+        kind, _, path = event.partition(" ")
+        if kind == "replacing":
+            assert events[number - 1] == f"synced {path}"
+        if kind == "replaced":
+            assert events[number + 1] == f"folder {os.path.dirname(path)}"
+        if kind == "writing" and path == JOURNAL:
+            assert events[number + 1 : number + 3] == [f"syncing {path}", f"synced {path}"]
     for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
         name = os.path.relpath(folder, root)
         below = "opening " if folder == root else f"opening {name}/"
