@@ -124,18 +124,24 @@ class Scenarios:
         return which
 
     def kill_at_random(self, name: str, rng: random.Random, n_kills: int) -> int:
-        """Two workers, one or both killed again and again until they are done; returns how many kills that were."""
-        root, command, n_killed = self.copy(name), self.command(name), 0
-        with looked_at(root, list(command.states.values())):
-            workers = [self.start(name, root, "--worker", f"{index}/2") for index in range(2)]
-            while n_killed < n_kills and any(worker.is_alive() for worker in workers):
-                time.sleep(rng.uniform(0, command.seconds))
-                n_killed += sum(workers[index].kill() for index in rng.choice([(0,), (1,), (0, 1)]))
-                workers = [self._revived(name, root, index, worker) for index, worker in enumerate(workers)]
-            for index, worker in enumerate(workers):
-                assert worker.wait() in (0, -signal.SIGKILL), worker.said
-                assert self.run(name, root, "--worker", f"{index}/2")[0] == 0
-        self.check_finished(name, root)
+        """Two workers, one or both killed again and again until they are done; returns how many caches that took."""
+        n_killed, n_caches = 0, 0
+        while n_killed < n_kills:
+            root, n_caches = self.copy(name), n_caches + 1
+            with looked_at(root, list(self.command(name).states.values())):
+                n_killed += self._kill_at_random(name, root, rng, n_kills - n_killed)
+            self.check_finished(name, root)
+        return n_caches
+
+    def _kill_at_random(self, name: str, root: Path, rng: random.Random, n_kills: int) -> int:
+        n_killed, workers = 0, [self.start(name, root, "--worker", f"{index}/2") for index in range(2)]
+        while n_killed < n_kills and any(worker.is_alive() for worker in workers):
+            time.sleep(rng.uniform(0, self.command(name).seconds))
+            n_killed += sum(workers[index].kill() for index in rng.choice([(0,), (1,), (0, 1)]))
+            workers = [self._revived(name, root, index, worker) for index, worker in enumerate(workers)]
+        for index, worker in enumerate(workers):
+            assert worker.wait() in (0, -signal.SIGKILL), worker.said
+            assert self.run(name, root, "--worker", f"{index}/2")[0] == 0
         return n_killed
 
     def _revived(self, name: str, root: Path, index: int, worker: Writer) -> Writer:
