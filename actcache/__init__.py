@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from actcache.cache import Cache, open_cache
     from actcache.loader import Loader
+    from actcache.mixture import Mixture
     from actcache.models import load_model
     from actcache.notebook import harvest
 
-__all__ = ["Cache", "Loader", "harvest", "load_model", "open_cache"]
+__all__ = ["Cache", "Loader", "Mixture", "harvest", "load_model", "open_cache"]
 
 _HOMES = {
     "Cache": "actcache.cache",
     "Loader": "actcache.loader",
+    "Mixture": "actcache.mixture",
     "harvest": "actcache.notebook",
     "load_model": "actcache.models",
     "open_cache": "actcache.cache",

@@ -136,9 +136,9 @@ class ArrayReader:
         return buffer[start - first * rows : stop - first * rows]
 
     def _shard(self, index: int) -> ShardFile:
+        if self._pid != os.getpid():  # a forked child maps the files anew; a thread of its parent may hold the lock
+            self._open, self._lock, self._pid = OrderedDict(), threading.Lock(), os.getpid()
         with self._lock:
-            if self._pid != os.getpid():  # a forked child maps the files anew
-                self._open, self._pid = OrderedDict(), os.getpid()
             file = self._open.pop(index, None)
             if file is None:
                 path = self._folder / shard_key(self.array, index)

@@ -1,9 +1,9 @@
 """Feeding shuffled batches: ours against a copy of as many bytes, and against SAELens' cached feed.
 
-Bound: np.copyto of the same bytes, once. Ours: the Loader over a raw and over a lossless bfloat16 cache, special tokens
-kept, 4,096 rows a batch. SAELens: an ActivationsStore over the same rows in its Arrow format (float32, in token order),
-whose mixing buffer has as many rows as two of our groups (at most half of the cache). `bench shuffle` tells how well
-either of them shuffles.
+Bound: np.copyto of the same bytes, once. Ours: an epoch of the Loader over a raw and over a lossless bfloat16 cache,
+special tokens kept, 4,096 rows a batch, after a first epoch in which its two groups get their memory. SAELens: an
+ActivationsStore over the same rows in its Arrow format (float32, in token order), whose mixing buffer has as many rows
+as two of our groups (at most half of the cache). `bench shuffle` tells how well either of them shuffles.
 
     actcache bench feed
 """
@@ -51,7 +51,8 @@ def _measured(d_model: int, root: Path, say: Say) -> dict[str, Any]:
     feeds: dict[str, Callable[[], object]] = {"memcpy": lambda: np.copyto(copy, rows)}
     for name, cache in caches.items():
         _check(cache, x)
-        feeds[name] = lambda cache=cache: _drained(_loader(cache))
+        loader = _loader(cache, epochs=REPEATS + 1)
+        feeds[name] = lambda loader=loader: _drained(islice(loader, len(x) // BATCH_TOKENS))
     costs = interleaved_costs(feeds, REPEATS)
     served = dict.fromkeys(feeds, len(x))
     if installed("sae_lens", say):
@@ -66,8 +67,8 @@ def _cache(out: Path, d_model: int, codec: str) -> Cache:
     return harvest(random_gpt2(1, d_model), random_documents(N_TOKENS[d_model] // CONTEXT_SIZE), config, out)
 
 
-def _loader(cache: Cache) -> Loader:
-    return Loader(cache, HOOK, batch_tokens=BATCH_TOKENS, exclude_special_tokens=False)
+def _loader(cache: Cache, epochs: int = 1) -> Loader:
+    return Loader(cache, HOOK, batch_tokens=BATCH_TOKENS, epochs=epochs, exclude_special_tokens=False)
 
 
 def _drained(batches: Any) -> None:

@@ -39,7 +39,7 @@ HOMES = {
     "zarr": {"actcache.bfloat16", "actcache.codecs", "actcache.writer", "actcache.verify", "benchmarks.bench_read"}
     | {"benchmarks.bench_write"},
     "numcodecs": {"actcache.codecs"},
-    "google_crc32c": {"actcache.codecs"},
+    "crc32c": {"actcache.codecs"},
     "datasets": {"actcache.tokens", "actcache.notebook", "benchmarks.stream", "benchmarks.bench_harvest"}
     | {"benchmarks.bench_feed"},
     "transformers": {"actcache.models", "actcache.families", "actcache.identity", "actcache.pretrained"}
