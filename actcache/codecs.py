@@ -57,7 +57,7 @@ ACTIVATION_DTYPES = ("bfloat16", "float16", "float32")
 
 def crc32c(payload: bytes | memoryview | np.ndarray) -> int:
     """CRC-32C (RFC 3720, Castagnoli) of the bytes; other threads run meanwhile."""
-    return castagnoli.crc32c(memoryview(payload))
+    return castagnoli.crc32c(payload.data if isinstance(payload, np.ndarray) else payload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
