@@ -30,7 +30,7 @@ from benchmarks.stream import CONTEXT_SIZE, random_documents, random_gpt2, rando
 
 N_LAYERS, D_MODEL, BATCH_SIZE, N_SEQUENCES, REPEATS = 12, 768, 32, 96, 9
 HOOK_LAYERS = {"1 hook": (11,), "3 hooks": (3, 7, 11), "6 hooks": (1, 3, 5, 7, 9, 11)}
-SAELENS_BUFFER_GB = 0.06  # four batches of float32 rows, as many as a shard of ours has at most
+SAELENS_BUFFER_GB = 0.04  # float32 rows of three batches: a whole run
 
 
 def run(say: Say) -> dict[str, Any]:
