@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from typer.testing import CliRunner
 
 import cli
 from actcache import journal, manifest, writer
@@ -33,7 +34,9 @@ FILL = "fill the disk"
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 BALLAST = "ballast"
 PRELOADED = ["actcache.harvester", "actcache.models", "actcache.plan", "actcache.tokens"]  # which cli imports late
-tqdm.get_lock()  # once, in the server: each killed process would leave its own
+# Once, in the server: every process would import the rest of typer, and every killed one leave a lock of its own.
+CliRunner().invoke(cli.app, ["harvest", "--help"])
+tqdm.get_lock()
 
 
 @dataclass(frozen=True, kw_only=True)
