@@ -64,21 +64,22 @@ def _unreadable(path: Path, error: ManifestError | OSError) -> Problem:
     return Problem(path=str(path), message=said.removeprefix(f"{path}: ").split("; ")[0])
 
 
-def settled(root: Path, plan: Plan | None, manifest: Manifest | None) -> tuple[Plan, Manifest | None]:
-    """The plan, and manifest/cache.json if it is to be believed.
+def settled(root: Path, plan: Plan | None, manifest: Manifest | None) -> tuple[Plan, Manifest | None, list[Problem]]:
+    """The plan, manifest/cache.json if it is to be believed, and which of them is outdated.
 
     Where they differ, one has been put back from before the cache grew: the plan is newer if it has more rows and the
     journals speak of all of them.
     """
     if plan is None:
         assert manifest is not None, "one of the two can be read"
-        return manifest.plan, manifest
+        return manifest.plan, manifest, []
     if manifest is None or replace(plan, hooks=()) == manifest.plan:
-        return plan, manifest
+        return plan, manifest, []
     lines = merge_records(read_journals(root))
     covered = all(key in lines and lines[key].n_rows == plan.rows_of(*key) for key in _keys(plan))
-    newer = covered and sum(map(plan.n_rows, SPLITS)) > sum(map(manifest.n_rows, SPLITS))
-    return (plan, None) if newer else (manifest.plan, manifest)
+    if covered and sum(map(plan.n_rows, SPLITS)) > sum(map(manifest.n_rows, SPLITS)):
+        return plan, None, [Problem(path=str(root / CACHE_MANIFEST), message="is from before the cache grew")]
+    return manifest.plan, manifest, [Problem(path=str(root / PLAN), message=f"says another plan than {CACHE_MANIFEST}")]
 
 
 def _keys(plan: Plan) -> list[Key]:

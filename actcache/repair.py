@@ -39,6 +39,7 @@ from actcache.verify import (
     Problem,
     StoredArray,
     audit,
+    journal_problems,
     metadata_problems,
     partials_problems,
     statistics_problems,
@@ -104,8 +105,9 @@ def repair(
         found += [_lost_lines(journal, numbers) for journal, numbers in salvage(root).items()]
         with Journal(root) as journal:
             remove_partials(root)
-            ledger = Ledger(root, *settled(root, plan, manifest), journal)
-            found += _Rebuilding(ledger, load_model, dataset, progress).run()
+            plan, manifest, outdated = settled(root, plan, manifest)
+            ledger = Ledger(root, plan, manifest, journal)
+            found += [*outdated, *_Rebuilding(ledger, load_model, dataset, progress).run()]
     report = verify(root, progress=_stage(progress, "verify"))
     redone = tuple(dict.fromkeys(ledger.redone))
     return RepairReport(path=str(root), found=tuple(found), redone=redone, problems=report.problems)
@@ -132,8 +134,10 @@ class _Rebuilding:
 
     def run(self) -> list[Problem]:
         """Rebuild what is damaged, each thing after what it is made from; returns what was wrong."""
-        problems = audit(self._ledger.cache(), progress=_stage(self._progress, "verify"))
-        damaged = {problem.path for problem in problems}
+        cache = self._ledger.cache()
+        found = [self._ledger.in_words(problem) for problem in audit(cache, progress=_stage(self._progress, "verify"))]
+        damaged = {problem.path for problem in found}
+        found += journal_problems(cache) if self._ledger.believed else []
         self._ledger.put(self._root / PLAN, seal(self._plan.to_json()))
         self._restore_ids(damaged)
         self._restore_tokens(damaged | {problem.path for problem in token_problems(self._ledger.cache())})
@@ -141,7 +145,7 @@ class _Rebuilding:
         self._restore_partials()
         self._restore_manifest()
         self._restore_from_dataset(self._damaged_sequences(DOCUMENTS, damaged))  # last: nothing is made from documents
-        return [self._ledger.in_words(problem) for problem in problems]
+        return found
 
     # --- sequences and tokens ---
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import zarr
 from zarr.storage import MemoryStore, StoreLike
 
 from actcache.cache import (
+    CACHE_MANIFEST,
     PLAN,
     STORE,
     Cache,
@@ -111,7 +112,9 @@ class StoredArray:
     def problems(self, shard: int) -> Iterator[Problem | None]:
         """For each chunk of a shard what is wrong with it, or None; with the first one what is wrong with the file."""
         n_chunks = len(self.reader.records[shard].checksums)
-        problem = partial(Problem, path=str(self.path(shard)), split=self.split, array=self.array.path, shard=shard)
+        problem = functools.partial(
+            Problem, path=str(self.path(shard)), split=self.split, array=self.array.path, shard=shard
+        )
         if wrong := self._wrong_file(shard):
             yield problem(rows=self.rows(shard), message=wrong)
             yield from [None] * (n_chunks - 1)
@@ -268,31 +271,30 @@ def _wrong_statistics(cache: Cache, split: str, hook: HookSpec, path: Path) -> s
 
 def metadata_problems(cache: Cache) -> Iterator[Problem]:
     """Every zarr.json as other Zarr readers see it; bfloat16 in either form."""
-    forms = [MemoryStore(zarr_files(cache, native=native)) for native in (False, True)]
-    for key in sorted(zarr_files(cache)):
-        node = key.removesuffix("zarr.json").rstrip("/")
+    files = zarr_files(cache)
+    native = functools.cache(lambda: zarr_files(cache, native=True))
+    for key in sorted(files):
         path = cache.path / STORE / key
-        if message := _wrong_metadata(path, node, forms):
-            parts = node.split("/", 1)
-            split, array = (parts[0] or None), (parts[1] if len(parts) == 2 else None)
-            yield Problem(path=str(path), split=split, array=array, message=message)
+        node = key.removesuffix("zarr.json").rstrip("/")
+        if message := _wrong_metadata(path, node, files, native):
+            split, _, array = node.partition("/")
+            yield Problem(path=str(path), split=split or None, array=array or None, message=message)
 
 
-def _wrong_metadata(path: Path, node: str, forms: list[MemoryStore]) -> str | None:
+def _wrong_metadata(path: Path, node: str, files: dict[str, Any], native: Callable[[], dict[str, Any]]) -> str | None:
     try:
-        contents(path)
+        if contents(path) == files[f"{node}/zarr.json".removeprefix("/")].to_bytes():
+            return None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     try:
         said = _node_metadata(str(path.parent), "")
     except (KeyError, ValueError, TypeError, OSError, AttributeError, RecursionError) as error:
         return f"the metadata cannot be read by zarr ({type(error).__name__}: {error})"
-    wanted = [_node_metadata(form, node) for form in forms]
-    if said in wanted:
-        return None
-    nearest = wanted[said.get("data_type") == "bfloat16"]
-    wrong = {key: said.get(key) for key in {**nearest, **said} if said.get(key) != nearest.get(key)}
-    return f"must describe what the manifest says is stored, says {wrong}"
+    form = native() if said.get("data_type") == "bfloat16" else files
+    wanted = _node_metadata(MemoryStore(form), node)
+    wrong = {key: said.get(key) for key in {**wanted, **said} if said.get(key) != wanted.get(key)}
+    return f"must describe what the manifest says is stored, says {wrong}" if wrong else None
 
 
 def _node_metadata(store: StoreLike, node: str) -> dict[str, Any]:
@@ -337,7 +339,7 @@ def _twin_problems(cache: Cache) -> Iterator[Problem]:
     try:
         plan = Plan.from_json(unseal(contents(path), path))
         if replace(plan, hooks=()) != cache.manifest.plan:
-            yield Problem(path=str(path), message="says another plan than manifest/cache.json")
+            yield Problem(path=str(path), message=f"says another plan than {CACHE_MANIFEST}")
     except ManifestError as error:
         yield Problem(path=str(path), message=_without_path(error, path))
     except OSError as error:
@@ -346,10 +348,11 @@ def _twin_problems(cache: Cache) -> Iterator[Problem]:
     for journal, numbers in damaged.items():
         yield Problem(path=str(journal), message=f"cannot be read in line {', '.join(map(str, numbers))}")
     if not damaged:
-        yield from _journal_problems(cache)
+        yield from journal_problems(cache)
 
 
-def _journal_problems(cache: Cache) -> Iterator[Problem]:
+def journal_problems(cache: Cache) -> Iterator[Problem]:
+    """Shards of which the journals say something else than manifest/cache.json, or nothing. Raises ManifestError."""
     lines = merge_records(read_journals(cache.path))
     for split in SPLITS:
         for shard in cache.manifest.shards[split]:
@@ -358,7 +361,7 @@ def _journal_problems(cache: Cache) -> Iterator[Problem]:
                     path=str(cache.path / MANIFEST / "writer-00.jsonl"),
                     split=split,
                     shard=shard.index,
-                    message="the journals do not say of the shard what manifest/cache.json says",
+                    message=f"the journals do not say of the shard what {CACHE_MANIFEST} says",
                 )
 
 
