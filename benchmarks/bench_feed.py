@@ -29,10 +29,9 @@ from actcache.plan import HarvestConfig
 from benchmarks.measure import Cost, Say, described, installed, interleaved_costs, machine, ratios
 from benchmarks.stream import CONTEXT_SIZE, random_documents, random_gpt2
 
-N_TOKENS = {128: 1 << 20, 512: 1 << 19, 768: 1 << 18}  # by width: two to four groups of 64 chunks
+N_TOKENS = {512: 1 << 19, 768: 1 << 18}  # by width: two to four groups of 64 chunks
 BATCH_TOKENS, REPEATS = 4096, 7
 HOOK, CODECS = "blocks.0.hook_resid_post", ("raw", "lossless")
-SAELENS_BATCHES = 16  # an epoch of its feed takes minutes
 
 
 def run(say: Say) -> dict[str, Any]:
@@ -57,8 +56,11 @@ def _measured(d_model: int, root: Path, say: Say) -> dict[str, Any]:
     served = dict.fromkeys(feeds, len(x))
     if installed("sae_lens", say):
         saelens = _saelens(root / "arrow", caches["raw"], x)
-        costs |= interleaved_costs({"SAELens": lambda: _drained(islice(saelens, SAELENS_BATCHES))}, 3)
-        served["SAELens"] = SAELENS_BATCHES * BATCH_TOKENS
+        n_batches = (
+            saelens.n_batches_in_buffer * CONTEXT_SIZE // 2 // BATCH_TOKENS
+        )  # what it serves between two refills
+        costs |= interleaved_costs({"SAELens": lambda: _drained(islice(saelens, n_batches))}, 3)
+        served["SAELens"] = n_batches * BATCH_TOKENS
     return _described(d_model, costs, served, say)
 
 
