@@ -34,7 +34,7 @@ from benchmarks.measure import Cost, Say, described, installed, interleaved_cost
 from benchmarks.stream import bundled_rows, random_stream
 
 D_INS, ROW_BYTES, REPEATS = (64, 512, 768, 2304, 4096), 64 << 20, 9
-TRAINED_HOOK, TRAINED_TOKENS = "blocks.3.hook_resid_post", 1 << 18
+TRAINED_HOOK, TRAINED_TOKENS = "blocks.3.hook_resid_post", 1 << 17
 PROFILES, N_SHARDS = ("lossless", "fast", "raw"), 2
 COLD_TOKENS = 1 << 17
 
