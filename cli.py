@@ -203,6 +203,8 @@ def verify(
     sample = _sample(cache, model, sequences, device) if sampled and not found.problems else None
     if as_json:
         _print_json({**asdict(found), "sample": asdict(sample) if sample else None})
+    if sampled and sample is None:
+        _say(f"{cache}: not sampled, for it is damaged")
     problems = [*found.problems, *(sample.problems if sample else ())]
     for line in (*problems, *found.notes, *(sample.notes if sample else ())):
         _say(str(line))

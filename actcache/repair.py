@@ -33,6 +33,7 @@ from actcache.manifest import SEQUENCE_ARRAYS, HookSpec, Manifest, seal, sequenc
 from actcache.models import LanguageModel
 from actcache.order import shard_permutation
 from actcache.plan import HarvestConfig, packing, refuse_other_model
+from actcache.reader import ArrayReader
 from actcache.stats import ROW_FILTERS, Moments
 from actcache.tokens import DatasetSource, Source, documents, pack
 from actcache.verify import (
@@ -151,12 +152,9 @@ class _Rebuilding:
 
     def _damaged_sequences(self, array: str, damaged: set[str]) -> list[tuple[StoredArray, int]]:
         """(array of a split, shard) of the damaged shards of a sequence array that have not been put back."""
-        return [
-            (stored, shard)
-            for stored in stored_arrays(self._ledger.cache())
-            for shard in range(stored.n_shards)
-            if stored.array.path == array and str(stored.path(shard)) in damaged - {*self._ledger.redone}
-        ]
+        lost = damaged - {*self._ledger.redone}
+        of_splits = [stored for stored in stored_arrays(self._ledger.cache()) if stored.array.path == array]
+        return [(s, shard) for s in of_splits for shard in range(s.n_shards) if str(s.path(shard)) in lost]
 
     def _restore_ids(self, damaged: set[str]) -> None:
         """From the token arrays; where these are damaged too, from the dataset, and documents with them."""
@@ -168,18 +166,18 @@ class _Rebuilding:
     def _restored_from_tokens(self, stored: StoredArray, shard: int) -> bool:
         start, stop = (sequence * self._plan.identity["context_size"] for sequence in stored.rows(shard))
         first, last = start // self._shard_rows, -(-stop // self._shard_rows)
+        reader = self._ledger.cache().token_reader(stored.split, "id")
         try:
-            token_ids = np.concatenate([self._token_ids((stored.split, index)) for index in range(first, last)])
+            token_ids = np.concatenate([self._token_ids(reader, stored.split, index) for index in range(first, last)])
         except CorruptShard:
             return False
         rows = token_ids[start - first * self._shard_rows : stop - first * self._shard_rows]
         return self._put_sequences(stored, shard, rows.reshape(-1, self._plan.identity["context_size"]))
 
-    def _token_ids(self, key: Key) -> Int32[np.ndarray, " token"]:
+    def _token_ids(self, reader: ArrayReader, split: str, index: int) -> Int32[np.ndarray, " token"]:
         """The token ids of a shard in the order of its sequences. Raises CorruptShard."""
-        held, (split, index) = self._ledger.held[key], key
+        held = self._ledger.held[split, index]
         permutation = shard_permutation(held.n_rows, seed=self._plan.identity["seed"], split=split, index=index)
-        reader = self._ledger.cache().token_reader(split, "id")
         return reader.read(held.first_token, held.first_token + held.n_rows)[permutation]
 
     def _put_sequences(self, stored: StoredArray, shard: int, rows: Int32[np.ndarray, "sequence position"]) -> bool:

@@ -251,6 +251,31 @@ def test_a_growing_cache_is_left_growing(tiny_model, tiny_texts, sound, tmp_path
     assert promised_files(root) == promised_files(sound["lossless"])
 
 
+def test_a_kill_while_growing_may_be_repaired_to_what_it_was(tiny_model, tiny_texts, sound, tmp_path):
+    """The sequences have changed and the plan has not: the tail that it speaks of is another file by then."""
+    root = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", **{**SETTINGS, "tokens": 700}).path
+    before = promised_files(root)
+    drop(root / CACHE)
+    for split in (TRAIN, VALIDATION):
+        for name in ("id", "document"):
+            tail = Path(split) / "sequences" / name / "c" / "1" / "0"
+            shutil.copy(sound["lossless"] / tail, root / tail)
+    repaired(root, lambda compute: tiny_model)
+    assert promised_files(root) == before
+
+
+def test_native_metadata_stays_and_what_is_lost_comes_back_in_the_first_form(copied):
+    from actcache.relabel import relabel
+
+    relabel(copied, native=True)
+    path = copied / TRAIN / HOOK / "acts" / "zarr.json"
+    drop(path)
+    before = stamps(copied)
+    repaired(copied)
+    assert changed(before, stamps(copied)) == {path}
+    assert '"uint16"' in path.read_text()
+
+
 # --- the dataset ---
 
 
@@ -456,3 +481,89 @@ def test_a_repair_with_another_kernel_may_be_killed_at_any_sync(
     assert repaired_after_kills(tiny_llama_dir, "eager", "fsync", roots) == len(roots)
     for root in roots:
         assert promised_files(root) == promised_files(base)
+
+
+# --- journals that are replaced ---
+
+
+def test_a_lock_on_a_journal_that_was_replaced_is_no_lock(tmp_path, monkeypatch):
+    """Opened before a repair put another file in its place, locked after."""
+    import fcntl
+
+    from actcache.writer import write_atomically
+
+    path, real = tmp_path / JOURNAL, fcntl.flock
+
+    def replaced_meanwhile(descriptor, kind):
+        write_atomically(path, [path.read_bytes()])
+        return real(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_meanwhile)
+    with pytest.raises(CacheLocked, match="as worker 0"):
+        Journal(tmp_path)
+    monkeypatch.undo()
+    with Journal(tmp_path) as journal:
+        assert os.path.samefile(journal.path, path)
+
+
+def test_a_damaged_journal_that_is_being_written_is_left_alone(copied):
+    from actcache.journal import salvage
+
+    with Journal(copied):
+        flip(copied / JOURNAL)
+        before = stamps(copied)
+        with pytest.raises(CacheLocked, match="another process writes this damaged journal"):
+            salvage(copied)
+        assert stamps(copied) == before
+
+
+# --- the command line ---
+
+
+def test_the_command_says_what_was_wrong_and_what_it_wrote(sound, copied):
+    from test_cli import actcache
+
+    paths = [
+        hook_damages("acts")["acts cut"].to(copied),
+        BESIDE_HOOKS["sequences/document cut"].to(copied),
+        BESIDE_HOOKS["array gone"].to(copied),
+    ]
+    said = actcache("verify", copied, "--sample-model", code=1).stderr
+    assert "3 problems found; `actcache repair` rebuilds what is damaged" in said
+    assert "not sampled" in said
+    done = actcache("repair", copied, "--device", "cpu")
+    assert done.stdout == ""
+    for path in paths:
+        assert f"{path}: written anew" in done.stderr.splitlines()
+    assert f"{paths[0]}: shard 2, rows 256 to 384: must be" in done.stderr
+    assert done.stderr.splitlines()[-1] == f"{copied} is sound"
+    assert promised_files(copied) == promised_files(sound["lossless"])
+
+
+def test_the_commands_find_the_model_or_ask_for_it(sound, copied, tiny_llama_dir):
+    import json
+
+    from test_cli import actcache
+
+    sampled = ("verify", copied, "--sample-model", "--sequences", 3, "--device", "cpu", "--json")
+    report = json.loads(actcache(*sampled).stdout)
+    assert (report["problems"], report["sample"]["problems"], report["sample"]["n_sequences"]) == ([], [], 3)
+    drop(copied / "log" / "origin.json")
+    BESIDE_HOOKS["statistics gone"].to(copied)
+    actcache("repair", copied)
+    hook_damages("acts")["acts cut"].to(copied)
+    assert "pass --model" in actcache("repair", copied, code=1).stderr
+    (copied / "log" / "origin.json").write_text('{"model": "", "revision": null, "dataset": null}')
+    assert "was harvested from a model in memory; pass --model" in actcache("repair", copied, code=1).stderr
+    actcache("repair", copied, "--model", tiny_llama_dir, "--device", "cpu")
+    assert promised_files(copied) == promised_files(sound["lossless"])
+
+
+def test_the_command_ends_in_one_line_where_nothing_can_be_done(copied):
+    from test_cli import actcache
+
+    flip(copied / CACHE)
+    flip(copied / PLAN)
+    said = actcache("repair", copied, code=1).stderr
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
