@@ -198,8 +198,8 @@ def geometric_median(
 ) -> Float64[np.ndarray, " d_in"]:
     """The point with the least summed distance to the rows, by Weiszfeld's iteration (Weiszfeld 1937).
 
-    From `start`, or else the mean, until a step moves less than 1e-3 of the mean distance, at most 100 steps: the median
-    of 8,192 rows is itself known to a hundredth of it. Products in float32. Zeros for no rows.
+    From `start`, or else the mean, until a step moves less than 1e-3 of the mean distance, at most 100 steps: the
+    median of 8,192 rows is itself known to a hundredth of it. Products in float32. Zeros for no rows.
     """
     if len(x) == 0:
         return np.zeros(x.shape[1])

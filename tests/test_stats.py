@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from actcache.stats import BINS_PER_OCTAVE, MEDIAN_STEP, HookStatistics, Moments, filtered_moments, geometric_median, norm_bin
+from actcache.stats import (
+    BINS_PER_OCTAVE,
+    MEDIAN_STEP,
+    HookStatistics,
+    Moments,
+    filtered_moments,
+    geometric_median,
+    norm_bin,
+)
 
 X = np.random.default_rng(0).normal(size=(1000, 12)).astype(np.float32) * np.geomspace(0.1, 300, 12, dtype=np.float32)
 SPECIAL = np.arange(1000) % 16 == 0
