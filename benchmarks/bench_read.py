@@ -1,10 +1,10 @@
 """Reading whole chunks: ours against the bare codec and against other readers of the same store.
 
 Bound: the codec decoding the same bytes from memory into one reused buffer (raw: a copy of them), on one thread.
-Others: zarr-python, tensorstore without its cache, zarr-python on the zarrs pipeline, chunk by chunk; and a np.memmap
-of the plain rows, copied out. Ours also on two threads, by CPU second. Rows: the bundled model's stream, then Gaussians of
-other widths; chunks are taken in a shuffled order; the page cache is warm. Last, a cold pass of the Loader: bytes that
-the process reads from the disk over the bytes that are stored.
+Others: zarr-python, tensorstore without its cache, zarr-python on the zarrs pipeline, chunk by chunk; and a
+np.memmap of the plain rows, copied out. Ours also on two threads, by CPU second. Rows: the bundled model's stream,
+then Gaussians of other widths; chunks are taken in a shuffled order; the page cache is warm. Last, a cold pass of
+the Loader: bytes that the process reads from the disk over the bytes that are stored.
 
     actcache bench read
 """
