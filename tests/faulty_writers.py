@@ -33,6 +33,7 @@ SEQUENCE_SHARD_TOKENS = 16 * CONTEXT_SIZE  # so that tiny caches have several sh
 FILL = "fill the disk"
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 BALLAST = "ballast"
+STUCK_SECONDS = 600
 PRELOADED = ["actcache.harvester", "actcache.models", "actcache.plan", "actcache.tokens"]  # which cli imports late
 # Once, in the server: every process would import the rest of typer, and every killed one leave a lock of its own.
 CliRunner().invoke(cli.app, ["harvest", "--help"])
@@ -78,7 +79,7 @@ class Writer:
 
     def wait(self) -> int:
         """Its exit code; a signal's number is negative."""
-        self.process.join(120)
+        self.process.join(STUCK_SECONDS)
         assert self.process.exitcode is not None, f"stuck: {self.said}"
         return self.process.exitcode
 
