@@ -4,12 +4,14 @@ Nothing of actcache or trainer is imported here at module level: jaxtyping's imp
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[variable] = "1"  # before transformers and datasets are imported: they read these once
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands it down as ignored
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -59,7 +59,8 @@ def swap(path: Path) -> None:
     """In the place of the next one, which is as sound, and the other way round."""
     following = path.parents[1] / str(int(path.parent.name) + 1) / path.name
     here, there = path.read_bytes(), following.read_bytes()
-    path.write_bytes(there), following.write_bytes(here)
+    path.write_bytes(there)
+    following.write_bytes(here)
 
 
 def put_statistics_of_another_hook(path: Path) -> None:
