@@ -431,7 +431,7 @@ def test_random_manifests_are_refused_or_give_the_right_rows(copied):
     found = answers_to_mutations(copied, values, lambda mutated: with_manifest(mutated, copied), 250)
     was_read = [got for got in found if isinstance(got, dict)]
     assert all(got.items() <= truth.items() for got in was_read)  # with a hook less, there is less to read
-    assert 10 < len(was_read) < len(found) - 100
+    assert 5 < len(was_read) < len(found) - 100
 
 
 def test_random_metadata_is_refused_or_gives_the_right_rows(copied):
