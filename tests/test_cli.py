@@ -119,7 +119,7 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
         "model": (["harvest", "--model", work / "none", *harvest[3:], *hook, "--out", out], 1, "no directory"),
         "other folder": ([*harvest, *hook, "--out", work / "other"], 1, "holds thesis.tex"),
         "empty text": ([*harvest[:3], "--dataset", work / "empty.txt", *hook, "--out", out], 1, "dataset"),
-        "too many tokens": ([*small, "--tokens", 10**9, "--out", work / "many"], 1, "or fewer"),
+        "too many tokens": ([*small, "--tokens", 10**7, "--out", work / "many"], 1, "or fewer"),
         "other cache": ([*harvest, *hook, "--seed", 5, "--out", work / "cache"], 1, "seed is 0 there, 5 here"),
         "other model": (["eval", work / "runs" / "topk", "--model", other_model], 1, "tiny_gpt2"),
         "runs over a thesis": (["train", work / "cache", work / "sweep.yaml", "--out", work / "other"], 1, "thesis"),
