@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from typer.testing import CliRunner
 
 import cli
@@ -35,9 +34,7 @@ PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 BALLAST = "ballast"
 STUCK_SECONDS = 600
 PRELOADED = ["actcache.harvester", "actcache.models", "actcache.plan", "actcache.tokens"]  # which cli imports late
-# Once, in the server: every process would import the rest of typer, and every killed one leave a lock of its own.
-CliRunner().invoke(cli.app, ["harvest", "--help"])
-tqdm.get_lock()
+CliRunner().invoke(cli.app, ["harvest", "--help"])  # once, in the server: each process would import the rest of typer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +225,7 @@ def _write(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # else tqdm's and blosc's locks outlive a killed process
     shrink_sequence_shards()
     watch = _Watch(out, fault)
     os.fsync = watch.around(os.fsync, "syncing", "synced", 0)
