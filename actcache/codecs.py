@@ -98,23 +98,31 @@ class Codec:
 
     def decode_into(self, stored: memoryview, out: np.ndarray) -> None:
         """Decode one stored chunk into `out`, C-contiguous and exactly as large as the chunk. Raises CorruptShard."""
+        decoded = self.decoded(stored, out)
+        if decoded is not out:
+            np.copyto(out, decoded)
+
+    def decoded(self, stored: memoryview, room: np.ndarray) -> np.ndarray:
+        """The elements of one stored chunk: plain bytes where they lie, others decoded into `room`.
+
+        room: C-contiguous and exactly as large as the chunk. Raises CorruptShard.
+        """
         if self.compressor is None:
-            flat = out.reshape(-1).view(np.uint8)
-            if len(stored) != flat.nbytes:
-                raise CorruptShard(f"raw chunk must hold {flat.nbytes} bytes, got {len(stored)}")
-            flat[:] = np.frombuffer(stored, dtype=np.uint8)
-            return
+            if len(stored) != room.nbytes:
+                raise CorruptShard(f"raw chunk must hold {room.nbytes} bytes, got {len(stored)}")
+            return np.frombuffer(stored, dtype=room.dtype).reshape(room.shape)
         # the blosc header holds the uncompressed size at byte 4, and at byte 12 its own size, which blosc would believe
         decoded, encoded = (int.from_bytes(stored[at : at + 4], "little") for at in (4, 12))
-        if (decoded, encoded) != (out.nbytes, len(stored) - CHECKSUM_BYTES):
+        if (decoded, encoded) != (room.nbytes, len(stored) - CHECKSUM_BYTES):
             raise CorruptShard(
-                f"blosc chunk must decode {len(stored) - CHECKSUM_BYTES} bytes to {out.nbytes}, its header says "
+                f"blosc chunk must decode {len(stored) - CHECKSUM_BYTES} bytes to {room.nbytes}, its header says "
                 f"{encoded} to {decoded}"
             )
         try:
-            blosc.decompress(stored[:-CHECKSUM_BYTES], out)
+            blosc.decompress(stored[:-CHECKSUM_BYTES], room)
         except (RuntimeError, ValueError) as error:
             raise CorruptShard(f"blosc cannot decode a chunk: {error}") from error
+        return room
 
 
 CODECS = {

@@ -105,8 +105,11 @@ def _seconds_per_token(sample: Tensor, name: str, model: float, disk: float, sha
 
 
 def encoder_threads() -> int:
-    """Half of the cores, at most eight: one of them encodes about 0.7 GB/s of rows."""
-    return max(1, min(8, (os.cpu_count() or 2) // 2))
+    """As many as cores, at most eight: one of them encodes about 0.7 GB/s of rows.
+
+    Fewer would hold up a model that runs on the CPU for longer: its threads wait for the one that has lost its core.
+    """
+    return min(8, os.cpu_count() or 1)
 
 
 def _disk_bytes_per_second(root: Path) -> float:

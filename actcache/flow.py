@@ -25,13 +25,14 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationBatch:
-    """What the language model made of one TokenBatch.
+    """What the language model made of one TokenBatch at one hook.
 
-    x: hook_name -> activations on the model's device, in the model's dtype.
-    first_token: flat token number, within the split, of x[hook][0, 0].
+    x: activations on the model's device, in the model's dtype.
+    first_token: flat token number, within the split, of x[0, 0].
     """
 
-    x: dict[str, Float[Tensor, "sequence position d_in"]]
+    hook_name: str
+    x: Float[Tensor, "sequence position d_in"]
     first_token: int
 
 

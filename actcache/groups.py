@@ -1,8 +1,8 @@
 """Room for decoded rows: the groups of chunks of one hook, and the batches gathered from them.
 
-On a CPU a chunk is decoded straight into its group, and a batch goes into memory that an earlier batch has left. On
-CUDA a chunk is decoded into pinned memory and copied to its group, which lies on the device, on a stream of its own;
-batches are gathered there.
+The rows of a group lie in the order in which they are served: each chunk is scattered over them as it is decoded, by
+the threads that decode, so that a batch is one plain copy. On a CPU it goes into memory that an earlier batch has left.
+On CUDA a chunk is decoded into pinned memory, copied to the device and scattered there, on a stream of its own.
 """
 
 from __future__ import annotations
@@ -57,23 +57,27 @@ class Recycler:
 
 
 class Group(ABC):
-    """Room for the chunks of one group of one hook. `put` is for any thread, the rest for the one that serves."""
+    """Room for the rows of one group of one hook. `put` is for any thread, the rest for one at a time."""
 
     @abstractmethod
-    def put(self, place: int, chunk: int) -> None:
-        """Decode a chunk as the place-th of the group. Raises CorruptShard."""
+    def expect(self, served: Int64[np.ndarray, " served"]) -> None:
+        """Before anything is put: served[j] is the row of the joined chunks that is served j-th."""
 
     @abstractmethod
-    def landed(self, served: Int64[np.ndarray, " served"]) -> None:
-        """Every chunk was put; served[j] is the row of the group, by whole chunks, that is served j-th."""
+    def put(self, number: int, chunk: int) -> None:
+        """Decode a chunk, the number-th of the group, and scatter its rows. Raises CorruptShard."""
 
     @abstractmethod
-    def gather(self, start: int, stop: int, out: Sequence[Any]) -> None:
+    def landed(self) -> None:
+        """Every chunk was put."""
+
+    @abstractmethod
+    def copy(self, start: int, stop: int, out: Sequence[Any]) -> None:
         """Write the rows served from start to stop into `out`, as lent by the room."""
 
     @abstractmethod
     def vacate(self) -> None:
-        """Nothing more is gathered before the next `landed`: chunks of another group may be put."""
+        """Nothing more is copied before the next `landed`: chunks of another group may be put."""
 
 
 class Room(ABC):
@@ -85,7 +89,7 @@ class Room(ABC):
 
     @abstractmethod
     def lend(self, n_rows: int) -> tuple[Any, ...]:
-        """Uninitialised rows of every array of the hook, for Group.gather; they can be sliced."""
+        """Uninitialised rows of every array of the hook, for Group.copy; they can be sliced."""
 
     @abstractmethod
     def values(self, stored: Sequence[Any]) -> Float[Tensor, "row d_in"]:
@@ -99,9 +103,12 @@ class HostRoom(Room):
         self._reader, self._device, self._group_chunks = reader, device, group_chunks
         arrays = [array.array for array in reader.arrays]
         self._recyclers = [Recycler(batch_rows, array.row_shape, array.storage_dtype) for array in arrays]
+        self._decoded: SimpleQueue[tuple[np.ndarray, ...]] = SimpleQueue()
+        for _ in range(DECODE_THREADS):
+            self._decoded.put(reader.empty(1))
 
     def group(self) -> HostGroup:
-        return HostGroup(self._reader, self._group_chunks)
+        return HostGroup(self._reader, self._group_chunks, self._decoded)
 
     def lend(self, n_rows: int) -> tuple[np.ndarray, ...]:
         return tuple(recycler.lend(n_rows) for recycler in self._recyclers)
@@ -111,23 +118,34 @@ class HostRoom(Room):
 
 
 class HostGroup(Group):
-    """A group in the memory of the host."""
+    """A group in the memory of the host; `decoded` has room for a chunk for each thread that decodes."""
 
-    def __init__(self, reader: HookReader, n_chunks: int):
-        self._reader, self._parts = reader, reader.empty(n_chunks)
-        self._served = np.empty(0, dtype=np.int64)
+    def __init__(self, reader: HookReader, n_chunks: int, decoded: SimpleQueue[tuple[np.ndarray, ...]]):
+        self._reader, self._decoded = reader, decoded
+        self._n_joined = n_chunks * reader.chunk_rows
+        n_rows = self._n_joined + 1  # and one that is never served
+        arrays = [array.array for array in reader.arrays]
+        self._parts = tuple(np.empty((n_rows, *array.row_shape), dtype=array.storage_dtype) for array in arrays)
+        self._places = np.empty(0, dtype=np.int64)
 
-    def put(self, place: int, chunk: int) -> None:
-        rows = slice(place * self._reader.chunk_rows, (place + 1) * self._reader.chunk_rows)
-        self._reader.decode_into(chunk, [part[rows] for part in self._parts])
+    def expect(self, served: Int64[np.ndarray, " served"]) -> None:
+        self._places = _places(served, self._n_joined)
 
-    def landed(self, served: Int64[np.ndarray, " served"]) -> None:
-        self._served = served
+    def put(self, number: int, chunk: int) -> None:
+        rows = slice(number * self._reader.chunk_rows, (number + 1) * self._reader.chunk_rows)
+        room = self._decoded.get()
+        try:
+            self._reader.scatter_into(chunk, self._places[rows], self._parts, room)
+        finally:
+            self._decoded.put(room)
 
-    def gather(self, start: int, stop: int, out: Sequence[np.ndarray]) -> None:
-        # numpy, because torch's index_select wakes OpenMP threads, which take the cores from the decoding threads
+    def landed(self) -> None:
+        pass
+
+    def copy(self, start: int, stop: int, out: Sequence[np.ndarray]) -> None:
+        # numpy, because torch's copies wake OpenMP threads, which take the cores from the decoding threads
         for part, rows in zip(self._parts, out, strict=True):
-            np.take(part, self._served[start:stop], axis=0, out=rows, mode="clip")  # "raise" copies `out` first
+            np.copyto(rows, part[start:stop])
 
     def vacate(self) -> None:
         pass
@@ -144,7 +162,7 @@ class DeviceRoom(Room):
             self._staged.put(_Staged(reader))
 
     def group(self) -> DeviceGroup:
-        parts = self._empty(self._group_chunks * self._reader.chunk_rows)
+        parts = self._empty(self._group_chunks * self._reader.chunk_rows + 1)  # the last is never served
         return DeviceGroup(self._reader, parts, self._staged, self._copies)
 
     def lend(self, n_rows: int) -> tuple[Tensor, ...]:
@@ -171,48 +189,57 @@ class _Staged:
 
 
 class DeviceGroup(Group):
-    """A group on a CUDA device; put, landed and gather are ordered by events, and only a full staging queue waits."""
+    """A group on a CUDA device; put, landed and copy are ordered by events, and only a full staging queue waits."""
 
     def __init__(
         self, reader: HookReader, parts: Sequence[Tensor], staged: SimpleQueue[_Staged], copies: torch.cuda.Stream
     ):
         self._reader, self._parts, self._staged, self._copies = reader, parts, staged, copies
-        self._gathered: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-        self._served = torch.empty(0, dtype=torch.int64)
+        self._copied: dict[torch.cuda.Stream, torch.cuda.Event] = {}
+        self._places = torch.empty(0, dtype=torch.int64)
         self._arrived = torch.cuda.Event()
         copies.wait_stream(torch.cuda.current_stream(copies.device))  # whoever had this memory before is done with it
         for part in parts:
             part.record_stream(copies)
 
-    def put(self, place: int, chunk: int) -> None:
-        rows = slice(place * self._reader.chunk_rows, (place + 1) * self._reader.chunk_rows)
+    def expect(self, served: Int64[np.ndarray, " served"]) -> None:
+        places = torch.from_numpy(_places(served, len(self._parts[0]) - 1))
+        with torch.cuda.stream(self._copies):
+            self._places = places.to(self._copies.device)
+
+    def put(self, number: int, chunk: int) -> None:
+        rows = slice(number * self._reader.chunk_rows, (number + 1) * self._reader.chunk_rows)
         staged = self._staged.get()
         try:
             staged.copied.synchronize()
             self._reader.decode_into(chunk, staged.stored)
             with torch.cuda.stream(self._copies):
                 for part, tensor in zip(self._parts, staged.tensors, strict=True):
-                    part[rows].copy_(tensor, non_blocking=True)
+                    part.index_copy_(0, self._places[rows], tensor.to(self._copies.device, non_blocking=True))
                 staged.copied.record(self._copies)
         finally:
             self._staged.put(staged)
 
-    def landed(self, served: Int64[np.ndarray, " served"]) -> None:
-        with torch.cuda.stream(self._copies):
-            self._served = torch.from_numpy(served).to(self._copies.device)
+    def landed(self) -> None:
         self._arrived.record(self._copies)
 
-    def gather(self, start: int, stop: int, out: Sequence[Tensor]) -> None:
+    def copy(self, start: int, stop: int, out: Sequence[Tensor]) -> None:
         stream = torch.cuda.current_stream(self._copies.device)
         stream.wait_event(self._arrived)
-        self._served.record_stream(stream)
         for part, rows in zip(self._parts, out, strict=True):
-            torch.index_select(part, 0, self._served[start:stop], out=rows)
-        gathered = torch.cuda.Event()
-        gathered.record(stream)
-        self._gathered[stream] = gathered
+            rows.copy_(part[start:stop])
+        copied = torch.cuda.Event()
+        copied.record(stream)
+        self._copied[stream] = copied
 
     def vacate(self) -> None:
-        for event in self._gathered.values():
+        for event in self._copied.values():
             self._copies.wait_event(event)
-        self._gathered.clear()
+        self._copied.clear()
+
+
+def _places(served: Int64[np.ndarray, " served"], n_joined: int) -> Int64[np.ndarray, " joined"]:
+    """As which row each joined row is served; those that are not have the number behind the last."""
+    places = np.full(n_joined, len(served))
+    places[served] = np.arange(len(served))
+    return places

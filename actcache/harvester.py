@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -472,11 +473,15 @@ class _Harvester:
         hook_names = [hook.hook_name for hook in shard.hooks]
         started = time.perf_counter()
         for tokens in shard.token_batches(self._batch_size):
-            x = self._model.activations(torch.from_numpy(tokens.token_ids), hook_names)
-            batch = ActivationBatch(x=x, first_token=tokens.first_sequence * self._context_size)
-            window.add(batch, shard.first_token, permutation)
+            first_token = tokens.first_sequence * self._context_size
+            made = partial(ActivationBatch, first_token=first_token)
+            self._model.show(
+                torch.from_numpy(tokens.token_ids),
+                hook_names,
+                lambda name, x, made=made: window.add(made(hook_name=name, x=x), shard.first_token, permutation),
+            )
             if self._progress:
-                last_token = batch.first_token + tokens.token_ids.size - shard.first_token
+                last_token = first_token + tokens.token_ids.size - shard.first_token
                 self._progress(self._rows_done + min(last_token, shard.n_rows), self._n_rows)
         self._rows_done += shard.n_rows
         self._times.n_tokens += shard.n_rows

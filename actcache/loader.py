@@ -22,9 +22,9 @@ class Loader(Iterator[Batch]):
     on every machine, and `start_step` begins there without reading what came before.
 
     Memory, for each hook: two groups of `group_chunks` chunks, 2 * group_chunks * chunk_rows * row_bytes (at most
-    288 MiB unless `group_chunks` is raised), however large the cache is; plus the batches that the caller holds and
-    two more. For each row of the two groups, 16 bytes and 4 for each token field, and at most 64 bytes more while
-    a group's order is made. With `max_norm_ratio`, one bit for every row of the split.
+    288 MiB unless `group_chunks` is raised), however large the cache is; a chunk for each thread that decodes; plus the
+    batches that the caller holds and two more. For each row of the two groups, 16 bytes and 4 for each token field, and
+    at most 64 bytes more while a group's order is made. With `max_norm_ratio`, one bit for every row of the split.
 
     Args:
         batch_tokens: rows of a batch over all ranks; only the very last batch may be shorter.

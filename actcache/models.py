@@ -48,8 +48,8 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # what accel
 SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 
 
-class _AllCaptured(Exception):
-    """Raised inside the forward pass when the last asked activation is there; never leaves this module."""
+class _AllShown(Exception):
+    """Raised inside the forward pass when the last asked activation was shown; never leaves this module."""
 
 
 class LanguageModel(ABC):
@@ -96,8 +96,38 @@ class LanguageModel(ABC):
         Raises:
             ModelError: a hook does not exist, is never reached, or has no vector for each token.
         """
-        captured = self._captured(token_ids, dict.fromkeys(hook_names))
+        captured: dict[str, Tensor] = {}
+        self.show(token_ids, hook_names, captured.__setitem__)
         return {hook_name: captured[hook_name] for hook_name in hook_names}
+
+    def show(
+        self,
+        token_ids: Int[Tensor, "sequence position"],
+        hook_names: Sequence[str],
+        see: Callable[[str, Float[Tensor, "sequence position d_in"]], object],
+    ) -> None:
+        """Call `see(hook_name, activation)` at each of `hook_names` when it is there, in the order of the model.
+
+        What `see` does not keep is freed as in any forward pass; nothing after the last hook is run. Raises as
+        `activations`, and what `see` raises.
+        """
+        if not hook_names:
+            raise ValueError("activations: hook_names must name at least one hook, got none")
+        left = set(hook_names)
+
+        def visit(hook_name: str, x: Tensor) -> None:
+            see(hook_name, x)
+            left.discard(hook_name)
+            if not left:
+                raise _AllShown
+
+        for hook_name in hook_names:
+            self._check(hook_name)
+        try:
+            self._forward(token_ids, {hook_name: partial(visit, hook_name) for hook_name in dict.fromkeys(hook_names)})
+        except _AllShown:
+            return
+        raise ModelError(f"{self.identity['name']}: the forward pass never reached {sorted(left)}; leave them out")
 
     def logits(self, token_ids: Int[Tensor, "sequence position"]) -> Float[Tensor, "sequence position vocab"]:
         """The output of the whole model. Raises ModelError if the model has no output head."""
@@ -129,26 +159,6 @@ class LanguageModel(ABC):
     @abstractmethod
     def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
         """Run the model without gradients, showing each hook's activation to its visit; returns logits."""
-
-    def _captured(self, token_ids: Tensor, hook_names: dict[str, None]) -> dict[str, Tensor]:
-        if not hook_names:
-            raise ValueError("activations: hook_names must name at least one hook, got none")
-        captured: dict[str, Tensor] = {}
-
-        def keep(hook_name: str, x: Tensor) -> None:
-            captured[hook_name] = x
-            if len(captured) == len(hook_names):
-                raise _AllCaptured
-
-        for hook_name in hook_names:
-            self._check(hook_name)
-        visits: dict[str, Visit] = {hook_name: partial(keep, hook_name) for hook_name in hook_names}
-        try:
-            self._forward(token_ids, visits)
-        except _AllCaptured:
-            return captured
-        missed = sorted(hook_names.keys() - captured.keys())
-        raise ModelError(f"{self.identity['name']}: the forward pass never reached {missed}; leave them out")
 
 
 class HuggingFaceModel(LanguageModel):

@@ -6,11 +6,12 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from actcache.codecs import CHECKSUM_BYTES, Codec, crc32c, tensor_view, values
@@ -108,6 +109,26 @@ class ArrayReader:
 
     def decode_into(self, chunk: int, out: Shaped[np.ndarray, "chunk_rows ..."]) -> None:
         """Decode a chunk into `out`, room for chunk_rows rows. Raises CorruptShard, naming file, chunk and rows."""
+        with self.verified(chunk) as stored:
+            self._codec.decode_into(stored, out)
+
+    def scatter_into(
+        self,
+        chunk: int,
+        places: Int64[np.ndarray, " chunk_rows"],
+        out: Shaped[np.ndarray, "row ..."],
+        room: Shaped[np.ndarray, "chunk_rows ..."],
+    ) -> None:
+        """Decode a chunk and write its row j to out[places[j]]; plain bytes go there straight from the file.
+
+        room: where other bytes are decoded. Raises CorruptShard, naming file, chunk and rows.
+        """
+        with self.verified(chunk) as stored:
+            scatter(self._codec.decoded(stored, room), places, out)
+
+    @contextmanager
+    def verified(self, chunk: int) -> Iterator[memoryview]:
+        """The stored bytes of a chunk, whose checksum was found to match, for as long as they are decoded."""
         shard, number = divmod(chunk, self._chunks_per_shard)
         file = self._shard(shard)
         stored = file.chunk(number)
@@ -118,7 +139,7 @@ class ArrayReader:
                 "its checksum in the manifest; run `actcache verify` to see what else is damaged"
             )
         try:
-            self._codec.decode_into(stored, out)
+            yield stored
         except CorruptShard as error:
             raise CorruptShard(f"{file.path}: chunk {number}: {error}") from error
         del stored  # the view would keep the map from being closed
@@ -175,6 +196,17 @@ class HookReader:
         for array, part in zip(self.arrays, parts, strict=True):
             array.decode_into(chunk, part)
 
+    def scatter_into(
+        self,
+        chunk: int,
+        places: Int64[np.ndarray, " chunk_rows"],
+        parts: Sequence[Shaped[np.ndarray, "row _"]],
+        room: Sequence[Shaped[np.ndarray, "chunk_rows _"]],
+    ) -> None:
+        """Decode a chunk and write its row j to row places[j] of the parts, by way of `room`. Raises CorruptShard."""
+        for array, part, space in zip(self.arrays, parts, room, strict=True):
+            array.scatter_into(chunk, places, part, space)
+
     def tensors(self, parts: Sequence[Shaped[np.ndarray, "row _"]]) -> tuple[Tensor, ...]:
         """The parts as torch tensors that share their memory."""
         return tuple(tensor_view(part, array.array.dtype) for array, part in zip(self.arrays, parts, strict=True))
@@ -190,3 +222,11 @@ class HookReader:
     def read_stored(self, start: int, stop: int) -> tuple[Shaped[np.ndarray, "row _"], ...]:
         """Rows [start, stop) as stored elements, a part for each array."""
         return tuple(array.read(start, stop) for array in self.arrays)
+
+
+def scatter(
+    rows: Shaped[np.ndarray, "n ..."], places: Int64[np.ndarray, " n"], out: Shaped[np.ndarray, "m ..."]
+) -> None:
+    """out[places] = rows, for C-contiguous arrays; np.put of whole rows takes a third less time, and no lock."""
+    row = np.dtype((np.void, rows.nbytes // len(rows)))
+    np.put(out.reshape(len(out), -1).view(row), places, rows.reshape(len(rows), -1).view(row), mode="clip")

@@ -105,7 +105,7 @@ class RowStream:
             served = self._group((part.epoch, part.group))
             here, there = slice(offset, offset + part.stop - part.start), slice(part.start, part.stop)
             for name, group in served.groups.items():
-                group.gather(part.start, part.stop, [rows[here] for rows in lent[name]])
+                group.copy(part.start, part.stop, [rows[here] for rows in lent[name]])
             row[here] = served.row[there]
             for name, values in fields.items():
                 values[here] = served.fields[name][there]
@@ -166,38 +166,37 @@ class RowStream:
             return
         groups = self._vacant.pop() if self._vacant else {name: room.group() for name, room in self._rooms.items()}
         chunks = self.order.chunks(*key).tolist()
-        self._loading[key] = _Loading(
-            groups,
-            self._threads.submit(self._positions, key, chunks),
-            [
-                self._threads.submit(_put, group, self._readers[name], chunks, place)
-                for place in range(len(chunks))
-                for name, group in groups.items()
-            ],
-        )
+        expected = self._threads.submit(self._expected, key, chunks, groups)
+        puts = [
+            self._threads.submit(_put, group, self._readers[name], chunks, number, expected)
+            for number in range(len(chunks))
+            for name, group in groups.items()
+        ]
+        self._loading[key] = _Loading(groups, expected, puts)
 
-    def _positions(self, key: tuple[int, int], chunks: Sequence[int]) -> _Positions:
-        """What is known of a group's rows beside their activations."""
-        firsts = range(0, len(chunks) * self._chunk_rows, self._chunk_rows)
-        kept = [first + np.flatnonzero(self._filter.rows(c)) for first, c in zip(firsts, chunks, strict=True)]
-        place = np.concatenate(kept)[self.order.rows(*key)]
-        shift = np.array(chunks) * self._chunk_rows - np.array(firsts)
-        return _Positions(place, place + shift[place // self._chunk_rows], self._token_fields(chunks, place))
+    def _expected(self, key: tuple[int, int], chunks: Sequence[int], groups: dict[str, Group]) -> _Expected:
+        """What is known of a group's rows beside their activations; tells the groups which they are."""
+        firsts = np.arange(len(chunks)) * self._chunk_rows
+        kept = [first + np.flatnonzero(self._filter.rows(c)) for first, c in zip(firsts.tolist(), chunks, strict=True)]
+        served = np.concatenate(kept)[self.order.rows(*key)]
+        for group in groups.values():
+            group.expect(served)
+        shift = np.array(chunks) * self._chunk_rows - firsts
+        return _Expected(served + shift[served // self._chunk_rows], self._token_fields(chunks, served))
 
-    def _token_fields(self, chunks: Sequence[int], place: Int64[np.ndarray, " served"]) -> dict[str, np.ndarray]:
+    def _token_fields(self, chunks: Sequence[int], served: Int64[np.ndarray, " served"]) -> dict[str, np.ndarray]:
         joined = {name: np.empty(len(chunks) * self._chunk_rows, dtype=np.int32) for name in self._fields.names}
         for number, chunk in enumerate(chunks if joined else ()):
             start, stop = chunk * self._chunk_rows, min((chunk + 1) * self._chunk_rows, self._n_stored_rows)
             for name, values in self._fields.read(start, stop).items():
                 joined[name][number * self._chunk_rows :][: stop - start] = values
-        return {name: values[place] for name, values in joined.items()}
+        return {name: values[served] for name, values in joined.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class _Positions:
-    """Of the rows of a group, in the order in which they are served: place within the group, row, token fields."""
+class _Expected:
+    """Of the rows of a group, in the order in which they are served: row number and token fields."""
 
-    place: Int64[np.ndarray, " served"]
     row: Int64[np.ndarray, " served"]
     fields: dict[str, Int32[np.ndarray, " served"]]
 
@@ -217,21 +216,21 @@ class _Loading:
     """A group on its way: its room by hook, and what the threads do for it."""
 
     groups: dict[str, Group]
-    positions: Future[_Positions]
-    chunks: list[Future[None]]
+    expected: Future[_Expected]
+    puts: list[Future[None]]
 
     def result(self, key: tuple[int, int]) -> _Served:
         """Wait for it."""
-        for chunk in self.chunks:
-            chunk.result()
-        positions = self.positions.result()
+        expected = self.expected.result()
+        for put in self.puts:
+            put.result()
         for group in self.groups.values():
-            group.landed(positions.place)
-        return _Served(key, self.groups, positions.row, positions.fields)
+            group.landed()
+        return _Served(key, self.groups, expected.row, expected.fields)
 
     def stopped(self) -> dict[str, Group]:
         """Its room, in which nothing is written any more."""
-        futures: list[Future[Any]] = [self.positions, *self.chunks]
+        futures: list[Future[Any]] = [self.expected, *self.puts]
         wait([future for future in futures if not future.cancel()])
         for group in self.groups.values():
             group.vacate()
@@ -264,6 +263,7 @@ def _room(reader: HookReader, device: torch.device, *, group_chunks: int, batch_
     return HostRoom(reader, device, group_chunks=group_chunks, batch_rows=batch_rows)
 
 
-def _put(group: Group, reader: HookReader, chunks: Sequence[int], place: int) -> None:
-    will_need(reader, chunks, place)
-    group.put(place, chunks[place])
+def _put(group: Group, reader: HookReader, chunks: Sequence[int], number: int, expected: Future[_Expected]) -> None:
+    will_need(reader, chunks, number)
+    expected.result()
+    group.put(number, chunks[number])

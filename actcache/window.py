@@ -95,12 +95,11 @@ class Window:
 
     def add(self, batch: ActivationBatch, first_token: int, permutation: Int64[Tensor, " row"]) -> None:
         """Scatter the part of a batch that belongs to the shard starting at `first_token`."""
-        for hook_name, x in batch.x.items():
-            rows = x.flatten(0, 1)  # (sequence * position, d_in)
-            skip = max(first_token - batch.first_token, 0)
-            start = max(batch.first_token - first_token, 0)
-            n_rows = min(len(rows) - skip, len(permutation) - start)
-            places = permutation[start : start + n_rows]
-            stored = stored_tensors(rows[skip : skip + n_rows], self._hooks[hook_name].dtype, self._codec)
-            for window, part in zip(self.stored[hook_name], stored, strict=True):
-                window.index_copy_(0, places, part.to(window.device, non_blocking=True))
+        rows = batch.x.flatten(0, 1)  # (sequence * position, d_in)
+        skip = max(first_token - batch.first_token, 0)
+        start = max(batch.first_token - first_token, 0)
+        n_rows = min(len(rows) - skip, len(permutation) - start)
+        places = permutation[start : start + n_rows]
+        stored = stored_tensors(rows[skip : skip + n_rows], self._hooks[batch.hook_name].dtype, self._codec)
+        for window, part in zip(self.stored[batch.hook_name], stored, strict=True):
+            window.index_copy_(0, places, part.to(window.device, non_blocking=True))

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from actcache import Loader, open_cache
+from actcache.groups import DECODE_THREADS
 
 GROUP_CHUNKS, BATCH = 2, 1024
 
@@ -39,7 +40,8 @@ def main(folder: str, max_norm_ratio: float) -> None:
     done.set()
     watcher.join()
     group_rows, row_bytes = 2 * GROUP_CHUNKS * cache.manifest.chunk_rows, hook.d_in * 2
-    print(peak, group_rows * (row_bytes + 16 + 64) + 3 * BATCH * row_bytes + loader.n_stored_rows // 8)
+    loose_rows = DECODE_THREADS * cache.manifest.chunk_rows + 3 * BATCH
+    print(peak, group_rows * (row_bytes + 16 + 64) + loose_rows * row_bytes + loader.n_stored_rows // 8)
 
 
 main(sys.argv[1], float(sys.argv[2]))

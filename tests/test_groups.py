@@ -63,19 +63,22 @@ def fake_cuda(monkeypatch):
     return log, current
 
 
-def test_rows_come_back_from_device_groups_in_the_order_asked(cache, fake_cuda):
+@pytest.mark.parametrize("kept", [1, 0.7])
+def test_rows_come_back_from_device_groups_in_the_order_asked(cache, fake_cuda, kept):
     reader = cache.hook_reader("train", HOOKS[0])
     n_chunks = STAGED_CHUNKS + 3  # every staging buffer serves, some twice
+    n_served = int(kept * n_chunks * reader.chunk_rows)
     room = DeviceRoom(reader, torch.device("cpu"), group_chunks=n_chunks)
     group = room.group()
     chunks = np.random.default_rng(0).permutation(reader.n_chunks)[:n_chunks].tolist()
-    for place in reversed(range(n_chunks)):
-        group.put(place, chunks[place])
-    served = np.random.default_rng(1).permutation(n_chunks * reader.chunk_rows)
-    group.landed(served)
+    served = np.random.default_rng(1).permutation(n_chunks * reader.chunk_rows)[:n_served]
+    group.expect(served)
+    for number in reversed(range(n_chunks)):
+        group.put(number, chunks[number])
+    group.landed()
     out = room.lend(50)
-    group.gather(10, 40, [part[:30] for part in out])
-    group.gather(60, 80, [part[30:] for part in out])
+    group.copy(10, 40, [part[:30] for part in out])
+    group.copy(60, 80, [part[30:] for part in out])
     whole = reader.read(0, reader.n_rows)
     rows = [chunks[s // reader.chunk_rows] * reader.chunk_rows + s % reader.chunk_rows for s in served.tolist()]
     assert torch.equal(room.values(out), whole[rows[10:40] + rows[60:80]])
@@ -89,21 +92,22 @@ def test_device_groups_wait_for_each_other_and_for_nothing_else(tiny_cache, fake
     copies = room._copies
     assert (copies, "waits for", current) in log, "the memory may still be in use by whoever had it"
     log.clear()
+    group.expect(np.arange(2 * reader.chunk_rows))
     group.put(0, 0)
     ((host, _, reused), (recorded_on, _, copied)) = log
     assert (host, recorded_on, reused) == ("host", copies, copied), "staging is written after its last copy"
     log.clear()
-    group.landed(np.arange(10))
+    group.landed()
     assert [entry[:2] for entry in log] == [(copies, "records")]
     arrived = log[0][2]
     log.clear()
-    group.gather(0, 5, [part[:5] for part in room.lend(5)])
+    group.copy(0, 5, [part[:5] for part in room.lend(5)])
     assert log[0] == (current, "waits for", arrived)
-    gathered = log[-1][2]
+    copied = log[-1][2]
     assert log[-1][:2] == (current, "records")
     log.clear()
     group.vacate()
-    assert log == [(copies, "waits for", gathered)]
+    assert log == [(copies, "waits for", copied)]
 
 
 def test_will_need_asks_for_every_chunk_once_a_bounded_distance_ahead(tiny_cache, monkeypatch):

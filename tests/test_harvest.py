@@ -272,12 +272,12 @@ def test_empty_text_is_refused(tiny_model, tmp_path):
 
 
 def test_overflow_of_the_stored_dtype_stops_with_the_token_range(tiny_model, tiny_texts, tmp_path, monkeypatch):
-    real = HuggingFaceModel.activations
+    real = HuggingFaceModel.show
 
-    def loud(self, token_ids, hook_names):
-        return {name: x * 1e6 for name, x in real(self, token_ids, hook_names).items()}
+    def loud(self, token_ids, hook_names, see):
+        real(self, token_ids, hook_names, lambda name, x: see(name, x * 1e6))
 
-    monkeypatch.setattr(HuggingFaceModel, "activations", loud)
+    monkeypatch.setattr(HuggingFaceModel, "show", loud)
     with pytest.raises(NonFiniteActivations, match=r"as float16 for \d+ tokens between \d+ and \d+ of train"):
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", dtype="float16")
 

@@ -157,13 +157,13 @@ def test_token_fields_are_those_of_the_rows(tiny_cache, asked):
 def chunk_reads(monkeypatch) -> list[tuple[str, int]]:
     """A list that grows by (array, chunk) for every chunk that is decoded."""
     seen: list[tuple[str, int]] = []
-    decode_into = ArrayReader.decode_into
+    verified = ArrayReader.verified
 
-    def noted(self, chunk, out):
+    def noted(self, chunk):
         seen.append((self.array.path, chunk))
-        decode_into(self, chunk, out)
+        return verified(self, chunk)
 
-    monkeypatch.setattr(ArrayReader, "decode_into", noted)
+    monkeypatch.setattr(ArrayReader, "verified", noted)
     return seen
 
 

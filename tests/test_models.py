@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -152,6 +153,20 @@ def test_gpt2_equals_the_bridge_in_float64_within_its_rounding():
     roundings = N_LAYERS * (5 * D_MODEL + D_MODEL // 4 + 2 * TOKENS.shape[1] + 4 * D_MODEL)
     bound = roundings * torch.finfo(torch.float64).eps * max(value.abs().max().item() for value in x.values())
     assert max((x[name] - y[name]).abs().max().item() for name in x) <= bound < 1e-10
+
+
+@pytest.mark.parametrize("make", ["ours", "bridge"])
+def test_hooks_are_shown_in_the_order_of_the_model_and_not_kept(make, request):
+    model = request.getfixturevalue(make)("gpt2")
+    names = [f"blocks.{layer}.hook_resid_post" for layer in (1, 0)]
+    expected, seen = model.activations(TOKENS, names), {}
+    model.show(TOKENS, names, lambda name, x: seen.update({name: (weakref.ref(x), torch.equal(x, expected[name]))}))
+    assert list(seen) == names[::-1]
+    assert all(equal for _, equal in seen.values())
+    assert not any(shown() is not None for shown, _ in seen.values())
+    with pytest.raises(ZeroDivisionError):
+        model.show(TOKENS, names, lambda name, x: 1 / 0)
+    assert torch.equal(model.activations(TOKENS, names)[names[0]], expected[names[0]]), "the hooks were removed"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
