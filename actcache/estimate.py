@@ -80,14 +80,15 @@ def favoured_codec(
 ) -> tuple[str, str]:
     """(profile, why): of those without error the one with the smallest files that is within 5 % of the fastest.
 
-    A harvest is as fast as the slowest of model, encoder threads and disk; on a CPU model and encoders share the cores.
+    A harvest is as fast as the slowest of model, encoder threads and disk; where the model leaves no core, it and the
+    encoder threads take turns.
     """
     rate = tokens_per_second(model, hook_names, context_size, batch_size)
     x = model.activations(_some_tokens(model, PROBE_TOKENS // context_size or 1, context_size), hook_names)
     sample = torch.cat([rows.flatten(0, 1) for rows in x.values()], dim=1).to("cpu", TORCH_DTYPE[dtype])
     disk = _disk_bytes_per_second(root)
     seconds = {
-        name: _seconds_per_token(sample, name, 1 / rate, disk, model.device.type == "cpu")
+        name: _seconds_per_token(sample, name, 1 / rate, disk, model.device)
         for name in CODECS
         if not codec(name).quantised
     }
@@ -97,19 +98,22 @@ def favoured_codec(
     return chosen, f"model {rate:,.0f} tokens/s, disk {disk / 1e9:.2g} GB/s; with encoding and writing: {rates}"
 
 
-def _seconds_per_token(sample: Tensor, name: str, model: float, disk: float, shares_cores: bool) -> float:
+def _seconds_per_token(sample: Tensor, name: str, model: float, disk: float, device: torch.device) -> float:
     rows = storage_view(sample.contiguous())
-    encode = _seconds(lambda: codec(name).encode(rows)) / len(rows) / encoder_threads()
+    encode = _seconds(lambda: codec(name).encode(rows)) / len(rows) / encoder_threads(device)
     write = len(codec(name).encode(rows)[0]) / len(rows) / disk
-    return max(model + encode / 2 if shares_cores else max(model, encode), write)
+    return max(model, encode, write) if spare_cores(device) else max(model + encode, write)
 
 
-def encoder_threads() -> int:
-    """As many as cores, at most eight: one of them encodes about 0.7 GB/s of rows.
+def spare_cores(device: torch.device) -> int:
+    """How many cores a model on `device` leaves free: on a GPU all, on a CPU those beyond torch's threads."""
+    cores = os.cpu_count() or 1
+    return max(0, cores - torch.get_num_threads()) if device.type == "cpu" else cores
 
-    Fewer would hold up a model that runs on the CPU for longer: its threads wait for the one that has lost its core.
-    """
-    return min(8, os.cpu_count() or 1)
+
+def encoder_threads(device: torch.device) -> int:
+    """One for each spare core, or for every core where none is spare; at most eight. Each encodes about 0.7 GB/s."""
+    return min(8, spare_cores(device) or os.cpu_count() or 1)
 
 
 def _disk_bytes_per_second(root: Path) -> float:

@@ -1,7 +1,9 @@
 """The one loop that runs a language model: packed sequences -> activations of every asked hook -> shards.
 
 While the model runs shard i, other threads encode and write shard i - 1 from the other of two windows; a window that is
-not free yet blocks the loop, so nothing is dropped and memory is bounded by two windows.
+not free yet blocks the loop, so nothing is dropped and memory is bounded by two windows. A model whose threads take
+every core has one window, and takes turns with the encoder threads: beside it, each of its threads would wait at every
+operation for the one that has lost its core.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from actcache.estimate import (
     favoured_codec,
     free_bytes,
     refuse_small_disk,
+    spare_cores,
     tokens_per_second,
 )
 from actcache.finalise import finalise
@@ -411,7 +414,7 @@ class _Harvester:
             return
         self._announce()
         started = time.perf_counter()
-        n_threads = encoder_threads()
+        n_threads = encoder_threads(self._model.device)
         encoder = ShardEncoder(self._root, self._plan, self._model.device, self._compute, n_threads)
         with closing(encoder), ThreadPoolExecutor(1, "actcache-write") as writer:
             pending: list[Future[None]] = []
@@ -464,7 +467,8 @@ class _Harvester:
         windows: queue.Queue[Window] = queue.Queue()
         rows = max((self._plan.rows_of(split, index) for split, index, _, _ in self._todo), default=0)
         hooks = list(dict.fromkeys(hook for _, _, hooks, _ in self._todo for hook in hooks))
-        for _ in range(min(2, len(self._todo))):
+        n_windows = 2 if spare_cores(self._model.device) else 1
+        for _ in range(min(n_windows, len(self._todo))):
             windows.put(Window(hooks, codec(self._plan.identity["codec"]), rows, self._model.device))
         return windows
 

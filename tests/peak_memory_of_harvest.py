@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from actcache.bundled import bundled_model_path
-from actcache.estimate import encoder_threads
+from actcache.estimate import encoder_threads, spare_cores
 from actcache.harvester import harvest
 from actcache.models import wrap_model
 from actcache.plan import HarvestConfig
@@ -64,8 +64,8 @@ def main(out: str, n_tokens: int, codec: str) -> None:
     with peak_of(peaks):
         manifest = harvest(model, documents, asked, out).manifest
     row_bytes = len(HOOKS) * (D_MODEL + 2 * D_MODEL // 32 if codec == "int8" else 2 * D_MODEL)
-    windows = 2 * manifest.shard_rows * row_bytes
-    encoding = encoder_threads() * 24 * manifest.chunk_rows * D_MODEL
+    windows = (2 if spare_cores(model.device) else 1) * manifest.shard_rows * row_bytes
+    encoding = encoder_threads(model.device) * 24 * manifest.chunk_rows * D_MODEL
     promised = windows + encoding + 128 * manifest.shard_rows + 16 * 8192 * D_MODEL + (64 << 20)
     print(peaks[1] - peaks[0], promised, peaks[0] - loaded)
 
