@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_args
 
 import torch
 import typer
@@ -25,7 +25,7 @@ from actcache.errors import ActcacheError, ConfigError, ManifestError
 from actcache.flow import SPLITS
 from actcache.relabel import relabel as run_relabel
 from actcache.verify import verify as audit
-from trainer.config import SweepConfig
+from trainer.config import Architecture, SweepConfig
 from trainer.evaluate import evaluate_runs
 from trainer.report import write_report
 from trainer.saelens import export_sae
@@ -256,10 +256,12 @@ def train(
     sweep: Annotated[Path | None, typer.Argument(metavar="[SWEEP.yaml]", help="Sweep file.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="Sweep file, another way to name it.")] = None,
     hook: Annotated[str | None, typer.Option(help="One SAE without a sweep file: the hook it reads.")] = None,
-    architecture: Annotated[str, typer.Option(help="standard, topk, batchtopk or jumprelu.")] = "topk",
+    architecture: Annotated[str, typer.Option(help="One of " + ", ".join(get_args(Architecture)) + ".")] = "topk",
     d_sae: Annotated[int | None, typer.Option(help="Latents.")] = None,
-    k: Annotated[int | None, typer.Option(help="Active latents per token (topk, batchtopk).")] = None,
-    sparsity_coefficient: Annotated[float | None, typer.Option(help="Of the penalty (standard, jumprelu).")] = None,
+    k: Annotated[int | None, typer.Option(help="Active latents per token (TopK family).")] = None,
+    sparsity_coefficient: Annotated[
+        float | None, typer.Option(help="Of the penalty (standard, jumprelu, gated).")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; the architecture's default if left out.")] = None,
     sae_seed: Annotated[int | None, typer.Option(help="Of the initial weights.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Rows to train on; every row of every epoch if left out.")] = None,

@@ -21,6 +21,15 @@ def topk_reference(pre_acts: Tensor, k: int) -> Tensor:
     return out
 
 
+def abs_topk_reference(pre_acts: Tensor, k: int) -> Tensor:
+    """Row by row: the k of largest magnitude, with their sign (arXiv:2510.00404)."""
+    out = torch.zeros_like(pre_acts, dtype=torch.float64)
+    for b, row in enumerate(pre_acts.double().tolist()):
+        for i in sorted(range(len(row)), key=lambda i: -abs(row[i]))[:k]:
+            out[b, i] = row[i]
+    return out
+
+
 def batch_topk_reference(pre_acts: Tensor, k: int) -> Tensor:
     """The k * batch largest of all, where positive; of equal ones the first (Bussmann et al. 2024)."""
     flat = [max(value, 0.0) for value in pre_acts.double().flatten().tolist()]
@@ -57,6 +66,8 @@ def loss_and_gradients_reference(
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
     if config.architecture == "standard":
         loss = _standard_loss(leaves, x, sparsity_coefficient)
+    elif config.architecture == "gated":
+        loss = _gated_loss(leaves, x, sparsity_coefficient)
     else:
         loss = _topk_family_loss(config, leaves, x, dead)
     loss.backward()
@@ -70,18 +81,40 @@ def _standard_loss(weights: dict[str, Tensor], x: Tensor, sparsity_coefficient: 
     return ((x - x_hat) ** 2).sum() / len(x) + sparsity_coefficient * penalty / len(x)
 
 
+def _gated_loss(weights: dict[str, Tensor], x: Tensor, sparsity_coefficient: float) -> Tensor:
+    """Rajamanoharan et al. 2024 (arXiv:2404.16014), equations 4 to 8, for a decoder of unit norm."""
+    u = (x - weights["b_dec"]) @ weights["W_enc"].T
+    pi = u + weights["b_gate"]
+    f = (pi > 0).double() * (weights["r_mag"].exp() * u + weights["b_mag"]).relu()
+    x_hat = f @ weights["W_dec"] + weights["b_dec"]
+    by_gate = pi.relu() @ weights["W_dec"].detach() + weights["b_dec"].detach()
+    squares = ((x - x_hat) ** 2).sum() + ((x - by_gate) ** 2).sum()
+    return (squares + sparsity_coefficient * pi.relu().sum()) / len(x)
+
+
+CHOICES = {
+    "topk": topk_reference,
+    "abstopk": abs_topk_reference,
+    "batchtopk": batch_topk_reference,
+    "matryoshka_batchtopk": batch_topk_reference,
+}
+
+
 def _topk_family_loss(config, weights: dict[str, Tensor], x: Tensor, dead: Tensor | None) -> Tensor:
     h = (x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"]
-    choose = topk_reference if config.architecture == "topk" else batch_topk_reference
-    f = h * (choose(h.detach(), config.k) > 0)
+    f = h * (CHOICES[config.architecture](h.detach(), config.k) != 0)
     x_hat = f @ weights["W_dec"] + weights["b_dec"]
-    loss = ((x - x_hat) ** 2).sum() / len(x) / config.total_variance
+    widths = config.matryoshka_widths or (config.d_sae,)
+    prefixes = [f[:, :width] @ weights["W_dec"][:width] + weights["b_dec"] for width in widths]
+    loss = sum(((x - prefix) ** 2).sum() for prefix in prefixes) / len(widths) / len(x) / config.total_variance
     n_dead = 0 if dead is None else int(dead.sum())
     if n_dead == 0 or config.k_aux == 0:
         return loss
     e = (x - x_hat).detach()
-    h_dead = torch.where(dead, h.detach(), -torch.inf)
-    f_dead = h * (topk_reference(h_dead, min(config.k_aux, n_dead)) > 0)
+    signed = config.architecture == "abstopk"
+    h_dead = torch.where(dead, h.detach(), 0.0 if signed else -torch.inf)
+    choose = abs_topk_reference if signed else topk_reference
+    f_dead = h * (choose(h_dead, min(config.k_aux, n_dead)) != 0)
     aux = ((e - f_dead @ weights["W_dec"]) ** 2).sum() / (e**2).sum()
     return loss + config.aux_coefficient * min(1.0, n_dead / config.k_aux) * aux
 
@@ -95,16 +128,31 @@ def _jumprelu(
     fires = (h > theta).double()
     f = h * fires
     e = f @ weights["W_dec"] + weights["b_dec"] - x
-    loss = ((e**2).sum() + sparsity_coefficient * fires.sum()) / len(x)
-    to_x_hat = 2 * e / len(x)
-    to_fires = torch.full_like(h, sparsity_coefficient / len(x))
-    to_h, to_theta = jumprelu_gradients_reference(
-        h, theta, config.jumprelu_bandwidth, to_x_hat @ weights["W_dec"].T, to_fires
-    )
+    loss, to_x_hat, l0 = (e**2).sum() / len(x), 2 * e / len(x), fires.sum() / len(x)
+    to_f, to_W_dec, to_fires = to_x_hat @ weights["W_dec"].T, f.T @ to_x_hat, torch.zeros_like(h)
+    below, lambda_p = (theta - h).relu(), config.pre_act_loss_coefficient or 0.0
+    norms = weights["W_dec"].norm(dim=1)
+    to_norms = lambda_p * below.sum(0) / len(x)
+    if config.jumprelu_sparsity_loss_mode == "tanh":
+        c = config.jumprelu_tanh_scale
+        squashed = (c * f * norms).tanh()
+        loss = loss + (sparsity_coefficient * squashed.sum() + lambda_p * (below * norms).sum()) / len(x)
+        slope = sparsity_coefficient * c * (1 - squashed**2) / len(x)
+        to_f, to_norms = to_f + slope * norms, to_norms + (slope * f).sum(0)
+    elif config.jumprelu_sparsity_loss_mode == "quadratic":
+        excess = l0 / config.target_l0 - 1
+        loss = loss + sparsity_coefficient * excess**2
+        to_fires += sparsity_coefficient * 2 * excess / config.target_l0 / len(x)
+    else:
+        loss = loss + sparsity_coefficient * l0
+        to_fires += sparsity_coefficient / len(x)
+    to_h, to_theta = jumprelu_gradients_reference(h, theta, config.jumprelu_bandwidth, to_f, to_fires)
+    pulled = lambda_p * (below > 0) * norms / len(x)
+    to_h, to_theta = to_h - pulled, to_theta + pulled.sum(0)
     return loss, {
         "W_enc": to_h.T @ x,
         "b_enc": to_h.sum(0),
-        "W_dec": f.T @ to_x_hat,
+        "W_dec": to_W_dec + (to_norms / norms)[:, None] * weights["W_dec"],
         "b_dec": to_x_hat.sum(0),
         "log_threshold": to_theta * theta,
     }

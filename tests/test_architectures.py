@@ -4,15 +4,13 @@ import math
 
 import pytest
 import torch
-from reference import FLOAT64, batch_topk_reference, topk_reference
-from tiny_saes import make_config
+from reference import CHOICES, FLOAT64
+from tiny_saes import ARCHITECTURES, TOPK_FAMILY, make_config
 from torch import Tensor
 
 from trainer.architectures import DENSEST_SPARSE, SAEOutput, forward, initial_weights
 from trainer.config import SAEConfig
 from trainer.kernels import Workspace
-
-ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 
 
 def double_weights(config: SAEConfig, *, b_enc: float = 0.0, seed: int = 5) -> dict[str, Tensor]:
@@ -30,6 +28,9 @@ def double_weights(config: SAEConfig, *, b_enc: float = 0.0, seed: int = 5) -> d
     }
     if config.architecture == "jumprelu":
         weights["log_threshold"] = draw(config.d_sae) / 10 - 1.0
+    if config.architecture == "gated":
+        weights["b_gate"] = weights.pop("b_enc")
+        weights["b_mag"], weights["r_mag"] = (draw(config.d_sae) / 4 for _ in range(2))
     return {name: weight.requires_grad_() for name, weight in weights.items()}
 
 
@@ -40,14 +41,15 @@ def rows(batch: int, d_in: int, seed: int = 6) -> Tensor:
 def definition(config: SAEConfig, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """feature_acts [batch, d_sae] and x_hat."""
     W = {name: weight.detach() for name, weight in weights.items()}
-    family = config.architecture in ("topk", "batchtopk")
-    h = (x - W["b_dec"] if family else x) @ W["W_enc"].T + W["b_enc"]
-    f = {
-        "standard": lambda: h.relu(),
-        "topk": lambda: topk_reference(h, config.k),
-        "batchtopk": lambda: batch_topk_reference(h, config.k),
-        "jumprelu": lambda: h * (h > W["log_threshold"].exp()),
-    }[config.architecture]()
+    subtracts = config.architecture in (*TOPK_FAMILY, "gated")
+    u = (x - W["b_dec"] if subtracts else x) @ W["W_enc"].T
+    if config.architecture == "gated":
+        f = (u * W["r_mag"].exp() + W["b_mag"]).relu() * (u + W["b_gate"] > 0)
+    elif config.architecture in CHOICES:
+        f = CHOICES[config.architecture](u + W["b_enc"], config.k)
+    else:
+        h = u + W["b_enc"]
+        f = h.relu() if config.architecture == "standard" else h * (h > W["log_threshold"].exp())
     return f, f @ W["W_dec"] + W["b_dec"]
 
 
@@ -72,7 +74,7 @@ def test_forward_equals_the_definition(architecture: str, b_enc: float, batch: i
     assert output.firing_counts().tolist() == (f != 0).sum(0).tolist()
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
 def test_few_active_latents_take_the_sparse_path(architecture: str) -> None:
     config = make_config(architecture)
     many, few = (double_weights(config, b_enc=b_enc) for b_enc in (0.0, -2.0))
@@ -83,7 +85,7 @@ def test_few_active_latents_take_the_sparse_path(architecture: str) -> None:
     assert 0 < len(output.kept.row) <= DENSEST_SPARSE * 37 * config.d_sae
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize("architecture", TOPK_FAMILY)
 @pytest.mark.parametrize("k", [1, 48])
 def test_k_may_be_1_or_d_sae(architecture: str, k: int) -> None:
     config = make_config(architecture, k=k)
@@ -102,7 +104,8 @@ def test_initial_weights(architecture: str) -> None:
     assert torch.equal(weights["W_enc"], weights["W_dec"])
     assert weights["W_enc"].data_ptr() != weights["W_dec"].data_ptr()
     assert torch.equal(weights["b_dec"], b_dec)
-    assert weights["b_enc"].count_nonzero() == 0
+    biases = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
+    assert all(weights[name].count_nonzero() == 0 for name in biases)
     assert all(weight.is_leaf and weight.requires_grad and weight.dtype == torch.float32 for weight in weights.values())
     assert torch.equal(initial_weights(config, b_dec)["W_dec"], weights["W_dec"])
     assert not torch.equal(initial_weights(make_config(architecture, seed=4), b_dec)["W_dec"], weights["W_dec"])

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_architectures import ARCHITECTURES
 from test_train import new_state, rows
+from tiny_saes import ARCHITECTURES
 
 from actcache.errors import CacheMismatch, ManifestError
 from trainer.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+import typing
 from pathlib import Path
 
 import pytest
 
 from actcache.errors import CacheMismatch, ConfigError
 from actcache.manifest import HookSpec
-from trainer.config import SAEConfig, SweepConfig, TrainConfig, subtracts_b_dec
+from trainer.config import Architecture, SAEConfig, SweepConfig, TrainConfig, subtracts_b_dec
 
 HOOK = "blocks.1.hook_resid_post"
 BASE = {"architecture": "topk", "hook_name": HOOK, "d_sae": 1024, "k": 16}
@@ -68,6 +69,43 @@ def test_batchtopk_defaults() -> None:
     config = resolved(architecture="batchtopk")
     assert (config.lr, config.adam_beta1, config.adam_beta2, config.adam_eps) == (3e-4, 0.9, 0.99, 1e-8)
     assert (config.aux_coefficient, config.k_aux) == (1 / 32, 32)
+
+
+def test_matryoshka_widths() -> None:
+    config = resolved(architecture="matryoshka_batchtopk")
+    assert config.matryoshka_widths == (32, 96, 224, 480, 1024)
+    assert config.lr == resolved(architecture="batchtopk").lr
+    assert resolved(architecture="matryoshka_batchtopk", d_sae=16).matryoshka_widths == (1, 3, 7, 16)
+    assert resolved(architecture="matryoshka_batchtopk", matryoshka_widths=[10, 1024]).matryoshka_widths == (10, 1024)
+    assert SAEConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    for widths in ([], [0, 1024], [9, 9, 1024], [1024, 10], [10, 100]):
+        with pytest.raises(ConfigError, match="matryoshka_widths"):
+            resolved(architecture="matryoshka_batchtopk", matryoshka_widths=widths)
+    with pytest.raises(ConfigError, match="must be int, got 'ten'"):
+        resolved(architecture="matryoshka_batchtopk", matryoshka_widths=["ten", 1024])
+
+
+def test_a_jumprelu_penalty_has_its_own_settings() -> None:
+    given = {"sparsity_coefficient": 1.0}
+    assert penalised("jumprelu", **given).jumprelu_sparsity_loss_mode == "step"
+    assert penalised("jumprelu", **given, jumprelu_sparsity_loss_mode="quadratic", target_l0=20).target_l0 == 20.0
+    tanh = {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_tanh_scale": 4.0, "pre_act_loss_coefficient": 3e-6}
+    assert penalised("jumprelu", **given, **tanh).jumprelu_tanh_scale == 4.0
+    for changes, message in (
+        ({"jumprelu_sparsity_loss_mode": "quadratic"}, "mode=quadratic needs target_l0"),
+        ({"target_l0": 20.0}, "mode=step ignores target_l0, got 20.0"),
+        (tanh | {"target_l0": 20.0}, "mode=tanh ignores target_l0"),
+        (tanh | {"jumprelu_tanh_scale": None}, "mode=tanh needs jumprelu_tanh_scale"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            penalised("jumprelu", **given, **changes)
+
+
+def test_gated_needs_its_coefficient() -> None:
+    config = penalised("gated", sparsity_coefficient=0.5)
+    assert (config.adam_beta1, config.has_unit_norm_decoder, config.sparsity_warm_up_steps) == (0.0, True, 50)
+    with pytest.raises(ConfigError, match="gated needs sparsity_coefficient"):
+        penalised("gated")
 
 
 def test_standard_defaults() -> None:
@@ -181,11 +219,14 @@ WRONG_RUNS = [
     ({"k": True}, "k must be int, got True"),
     ({"k": [4]}, "k must be int"),
     ({"k_aux": 2000}, "k_aux must be at most d_sae=1024"),
-    ({"sparsity_coefficient": 1.0}, "sparsity_coefficient is a setting of standard and jumprelu"),
-    ({"architecture": "standard"}, "k is a setting of topk and batchtopk, got k=16 for standard"),
+    ({"sparsity_coefficient": 1.0}, "sparsity_coefficient is a setting of standard, jumprelu, gated"),
+    (
+        {"architecture": "standard"},
+        "k is a setting of topk, abstopk, batchtopk, matryoshka_batchtopk, got k=16 for standard",
+    ),
     ({"architecture": "jumprelu", "k": None}, "jumprelu needs sparsity_coefficient"),
     ({"jumprelu_bandwidth": 0.1}, "jumprelu_bandwidth is a setting of jumprelu"),
-    ({"architecture": "gated"}, "architecture must be one of standard, topk, batchtopk, jumprelu"),
+    ({"architecture": "gates"}, "architecture must be one of standard, topk, abstopk, batchtopk"),
     ({"d_sea": 3}, "unknown setting 'd_sea'; did you mean d_sae"),
     ({"learning_rate": 3}, "unknown setting 'learning_rate'; known: "),
     ({"d_in": 3}, "unknown setting 'd_in'"),
@@ -268,9 +309,4 @@ def test_training_tokens_are_what_the_epochs_serve() -> None:
 
 
 def test_which_architectures_subtract_b_dec() -> None:
-    assert [subtracts_b_dec(name) for name in ("standard", "topk", "batchtopk", "jumprelu")] == [
-        False,
-        True,
-        True,
-        False,
-    ]
+    assert {name for name in typing.get_args(Architecture) if not subtracts_b_dec(name)} == {"standard", "jumprelu"}

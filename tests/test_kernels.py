@@ -56,12 +56,16 @@ def test_a_sparse_autoencoder_has_the_dense_values_and_gradients(name: str, subt
         torch.testing.assert_close(weight.grad, dense[key].grad, msg=lambda text, key=key: f"{key}: {text}", **FLOAT64)
 
 
-def test_dense_pre_acts_have_the_gradients_of_the_product() -> None:
+@pytest.mark.parametrize("subtracts_b_dec", [False, True])
+def test_dense_pre_acts_have_the_gradients_of_the_product(subtracts_b_dec: bool) -> None:
     x, upstream = random(5, 3), random(5, 7, seed=1)
-    W_enc, b_enc = random(7, 3, seed=2).requires_grad_(), random(7, seed=3).requires_grad_()
-    expected = torch.autograd.grad((x @ W_enc.T + b_enc), (W_enc, b_enc), upstream)
-    pre_acts = kernels.encoder_pre_acts(x, W_enc, b_enc, Workspace())
-    got = torch.autograd.grad(kernels.dense_pre_acts(pre_acts, x, W_enc, b_enc), (W_enc, b_enc), upstream)
+    leaves = [random(7, 3, seed=2), random(7, seed=3), *([random(3, seed=4)] if subtracts_b_dec else [])]
+    W_enc, b_enc, *rest = (leaf.requires_grad_() for leaf in leaves)
+    encoder_input = x - rest[0] if rest else x
+    expected = torch.autograd.grad(encoder_input @ W_enc.T + b_enc, leaves, upstream)
+    pre_acts = kernels.encoder_pre_acts(encoder_input, W_enc, b_enc, Workspace())
+    dense = kernels.dense_pre_acts(pre_acts, encoder_input.detach(), W_enc, b_enc, rest[0] if rest else None)
+    got = torch.autograd.grad(dense, leaves, upstream)
     torch.testing.assert_close(got, expected, **FLOAT64)
 
 
@@ -74,6 +78,24 @@ def test_topk_pre_acts_are_those_of_one_dense_topk(batch: int, d_sae: int, k: in
     torch.testing.assert_close(values.sort(dim=1, descending=True).values, pre_acts.topk(k, dim=1).values, **FLOAT64)
     torch.testing.assert_close(values, pre_acts.gather(1, latents), **FLOAT64)
     assert all(len(set(row)) == k for row in latents.tolist())
+
+
+@pytest.mark.parametrize(("d_sae", "k"), [(1, 1), (9, 9), (8, 1), (6, 2)])
+def test_topk_by_magnitude_keeps_the_sign(d_sae: int, k: int) -> None:
+    x, W_enc, b_enc = random(11, 4), random(d_sae, 4, seed=1), random(d_sae, seed=2)
+    values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, k, Workspace(), by_magnitude=True)
+    pre_acts = x @ W_enc.T + b_enc
+    largest = pre_acts.abs().topk(k, dim=1).values
+    torch.testing.assert_close(values.abs().sort(dim=1, descending=True).values, largest, **FLOAT64)
+    torch.testing.assert_close(values, pre_acts.gather(1, latents), **FLOAT64)
+
+
+def test_a_detached_decoder_gets_no_gradient() -> None:
+    kept, W_dec = kept_of(MASKS["random"]), random(17, 6).requires_grad_()
+    values = random(len(kept.row), seed=3).requires_grad_()
+    kernels.sparse_decode(values, kept, W_dec.detach()).sum().backward()
+    assert W_dec.grad is None
+    torch.testing.assert_close(values.grad, W_dec.detach().sum(1)[kept.latent], **FLOAT64)
 
 
 @pytest.mark.parametrize("name", MASKS)

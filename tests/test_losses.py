@@ -3,8 +3,8 @@
 import pytest
 import torch
 from reference import FLOAT64, loss_and_gradients_reference
-from test_architectures import ARCHITECTURES, double_weights, rows
-from tiny_saes import make_config
+from test_architectures import double_weights, rows
+from tiny_saes import ARCHITECTURES, TOPK_FAMILY, make_config
 from torch import Tensor
 
 from trainer.architectures import forward
@@ -55,11 +55,28 @@ def assert_equals_the_definition(
 def test_loss_and_gradients_equal_the_definition(architecture: str, b_enc: float, batch: int) -> None:
     bandwidth = 0.3 if architecture == "jumprelu" else None  # wide: the straight-through window is well populated
     config = make_config(architecture, total_variance=3.0, jumprelu_bandwidth=bandwidth)
-    coefficient = 0.7 if architecture in ("standard", "jumprelu") else 0.0
+    coefficient = 0.0 if architecture in TOPK_FAMILY else 0.7
     assert_equals_the_definition(config, b_enc, batch, coefficient=coefficient)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+JUMPRELU_MODES = {
+    "tanh": {"jumprelu_tanh_scale": 4.0, "pre_act_loss_coefficient": 0.01},
+    "tanh, nothing silent": {"jumprelu_tanh_scale": 4.0, "pre_act_loss_coefficient": 0.0},
+    "quadratic": {"target_l0": 7.0},
+}
+
+
+@pytest.mark.parametrize("mode", JUMPRELU_MODES)
+@pytest.mark.parametrize("b_enc", [0.0, -2.0], ids=["dense", "sparse"])
+@pytest.mark.parametrize("batch", [1, 37])
+def test_every_penalty_of_jumprelu_equals_its_definition(mode: str, b_enc: float, batch: int) -> None:
+    name = mode.partition(",")[0]
+    config = make_config("jumprelu", jumprelu_bandwidth=0.3, jumprelu_sparsity_loss_mode=name, **JUMPRELU_MODES[mode])
+    assert config.has_unit_norm_decoder == (name != "tanh")
+    assert_equals_the_definition(config, b_enc, batch, coefficient=0.7)
+
+
+@pytest.mark.parametrize("architecture", TOPK_FAMILY)
 @pytest.mark.parametrize("n_dead", [1, 7, 8, 30, 48])
 @pytest.mark.parametrize("batch", [1, 19])
 def test_aux_k_equals_the_definition(architecture: str, n_dead: int, batch: int) -> None:
@@ -100,5 +117,5 @@ def test_terms_add_up(architecture: str) -> None:
     config = make_config(architecture, total_variance=2.0)
     loss = terms(config, double_weights(config), rows(5, 16), coefficient=0.5)
     torch.testing.assert_close(loss.total, loss.reconstruction + loss.sparsity + loss.aux)
-    scale = 2.0 if architecture in ("topk", "batchtopk") else 1.0
-    torch.testing.assert_close(loss.reconstruction, loss.mse / scale)
+    if architecture != "matryoshka_batchtopk":  # whose prefixes all count
+        torch.testing.assert_close(loss.reconstruction, loss.mse / (2.0 if architecture in TOPK_FAMILY else 1.0))

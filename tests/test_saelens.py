@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_saes import make_config, make_weights
+from tiny_saes import ARCHITECTURES, BATCH_FAMILY, TOPK_FAMILY, make_config, make_weights
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
@@ -14,7 +14,6 @@ from trainer.config import SAEConfig
 from trainer.saelens import SAE, export_sae, load_sae, save_inference_sae
 
 D_IN, D_SAE, K, SCALE = 16, 48, 5, 0.37  # of the configs that make_config gives
-ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 METADATA = {"model_name": "tiny", "dataset_path": "text", "context_size": 32, "prepend_bos": True}
 
 
@@ -26,9 +25,14 @@ def trained_reconstruction(config: SAEConfig, weights: dict[str, Tensor], x: Ten
     """pre_acts, feature_acts and x_hat of raw x as in training, in float64: scale, encode, decode, unscale."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     scaled = x.double() * config.input_scale
-    centred = scaled - w["b_dec"] if config.architecture in ("topk", "batchtopk") else scaled
-    pre_acts = centred @ w["W_enc"].T + w["b_enc"]
-    if config.architecture == "standard":
+    centred = scaled - w["b_dec"] if config.architecture in (*TOPK_FAMILY, "gated") else scaled
+    pre_acts = centred @ w["W_enc"].T + w.get("b_enc", 0.0)
+    if config.architecture == "gated":
+        feature_acts = (pre_acts * w["r_mag"].exp() + w["b_mag"]).relu() * (pre_acts + w["b_gate"] > 0)
+    elif config.architecture == "abstopk":
+        top = pre_acts.abs().topk(config.k, dim=1)
+        feature_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, pre_acts.gather(1, top.indices))
+    elif config.architecture == "standard":
         feature_acts = pre_acts.relu()
     elif config.architecture == "topk":
         top = pre_acts.topk(config.k, dim=1)
@@ -62,11 +66,16 @@ def test_the_file_computes_what_training_did_on_scaled_activations(architecture,
 
     u = 2.0**-24
     size = (x.double().abs() * SCALE + weights["b_dec"].abs().double()) @ weights["W_enc"].double().abs().T
-    bound = (D_IN + 6) * u * (size + weights["b_enc"].double().abs())
+    biases = [weights[name].double().abs() for name in ("b_enc", "b_gate", "b_mag") if name in weights]
+    bound = (D_IN + 6) * u * (size + torch.stack(biases).amax(0))
     got = sae.encode(x)
-    edge = {"standard": 0.0, "topk": pre_acts.topk(K + 1, dim=1).values[:, K - 1 :].mean(1, keepdim=True)}
+    ranked = pre_acts.abs() if architecture == "abstopk" else pre_acts + weights.get("b_gate", torch.tensor(0.0))
+    between = ranked.topk(K + 1, dim=1).values[:, K - 1 :].mean(1, keepdim=True)
+    edge = {"standard": 0.0, "gated": 0.0, "topk": between, "abstopk": between}
     decision = edge.get(architecture, weights.get("threshold", torch.tensor(0.0)).double())
-    assert ((pre_acts - decision).abs() > bound).all(), "the data must leave no doubt which latents are active"
+    assert ((ranked - decision).abs() > bound).all(), "the data must leave no doubt which latents are active"
+    if architecture == "gated":  # exp(r_mag) stretches the error, and rounds by a few units itself
+        bound = bound * weights["r_mag"].double().exp().clamp_min(1) + 4 * u * feature_acts
     assert ((got.double() - feature_acts).abs() <= bound).all()
 
     through = bound.mul(feature_acts != 0) + (D_SAE + 6) * u * feature_acts.abs()
@@ -93,7 +102,9 @@ def test_sae_lens_loads_it_with_equal_outputs(architecture, tmp_path):
 
 
 @pytest.mark.parametrize("subtracts_b_dec", [True, False])
-@pytest.mark.parametrize("architecture", ["standard", "topk", "topk rescaled", "jumprelu"])
+@pytest.mark.parametrize(
+    "architecture", ["standard", "topk", "topk rescaled", "abstopk", "abstopk rescaled", "jumprelu", "gated"]
+)
 def test_what_sae_lens_saves_loads_with_equal_outputs(architecture, subtracts_b_dec, tmp_path):
     sae_lens = pytest.importorskip("sae_lens")
     name = architecture.split()[0]
@@ -104,8 +115,8 @@ def test_what_sae_lens_saves_loads_with_equal_outputs(architecture, subtracts_b_
         "apply_b_dec_to_input": subtracts_b_dec,
         "metadata": {"hook_name": "blocks.0.hook_mlp_out"},
     }
-    if name == "topk":
-        config |= {"k": K, "rescale_acts_by_decoder_norm": architecture == "topk rescaled"}
+    if name in ("topk", "abstopk"):
+        config |= {"k": K, "rescale_acts_by_decoder_norm": architecture.endswith("rescaled")}
     theirs = sae_lens.SAE.from_dict(config)
     generator = torch.Generator().manual_seed(3)
     theirs.load_state_dict({n: torch.randn(t.shape, generator=generator) for n, t in theirs.state_dict().items()})
@@ -122,13 +133,13 @@ def test_what_sae_lens_saves_loads_with_equal_outputs(architecture, subtracts_b_
 def test_the_files_are_what_saelens_documents(architecture, tmp_path):
     folder = save(tmp_path, architecture)
     cfg, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
-    assert cfg["architecture"] == {"batchtopk": "jumprelu"}.get(architecture, architecture)
+    assert cfg["architecture"] == ("jumprelu" if architecture in BATCH_FAMILY else architecture)
     assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"], cfg["normalize_activations"]) == (D_IN, D_SAE, "float32", "none")
-    assert cfg["apply_b_dec_to_input"] is (architecture in ("topk", "batchtopk"))
-    assert cfg.get("k") == (K if architecture == "topk" else None)
+    assert cfg["apply_b_dec_to_input"] is (architecture not in ("standard", "jumprelu"))
+    assert cfg.get("k") == (K if architecture in ("topk", "abstopk") else None)
     assert cfg["metadata"]["model_from_pretrained_kwargs"] == {"center_writing_weights": False}
-    names = {"W_enc", "W_dec", "b_enc", "b_dec"} | ({"threshold"} if cfg["architecture"] == "jumprelu" else set())
-    assert set(tensors) == names
+    own = {"jumprelu": {"b_enc", "threshold"}, "gated": {"b_gate", "b_mag", "r_mag"}}
+    assert set(tensors) == {"W_enc", "W_dec", "b_dec"} | own.get(cfg["architecture"], {"b_enc"})
     assert tensors["W_enc"].shape == (D_IN, D_SAE)
     assert sorted(path.name for path in folder.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     assert sorted(path.name for path in folder.parent.iterdir()) == ["sae"], "nothing is left aside"
@@ -180,7 +191,11 @@ def test_bfloat16_weights_are_computed_in_bfloat16(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"architecture": "gated"}, ManifestError, "architecture must be one of standard, topk, jumprelu, got 'gated'"),
+        (
+            {"architecture": "gates"},
+            ManifestError,
+            "architecture must be one of standard, topk, abstopk, jumprelu,",
+        ),
         ({"d_sae": "many"}, ManifestError, "d_sae must be a positive integer, got 'many'"),
         ({"d_in": D_IN + 1}, ManifestError, "must hold .*got .*W_enc"),
         ({"dtype": "int8"}, ManifestError, "dtype must be one of"),
@@ -243,7 +258,7 @@ def test_unsound_files_are_refused(tmp_path):
 def test_wrong_weights_are_not_saved(tmp_path):
     weights = make_weights("jumprelu")
     config = make_config("jumprelu")
-    with pytest.raises(ValueError, match="jumprelu has W_enc, W_dec, b_enc, b_dec, threshold; got"):
+    with pytest.raises(ValueError, match="jumprelu has W_enc, W_dec, b_dec, b_enc, threshold; got"):
         save_inference_sae(config, make_weights("topk"), tmp_path / "sae", metadata={})
     with pytest.raises(ValueError, match=r"W_enc must be finite of shape \(16, 48\), got \(48, 16\)"):
         save_inference_sae(config, weights | {"W_enc": weights["W_enc"].T}, tmp_path / "sae", metadata={})

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_architectures import ARCHITECTURES
 from test_checkpoint import assert_same_state
 from test_train import rows
 from tiny_caches import harvest_tiny, write_texts
 from tiny_models import make_model, make_tokenizer
-from tiny_saes import make_config
+from tiny_saes import ARCHITECTURES, TOPK_FAMILY, make_config
 
 from actcache.cache import Cache, open_cache
 from actcache.errors import CacheMismatch, ConfigError, DatasetError, ManifestError
@@ -53,7 +52,7 @@ def batches(start: int = 0) -> Iterator[Batch]:
 
 def a_config(architecture: str, **changes: object) -> SAEConfig:
     settings = {"n_steps": N_STEPS, "training_tokens": TOKENS, "dead_window": 100, "lr": 0.01}
-    if architecture in ("topk", "batchtopk"):
+    if architecture in TOPK_FAMILY:
         settings |= {"aux_coefficient": 0.1, "k_aux": 8}
     return make_config(architecture, **settings | changes)
 
@@ -165,6 +164,9 @@ def the_sweep(**changes: object) -> SweepConfig:
         {"architecture": "batchtopk", "k": 4, "name": "batchtopk"},
         {"architecture": "standard", "sparsity_coefficient": 0.5, "name": "standard"},
         {"architecture": "jumprelu", "sparsity_coefficient": 0.01, "name": "jumprelu"},
+        {"architecture": "gated", "sparsity_coefficient": 0.5, "name": "gated"},
+        {"architecture": "abstopk", "k": 4, "name": "abstopk"},
+        {"architecture": "matryoshka_batchtopk", "k": 4, "name": "matryoshka_batchtopk"},
     ]
     sweep_file = {"batch_tokens": 128, "log_every": 3, "checkpoint_every": 4, "epochs": 3, "tokens": 17 * 128 + 1}
     base = {"hook_name": HOOKS[1], "d_sae": 48, "lr": 0.003}
@@ -181,7 +183,7 @@ def finished(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_runs(one: Path, other: Path) -> None:
     """Equal weights, optimisers, counters, metrics and saved SAEs."""
-    for name in ("topk", "batchtopk", "standard", "jumprelu"):
+    for name in ARCHITECTURES:
         files = ["metrics.jsonl", "config.json", "sae/cfg.json", "sae/sae_weights.safetensors"]
         files.append(f"checkpoint/{latest_checkpoint(one / name / 'checkpoint').name}")
         for file in files:
@@ -240,8 +242,8 @@ def test_finished_runs_are_left_alone_and_new_ones_are_added(cache: Cache, finis
         sweep_file, runs=(*sweep_file.runs, {**sweep_file.runs[0], "name": "another", "seed": 7})
     )
     records = train(cache, more, finished)
-    assert [record.config.name for record in records] == ["topk", "batchtopk", "standard", "jumprelu", "another"]
-    assert [record.seconds > 0 for record in records] == [False] * 4 + [True]
+    assert [record.config.name for record in records] == [*(run["name"] for run in sweep_file.runs), "another"]
+    assert [record.seconds > 0 for record in records] == [False] * len(ARCHITECTURES) + [True]
     assert all(record.metrics["step"] == record.config.n_steps for record in records)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (finished / "another" / "sae" / "cfg.json").exists()
@@ -327,7 +329,7 @@ def test_another_configuration_lists_the_differences(cache: Cache, finished: Pat
 
 
 def test_how_often_to_save_may_change(cache: Cache, finished: Path) -> None:
-    assert len(train(cache, the_sweep(checkpoint_every=1), finished)) == 4
+    assert len(train(cache, the_sweep(checkpoint_every=1), finished)) == len(ARCHITECTURES)
 
 
 def test_a_folder_that_is_no_run_is_refused(cache: Cache, tmp_path: Path) -> None:

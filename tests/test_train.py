@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from reference import adam_reference, batch_topk_reference, loss_and_gradients_reference
-from test_architectures import ARCHITECTURES
-from tiny_saes import make_config
+from tiny_saes import ARCHITECTURES, TOPK_FAMILY, make_config
 from torch import Tensor
 
 from actcache.errors import TrainingDiverged
@@ -118,15 +117,15 @@ def test_steps_repeat_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "term"),
+    ("architecture", "terms"),
     [
-        ("standard", "losses/l1_loss"),
-        ("jumprelu", "losses/l0_loss"),
-        ("topk", "losses/auxiliary_reconstruction_loss"),
-        ("batchtopk", "losses/auxiliary_reconstruction_loss"),
+        ("standard", {"losses/l1_loss"}),
+        ("jumprelu", {"losses/l0_loss"}),
+        ("gated", {"losses/l1_loss", "losses/auxiliary_reconstruction_loss"}),
+        *((name, {"losses/auxiliary_reconstruction_loss"}) for name in TOPK_FAMILY),
     ],
 )
-def test_the_log_has_saelens_keys(architecture: str, term: str) -> None:
+def test_the_log_has_saelens_keys(architecture: str, terms: set[str]) -> None:
     state, x = new_state(architecture), rows(40)
     outcome = train_step(state, x, Workspace())
     record = log_record(state, x, outcome)
@@ -135,7 +134,7 @@ def test_the_log_has_saelens_keys(architecture: str, term: str) -> None:
         "n_tokens",
         "losses/overall_loss",
         "losses/mse_loss",
-        term,
+        *terms,
         "metrics/explained_variance",
         "metrics/l0",
         "sparsity/dead_features",
@@ -144,7 +143,7 @@ def test_the_log_has_saelens_keys(architecture: str, term: str) -> None:
     }
     assert record["losses/mse_loss"] == pytest.approx(float((x - outcome.x_hat).square().sum() / 40), rel=1e-5)
     assert record["details/current_learning_rate"] == 1e-3
-    if "topk" in architecture:
+    if architecture in TOPK_FAMILY:
         assert record["metrics/l0"] == 5.0
 
 
@@ -173,13 +172,17 @@ def test_inference_weights_are_those_of_the_architecture() -> None:
         assert set(inference_weights(new_state(architecture))) == {"W_enc", "b_enc", "W_dec", "b_dec"}
     thresholds = inference_weights(new_state("jumprelu"))["threshold"]
     torch.testing.assert_close(thresholds, torch.full((48,), 0.01))
+    assert set(inference_weights(new_state("gated"))) == {"W_enc", "b_gate", "b_mag", "r_mag", "W_dec", "b_dec"}
     assert inference_weights(new_state("batchtopk"), torch.tensor(0.5))["threshold"].tolist() == [0.5] * 48
 
 
 PLANTED = {
     "topk": {"k": 3, "lr": 0.01, "decoder_init_norm": 1.0, "aux_coefficient": 1 / 32, "k_aux": 8},
     "batchtopk": {"k": 3, "lr": 0.01, "decoder_init_norm": 1.0, "aux_coefficient": 1 / 32, "k_aux": 8},
+    "abstopk": {"k": 3, "lr": 0.01, "decoder_init_norm": 1.0, "aux_coefficient": 1 / 32, "k_aux": 8},
+    "matryoshka_batchtopk": {"k": 3, "lr": 0.01, "decoder_init_norm": 1.0, "aux_coefficient": 1 / 32, "k_aux": 8},
     "standard": {"lr": 0.01, "sparsity_coefficient": 0.3},
+    "gated": {"lr": 0.01, "sparsity_coefficient": 0.3, "decoder_init_norm": 1.0},
     "jumprelu": {"lr": 0.01, "sparsity_coefficient": 0.02, "decoder_init_norm": 1.0},
 }
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TOPK_FAMILY = ("topk", "batchtopk")
+BATCH_FAMILY = ("batchtopk", "matryoshka_batchtopk")
+TOPK_FAMILY = ("topk", "abstopk", *BATCH_FAMILY)
+ARCHITECTURES = ("standard", "jumprelu", "gated", *TOPK_FAMILY)
 
 
 def make_config(architecture: str, **changes: object):
@@ -22,6 +24,7 @@ def make_config(architecture: str, **changes: object):
         "d_in": 16,
         "d_sae": 48,
         "k": 5 if is_topk else None,
+        "matryoshka_widths": (3, 20, 48) if architecture == "matryoshka_batchtopk" else None,
         "sparsity_coefficient": None if is_topk else 1.0,
         "lr": 1e-3,
         "seed": 0,
@@ -41,6 +44,10 @@ def make_config(architecture: str, **changes: object):
         "dead_window": 1000,
         "jumprelu_bandwidth": 0.05 if is_jumprelu else None,
         "jumprelu_init_threshold": 0.01 if is_jumprelu else None,
+        "jumprelu_sparsity_loss_mode": "step" if is_jumprelu else None,
+        "jumprelu_tanh_scale": None,
+        "pre_act_loss_coefficient": None,
+        "target_l0": None,
         "total_variance": 1.0,
         "training_tokens": 10_000,
         "n_steps": 10,
@@ -57,9 +64,12 @@ def make_weights(architecture: str, d_in: int = 16, d_sae: int = 48, seed: int =
         "b_enc": torch.randn(d_sae, generator=generator),
         "b_dec": torch.randn(d_in, generator=generator),
     }
+    if architecture == "gated":
+        weights["b_gate"] = weights.pop("b_enc")
+        weights["b_mag"], weights["r_mag"] = (torch.randn(d_sae, generator=generator) / 4 for _ in range(2))
     if architecture == "jumprelu":
         weights["threshold"] = torch.rand(d_sae, generator=generator)
-    if architecture == "batchtopk":
+    if architecture in BATCH_FAMILY:
         weights["threshold"] = torch.tensor(0.8)
     return weights
 

@@ -1,7 +1,8 @@
 """The SAEs side by side: initial weights, and the forward pass of training from x to feature_acts and x_hat.
 
 Weights are a dict of leaf tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and for
-jumprelu log_threshold [d_sae]. x is already multiplied by the config's input_scale.
+jumprelu log_threshold [d_sae]; gated has b_gate, b_mag and r_mag, all [d_sae], instead of b_enc. x is already
+multiplied by the config's input_scale.
 """
 
 import math
@@ -24,8 +25,9 @@ DENSEST_SPARSE = 1 / 8  # share of kept entries above which gathering costs more
 class SAEOutput:
     """What the forward pass of training hands to the losses.
 
-    pre_acts, feature_acts: of the kept entries, one after another, or of all entries [batch, d_sae] where kept is None.
-    encoder_input: what W_enc multiplied, x or x - b_dec.
+    pre_acts, feature_acts: of the kept entries, one after another, or of all entries [batch, d_sae] where kept is None;
+    pre_acts of gated are those of its gate. encoder_input: what W_enc multiplied, x or x - b_dec. prefix_x_hats: of
+    matryoshka_batchtopk, x_hat from each prefix of the latents; the last is x_hat.
     """
 
     pre_acts: Float[Tensor, "*entries"]
@@ -33,6 +35,7 @@ class SAEOutput:
     kept: KeptEntries | None
     encoder_input: Float[Tensor, "batch d_in"]
     x_hat: Float[Tensor, "batch d_in"]
+    prefix_x_hats: Float[Tensor, "prefix batch d_in"] | None = None
 
     def firing_counts(self) -> Int[Tensor, " d_sae"]:
         """How many rows of the batch each latent is active in."""
@@ -49,9 +52,10 @@ def initial_weights(config: SAEConfig, b_dec: Float[Tensor, " d_in"]) -> dict[st
     generator = torch.Generator().manual_seed(config.seed)
     directions = torch.randn(config.d_sae, config.d_in, generator=generator)
     W_dec = directions * (config.decoder_init_norm / directions.norm(dim=1, keepdim=True))
+    biases = ("b_gate", "b_mag", "r_mag") if config.architecture == "gated" else ("b_enc",)
     weights = {
         "W_enc": W_dec.clone(),
-        "b_enc": torch.zeros(config.d_sae),
+        **{name: torch.zeros(config.d_sae) for name in biases},
         "W_dec": W_dec,
         "b_dec": b_dec.float().clone(),
     }
@@ -68,7 +72,7 @@ def forward(config: SAEConfig, weights: Weights, x: Float[Tensor, "batch d_in"],
 def _standard(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
     """f = ReLU(x W_enc^T + b_enc); x_hat = f W_dec + b_dec (Anthropic, "Circuits Updates - April 2024")."""
     all_pre_acts = kernels.encoder_pre_acts(x, weights["W_enc"], weights["b_enc"], workspace)
-    pre_acts, kept = _sparse_if_few(all_pre_acts, all_pre_acts.new_zeros(()), weights, x)
+    pre_acts, kept = _sparse_if_few(all_pre_acts, all_pre_acts.new_zeros(()), x, weights["W_enc"], weights["b_enc"])
     return _decoded(pre_acts, functional.relu(pre_acts), kept, weights, x)
 
 
@@ -82,15 +86,70 @@ def _topk(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) 
     return _decoded(pre_acts, functional.relu(pre_acts), kept, weights, encoder_input)
 
 
+def _abstopk(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+    """f = the k entries of (x - b_dec) W_enc^T + b_enc of largest magnitude, with their sign (arXiv:2510.00404)."""
+    assert config.k is not None
+    encoder_input = x - weights["b_dec"].detach()
+    values, latents = kernels.topk_pre_acts(
+        encoder_input, weights["W_enc"], weights["b_enc"], config.k, workspace, by_magnitude=True
+    )
+    kept = kept_topk(latents, config.d_sae)
+    pre_acts = kept_pre_acts(values.flatten(), kept, weights, encoder_input, config)
+    return _decoded(pre_acts, pre_acts, kept, weights, encoder_input)
+
+
 def _batchtopk(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
     """f = BatchTopK_k((x - b_dec) W_enc^T + b_enc) (Bussmann et al. 2024, arXiv:2412.06410)."""
+    encoder_input, pre_acts, kept = _batchtopk_kept(config, weights, x, workspace)
+    return _decoded(pre_acts, pre_acts, kept, weights, encoder_input)
+
+
+def _matryoshka(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+    """f as batchtopk; x_hat_g = b_dec + sum_{i < width_g} f_i d_i for each prefix g (Bussmann et al. 2025, 2503.17547).
+
+    What the latents between two prefixes add is decoded as rows of its own: each entry is gathered once.
+    """
+    assert config.matryoshka_widths is not None
+    encoder_input, pre_acts, kept = _batchtopk_kept(config, weights, x, workspace)
+    widths = torch.tensor(config.matryoshka_widths, device=x.device)
+    part = torch.bucketize(kept.latent, widths, right=True)
+    by_part = part.argsort(stable=True)
+    n_parts, batch = len(widths), len(x)
+    parted = KeptEntries.of(
+        (part * batch + kept.row)[by_part], kept.latent[by_part], batch=n_parts * batch, d_sae=config.d_sae
+    )
+    added = kernels.sparse_decode(pre_acts[by_part], parted, weights["W_dec"]).view(n_parts, batch, -1)
+    prefix_x_hats = weights["b_dec"] + added.cumsum(0)
+    return SAEOutput(
+        pre_acts=pre_acts,
+        feature_acts=pre_acts,
+        kept=kept,
+        encoder_input=encoder_input,
+        x_hat=prefix_x_hats[-1],
+        prefix_x_hats=prefix_x_hats,
+    )
+
+
+def _batchtopk_kept(
+    config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace
+) -> tuple[Tensor, Tensor, KeptEntries]:
+    """(encoder input, pre-activations of the kept entries, which they are)."""
     assert config.k is not None
     encoder_input = x - weights["b_dec"].detach()
     all_pre_acts = kernels.encoder_pre_acts(encoder_input, weights["W_enc"], weights["b_enc"], workspace)
     row, latent = functional.batch_topk_kept(all_pre_acts, config.k)
     kept = KeptEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
-    pre_acts = kept_pre_acts(all_pre_acts[row, latent], kept, weights, encoder_input, config)
-    return _decoded(pre_acts, pre_acts, kept, weights, encoder_input)
+    return encoder_input, kept_pre_acts(all_pre_acts[row, latent], kept, weights, encoder_input, config), kept
+
+
+def _gated(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+    """f = 1[pi > 0] ReLU(exp(r_mag) u + b_mag), u = (x - b_dec) W_enc^T, pi = u + b_gate (arXiv:2404.16014)."""
+    W_enc, b_gate, encoder_input = weights["W_enc"], weights["b_gate"], x - weights["b_dec"].detach()
+    all_gates = kernels.encoder_pre_acts(encoder_input, W_enc, b_gate, workspace)
+    gate, kept = _sparse_if_few(all_gates, all_gates.new_zeros(()), encoder_input, W_enc, b_gate, weights["b_dec"])
+    u = gate - per_entry(b_gate, kept)
+    magnitude = u * per_entry(weights["r_mag"].exp(), kept) + per_entry(weights["b_mag"], kept)
+    return _decoded(gate, functional.relu(magnitude) * (gate > 0), kept, weights, encoder_input)
 
 
 def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
@@ -99,9 +158,13 @@ def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspa
     Entries down to a bandwidth below theta are kept too: the straight-through window, where f is 0 but theta learns.
     """
     assert config.jumprelu_bandwidth is not None
+    W_enc, b_enc = weights["W_enc"], weights["b_enc"]
     bandwidth, threshold = config.jumprelu_bandwidth, weights["log_threshold"].exp()
-    all_pre_acts = kernels.encoder_pre_acts(x, weights["W_enc"], weights["b_enc"], workspace)
-    pre_acts, kept = _sparse_if_few(all_pre_acts, threshold.detach() - bandwidth, weights, x)
+    all_pre_acts = kernels.encoder_pre_acts(x, W_enc, b_enc, workspace)
+    if config.pre_act_loss_coefficient:  # reaches every latent below its threshold
+        pre_acts, kept = kernels.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, None), None
+    else:
+        pre_acts, kept = _sparse_if_few(all_pre_acts, threshold.detach() - bandwidth, x, W_enc, b_enc)
     feature_acts = functional.jumprelu(pre_acts, per_entry(threshold, kept), bandwidth)
     return _decoded(pre_acts, feature_acts, kept, weights, x)
 
@@ -109,8 +172,11 @@ def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspa
 _FORWARD: dict[str, Callable[[SAEConfig, Weights, Tensor, Workspace], SAEOutput]] = {
     "standard": _standard,
     "topk": _topk,
+    "abstopk": _abstopk,
     "batchtopk": _batchtopk,
+    "matryoshka_batchtopk": _matryoshka,
     "jumprelu": _jumprelu,
+    "gated": _gated,
 }
 
 
@@ -138,16 +204,18 @@ def kept_pre_acts(
     return kernels.kept_pre_acts(values, kept, encoder_input, weights["W_enc"], weights["b_enc"], b_dec)
 
 
-def _sparse_if_few(all_pre_acts: Tensor, cut: Tensor, weights: Weights, x: Tensor) -> tuple[Tensor, KeptEntries | None]:
-    """The pre-activations above `cut` where they are few, else all of them; with gradients."""
+def _sparse_if_few(
+    all_pre_acts: Tensor, cut: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None
+) -> tuple[Tensor, KeptEntries | None]:
+    """The pre-activations above `cut` where they are few, else all of them; with gradients, as `kernels` gives them."""
     batch, d_sae = all_pre_acts.shape
     is_kept = functional.above(all_pre_acts, cut)
     if int(is_kept.count_nonzero()) > DENSEST_SPARSE * batch * d_sae:
-        return kernels.dense_pre_acts(all_pre_acts, x, weights["W_enc"], weights["b_enc"]), None
+        return kernels.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, b_dec), None
     row, latent = is_kept.nonzero(as_tuple=True)
     kept = KeptEntries.of(row, latent, batch=batch, d_sae=d_sae)
     values = all_pre_acts[row, latent]
-    return kernels.kept_pre_acts(values, kept, x, weights["W_enc"], weights["b_enc"], None), kept
+    return kernels.kept_pre_acts(values, kept, x, W_enc, b_enc, b_dec), kept
 
 
 def _decoded(

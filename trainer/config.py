@@ -10,7 +10,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -19,18 +19,20 @@ import yaml
 
 from actcache.errors import CacheMismatch, ConfigError
 
-Architecture = Literal["standard", "topk", "batchtopk", "jumprelu"]
+Architecture = Literal["standard", "topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "jumprelu", "gated"]
+SparsityLossMode = Literal["step", "tanh", "quadratic"]
 Normalization = Literal["none", "expected_average_only_in", "unit_mean_square"]
 DecoderBiasInit = Literal["zeros", "mean", "geometric_median"]
 RowFilter = Literal["all", "no_special_tokens"]
 
-TOPK_FAMILY = ("topk", "batchtopk")
-PENALISED = ("standard", "jumprelu")
+BATCH_FAMILY = ("batchtopk", "matryoshka_batchtopk")  # k is a mean over the batch: used with a threshold, as jumprelu
+TOPK_FAMILY = ("topk", "abstopk", *BATCH_FAMILY)
+PENALISED = ("standard", "jumprelu", "gated")
 
 
 def subtracts_b_dec(architecture: str) -> bool:
-    """Whether the encoder sees x - b_dec (TopK family) or x (standard, jumprelu)."""
-    return architecture in TOPK_FAMILY
+    """Whether the encoder sees x - b_dec (TopK family, gated) or x (standard, jumprelu)."""
+    return architecture in (*TOPK_FAMILY, "gated")
 
 
 _FROM_CACHE = ("d_in", "input_scale", "total_variance", "training_tokens", "n_steps")
@@ -38,10 +40,15 @@ _USED_BY = {
     "k": TOPK_FAMILY,
     "aux_coefficient": TOPK_FAMILY,
     "k_aux": TOPK_FAMILY,
+    "matryoshka_widths": ("matryoshka_batchtopk",),
     "sparsity_coefficient": PENALISED,
     "sparsity_warm_up_steps": PENALISED,
     "jumprelu_bandwidth": ("jumprelu",),
     "jumprelu_init_threshold": ("jumprelu",),
+    "jumprelu_sparsity_loss_mode": ("jumprelu",),
+    "jumprelu_tanh_scale": ("jumprelu",),
+    "pre_act_loss_coefficient": ("jumprelu",),
+    "target_l0": ("jumprelu",),
 }
 
 
@@ -81,7 +88,8 @@ class SAEConfig:
     d_in: int
     d_sae: int
     k: int | None  # mean active latents a token (TopK family)
-    sparsity_coefficient: float | None  # lambda of the L1 (standard) or L0 (jumprelu) term
+    matryoshka_widths: Sequence[int] | None  # ascending prefixes of the latents, each to reconstruct x; last: d_sae
+    sparsity_coefficient: float | None  # lambda of the L1 (standard, gated) or L0 (jumprelu) term
     lr: float
     seed: int
     adam_beta1: float
@@ -100,13 +108,23 @@ class SAEConfig:
     dead_window: int  # tokens without firing after which a latent is dead
     jumprelu_bandwidth: float | None
     jumprelu_init_threshold: float | None
+    jumprelu_sparsity_loss_mode: SparsityLossMode | None  # which penalty of jumprelu
+    jumprelu_tanh_scale: float | None  # c of mode tanh
+    pre_act_loss_coefficient: float | None  # lambda_P of mode tanh, whose dead latents it revives
+    target_l0: float | None  # of mode quadratic
     total_variance: float  # of the scaled input, summed over d_in
     training_tokens: int
     n_steps: int
 
     def __post_init__(self) -> None:
+        if self.matryoshka_widths is not None:  # JSON has lists
+            object.__setattr__(self, "matryoshka_widths", tuple(self.matryoshka_widths))
         for setting, rule in _RULES.items():
             rule.check(self.name, setting, getattr(self, setting))
+        if self.matryoshka_widths is not None and self.matryoshka_widths[-1] != self.d_sae:
+            raise ConfigError(
+                f"{self.name}: the last of matryoshka_widths must be d_sae={self.d_sae}, got {self.matryoshka_widths}"
+            )
         for setting in ("k", "k_aux"):
             value = getattr(self, setting)
             if value is not None and value > self.d_sae:
@@ -117,8 +135,8 @@ class SAEConfig:
 
     @property
     def has_unit_norm_decoder(self) -> bool:
-        """Whether decoder rows are held at norm 1 (all but standard, whose penalty weighs the norms instead)."""
-        return self.architecture != "standard"
+        """Whether decoder rows are held at norm 1 (all but those whose penalty weighs the norms instead)."""
+        return self.architecture != "standard" and self.jumprelu_sparsity_loss_mode != "tanh"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,12 +287,18 @@ _RULES = {
     "architecture": _one_of(Architecture),
     "normalize_activations": _one_of(Normalization),
     "b_dec_init": _one_of(DecoderBiasInit),
+    "jumprelu_sparsity_loss_mode": _one_of(SparsityLossMode),
     **dict.fromkeys(("d_in", "d_sae", "k", "dead_window", "training_tokens", "n_steps"), _AT_LEAST_ONE),
     **dict.fromkeys(("lr", "adam_eps", "max_grad_norm", "input_scale", "decoder_init_norm"), _POSITIVE),
     **dict.fromkeys(("jumprelu_bandwidth", "jumprelu_init_threshold", "total_variance"), _POSITIVE),
-    **dict.fromkeys(("sparsity_coefficient", "aux_coefficient", "k_aux"), _NOT_NEGATIVE),
+    **dict.fromkeys(("jumprelu_tanh_scale", "target_l0"), _POSITIVE),
+    **dict.fromkeys(("sparsity_coefficient", "aux_coefficient", "k_aux", "pre_act_loss_coefficient"), _NOT_NEGATIVE),
     **dict.fromkeys(("lr_warm_up_steps", "lr_decay_steps", "sparsity_warm_up_steps"), _NOT_NEGATIVE),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), _BETA),
+    "matryoshka_widths": _Rule(
+        lambda widths: len(widths) > 0 and all(0 < a < b for a, b in itertools.pairwise((0.5, *widths))),
+        "an ascending list of widths",
+    ),
     "seed": _SEED,
 }
 _TRAIN_RULES = {
@@ -291,6 +315,7 @@ def _resolve(run: Mapping[str, Any], facts: _Facts) -> SAEConfig:
     _check_sparsity_is_given(name, architecture, settings)
     if architecture == "jumprelu":
         _check_jumprelu_preset(name, given, settings)
+        _check_jumprelu_mode(name, settings)
     scale = _input_scale(settings["normalize_activations"], facts)
     return SAEConfig(
         d_in=facts.d_in,
@@ -315,6 +340,7 @@ def _defaults(architecture: Architecture, d_sae: int, facts: _Facts) -> dict[str
     """Every setting that a run may leave out."""
     common = {
         "k": None,
+        "matryoshka_widths": None,
         "sparsity_coefficient": None,
         "seed": 0,
         "adam_beta1": 0.9,
@@ -332,6 +358,10 @@ def _defaults(architecture: Architecture, d_sae: int, facts: _Facts) -> dict[str
         "dead_window": max(1, min(10_000_000, facts.training_tokens // 10)),
         "jumprelu_bandwidth": None,
         "jumprelu_init_threshold": None,
+        "jumprelu_sparsity_loss_mode": None,
+        "jumprelu_tanh_scale": None,
+        "pre_act_loss_coefficient": None,
+        "target_l0": None,
     }
     return common | _DEFAULTS[architecture](d_sae, facts)
 
@@ -364,6 +394,23 @@ def _batchtopk_defaults(d_sae: int, facts: _Facts) -> dict[str, Any]:
     return _topk_defaults(d_sae, facts) | {"lr": 3e-4, "adam_beta2": 0.99, "adam_eps": 1e-8}
 
 
+def _matryoshka_defaults(d_sae: int, facts: _Facts) -> dict[str, Any]:
+    """Bussmann et al. 2025 (arXiv:2503.17547): prefixes of 1/32, 3/32, 7/32, 15/32 and all of the latents."""
+    widths = sorted({max(1, d_sae * share // 32) for share in (1, 3, 7, 15, 32)})
+    return _batchtopk_defaults(d_sae, facts) | {"matryoshka_widths": tuple(widths)}
+
+
+def _gated_defaults(d_sae: int, facts: _Facts) -> dict[str, Any]:
+    """Rajamanoharan et al. 2024 (arXiv:2404.16014): Adam without momentum; the schedule as for standard."""
+    return {
+        "lr": 3e-4,
+        "adam_beta1": 0.0,
+        "lr_warm_up_steps": min(1_000, facts.n_steps // 10),
+        "lr_decay_steps": facts.n_steps // 5,
+        "sparsity_warm_up_steps": facts.n_steps // 20,
+    }
+
+
 def _jumprelu_defaults(d_sae: int, facts: _Facts) -> dict[str, Any]:
     """Rajamanoharan et al. 2024 (arXiv:2407.14435); warm-ups are at most a tenth of the run."""
     return {
@@ -374,14 +421,18 @@ def _jumprelu_defaults(d_sae: int, facts: _Facts) -> dict[str, Any]:
         "normalize_activations": "unit_mean_square",
         "jumprelu_bandwidth": 0.001,
         "jumprelu_init_threshold": 0.001,
+        "jumprelu_sparsity_loss_mode": "step",
     }
 
 
 _DEFAULTS: dict[str, Callable[[int, _Facts], dict[str, Any]]] = {
     "standard": _standard_defaults,
     "topk": _topk_defaults,
+    "abstopk": _topk_defaults,
     "batchtopk": _batchtopk_defaults,
+    "matryoshka_batchtopk": _matryoshka_defaults,
     "jumprelu": _jumprelu_defaults,
+    "gated": _gated_defaults,
 }
 
 
@@ -399,7 +450,7 @@ def _checked_run(run: Mapping[str, Any]) -> dict[str, Any]:
     for key, users in _USED_BY.items():
         if given.get(key) is not None and given["architecture"] not in users:
             raise ConfigError(
-                f"{who}: {key} is a setting of {' and '.join(users)}, got {key}={given[key]} for "
+                f"{who}: {key} is a setting of {', '.join(users)}, got {key}={given[key]} for "
                 f"{given['architecture']}; take it out or give it to those runs only"
             )
     return given
@@ -419,6 +470,18 @@ def _check_jumprelu_preset(name: str, given: Mapping[str, Any], settings: Mappin
             f"{name}: the default {' and '.join(preset)} hold for normalize_activations=unit_mean_square only, got "
             f"{settings['normalize_activations']}; use that scale or give {' and '.join(preset)}"
         )
+
+
+_MODE_NEEDS = {"step": (), "tanh": ("jumprelu_tanh_scale", "pre_act_loss_coefficient"), "quadratic": ("target_l0",)}
+
+
+def _check_jumprelu_mode(name: str, settings: Mapping[str, Any]) -> None:
+    """Every setting of the penalty must be there, and none of another."""
+    mode = settings["jumprelu_sparsity_loss_mode"]
+    for setting in sorted({setting for needed in _MODE_NEEDS.values() for setting in needed}):
+        if (settings[setting] is not None) != (setting in _MODE_NEEDS[mode]):
+            wrong = "needs" if setting in _MODE_NEEDS[mode] else "ignores"
+            raise ConfigError(f"{name}: jumprelu_sparsity_loss_mode={mode} {wrong} {setting}, got {settings[setting]}")
 
 
 def _expanded(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -475,10 +538,14 @@ def _field_types(cls: type) -> dict[str, Any]:
 
 def _typed(who: str, key: str, value: object, kind: Any) -> Any:
     """`value` as the field's type (an int serves as a float), or ConfigError."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = (
+        typing.get_args(kind) if isinstance(kind, types.UnionType) or type(None) in typing.get_args(kind) else (kind,)
+    )
     if value is None and type(None) in options:
         return None
     accepted = next(option for option in options if option is not type(None))
+    if typing.get_origin(accepted) is Sequence:
+        return tuple(_typed(who, key, each, typing.get_args(accepted)[0]) for each in _sequence(f"{who}: {key}", value))
     accepted = str if typing.get_origin(accepted) is Literal else accepted
     if type(value) is accepted:
         return value

@@ -69,14 +69,22 @@ def topk_pre_acts(
     b_enc: Float[Tensor, " d_sae"],
     k: int,
     workspace: Workspace,
+    *,
+    by_magnitude: bool = False,
 ) -> tuple[Float[Tensor, "batch {k}"], Int[Tensor, "batch {k}"]]:
-    """The k largest pre-activations of each row and their latents, in no order, without gradient."""
+    """The k largest pre-activations of each row, or of largest magnitude, and their latents, in no order.
+
+    Without gradient.
+    """
     values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     with torch.no_grad():
         for start in range(0, len(x), TOPK_CHUNK_ROWS):
             rows = slice(start, start + TOPK_CHUNK_ROWS)
             pre_acts = encoder_pre_acts(x[rows], W_enc, b_enc, workspace)
-            torch.topk(pre_acts, k, sorted=False, out=(values[rows], latents[rows]))
+            ranked = pre_acts.abs() if by_magnitude else pre_acts
+            torch.topk(ranked, k, sorted=False, out=(values[rows], latents[rows]))
+            if by_magnitude:
+                torch.gather(pre_acts, 1, latents[rows], out=values[rows])
     return values, latents
 
 
@@ -112,15 +120,19 @@ def dense_pre_acts(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
+    b_dec: Float[Tensor, " d_in"] | None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """All pre-activations, as computed before, with their gradient to the encoder's weights."""
-    return _DensePreActs.apply(pre_acts, x, W_enc, b_enc)
+    """All pre-activations, as computed before, with their gradient to the encoder; b_dec as in `kept_pre_acts`."""
+    return _DensePreActs.apply(pre_acts, x, W_enc, b_enc, b_dec)
 
 
 def sparse_decode(
     values: Float[Tensor, " kept"], kept: KeptEntries, W_dec: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, "batch d_in"]:
-    """Row b is the sum of values[j] * W_dec[latent[j]] over its kept entries j; gradients to values and W_dec."""
+    """Row b is the sum of values[j] * W_dec[latent[j]] over its kept entries j; gradients to values and W_dec.
+
+    A detached W_dec costs no gradient.
+    """
     x_hat = embedding_bag(
         kept.latent, W_dec.detach(), kept.row_start, mode="sum", per_sample_weights=values, include_last_offset=True
     )
@@ -153,14 +165,16 @@ class _KeptPreActs(torch.autograd.Function):
 
 class _DensePreActs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, pre_acts: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, pre_acts: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, W_enc)
+        ctx.subtracts_b_dec = b_dec is not None
         return pre_acts.view_as(pre_acts)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor]:
-        (x,) = ctx.saved_tensors
-        return None, None, grads[0].T @ x, grads[0].sum(0)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor | None]:
+        x, W_enc = ctx.saved_tensors
+        grad_b_enc = grads[0].sum(0)
+        return None, None, grads[0].T @ x, grad_b_enc, -(grad_b_enc @ W_enc) if ctx.subtracts_b_dec else None
 
 
 class _WithDecoderGradient(torch.autograd.Function):
@@ -173,9 +187,10 @@ class _WithDecoderGradient(torch.autograd.Function):
         return x_hat.view_as(x_hat)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         (values,) = ctx.saved_tensors
-        return grads[0], None, None, _sum_by_latent(values, ctx.kept, grads[0].contiguous())
+        to_W_dec = _sum_by_latent(values, ctx.kept, grads[0].contiguous()) if ctx.needs_input_grad[3] else None
+        return grads[0], None, None, to_W_dec
 
 
 def _sum_by_latent(

@@ -55,10 +55,14 @@ def loss_terms(
     mse = _sum_squares(error) / len(x)
     nothing = mse.new_zeros(())
     if config.architecture in _PENALTY:
-        penalty = _PENALTY[config.architecture](config, weights, output) / len(x)
-        return LossTerms(mse=mse, reconstruction=mse, sparsity=sparsity_coefficient * penalty, aux=nothing)
+        penalty = _PENALTY[config.architecture](config, weights, output)
+        aux = _AUX[config.architecture](config, weights, x, output) if config.architecture in _AUX else nothing
+        return LossTerms(mse=mse, reconstruction=mse, sparsity=sparsity_coefficient * penalty, aux=aux)
+    reconstruction = mse
+    if output.prefix_x_hats is not None:  # the mean over the prefixes, which divides by their number once
+        reconstruction = _sum_squares(output.prefix_x_hats - x) / (len(output.prefix_x_hats) * len(x))
     aux = aux_k_loss(config, weights, output, error.detach().neg(), dead, workspace)
-    return LossTerms(mse=mse, reconstruction=mse / config.total_variance, sparsity=nothing, aux=aux)
+    return LossTerms(mse=mse, reconstruction=reconstruction / config.total_variance, sparsity=nothing, aux=aux)
 
 
 def aux_k_loss(
@@ -71,41 +75,87 @@ def aux_k_loss(
 ) -> Float[Tensor, ""]:
     """alpha * min(1, n_dead / k_aux) * ||e - e_hat||^2 / ||e||^2 (AuxK: Gao et al. 2024, arXiv:2406.04093).
 
-    e = x - x_hat without gradient; e_hat = ReLU(TopK_k_aux(h of the dead latents)) W_dec, without b_dec. 0 where no
-    latent is dead or e is 0. alpha presumes a reconstruction loss divided by the variance.
+    e = x - x_hat without gradient; e_hat = ReLU(TopK_k_aux(h of the dead latents)) W_dec, without b_dec; abstopk takes
+    the largest |h| instead, with their sign. 0 where no latent is dead or e is 0. alpha presumes a reconstruction loss
+    divided by the variance.
     """
     dead_latents = dead.nonzero().squeeze(1)
     k_aux = min(config.k_aux, len(dead_latents))
     if k_aux == 0 or config.aux_coefficient == 0:
         return error.new_zeros(())
     W_enc, b_enc = weights["W_enc"].detach()[dead_latents], weights["b_enc"].detach()[dead_latents]
-    values, which = kernels.topk_pre_acts(output.encoder_input, W_enc, b_enc, k_aux, workspace)
+    signed = config.architecture == "abstopk"
+    values, which = kernels.topk_pre_acts(output.encoder_input, W_enc, b_enc, k_aux, workspace, by_magnitude=signed)
     kept = kept_topk(dead_latents[which], config.d_sae)
     pre_acts = kept_pre_acts(values.flatten(), kept, weights, output.encoder_input, config)
-    e_hat = kernels.sparse_decode(functional.relu(pre_acts), kept, weights["W_dec"])
+    e_hat = kernels.sparse_decode(pre_acts if signed else functional.relu(pre_acts), kept, weights["W_dec"])
     weight = config.aux_coefficient * k_aux / config.k_aux
     return weight * _sum_squares(e_hat - error) * _reciprocal_or_zero(_sum_squares(error))
 
 
+def _gate_loss(
+    config: SAEConfig, weights: Weights, x: Float[Tensor, "batch d_in"], output: SAEOutput
+) -> Float[Tensor, ""]:
+    """E||x - x_hat(ReLU(pi))||^2, whose decoder gets no gradient: it trains the gate (arXiv:2404.16014, eq. 8)."""
+    gate, W_dec, b_dec = functional.relu(output.pre_acts), weights["W_dec"].detach(), weights["b_dec"].detach()
+    if output.kept is None:
+        x_hat = torch.addmm(b_dec, gate, W_dec)
+    else:
+        x_hat = kernels.sparse_decode(gate, output.kept, W_dec) + b_dec
+    return _sum_squares(x_hat - x) / len(x)
+
+
+def _pre_act_loss(
+    config: SAEConfig, weights: Weights, x: Float[Tensor, "batch d_in"], output: SAEOutput
+) -> Float[Tensor, ""]:
+    """lambda_P E sum_i ReLU(theta_i - h_i) ||d_i||: pulls silent latents back (Anthropic, January 2025 update)."""
+    if not config.pre_act_loss_coefficient:
+        return output.x_hat.new_zeros(())
+    below = functional.relu(weights["log_threshold"].exp() - output.pre_acts)  # all of them: kept is None
+    return config.pre_act_loss_coefficient * (below.sum(0) @ weights["W_dec"].norm(dim=1)) / len(x)
+
+
+def _gate_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
+    """E sum_i ReLU(pi_i); the decoder's rows have norm 1."""
+    return functional.relu(output.pre_acts).sum() / len(output.x_hat)
+
+
 def _weighted_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
-    """Sum over the batch of sum_i f_i ||d_i||: shrinking f while growing d_i gains nothing."""
-    return (output.feature_acts * per_entry(weights["W_dec"].norm(dim=1), output.kept)).sum()
+    """E sum_i f_i ||d_i||: shrinking f while growing d_i gains nothing."""
+    return (output.feature_acts * per_entry(weights["W_dec"].norm(dim=1), output.kept)).sum() / len(output.x_hat)
 
 
-def _step_l0(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
-    """Sum over the batch of sum_i H(h_i - theta_i), whose gradient reaches theta alone (arXiv:2407.14435, eq. 9)."""
+def _jumprelu_penalty(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
+    """By mode.
+
+    step: L0 = E sum_i H(h_i - theta_i), whose gradient reaches theta alone (arXiv:2407.14435, eq. 9). quadratic:
+    (L0 / target_l0 - 1)^2 (there, appendix). tanh: E sum_i tanh(c f_i ||d_i||) (Anthropic, January 2025 update).
+    """
+    if config.jumprelu_sparsity_loss_mode == "tanh":
+        assert config.jumprelu_tanh_scale is not None
+        norms = per_entry(weights["W_dec"].norm(dim=1), output.kept)
+        return (config.jumprelu_tanh_scale * output.feature_acts * norms).tanh().sum() / len(output.x_hat)
     assert config.jumprelu_bandwidth is not None
     threshold = per_entry(weights["log_threshold"].exp(), output.kept)
-    return functional.heaviside(output.pre_acts, threshold, config.jumprelu_bandwidth).sum()
+    l0 = functional.heaviside(output.pre_acts, threshold, config.jumprelu_bandwidth).sum() / len(output.x_hat)
+    if config.jumprelu_sparsity_loss_mode == "step":
+        return l0
+    assert config.target_l0 is not None
+    return (l0 / config.target_l0 - 1).square()
 
 
 _PENALTY: dict[str, Callable[[SAEConfig, Weights, SAEOutput], Tensor]] = {
     "standard": _weighted_l1,
-    "jumprelu": _step_l0,
+    "jumprelu": _jumprelu_penalty,
+    "gated": _gate_l1,
+}
+_AUX: dict[str, Callable[[SAEConfig, Weights, Tensor, SAEOutput], Tensor]] = {
+    "gated": _gate_loss,
+    "jumprelu": _pre_act_loss,
 }
 
 
-def _sum_squares(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+def _sum_squares(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     flat = x.reshape(-1)
     return torch.dot(flat, flat)
 

@@ -22,30 +22,36 @@ from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.writer import sync_folder, write_atomically
-from trainer.config import SAEConfig, subtracts_b_dec
+from trainer.config import BATCH_FAMILY, SAEConfig, subtracts_b_dec
 
 SAE_LENS_VERSION = "6.54.12"  # whose format is written; a reader drops the metadata of anything under 6.0.0
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
-ARCHITECTURES = ("standard", "topk", "jumprelu")
+ARCHITECTURES = ("standard", "topk", "abstopk", "jumprelu", "gated")
+RANKED = ("topk", "abstopk")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SAE:
-    """A sparse autoencoder for inference on raw activations, as SAELens defines its three architectures.
+    """A sparse autoencoder for inference on raw activations, as SAELens defines its architectures.
 
     h = (x - b_dec if subtracts_b_dec else x) W_enc + b_enc; feature_acts are ReLU(h) (standard), ReLU of the k largest
-    h of a row (topk; ranked and scaled by ||d_i|| where rescale_acts_by_decoder_norm), or ReLU(h) where h > threshold
-    (jumprelu); x_hat = feature_acts W_dec + b_dec. Everything is computed in the weights' dtype, on their device.
+    h of a row (topk), the k of largest |h| (abstopk; both ranked and scaled by ||d_i|| where
+    rescale_acts_by_decoder_norm), or ReLU(h) where h > threshold (jumprelu). gated has no b_enc: feature_acts are
+    ReLU(exp(r_mag) h + b_mag) where h + b_gate > 0. x_hat = feature_acts W_dec + b_dec. Everything is computed in the
+    weights' dtype, on their device.
     """
 
     architecture: str
     hook_name: str
     W_enc: Float[Tensor, "d_in d_sae"]
     W_dec: Float[Tensor, "d_sae d_in"]
-    b_enc: Float[Tensor, " d_sae"]
     b_dec: Float[Tensor, " d_in"]
+    b_enc: Float[Tensor, " d_sae"] | None = None
     threshold: Float[Tensor, " d_sae"] | None = None
+    b_gate: Float[Tensor, " d_sae"] | None = None
+    b_mag: Float[Tensor, " d_sae"] | None = None
+    r_mag: Float[Tensor, " d_sae"] | None = None
     k: int | None = None
     rescale_acts_by_decoder_norm: bool = False
     subtracts_b_dec: bool
@@ -69,12 +75,20 @@ class SAE:
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         """Feature activations of raw activations of any float dtype; the result has the weights' dtype."""
         x = x.to(self.W_enc.dtype)
-        pre_acts = (x - self.b_dec if self.subtracts_b_dec else x) @ self.W_enc + self.b_enc
+        centred = x - self.b_dec if self.subtracts_b_dec else x
+        pre_acts = centred @ self.W_enc
+        if self.b_gate is not None and self.b_mag is not None and self.r_mag is not None:
+            magnitude = centred @ (self.W_enc * self.r_mag.exp()) + self.b_mag  # rounded as SAELens rounds it
+            return (pre_acts + self.b_gate > 0) * magnitude.relu()
+        if self.b_enc is not None:
+            pre_acts = pre_acts + self.b_enc
         if self.rescale_acts_by_decoder_norm:
             pre_acts = pre_acts * self.W_dec.norm(dim=-1)
         if self.k is not None:
-            top = pre_acts.topk(self.k, dim=-1, sorted=False)
-            return torch.zeros_like(pre_acts).scatter_(-1, top.indices, top.values.relu())
+            signed = self.architecture == "abstopk"
+            top = (pre_acts.abs() if signed else pre_acts).topk(self.k, dim=-1, sorted=False).indices
+            kept = pre_acts.gather(-1, top)
+            return torch.zeros_like(pre_acts).scatter_(-1, top, kept if signed else kept.relu())
         if self.threshold is not None:
             return pre_acts.relu() * (pre_acts > self.threshold)
         return pre_acts.relu()
@@ -93,10 +107,9 @@ def save_inference_sae(
 
     Args:
         config: the SAE's config; `input_scale` is folded, the rest goes into cfg.json under metadata.actcache.
-        weights: the training weights, which see x * input_scale: W_enc [d_sae, d_in] (transposed here), W_dec [d_sae,
-        d_in],
-            b_enc [d_sae], b_dec [d_in]; threshold on pre-activations, [d_sae] or a scalar, for jumprelu and batchtopk,
-            which is written as jumprelu.
+        weights: the training weights, which see x * input_scale: W_enc [d_sae, d_in] (transposed here), W_dec
+            [d_sae, d_in], b_enc [d_sae] (gated: b_gate, b_mag and r_mag), b_dec [d_in]; threshold on pre-activations,
+            [d_sae] or a scalar, for jumprelu, batchtopk and matryoshka_batchtopk, all written as jumprelu.
         metadata: what else cfg.json's metadata should say (model_name, context_size, ...), plain JSON values.
 
     Returns:
@@ -105,7 +118,7 @@ def save_inference_sae(
     Raises:
         ValueError: the weights are not those of the config, or not finite.
     """
-    architecture = "jumprelu" if config.architecture == "batchtopk" else config.architecture
+    architecture = "jumprelu" if config.architecture in BATCH_FAMILY else config.architecture
     tensors = _folded(config, architecture, weights)
     cfg = {
         "architecture": architecture,
@@ -126,13 +139,13 @@ def save_inference_sae(
             "actcache": asdict(config),
         },
     }
-    if architecture == "topk":
+    if architecture in RANKED:
         cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     return _write_directory(Path(out), {CONFIG_FILE: _json_bytes(cfg), WEIGHTS_FILE: save(tensors)})
 
 
 def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
-    """Read a RUN folder, its sae/, or any SAELens (6.0 or later) directory of a standard, topk or jumprelu SAE.
+    """Read a RUN folder, its sae/, or any SAELens (6.0 or later) directory of one of ARCHITECTURES.
 
     Raises:
         ManifestError: a file is missing or malformed, a tensor is missing, too many, of a wrong shape or not finite, or
@@ -147,8 +160,8 @@ def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
     return SAE(
         architecture=cfg["architecture"],
         hook_name=metadata["hook_name"],
-        k=cfg["k"] if cfg["architecture"] == "topk" else None,
-        rescale_acts_by_decoder_norm=cfg["architecture"] == "topk" and cfg.get("rescale_acts_by_decoder_norm", False),
+        k=cfg["k"] if cfg["architecture"] in RANKED else None,
+        rescale_acts_by_decoder_norm=cfg["architecture"] in RANKED and cfg.get("rescale_acts_by_decoder_norm", False),
         subtracts_b_dec=cfg.get("apply_b_dec_to_input", True),
         metadata=metadata,
         **tensors,
@@ -193,8 +206,11 @@ def _folded(config: SAEConfig, architecture: str, weights: Mapping[str, Tensor])
 
 def _shapes(architecture: str, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a SAELens directory, exactly."""
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    return {**shapes, "threshold": (d_sae,)} if architecture == "jumprelu" else shapes
+    per_latent = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}.get(
+        architecture, ("b_enc",)
+    )
+    matrices = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    return {**matrices, **dict.fromkeys(per_latent, (d_sae,))}
 
 
 def _sae_folder(path: Path) -> Path:
@@ -237,11 +253,11 @@ def _check_fields(path: Path, cfg: dict[str, Any]) -> None:
         raise ManifestError(
             f"load_sae: {path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {cfg.get('architecture')!r}"
         )
-    sizes = ("d_in", "d_sae", *(["k"] if cfg["architecture"] == "topk" else []))
+    sizes = ("d_in", "d_sae", *(["k"] if cfg["architecture"] in RANKED else []))
     for name in sizes:
         if type(cfg.get(name)) is not int or cfg[name] < 1:
             raise ManifestError(f"load_sae: {path}: {name} must be a positive integer, got {cfg.get(name)!r}")
-    if cfg["architecture"] == "topk" and cfg["k"] > cfg["d_sae"]:
+    if cfg["architecture"] in RANKED and cfg["k"] > cfg["d_sae"]:
         raise ManifestError(f"load_sae: {path}: k must be at most d_sae={cfg['d_sae']}, got k={cfg['k']}")
     for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
         if type(cfg.get(name, False)) is not bool:

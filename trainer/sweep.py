@@ -27,7 +27,7 @@ from actcache.flow import Batch
 from actcache.loader import Loader
 from actcache.writer import write_atomically
 from trainer.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
-from trainer.config import SAEConfig, SweepConfig, TrainConfig
+from trainer.config import BATCH_FAMILY, SAEConfig, SweepConfig, TrainConfig
 from trainer.kernels import Workspace
 from trainer.saelens import save_inference_sae
 from trainer.train import (
@@ -358,9 +358,9 @@ def _initial_b_dec(config: SAEConfig, train_config: TrainConfig, cache: Cache) -
 
 
 def _save_sae(state: TrainState, folder: Path, train_config: TrainConfig, cache: Cache) -> None:
-    """sae/ of a trained SAE, with the threshold of a BatchTopK SAE calibrated on the first training batches."""
+    """sae/ of a trained SAE; a threshold over whole batches is calibrated on the first training batches."""
     config, threshold = state.config, None
-    if config.architecture == "batchtopk":
+    if config.architecture in BATCH_FAMILY:
         device = state.weights["b_dec"].device
         with _loader(cache, [config.hook_name], train_config, 0, device) as loader:
             n_batches = max(1, min(CALIBRATION_BATCHES, config.training_tokens // train_config.batch_tokens))

@@ -17,6 +17,8 @@ from trainer.losses import LossTerms, loss_terms
 from trainer.metrics import explained_variance
 from trainer.optimiser import adam, lr_at, remove_parallel_gradient_, sparsity_coefficient_at, unit_norm_rows_
 
+_PENALTY_KEY = {"standard": "losses/l1_loss", "gated": "losses/l1_loss", "jumprelu": "losses/l0_loss"}
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TrainState:
@@ -95,8 +97,11 @@ def train_step(state: TrainState, x: Float[Tensor, "batch d_in"], workspace: Wor
 def log_record(state: TrainState, x: Float[Tensor, "batch d_in"], outcome: StepOutcome) -> dict[str, float | int]:
     """One line of metrics.jsonl after a step on x, under SAELens' keys; all but lr describe this batch."""
     loss, architecture = outcome.loss, state.config.architecture
-    sparsity = {"standard": "losses/l1_loss", "jumprelu": "losses/l0_loss"}.get(architecture)
-    terms = {"losses/auxiliary_reconstruction_loss": loss.aux} if sparsity is None else {sparsity: loss.sparsity}
+    terms = {_PENALTY_KEY[architecture]: loss.sparsity} if architecture in _PENALTY_KEY else {}
+    if architecture not in ("standard", "jumprelu"):
+        terms["losses/auxiliary_reconstruction_loss"] = loss.aux
+    if state.config.pre_act_loss_coefficient is not None:
+        terms["losses/pre_act_loss"] = loss.aux
     return {
         "step": state.step,
         "n_tokens": state.n_tokens,
@@ -122,7 +127,7 @@ def check_weights_are_finite(state: TrainState) -> None:
 
 
 def inference_weights(state: TrainState, threshold: Float[Tensor, ""] | None = None) -> dict[str, Tensor]:
-    """The weights that `save_inference_sae` takes. threshold: of `calibrated_threshold`, for batchtopk."""
+    """The weights that `save_inference_sae` takes. threshold: of `calibrated_threshold`, for those that need one."""
     weights = {name: weight.detach() for name, weight in state.weights.items()}
     if "log_threshold" in weights:
         threshold = weights.pop("log_threshold").exp()
