@@ -1,4 +1,4 @@
-"""Room for decoded rows: the groups of chunks of one hook, and the batches gathered from them.
+"""Room for decoded rows: the groups of chunks of one hook, and the batches copied from them.
 
 The rows of a group lie in the order in which they are served: each chunk is scattered over them as it is decoded, by
 the threads that decode, so that a batch is one plain copy. On a CPU it goes into memory that an earlier batch has left.

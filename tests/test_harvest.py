@@ -13,11 +13,13 @@ import torch
 import zarr
 from tiny_caches import HOOKS, harvest_tiny, promised_files
 
+from actcache import harvester
 from actcache.cache import open_cache
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, DatasetError, ManifestError, NonFiniteActivations
 from actcache.journal import Journal
 from actcache.models import HuggingFaceModel
 from actcache.verify import verify
+from actcache.window import Window
 
 BATCH_SIZE = 8
 JOURNAL = "manifest/writer-00.jsonl"
@@ -353,3 +355,16 @@ def test_reading_imports_no_language_model():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(("cores", "n_windows"), [(1, 1), (2, 2)])
+def test_a_model_that_leaves_no_core_has_one_window_and_the_same_bytes(
+    tiny_model, tiny_texts, tiny_cache, tmp_path, monkeypatch, cores, n_windows
+):
+    """torch runs on one thread here."""
+    made = []
+    monkeypatch.setattr(harvester, "Window", lambda *args: made.append(Window(*args)) or made[-1])
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c")
+    assert len(made) == n_windows
+    assert promised_files(cache.path) == promised_files(tiny_cache.path)

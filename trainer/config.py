@@ -401,7 +401,7 @@ def _matryoshka_defaults(d_sae: int, facts: _Facts) -> dict[str, Any]:
 
 
 def _gated_defaults(d_sae: int, facts: _Facts) -> dict[str, Any]:
-    """Rajamanoharan et al. 2024 (arXiv:2404.16014): Adam without momentum; the schedule as for standard."""
+    """Adam without momentum, as in arXiv:2404.16014; lr as for batchtopk, decay and warm-up as for standard."""
     return {
         "lr": 3e-4,
         "adam_beta1": 0.0,
