@@ -101,6 +101,14 @@ def test_a_jumprelu_penalty_has_its_own_settings() -> None:
             penalised("jumprelu", **given, **changes)
 
 
+def test_null_leaves_what_an_architecture_needs_at_its_default() -> None:
+    assert resolved(architecture="matryoshka_batchtopk", matryoshka_widths=None).matryoshka_widths is not None
+    given = {"sparsity_coefficient": 1.0}
+    for setting in ("jumprelu_sparsity_loss_mode", "jumprelu_bandwidth", "jumprelu_init_threshold"):
+        assert penalised("jumprelu", **given, **{setting: None}) == penalised("jumprelu", **given)
+    assert penalised("standard", max_grad_norm=None).max_grad_norm is None, "null is a value there"
+
+
 def test_gated_needs_its_coefficient() -> None:
     config = penalised("gated", sparsity_coefficient=0.5)
     assert (config.adam_beta1, config.has_unit_norm_decoder, config.sparsity_warm_up_steps) == (0.0, True, 50)

@@ -311,7 +311,8 @@ def _resolve(run: Mapping[str, Any], facts: _Facts) -> SAEConfig:
     """One run's settings + the architecture's defaults + the cache's facts."""
     given = _checked_run(run)
     name, architecture = given["name"], given["architecture"]
-    settings = _defaults(architecture, given["d_sae"], facts) | given
+    chosen: dict[str, Any] = {key: v for key, v in given.items() if v is not None or key not in _USED_BY}
+    settings = _defaults(architecture, given["d_sae"], facts) | chosen
     _check_sparsity_is_given(name, architecture, settings)
     if architecture == "jumprelu":
         _check_jumprelu_preset(name, given, settings)
