@@ -1,4 +1,4 @@
-"""The sparsifying functions, dense and pure: pre_acts in, feature_acts of the same shape and dtype out."""
+"""The sparsifying functions, pure: pre_acts in, feature_acts of the same shape or the entries that are kept out."""
 
 from typing import Any
 
@@ -14,32 +14,14 @@ def relu(pre_acts: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return torch.relu(pre_acts)
 
 
-def topk(pre_acts: Float[Tensor, "batch d_sae"], k: int) -> Float[Tensor, "batch d_sae"]:
-    """Keep the k largest entries of each row where positive, zero the rest (Gao et al. 2024, arXiv:2406.04093).
-
-    Raises ValueError when k is outside [1, d_sae].
-    """
-    _check_k("topk", k, pre_acts.shape[1])
-    top = pre_acts.topk(k, dim=1, sorted=False)
-    return torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
-
-
-def batch_topk(pre_acts: Float[Tensor, "batch d_sae"], k: int) -> Float[Tensor, "batch d_sae"]:
-    """Keep the `k * batch` largest positive entries of the whole batch, zero the rest.
-
-    Bussmann et al. 2024, "BatchTopK Sparse Autoencoders" (arXiv:2412.06410). L0 is at most k on average over the batch,
-    not per row. Kept entries equal the input bit for bit; of equal ones the first in row-major order are kept.
-
-    Raises ValueError when k is outside [1, d_sae].
-    """
-    kept = batch_topk_kept(pre_acts.detach(), k)
-    return torch.zeros_like(pre_acts).index_put(kept, pre_acts[kept])
-
-
 def batch_topk_kept(
     pre_acts: Float[Tensor, "batch d_sae"], k: int
 ) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
-    """(row, latent) of the entries that `batch_topk` keeps, in row-major order. NaN counts as the largest.
+    """(row, latent) of the `k * batch` largest positive entries of the whole batch, in row-major order.
+
+    Bussmann et al. 2024, "BatchTopK Sparse Autoencoders" (arXiv:2412.06410). L0 is at most k on average over the batch,
+    not per row. Of equal entries the first are kept; NaN counts as the largest. Raises ValueError when k is outside
+    [1, d_sae].
 
     A sample of the entries gives a cut that about a fifth too many pass; the exact choice is made among those.
     """
