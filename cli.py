@@ -25,12 +25,15 @@ from actcache.errors import ActcacheError, ConfigError, ManifestError
 from actcache.flow import SPLITS
 from actcache.relabel import relabel as run_relabel
 from actcache.verify import verify as audit
-from trainer.config import Architecture, SweepConfig
+from trainer.config import Architecture
 from trainer.evaluate import evaluate_runs
+from trainer.plan import SweepPlan, measured_seconds
+from trainer.presets import PRESETS
 from trainer.report import write_report
 from trainer.saelens import export_sae
-from trainer.sweep import SweepProgress
+from trainer.sweep import SweepProgress, plan
 from trainer.sweep import train as run_train
+from trainer.sweep_file import SweepConfig
 
 if TYPE_CHECKING:
     from actcache.estimate import Estimate
@@ -256,13 +259,17 @@ def train(
     sweep: Annotated[Path | None, typer.Argument(metavar="[SWEEP.yaml]", help="Sweep file.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="Sweep file, another way to name it.")] = None,
     hook: Annotated[str | None, typer.Option(help="One SAE without a sweep file: the hook it reads.")] = None,
-    architecture: Annotated[str, typer.Option(help="One of " + ", ".join(get_args(Architecture)) + ".")] = "topk",
+    hook_out: Annotated[str | None, typer.Option(help="Of a transcoder: the hook that it predicts.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="One of " + ", ".join(get_args(Architecture)) + ". [default: topk]")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A paper's settings: " + ", ".join(PRESETS) + ".")] = None,
     d_sae: Annotated[int | None, typer.Option(help="Latents.")] = None,
     k: Annotated[int | None, typer.Option(help="Active latents per token (TopK family).")] = None,
     sparsity_coefficient: Annotated[
-        float | None, typer.Option(help="Of the penalty (standard, jumprelu, gated).")
+        float | None, typer.Option(help="Of the penalty (all but the TopK family).")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; the architecture's default if left out.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; the preset's if left out.")] = None,
     sae_seed: Annotated[int | None, typer.Option(help="Of the initial weights.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Rows to train on; every row of every epoch if left out.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times that a row may be read.")] = None,
@@ -274,11 +281,19 @@ def train(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of the data.")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GB to train in, in several passes if need be. [default: most of it]"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
     device: Device = "auto",
 ) -> None:
     """Train the SAEs of a sweep file, or one SAE given by options; each batch is read once for all of them."""
     single = {
         "hook_name": hook,
+        "hook_name_out": hook_out,
+        "architecture": architecture,
+        "preset": preset,
         "d_sae": d_sae,
         "k": k,
         "sparsity_coefficient": sparsity_coefficient,
@@ -292,10 +307,16 @@ def train(
         "exclude_special_tokens": exclude_special_tokens,
         "seed": seed,
     }
-    sweep_config = _sweep_config(sweep or config, architecture, _given(single), _given(shared))
-    opened = open_cache(cache)
+    sweep_config = _sweep_config(sweep or config, _given(single), _given(shared))
+    opened, device = open_cache(cache), _device(device)
+    memory_bytes = None if memory is None else int(memory * 1e9)
+    planned = plan(opened, sweep_config, out, device=device, memory_bytes=memory_bytes)
+    _say(_plan_lines(planned))
+    if dry_run:
+        seconds = measured_seconds(planned.configs, planned.batch_tokens, device)
+        return _say(f"about {seconds:,.0f} s of steps, by one of each kind on random rows")
     with closing(_TrainBar()) as progress:
-        records = run_train(opened, sweep_config, out, device=_device(device), progress=progress)
+        records = run_train(opened, sweep_config, out, device=device, memory_bytes=memory_bytes, progress=progress)
     for record in records:
         _say(f"{record.folder}: {record.error or 'finished'}")
     failed = [record.config.name for record in records if record.error]
@@ -476,12 +497,24 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _sweep_config(path: Path | None, architecture: str, single: dict[str, Any], shared: dict[str, Any]) -> SweepConfig:
+def _plan_lines(planned: SweepPlan) -> str:
+    """A line for the sweep and, where there are several, one for each pass."""
+    n_passes, room = len(planned.passes), f"{planned.needed_bytes / 1e9:.2g} of {planned.memory_bytes / 1e9:.2g} GB"
+    lines = [
+        f"to train: {len(planned.configs)} SAEs of {planned.n_parameters:,} parameters in {n_passes} pass(es) over the "
+        f"cache, at most about {room} of memory, {planned.flops:.2g} FLOPs"
+    ]
+    names = [", ".join(config.name for config in each) for each in planned.passes]
+    return "\n".join(lines + ([f"pass {i}: {text}" for i, text in enumerate(names, 1)] if n_passes > 1 else []))
+
+
+def _sweep_config(path: Path | None, single: dict[str, Any], shared: dict[str, Any]) -> SweepConfig:
     """The sweep of a file or of one SAE given by options; shared settings given as options win over the file's."""
     if path is None and "hook_name" not in single:
         raise ConfigError("train: name a sweep file, or give --hook with --d-sae and --k or --sparsity-coefficient")
     if path is None:
-        return SweepConfig.from_dict({**shared, "runs": [{"architecture": architecture, **single}]})
+        named = {} if "architecture" in single or "preset" in single else {"architecture": "topk"}
+        return SweepConfig.from_dict({**shared, "runs": [single | named]})
     if single:
         raise ConfigError(f"train: {path} says what to train; leave out the options for one SAE: {', '.join(single)}")
     config = SweepConfig.from_yaml(path)

@@ -10,7 +10,7 @@ Neither changes the model: no folding, no centring, no conversion of weights.
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from difflib import get_close_matches
 from functools import partial
@@ -134,19 +134,26 @@ class LanguageModel(ABC):
         return self._forward(token_ids, {})
 
     def logits_with(
-        self, token_ids: Int[Tensor, "sequence position"], hook_name: str, replace: Callable[[Tensor], Tensor]
+        self,
+        token_ids: Int[Tensor, "sequence position"],
+        hook_name: str,
+        replace: Callable[[Tensor], Tensor],
+        *,
+        show: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
         """The output of the whole model with the activation at `hook_name` replaced by `replace(activation)`.
 
         `replace` gets [sequence, position, d_in] and returns the same shape; its result is cast to the model's dtype.
+        show: what else gets an activation to see, by the hook's name, in the same pass and so before what comes after.
         At hook_resid_mid the residual stream itself is replaced, not only what the MLP reads, as in HookedTransformer.
 
         Raises:
             ModelError: the hook does not exist, or the model has no output head.
             ValueError: `replace` returned another shape.
         """
-        self._check(hook_name)
-        return self._forward(token_ids, _replacing(hook_name, _same_shape(replace)))
+        for name in (hook_name, *(show or {})):
+            self._check(name)
+        return self._forward(token_ids, {**(show or {}), **_replacing(hook_name, _same_shape(replace))})
 
     @abstractmethod
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:

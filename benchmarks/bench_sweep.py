@@ -22,8 +22,8 @@ from actcache.cache import Cache
 from benchmarks.bench_train import BATCH_TOKENS, D_SAE, K, our_step, sae_config, scaled_batches
 from benchmarks.measure import Say, described, interleaved_seconds, machine, ratios
 from benchmarks.stream import HOOK, random_stream
-from trainer.config import SweepConfig
 from trainer.sweep import train
+from trainer.sweep_file import SweepConfig
 
 N_SAES, STEPS, REPEATS, N_TOKENS = 8, 4, 5, 32_768
 

@@ -22,9 +22,10 @@ from actcache.cache import Cache
 from actcache.loader import Loader
 from benchmarks.measure import Say, described, interleaved_seconds, machine, ratios
 from benchmarks.stream import HOOK, random_stream
-from trainer.config import SAEConfig, SweepConfig
+from trainer.config import SAEConfig
 from trainer.kernels import Workspace
 from trainer.optimiser import remove_parallel_gradient_, unit_norm_rows_
+from trainer.sweep_file import SweepConfig
 from trainer.train import StepOutcome, TrainState, initial_state, train_step
 
 D_SAE, K, BATCH_TOKENS, REPEATS, STEPS, N_TOKENS = 4096, 32, 4096, 9, 3, 131_072

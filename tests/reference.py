@@ -4,6 +4,8 @@ Weights are dicts of float64 tensors in the training layout (W_enc [d_sae, d_in]
 rows; the TopK family divides by the variance.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -58,14 +60,21 @@ def jumprelu_gradients_reference(
 
 
 def loss_and_gradients_reference(
-    config, weights: dict[str, Tensor], x: Tensor, *, sparsity_coefficient: float = 0.0, dead: Tensor | None = None
+    config,
+    weights: dict[str, Tensor],
+    x: Tensor,
+    *,
+    y: Tensor | None = None,
+    sparsity_coefficient: float = 0.0,
+    dead: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The total loss and its gradient to every weight."""
+    """The total loss and its gradient to every weight. y: what is to be reconstructed, x if None."""
+    y = x if y is None else y
     if config.architecture == "jumprelu":
         return _jumprelu(config, weights, x, sparsity_coefficient)
     leaves = {name: weight.detach().clone().requires_grad_() for name, weight in weights.items()}
-    if config.architecture == "standard":
-        loss = _standard_loss(leaves, x, sparsity_coefficient)
+    if config.architecture in ("standard", "transcoder", "skip_transcoder", "crosscoder"):
+        loss = _standard_loss(config, leaves, x, y, sparsity_coefficient)
     elif config.architecture == "gated":
         loss = _gated_loss(leaves, x, sparsity_coefficient)
     else:
@@ -74,11 +83,20 @@ def loss_and_gradients_reference(
     return loss.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def _standard_loss(weights: dict[str, Tensor], x: Tensor, sparsity_coefficient: float) -> Tensor:
+def _standard_loss(config, weights: dict[str, Tensor], x: Tensor, y: Tensor, sparsity_coefficient: float) -> Tensor:
+    """Transcoders predict y (Dunefsky et al. 2024, Paulo et al. 2025); a crosscoder adds the norms of each hook's part
+    of a decoder row (Lindsey et al. 2024).
+    """
     f = (x @ weights["W_enc"].T + weights["b_enc"]).relu()
-    x_hat = f @ weights["W_dec"] + weights["b_dec"]
-    penalty = sum(f[:, i].sum() * weights["W_dec"][i].norm() for i in range(f.shape[1]))
-    return ((x - x_hat) ** 2).sum() / len(x) + sparsity_coefficient * penalty / len(x)
+    y_hat = f @ weights["W_dec"] + weights["b_dec"]
+    if "W_skip" in weights:
+        y_hat = y_hat + x @ weights["W_skip"].T
+    edges = [0, *torch.tensor(config.hook_widths or [config.d_out]).cumsum(0).tolist()]
+    penalty = sum(
+        f[:, i].sum() * sum(weights["W_dec"][i, start:end].norm() for start, end in itertools.pairwise(edges))
+        for i in range(f.shape[1])
+    )
+    return ((y - y_hat) ** 2).sum() / len(x) + sparsity_coefficient * penalty / len(x)
 
 
 def _gated_loss(weights: dict[str, Tensor], x: Tensor, sparsity_coefficient: float) -> Tensor:

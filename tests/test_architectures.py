@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from reference import CHOICES, FLOAT64
-from tiny_saes import ARCHITECTURES, TOPK_FAMILY, make_config
+from tiny_saes import ARCHITECTURES, TOPK_FAMILY, TRANSCODERS, make_config
 from torch import Tensor
 
 from trainer.architectures import DENSEST_SPARSE, SAEOutput, forward, initial_weights
@@ -23,9 +23,11 @@ def double_weights(config: SAEConfig, *, b_enc: float = 0.0, seed: int = 5) -> d
     weights = {
         "W_enc": draw(config.d_sae, config.d_in) / math.sqrt(config.d_in),
         "b_enc": draw(config.d_sae) / 10 + b_enc,
-        "W_dec": draw(config.d_sae, config.d_in) / math.sqrt(config.d_in),
-        "b_dec": draw(config.d_in) / 10,
+        "W_dec": draw(config.d_sae, config.d_out) / math.sqrt(config.d_out),
+        "b_dec": draw(config.d_out) / 10,
     }
+    if config.architecture == "skip_transcoder":
+        weights["W_skip"] = draw(config.d_out, config.d_in) / math.sqrt(config.d_in)
     if config.architecture == "jumprelu":
         weights["log_threshold"] = draw(config.d_sae) / 10 - 1.0
     if config.architecture == "gated":
@@ -36,6 +38,11 @@ def double_weights(config: SAEConfig, *, b_enc: float = 0.0, seed: int = 5) -> d
 
 def rows(batch: int, d_in: int, seed: int = 6) -> Tensor:
     return torch.randn(batch, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def targets(config: SAEConfig, x: Tensor) -> Tensor:
+    """What is to be reconstructed from x: x itself, of a transcoder other rows."""
+    return rows(len(x), config.d_out, seed=9).to(x) if config.architecture in TRANSCODERS else x
 
 
 def definition(config: SAEConfig, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,8 +56,9 @@ def definition(config: SAEConfig, weights: dict[str, Tensor], x: Tensor) -> tupl
         f = CHOICES[config.architecture](u + W["b_enc"], config.k)
     else:
         h = u + W["b_enc"]
-        f = h.relu() if config.architecture == "standard" else h * (h > W["log_threshold"].exp())
-    return f, f @ W["W_dec"] + W["b_dec"]
+        f = h * (h > W["log_threshold"].exp()) if config.architecture == "jumprelu" else h.relu()
+    skipped = x @ W["W_skip"].T if "W_skip" in W else 0.0
+    return f, f @ W["W_dec"] + W["b_dec"] + skipped
 
 
 def dense_acts(output: SAEOutput, d_sae: int) -> Tensor:
@@ -74,7 +82,7 @@ def test_forward_equals_the_definition(architecture: str, b_enc: float, batch: i
     assert output.firing_counts().tolist() == (f != 0).sum(0).tolist()
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in TOPK_FAMILY])
 def test_few_active_latents_take_the_sparse_path(architecture: str) -> None:
     config = make_config(architecture)
     many, few = (double_weights(config, b_enc=b_enc) for b_enc in (0.0, -2.0))
@@ -94,7 +102,7 @@ def test_k_may_be_1_or_d_sae(architecture: str, k: int) -> None:
     torch.testing.assert_close(output.x_hat.detach(), definition(config, weights, x)[1], **FLOAT64)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in TRANSCODERS])
 def test_initial_weights(architecture: str) -> None:
     config = make_config(architecture, decoder_init_norm=0.25, seed=3)
     b_dec, state = torch.arange(16.0), torch.get_rng_state()
@@ -109,6 +117,34 @@ def test_initial_weights(architecture: str) -> None:
     assert all(weight.is_leaf and weight.requires_grad and weight.dtype == torch.float32 for weight in weights.values())
     assert torch.equal(initial_weights(config, b_dec)["W_dec"], weights["W_dec"])
     assert not torch.equal(initial_weights(make_config(architecture, seed=4), b_dec)["W_dec"], weights["W_dec"])
+
+
+@pytest.mark.parametrize("architecture", TRANSCODERS)
+def test_a_transcoder_begins_as_the_mean_of_what_it_predicts(architecture: str) -> None:
+    config, b_dec = make_config(architecture, decoder_init_norm=0.5), torch.arange(12.0)
+    sample = rows(200, 16).float() + 3.0
+    weights = initial_weights(config, b_dec, sample)
+    x_hat = forward(config, weights, sample, Workspace()).x_hat
+    assert torch.equal(x_hat, b_dec.expand(200, -1))
+    torch.testing.assert_close(weights["W_enc"].norm(dim=1), torch.full((48,), 0.5))
+    # pre-activations of the mean row: a float32 sum of 16 products below 10
+    at_mean = sample.mean(0) @ weights["W_enc"].T + weights["b_enc"]
+    torch.testing.assert_close(at_mean, torch.zeros(48), rtol=0, atol=16 * 10 * 2**-24)
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.25, 0.5])
+def test_b_enc_may_be_set_for_a_rate_of_firing(rate: float) -> None:
+    config = make_config(
+        "jumprelu", init_firing_rate=rate, decoder_init_norm=None, encoder_init_scale=0.3, jumprelu_init_threshold=0.1
+    )
+    sample = rows(1000, 16).float()
+    weights = initial_weights(config, torch.zeros(16), sample)
+    counts = forward(config, weights, sample, Workspace()).firing_counts()
+    assert (counts - round(1000 * rate)).abs().max() <= 1, "the row at the quantile may round to either side"
+    assert torch.equal(weights["W_enc"], weights["W_dec"] * 0.3)
+    assert weights["W_dec"].abs().max() <= 1 / 4
+    # uniform in (-a, a): a variance of a^2 / 3, known to 5 standard errors of 768 draws
+    assert abs(weights["W_dec"].var().item() * 48 - 1) < 5 * math.sqrt(4 / 5 / 768)
 
 
 def test_jumprelu_starts_at_its_threshold() -> None:

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import new_state, rows
+from test_train import new_state, rows, step
 from tiny_saes import ARCHITECTURES
 
 from actcache.errors import CacheMismatch, ManifestError
 from trainer.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
-from trainer.kernels import Workspace
-from trainer.train import TrainState, train_step
+from trainer.train import TrainState
 
 
 def assert_same_state(one: TrainState, other: TrainState) -> None:
@@ -23,12 +22,14 @@ def assert_same_state(one: TrainState, other: TrainState) -> None:
         mine, others = one.optimiser.state[weight], other.optimiser.state[other.weights[name]]
         assert mine.keys() == others.keys()
         assert all(torch.equal(mine[key], others[key]) for key in mine)
+    assert one.average.keys() == other.average.keys()
+    assert all(torch.equal(one.average[name], other.average[name]) for name in one.average)
 
 
-def trained(architecture: str, n_steps: int = 3) -> TrainState:
-    state = new_state(architecture, lr_warm_up_steps=2, lr_decay_steps=4, dead_window=40)
+def trained(architecture: str, n_steps: int = 3, **changes: object) -> TrainState:
+    state = new_state(architecture, lr_warm_up_steps=2, lr_decay_steps=4, dead_window=40, **changes)
     for seed in range(n_steps):
-        train_step(state, rows(24, seed=seed), Workspace())
+        step(state, rows(24, seed=seed))
     return state
 
 
@@ -40,7 +41,27 @@ def test_a_restored_state_goes_on_bit_for_bit(architecture: str, tmp_path: Path)
     assert_same_state(state, restored)
     for seed in range(3, 6):
         for each in (state, restored):
-            train_step(each, rows(24, seed=seed), Workspace())
+            step(each, rows(24, seed=seed))
+    assert_same_state(state, restored)
+
+
+OPTIMISED = [
+    {"optimizer": "adamw", "weight_decay": 0.1},
+    {"optimizer": "signum", "momentum": 0.9},
+    {"optimizer": "muon", "momentum": 0.95},
+    {"optimizer": "schedule_free"},
+    {"ema_decay": 0.9},
+    {"k_anneal_start": 20, "k_anneal_steps": 5},
+]
+
+
+@pytest.mark.parametrize("changes", OPTIMISED, ids=str)
+def test_every_optimizer_goes_on_bit_for_bit(changes: dict[str, object], tmp_path: Path) -> None:
+    state = trained("topk", **changes)
+    restored = load_checkpoint(state.config, save_checkpoint(state, tmp_path))
+    for seed in range(3, 6):
+        for each in (state, restored):
+            step(each, rows(24, seed=seed))
     assert_same_state(state, restored)
 
 
@@ -48,14 +69,14 @@ def test_a_state_before_its_first_step_can_be_saved(tmp_path: Path) -> None:
     state = trained("topk", n_steps=0)
     restored = load_checkpoint(state.config, save_checkpoint(state, tmp_path))
     for each in (state, restored):
-        train_step(each, rows(24), Workspace())
+        step(each, rows(24))
     assert_same_state(state, restored)
 
 
 def test_the_newest_replaces_the_older(tmp_path: Path) -> None:
     state = trained("topk")
     save_checkpoint(state, tmp_path)
-    train_step(state, rows(24), Workspace())
+    step(state, rows(24))
     path = save_checkpoint(state, tmp_path)
     assert [each.name for each in tmp_path.iterdir()] == ["step-00000004.safetensors"] == [path.name]
     assert latest_checkpoint(tmp_path) == path
@@ -76,7 +97,7 @@ def test_of_two_the_newest_counts_and_leftovers_do_not(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = trained("topk")
     path = save_checkpoint(state, tmp_path)
-    train_step(state, rows(24), Workspace())
+    step(state, rows(24))
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")

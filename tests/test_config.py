@@ -10,7 +10,9 @@ import pytest
 
 from actcache.errors import CacheMismatch, ConfigError
 from actcache.manifest import HookSpec
-from trainer.config import Architecture, SAEConfig, SweepConfig, TrainConfig, subtracts_b_dec
+from trainer.config import Architecture, SAEConfig, TrainConfig, subtracts_b_dec
+from trainer.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
+from trainer.sweep_file import SweepConfig
 
 HOOK = "blocks.1.hook_resid_post"
 BASE = {"architecture": "topk", "hook_name": HOOK, "d_sae": 1024, "k": 16}
@@ -38,6 +40,22 @@ class Hooks:
     def statistics(self, hook_name: str, *, split: str = "train", row_filter: str = "no_special_tokens") -> Statistics:
         factor = {"no_special_tokens": 1, "all": 2}[row_filter]
         return Statistics(20.0 * factor, 625.0 * factor**2, self.variance * factor**2)
+
+
+OUT, OUT_WIDTH = "blocks.1.hook_mlp_out", 24
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoHooks(Hooks):
+    """A second one of its own width, scale and variance."""
+
+    def hook(self, hook_name: str) -> HookSpec:
+        if hook_name == OUT:
+            return HookSpec(hook_name=OUT, d_in=OUT_WIDTH, dtype="bfloat16")
+        return super().hook(hook_name)
+
+    def statistics(self, hook_name: str, *, split: str = "train", row_filter: str = "no_special_tokens") -> Statistics:
+        return Statistics(3.0, 10.0, 6.0) if hook_name == OUT else super().statistics(hook_name, split=split)
 
 
 def resolved(*, training_tokens: int = 4096 * 1000, sweep: dict | None = None, **run: object) -> SAEConfig:
@@ -130,6 +148,77 @@ def test_jumprelu_defaults() -> None:
     assert (config.normalize_activations, config.input_scale) == ("unit_mean_square", 1 / 25)
     assert (config.lr, config.adam_beta1, config.adam_beta2) == (7e-5, 0.0, 0.999)
     assert (config.lr_warm_up_steps, config.sparsity_warm_up_steps) == (100, 100)
+
+
+@pytest.mark.parametrize("architecture", ["transcoder", "skip_transcoder"])
+def test_a_transcoder_has_two_hooks_and_two_scales(architecture: str) -> None:
+    run = {"architecture": architecture, "hook_name": HOOK, "hook_name_out": OUT, "d_sae": 256}
+    sweep = SweepConfig.from_dict({"base": run})
+    (config,) = sweep.expand(TwoHooks(), 4096)
+    assert sweep.hook_names == (HOOK, OUT)
+    assert (config.d_in, config.d_out, config.b_dec_init) == (64, OUT_WIDTH, "mean")
+    assert (config.input_scale, config.output_scale) == (math.sqrt(64) / 20, math.sqrt(OUT_WIDTH) / 3)
+    assert config.total_variance == pytest.approx(6.0 * OUT_WIDTH / 9)
+    assert [hook.hook_name for hook in (*config.inputs, *config.outputs)] == [HOOK, OUT]
+    with pytest.raises(ConfigError, match=f"{architecture} needs hook_name_out"):
+        SweepConfig.from_dict({"base": run | {"hook_name_out": None}})
+
+
+def test_a_crosscoder_has_a_scale_for_each_hook() -> None:
+    run = {"architecture": "crosscoder", "hook_names": [HOOK, OUT], "d_sae": 256}
+    sweep = SweepConfig.from_dict({"base": run})
+    (config,) = sweep.expand(TwoHooks(), 4096)
+    assert sweep.hook_names == (HOOK, OUT)
+    assert (config.d_in, config.d_out, config.hook_widths) == (64 + OUT_WIDTH, 64 + OUT_WIDTH, (64, OUT_WIDTH))
+    assert config.hook_scales == (math.sqrt(64) / 20, math.sqrt(OUT_WIDTH) / 3)
+    assert (config.hook_name, config.input_scale) == (HOOK, 1.0)
+    assert config.total_variance == pytest.approx(500 * 64 / 400 + 6.0 * OUT_WIDTH / 9)
+    assert config.inputs == config.outputs
+    assert SAEConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    for changes, message in (
+        ({"hook_name": HOOK}, "crosscoder takes hook_names, got hook_name"),
+        ({"hook_names": None}, "crosscoder needs hook_names"),
+        ({"hook_names": [HOOK]}, "hook_names must be a list of at least two that differ"),
+        ({"hook_names": [HOOK, HOOK]}, "hook_names must be a list of at least two that differ"),
+        ({"hook_name_out": OUT}, "hook_name_out is a setting of transcoder, skip_transcoder"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SweepConfig.from_dict({"base": run | changes})
+
+
+def test_a_preset_gives_its_architecture_and_settings() -> None:
+    assert penalised("jumprelu", sparsity_coefficient=1.0) == dataclasses.replace(
+        without_architecture("gemma_scope", sparsity_coefficient=1.0), name="jumprelu-l1.0-d1024"
+    )
+    january = without_architecture("anthropic_january", sparsity_coefficient=10.0)
+    assert (january.architecture, january.jumprelu_sparsity_loss_mode) == ("jumprelu", "tanh")
+    assert (january.jumprelu_tanh_scale, january.pre_act_loss_coefficient) == (4.0, 3e-6)
+    assert (january.decoder_init_norm, january.encoder_init_scale) == (None, 64 / 1024)
+    assert (january.init_firing_rate, january.sparsity_warm_up_steps) == (0.5, 1000)
+    signum = without_architecture("eleuther_topk", k=32)
+    assert (signum.optimizer, signum.momentum, signum.lr) == ("signum", 0.95, 5e-3 / math.sqrt(1024 / 2**14))
+    assert (signum.name, signum.aux_coefficient) == ("eleuther_topk-k32-d1024", 0.0)
+    assert resolved(preset="openai_topk", architecture="abstopk").architecture == "abstopk"
+
+
+def without_architecture(preset: str, **run: object) -> SAEConfig:
+    base = {"preset": preset, "hook_name": HOOK, "d_sae": 1024}
+    (config,) = SweepConfig.from_dict({"base": base | run}).expand(Hooks(), 4096 * 1000)
+    return config
+
+
+def test_every_architecture_has_a_preset_and_every_preset_resolves() -> None:
+    assert {name for preset in PRESETS.values() for name in preset.architectures} == set(typing.get_args(Architecture))
+    facts = Facts(inputs=(HOOK_FACTS,), outputs=(HOOK_FACTS,), training_tokens=10**6, n_steps=300)
+    settable = {field.name for field in dataclasses.fields(SAEConfig)}
+    for name, preset in PRESETS.items():
+        settings = preset_settings(name, 1024, facts)
+        assert set(settings) <= settable
+        assert "lr" in settings
+        assert default_preset(preset.architectures[0]) in PRESETS
+
+
+HOOK_FACTS = HookFacts(d_in=64, mean_norm=20.0, mean_square_norm=625.0, total_variance=500.0)
 
 
 @pytest.mark.parametrize(("d_in", "k_aux"), [(2, 1), (16, 8), (512, 256), (768, 512), (2304, 1024), (100_000, 1024)])
@@ -227,7 +316,7 @@ WRONG_RUNS = [
     ({"k": True}, "k must be int, got True"),
     ({"k": [4]}, "k must be int"),
     ({"k_aux": 2000}, "k_aux must be at most d_sae=1024"),
-    ({"sparsity_coefficient": 1.0}, "sparsity_coefficient is a setting of standard, jumprelu, gated"),
+    ({"sparsity_coefficient": 1.0}, "sparsity_coefficient is a setting of standard, jumprelu, gated, transcoder"),
     (
         {"architecture": "standard"},
         "k is a setting of topk, abstopk, batchtopk, matryoshka_batchtopk, got k=16 for standard",
@@ -250,6 +339,19 @@ WRONG_RUNS = [
     ({"b_dec_init": "median"}, "b_dec_init must be one of zeros, mean, geometric_median"),
     ({"name": "../x"}, "name must be a plain file name"),
     ({"name": ""}, "name must be a plain file name"),
+    ({"preset": "openai"}, "preset must be one of anthropic_april, openai_topk"),
+    ({"preset": "gdm_jumprelu"}, "preset gdm_jumprelu is one of jumprelu, got architecture 'topk'"),
+    ({"optimizer": "sgd"}, "optimizer must be one of adam, adamw, signum, muon, schedule_free"),
+    ({"optimizer": "signum", "momentum": 0.9}, "is not of optimizer=signum; give lr"),
+    ({"optimizer": "signum", "lr": 1.0}, "momentum is a setting of signum and muon, which need it, got momentum=None"),
+    ({"momentum": 0.9}, "momentum is a setting of signum and muon, .* got momentum=0.9 for adam"),
+    ({"weight_decay": 0.1}, "weight_decay is a setting of adamw, signum, muon, schedule_free, got it for adam"),
+    ({"lr_end": 1e-5}, "must be given with it, got lr_end=1e-05 for constant"),
+    ({"lr_scheduler_name": "cosineannealing"}, "must be given with it, got lr_end=None"),
+    ({"k_anneal_steps": 5}, "k_anneal_start and k_anneal_steps go together"),
+    ({"k_anneal_start": 5000, "k_anneal_steps": 5}, "k_anneal_start must be at most d_sae=1024"),
+    ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
+    ({"hook_names": ["a", "b"]}, "hook_names is a setting of crosscoder"),
 ]
 
 
@@ -317,4 +419,6 @@ def test_training_tokens_are_what_the_epochs_serve() -> None:
 
 
 def test_which_architectures_subtract_b_dec() -> None:
-    assert {name for name in typing.get_args(Architecture) if not subtracts_b_dec(name)} == {"standard", "jumprelu"}
+    assert {name for name in typing.get_args(Architecture) if not subtracts_b_dec(name)} == {
+        *("standard", "jumprelu", "transcoder", "skip_transcoder", "crosscoder")
+    }

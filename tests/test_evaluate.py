@@ -21,7 +21,7 @@ from actcache.harvester import harvest
 from actcache.models import LanguageModel, wrap_model
 from actcache.plan import HarvestConfig
 from actcache.tokens import LoadedDataset
-from trainer.evaluate import evaluate, evaluate_all, evaluate_runs
+from trainer.evaluate import MODEL_METRICS, evaluate, evaluate_all, evaluate_runs
 from trainer.pca import PCA, fit_pca
 from trainer.saelens import SAE, load_sae
 
@@ -332,7 +332,7 @@ def test_a_wrong_hook_or_width_says_both_sides(cache):
     with pytest.raises(CacheMismatch, match=r"blocks\.7"):
         evaluate(make_sae(hook_name="blocks.7.hook_resid_post"), cache)
     narrow = PCA(hook_name=HOOK, mean=torch.zeros(8), components=torch.eye(8), n_rows=1)
-    with pytest.raises(CacheMismatch, match=r"of width 8, .* holds it of width 32"):
+    with pytest.raises(CacheMismatch, match=r"of width 8, .* holds 32"):
         evaluate(narrow, cache)
 
 
@@ -363,3 +363,48 @@ def test_a_run_is_never_overwritten_by_a_baseline(cache, model, tmp_path):
     make_run(tmp_path, config_of(f"pca-k5-{HOOK}"), model.identity)
     with pytest.raises(CacheMismatch, match="give the run another name"):
         evaluate_runs(tmp_path, cache)
+
+
+def make_transcoder() -> SAE:
+    """From the MLP of block 0 to the stream after block 1, with a skip."""
+    sae = make_sae("standard", hook_name=OTHER_HOOK)
+    W_skip = torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 10
+    return dataclasses.replace(sae, architecture="skip_transcoder", hook_name_out=HOOK, W_skip=W_skip)
+
+
+def test_a_transcoder_is_measured_on_what_it_predicts(cache: Cache, model: LanguageModel) -> None:
+    sae, (x, y) = make_transcoder(), (validation_rows(cache, name) for name in (OTHER_HOOK, HOOK))
+    got = evaluate(sae, cache, model)
+    y_hat = sae.encode(x) @ sae.W_dec + sae.b_dec + x @ sae.W_skip.T
+    error = (y - y_hat).square().sum(1).mean()
+    assert got["mse"] == pytest.approx(float(error), rel=ROUNDING)
+    variance = (y - y.mean(0)).square().sum(1).mean()
+    assert got["explained_variance"] == pytest.approx(float(1 - error / variance), rel=ROUNDING)
+
+    token_ids = torch.from_numpy(cache.sequences("validation")).long()
+    kept = ~torch.isin(token_ids, torch.tensor(cache.special_token_ids))
+    seen: list[Tensor] = []
+    model.logits_with(token_ids, OTHER_HOOK, lambda x: seen.append(x) or x)
+    predicted = sae.reconstruct(seen[0].flatten(0, 1))[1].view(seen[0].shape)
+    logits = model.logits_with(token_ids, HOOK, lambda y: torch.where(kept[..., None], predicted, y))
+    ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten(), reduction="none")
+    assert got["ce_loss_with_sae"] == pytest.approx(float(ce[kept[:, :-1].flatten()].mean()), rel=ROUNDING)
+    assert got["ce_loss_with_ablation"] == evaluate(make_sae(), cache, model)["ce_loss_with_ablation"]
+
+
+def test_a_crosscoder_is_measured_on_all_of_its_hooks(cache: Cache, model: LanguageModel) -> None:
+    eye = torch.eye(2 * D_IN, dtype=torch.float64)
+    sae = dataclasses.replace(
+        make_sae("standard"),
+        architecture="crosscoder",
+        hook_names=(HOOK, OTHER_HOOK),
+        W_enc=torch.cat([eye, -eye], 1),
+        W_dec=torch.cat([eye, -eye]) * 0.5,
+        b_enc=torch.zeros(4 * D_IN, dtype=torch.float64),
+        b_dec=torch.zeros(2 * D_IN, dtype=torch.float64),
+    )
+    got, plain = evaluate_all([sae, make_sae()], cache, model)
+    x = torch.cat([validation_rows(cache, name) for name in (HOOK, OTHER_HOOK)], dim=1)
+    assert got["mse"] == pytest.approx(float(x.square().sum(1).mean()) / 4, rel=ROUNDING)
+    assert all(got[name] is None for name in MODEL_METRICS)
+    assert plain["ce_loss_score"] is not None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference import FLOAT64, loss_and_gradients_reference
-from test_architectures import double_weights, rows
+from test_architectures import double_weights, rows, targets
 from tiny_saes import ARCHITECTURES, TOPK_FAMILY, make_config
 from torch import Tensor
 
@@ -27,7 +27,7 @@ def terms(
     return loss_terms(
         config,
         weights,
-        x,
+        targets(config, x),
         forward(config, weights, x, workspace),
         sparsity_coefficient=coefficient,
         dead=some_dead(0) if dead is None else dead,
@@ -42,7 +42,12 @@ def assert_equals_the_definition(
     loss = terms(config, weights, x, coefficient=coefficient, dead=dead).total
     loss.backward()
     expected, gradients = loss_and_gradients_reference(
-        config, {name: w.detach() for name, w in weights.items()}, x, sparsity_coefficient=coefficient, dead=dead
+        config,
+        {name: w.detach() for name, w in weights.items()},
+        x,
+        y=targets(config, x),
+        sparsity_coefficient=coefficient,
+        dead=dead,
     )
     torch.testing.assert_close(loss.detach(), expected, **FLOAT64)
     for name, weight in weights.items():

@@ -77,7 +77,7 @@ def test_the_tree_names_every_module():
 
 
 def test_the_sweep_file_is_valid():
-    from trainer.config import SweepConfig
+    from trainer.sweep_file import SweepConfig
 
     (sweep,) = blocks("yaml")
     assert len(SweepConfig.from_dict(yaml.safe_load(sweep)).runs) == 4

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_saes import ARCHITECTURES, BATCH_FAMILY, TOPK_FAMILY, make_config, make_weights
+from tiny_saes import ARCHITECTURES, BATCH_FAMILY, TOPK_FAMILY, TRANSCODERS, WEIGHS_NORMS, make_config, make_weights
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
-from trainer.config import SAEConfig
+from trainer.config import SAEConfig, ScaledHook
 from trainer.saelens import SAE, export_sae, load_sae, save_inference_sae
 
 D_IN, D_SAE, K, SCALE = 16, 48, 5, 0.37  # of the configs that make_config gives
@@ -24,7 +24,7 @@ def raw_activations(n: int = 200) -> Tensor:
 def trained_reconstruction(config: SAEConfig, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """pre_acts, feature_acts and x_hat of raw x as in training, in float64: scale, encode, decode, unscale."""
     w = {name: tensor.double() for name, tensor in weights.items()}
-    scaled = x.double() * config.input_scale
+    scaled = x.double() * scales(config.inputs, config)
     centred = scaled - w["b_dec"] if config.architecture in (*TOPK_FAMILY, "gated") else scaled
     pre_acts = centred @ w["W_enc"].T + w.get("b_enc", 0.0)
     if config.architecture == "gated":
@@ -32,14 +32,22 @@ def trained_reconstruction(config: SAEConfig, weights: dict[str, Tensor], x: Ten
     elif config.architecture == "abstopk":
         top = pre_acts.abs().topk(config.k, dim=1)
         feature_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, pre_acts.gather(1, top.indices))
-    elif config.architecture == "standard":
+    elif config.architecture in WEIGHS_NORMS:
         feature_acts = pre_acts.relu()
     elif config.architecture == "topk":
         top = pre_acts.topk(config.k, dim=1)
         feature_acts = torch.zeros_like(pre_acts).scatter(1, top.indices, top.values.relu())
     else:
         feature_acts = torch.where(pre_acts > w["threshold"], pre_acts, 0.0).relu()
-    return pre_acts, feature_acts, (feature_acts @ w["W_dec"] + w["b_dec"]) / config.input_scale
+    skipped = scaled @ w["W_skip"].T if "W_skip" in w else 0.0
+    x_hat = (feature_acts @ w["W_dec"] + w["b_dec"] + skipped) / scales(config.outputs, config)
+    return pre_acts, feature_acts, x_hat
+
+
+def scales(hooks: tuple[ScaledHook, ...], config: SAEConfig) -> Tensor:
+    """What each channel is multiplied by; one number for one hook."""
+    each = [torch.full((width,), hook.scale) for hook, width in zip(hooks, config.hook_widths or (1,), strict=True)]
+    return torch.cat(each).double()
 
 
 def save(tmp_path: Path, architecture: str, **changes: object) -> Path:
@@ -65,13 +73,15 @@ def test_the_file_computes_what_training_did_on_scaled_activations(architecture,
     pre_acts, feature_acts, x_hat = trained_reconstruction(config, weights, x)
 
     u = 2.0**-24
-    size = (x.double().abs() * SCALE + weights["b_dec"].abs().double()) @ weights["W_enc"].double().abs().T
+    b_dec = weights["b_dec"].abs().double() if config.architecture not in TRANSCODERS else 0.0
+    scaled = x.double().abs() * scales(config.inputs, config)
+    size = (scaled + b_dec) @ weights["W_enc"].double().abs().T
     biases = [weights[name].double().abs() for name in ("b_enc", "b_gate", "b_mag") if name in weights]
     bound = (D_IN + 6) * u * (size + torch.stack(biases).amax(0))
     got = sae.encode(x)
     ranked = pre_acts.abs() if architecture == "abstopk" else pre_acts + weights.get("b_gate", torch.tensor(0.0))
     between = ranked.topk(K + 1, dim=1).values[:, K - 1 :].mean(1, keepdim=True)
-    edge = {"standard": 0.0, "gated": 0.0, "topk": between, "abstopk": between}
+    edge = {"topk": between, "abstopk": between} | dict.fromkeys((*WEIGHS_NORMS, "gated"), torch.tensor(0.0))
     decision = edge.get(architecture, weights.get("threshold", torch.tensor(0.0)).double())
     assert ((ranked - decision).abs() > bound).all(), "the data must leave no doubt which latents are active"
     if architecture == "gated":  # exp(r_mag) stretches the error, and rounds by a few units itself
@@ -79,12 +89,15 @@ def test_the_file_computes_what_training_did_on_scaled_activations(architecture,
     assert ((got.double() - feature_acts).abs() <= bound).all()
 
     through = bound.mul(feature_acts != 0) + (D_SAE + 6) * u * feature_acts.abs()
-    allowed = (through @ weights["W_dec"].double().abs() + (D_SAE + 6) * u * weights["b_dec"].double().abs()) / SCALE
-    assert ((sae.decode(got).double() - x_hat).abs() <= allowed).all()
+    allowed = through @ weights["W_dec"].double().abs() + (D_SAE + 6) * u * weights["b_dec"].double().abs()
+    if "W_skip" in weights:
+        allowed = allowed + (D_IN + 6) * u * (scaled @ weights["W_skip"].double().abs().T)
+    allowed = allowed / scales(config.outputs, config)
+    assert ((sae.reconstruct(x)[1].double() - x_hat).abs() <= allowed).all()
 
 
 @pytest.mark.filterwarnings("ignore:\\s*This SAE has non-empty model_from_pretrained_kwargs:UserWarning")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "crosscoder"])
 def test_sae_lens_loads_it_with_equal_outputs(architecture, tmp_path):
     """Bit for bit: the same operations in the same order on the same shapes."""
     sae_lens = pytest.importorskip("sae_lens")
@@ -94,6 +107,7 @@ def test_sae_lens_loads_it_with_equal_outputs(architecture, tmp_path):
         feature_acts = theirs.encode(x)
         assert torch.equal(feature_acts, ours.encode(x))
         assert torch.equal(theirs.decode(feature_acts), ours.decode(feature_acts))
+        assert torch.equal(theirs(x), ours.reconstruct(x)[1])
     assert theirs.cfg.architecture() == ours.architecture
     assert theirs.cfg.metadata.hook_name == ours.hook_name == "blocks.1.hook_resid_post"
     assert theirs.cfg.metadata.training_architecture == architecture
@@ -135,14 +149,37 @@ def test_the_files_are_what_saelens_documents(architecture, tmp_path):
     cfg, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
     assert cfg["architecture"] == ("jumprelu" if architecture in BATCH_FAMILY else architecture)
     assert (cfg["d_in"], cfg["d_sae"], cfg["dtype"], cfg["normalize_activations"]) == (D_IN, D_SAE, "float32", "none")
-    assert cfg["apply_b_dec_to_input"] is (architecture not in ("standard", "jumprelu"))
+    assert cfg["apply_b_dec_to_input"] is (architecture not in (*WEIGHS_NORMS, "jumprelu"))
     assert cfg.get("k") == (K if architecture in ("topk", "abstopk") else None)
     assert cfg["metadata"]["model_from_pretrained_kwargs"] == {"center_writing_weights": False}
     own = {"jumprelu": {"b_enc", "threshold"}, "gated": {"b_gate", "b_mag", "r_mag"}}
+    own["skip_transcoder"] = {"b_enc", "W_skip"}
+    assert cfg.get("d_out") == (12 if architecture in TRANSCODERS else None)
     assert set(tensors) == {"W_enc", "W_dec", "b_dec"} | own.get(cfg["architecture"], {"b_enc"})
     assert tensors["W_enc"].shape == (D_IN, D_SAE)
     assert sorted(path.name for path in folder.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
     assert sorted(path.name for path in folder.parent.iterdir()) == ["sae"], "nothing is left aside"
+
+
+def test_a_crosscoder_says_its_hooks_and_is_not_for_saelens(tmp_path):
+    folder = save(tmp_path, "crosscoder")
+    sae = load_sae(folder)
+    assert sae.input_hooks == sae.output_hooks == ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+    with pytest.raises(ManifestError, match="is a crosscoder; load it with load_sae"):
+        export_sae(folder, tmp_path / "out")
+    for wrong in ({"hook_names": None}, {"hook_widths": [10, 7]}, {"hook_names": ["a"]}, {"hook_widths": [10, "6"]}):
+        save(tmp_path, "crosscoder")
+        edit_config(folder, **wrong)
+        with pytest.raises(ManifestError, match="hook_names and hook_widths must say what x is of, d_in=16"):
+            load_sae(folder)
+
+
+def test_a_transcoder_says_what_it_predicts(tmp_path):
+    folder = save(tmp_path, "transcoder")
+    assert load_sae(folder).output_hooks == ("blocks.1.hook_mlp_out",)
+    edit_config(folder, metadata={"hook_name_out": None})
+    with pytest.raises(ManifestError, match=r"metadata\.hook_name_out must say what x_hat is of"):
+        load_sae(folder)
 
 
 def test_saving_again_replaces_and_is_byte_identical(tmp_path):

@@ -16,17 +16,21 @@ from test_checkpoint import assert_same_state
 from test_train import rows
 from tiny_caches import harvest_tiny, write_texts
 from tiny_models import make_model, make_tokenizer
-from tiny_saes import ARCHITECTURES, TOPK_FAMILY, make_config
+from tiny_saes import ARCHITECTURES, TOPK_FAMILY, TRANSCODERS, make_config
 
 from actcache.cache import Cache, open_cache
 from actcache.errors import CacheMismatch, ConfigError, DatasetError, ManifestError
 from actcache.flow import Batch
 from actcache.loader import Loader
 from actcache.models import wrap_model
+from trainer.architectures import forward
 from trainer.checkpoint import latest_checkpoint, load_checkpoint
-from trainer.config import SAEConfig, SweepConfig, TrainConfig
+from trainer.config import SAEConfig, TrainConfig
+from trainer.kernels import Workspace
+from trainer.plan import pass_bytes
 from trainer.saelens import load_sae
-from trainer.sweep import SweepProgress, sweep, train
+from trainer.sweep import SweepProgress, plan, sweep, train
+from trainer.sweep_file import SweepConfig
 from trainer.train import TrainState, initial_state
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -54,6 +58,10 @@ def a_config(architecture: str, **changes: object) -> SAEConfig:
     settings = {"n_steps": N_STEPS, "training_tokens": TOKENS, "dead_window": 100, "lr": 0.01}
     if architecture in TOPK_FAMILY:
         settings |= {"aux_coefficient": 0.1, "k_aux": 8}
+    if architecture in TRANSCODERS:
+        settings |= {"hook_name_out": HOOKS[0], "d_out": 16}
+    if architecture == "crosscoder":
+        settings |= {"hook_name": HOOKS[0], "hook_names": HOOKS, "hook_widths": (16, 16), "d_in": 32, "d_out": 32}
     return make_config(architecture, **settings | changes)
 
 
@@ -66,7 +74,7 @@ def mixed_configs() -> list[SAEConfig]:
 
 
 def new_states(configs: list[SAEConfig]) -> list[TrainState]:
-    return [initial_state(config, torch.full((config.d_in,), 0.1)) for config in configs]
+    return [initial_state(config, torch.full((config.d_out,), 0.1)) for config in configs]
 
 
 def log_lines(folder: Path) -> list[dict]:
@@ -160,14 +168,17 @@ def test_a_signal_saves_every_sae_after_the_step(number: signal.Signals, tmp_pat
 def the_sweep(**changes: object) -> SweepConfig:
     """Every architecture on one hook of the cache; 18 steps over three epochs, the last of one row."""
     runs = [
-        {"architecture": "topk", "k": 4, "name": "topk"},
-        {"architecture": "batchtopk", "k": 4, "name": "batchtopk"},
-        {"architecture": "standard", "sparsity_coefficient": 0.5, "name": "standard"},
-        {"architecture": "jumprelu", "sparsity_coefficient": 0.01, "name": "jumprelu"},
-        {"architecture": "gated", "sparsity_coefficient": 0.5, "name": "gated"},
-        {"architecture": "abstopk", "k": 4, "name": "abstopk"},
-        {"architecture": "matryoshka_batchtopk", "k": 4, "name": "matryoshka_batchtopk"},
+        {"architecture": "topk", "k": 4},
+        {"architecture": "batchtopk", "k": 4},
+        {"architecture": "standard", "sparsity_coefficient": 0.5},
+        {"architecture": "jumprelu", "sparsity_coefficient": 0.01},
+        {"architecture": "gated", "sparsity_coefficient": 0.5},
+        {"architecture": "abstopk", "k": 4},
+        {"architecture": "matryoshka_batchtopk", "k": 4},
+        {"architecture": "crosscoder", "hook_name": None, "hook_names": list(HOOKS), "sparsity_coefficient": 0.5},
+        *({"architecture": name, "hook_name_out": HOOKS[0], "sparsity_coefficient": 0.5} for name in TRANSCODERS),
     ]
+    runs = [{"name": run["architecture"], **run} for run in runs]
     sweep_file = {"batch_tokens": 128, "log_every": 3, "checkpoint_every": 4, "epochs": 3, "tokens": 17 * 128 + 1}
     base = {"hook_name": HOOKS[1], "d_sae": 48, "lr": 0.003}
     return SweepConfig.from_dict(sweep_file | {"base": base, "runs": runs} | changes)
@@ -215,6 +226,24 @@ def test_a_trained_sae_explains_raw_activations(cache: Cache, finished: Path) ->
     top = h.topk(4, dim=1)
     x_hat = torch.zeros_like(h).scatter(1, top.indices, top.values.relu()) @ W["W_dec"] + W["b_dec"]
     torch.testing.assert_close(sae.decode(sae.encode(x)), x_hat / config.input_scale, rtol=1e-4, atol=1e-4)
+
+
+def test_transcoders_and_crosscoders_explain_what_they_are_to(cache: Cache, finished: Path) -> None:
+    """The exported SAE, scales folded, reconstructs what the training SAE did: y, or all hooks side by side."""
+    with Loader(cache, HOOKS, batch_tokens=64) as loader:
+        x = {name: each.float() for name, each in next(loader).x.items()}
+    for name in (*TRANSCODERS, "crosscoder"):
+        sae = load_sae(finished / name)
+        config = SAEConfig(**json.loads((finished / name / "config.json").read_text())["sae"])
+        state = load_checkpoint(config, latest_checkpoint(finished / name / "checkpoint"))
+        assert sae.input_hooks == tuple(hook.hook_name for hook in config.inputs)
+        assert sae.output_hooks == ((HOOKS[0],) if name in TRANSCODERS else HOOKS)
+        scaled = torch.cat([x[hook.hook_name] * hook.scale for hook in config.inputs], dim=1)
+        y_hat = forward(config, state.weights, scaled, Workspace()).x_hat.detach()
+        widths = config.hook_widths or (config.d_out,)
+        scales = torch.tensor([hook.scale for hook in config.outputs]).repeat_interleave(torch.tensor(widths))
+        _, got = sae.reconstruct(torch.cat([x[hook] for hook in sae.input_hooks], dim=1))
+        torch.testing.assert_close(got, y_hat / scales, rtol=1e-4, atol=1e-4)
 
 
 def test_batchtopk_is_saved_with_a_threshold_that_keeps_about_k(cache: Cache, finished: Path) -> None:
@@ -287,7 +316,7 @@ CHILD = """
 import sys, time, torch
 torch.set_num_threads(1)
 from actcache.cache import open_cache
-from trainer.config import SweepConfig
+from trainer.sweep_file import SweepConfig
 from trainer.sweep import train
 cache, sweep_file, out = sys.argv[1:]
 train(open_cache(cache), SweepConfig.from_yaml(sweep_file), out, progress=lambda progress: time.sleep(0.05))
@@ -365,3 +394,18 @@ def test_tokens_are_exact(cache: Cache, tmp_path: Path) -> None:
     for record in train(cache, the_sweep(tokens=129, epochs=1), tmp_path):
         assert (record.metrics["n_tokens"], record.metrics["step"]) == (129, 2)
     assert open_cache(cache.path).fingerprint == cache.fingerprint
+
+
+def test_a_sweep_too_large_for_the_memory_is_trained_in_passes(cache: Cache, finished: Path, tmp_path: Path) -> None:
+    sweep_file = the_sweep()
+    needed = [pass_bytes([config], 128) for config in plan(cache, sweep_file, tmp_path).configs]
+    planned = plan(cache, sweep_file, tmp_path, memory_bytes=max(needed))
+    assert len(planned.passes) > 1
+    assert [config.name for config in planned.configs] == [run["name"] for run in sweep_file.runs]
+    assert all(pass_bytes(each, 128) <= max(needed) for each in planned.passes)
+    assert planned.needed_bytes == max(pass_bytes(each, 128) for each in planned.passes)
+    train(cache, sweep_file, tmp_path, memory_bytes=max(needed))
+    assert_same_runs(finished, tmp_path)
+    assert plan(cache, sweep_file, tmp_path).passes == (), "nothing is left to do"
+    with pytest.raises(ConfigError, match=r"needs about 0\.5 GB, 0\.1 GB may be used; take a smaller d_sae=48"):
+        plan(cache, sweep_file, tmp_path / "other", memory_bytes=100_000_000)

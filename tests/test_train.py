@@ -1,16 +1,19 @@
 """One step, its counters, its log line, and what training is for."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from reference import adam_reference, batch_topk_reference, loss_and_gradients_reference
-from tiny_saes import ARCHITECTURES, TOPK_FAMILY, make_config
+from test_architectures import targets
+from tiny_saes import ARCHITECTURES, TOPK_FAMILY, TRANSCODERS, WEIGHS_NORMS, make_config
 from torch import Tensor
 
 from actcache.errors import TrainingDiverged
 from trainer.kernels import Workspace
 from trainer.train import (
+    StepOutcome,
     TrainState,
     calibrated_threshold,
     check_weights_are_finite,
@@ -26,18 +29,31 @@ def rows(batch: int, d_in: int = 16, seed: int = 0) -> Tensor:
 
 
 def new_state(architecture: str, **changes: object) -> TrainState:
-    return initial_state(make_config(architecture, **changes), torch.full((16,), 0.1))
+    config = make_config(architecture, **changes)
+    state = initial_state(config, torch.full((config.d_out,), 0.1))
+    if architecture in TRANSCODERS:  # whose decoder begins at 0, where most gradients are 0 too
+        with torch.no_grad():
+            state.weights["W_dec"].copy_(rows(48, config.d_out, seed=2) / 4)
+    return state
+
+
+def step(state: TrainState, x: Tensor) -> StepOutcome:
+    return train_step(state, x, Workspace(), y=targets(state.config, x))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_first_step_is_adam_on_the_defined_gradients(architecture: str) -> None:
-    unit = architecture != "standard"
+    unit = architecture not in WEIGHS_NORMS
     state = new_state(architecture, decoder_init_norm=1.0 if unit else 0.1, max_grad_norm=None if unit else 0.5)
     before = {name: weight.detach().double() for name, weight in state.weights.items()}
     _, gradients = loss_and_gradients_reference(
-        state.config, before, rows(64).double(), sparsity_coefficient=state.config.sparsity_coefficient or 0.0
+        state.config,
+        before,
+        rows(64).double(),
+        y=targets(state.config, rows(64).double()),
+        sparsity_coefficient=state.config.sparsity_coefficient or 0.0,
     )
-    train_step(state, rows(64), Workspace())
+    step(state, rows(64))
     if unit:
         parallel = (gradients["W_dec"] * before["W_dec"]).sum(1, keepdim=True)
         gradients["W_dec"] = gradients["W_dec"] - parallel * before["W_dec"]
@@ -60,10 +76,10 @@ def test_the_first_step_is_adam_on_the_defined_gradients(architecture: str) -> N
 def test_decoder_rows_keep_norm_1_where_the_architecture_says_so(architecture: str) -> None:
     state = new_state(architecture, decoder_init_norm=1.0, lr=0.01)
     for seed in range(3):
-        train_step(state, rows(32, seed=seed), Workspace())
+        step(state, rows(32, seed=seed))
     norms = state.weights["W_dec"].norm(dim=1)
     has_norm_1 = bool(((norms - 1).abs() < 1e-6).all())  # a float32 norm of 16 entries: 16 * 2^-24
-    assert has_norm_1 == (architecture != "standard")
+    assert has_norm_1 == (architecture not in WEIGHS_NORMS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -71,8 +87,8 @@ def test_tails_of_one_row_stay_finite(architecture: str) -> None:
     state = new_state(architecture, aux_coefficient=1.0, k_aux=8, dead_window=1) if "topk" in architecture else None
     state = state or new_state(architecture)
     for batch in (32, 1, 1, 1):
-        outcome = train_step(state, rows(batch, seed=batch), Workspace())
-        record = log_record(state, rows(batch, seed=batch), outcome)
+        outcome = step(state, rows(batch, seed=batch))
+        record = log_record(state, targets(state.config, rows(batch, seed=batch)), outcome)
         assert all(math.isfinite(value) for value in record.values())
     check_weights_are_finite(state)
     assert (state.step, state.n_tokens) == (4, 35)
@@ -83,7 +99,7 @@ def test_tokens_since_fired_counts_rows_and_dead_is_past_the_window() -> None:
     with torch.no_grad():
         state.weights["b_enc"][5] = 1e3
     for _ in range(2):
-        train_step(state, rows(6), Workspace())
+        step(state, rows(6))
     silent = torch.arange(48) != 5
     assert state.tokens_since_fired[5] == 0
     assert (state.tokens_since_fired[silent] == 12).all()
@@ -93,12 +109,12 @@ def test_tokens_since_fired_counts_rows_and_dead_is_past_the_window() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_loss_that_is_not_finite_changes_nothing(architecture: str) -> None:
     state = new_state(architecture)
-    train_step(state, rows(8), Workspace())
+    step(state, rows(8))
     with torch.no_grad():
         state.weights["W_enc"][3, 2] = float("nan")
     before = {name: weight.detach().clone() for name, weight in state.weights.items()}
     with pytest.raises(TrainingDiverged, match=rf"a-{architecture}: .* at step 1; lower lr"):
-        train_step(state, rows(8), Workspace())
+        step(state, rows(8))
     torch.testing.assert_close(dict(state.weights), before, rtol=0, atol=0, equal_nan=True)
     assert (state.step, state.n_tokens) == (1, 8)
     with pytest.raises(TrainingDiverged, match="W_enc"):
@@ -111,7 +127,7 @@ def test_steps_repeat_bit_for_bit() -> None:
         for _ in range(2):
             state = new_state(architecture)
             for seed in range(3):
-                train_step(state, rows(64, seed=seed), Workspace())
+                step(state, rows(64, seed=seed))
             ends.append(state.weights)
         assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
@@ -122,13 +138,16 @@ def test_steps_repeat_bit_for_bit() -> None:
         ("standard", {"losses/l1_loss"}),
         ("jumprelu", {"losses/l0_loss"}),
         ("gated", {"losses/l1_loss", "losses/auxiliary_reconstruction_loss"}),
+        ("crosscoder", {"losses/l1_loss"}),
+        *((name, {"losses/l1_loss"}) for name in TRANSCODERS),
         *((name, {"losses/auxiliary_reconstruction_loss"}) for name in TOPK_FAMILY),
     ],
 )
 def test_the_log_has_saelens_keys(architecture: str, terms: set[str]) -> None:
     state, x = new_state(architecture), rows(40)
-    outcome = train_step(state, x, Workspace())
-    record = log_record(state, x, outcome)
+    outcome = step(state, x)
+    y = targets(state.config, x)
+    record = log_record(state, y, outcome)
     assert set(record) == {
         "step",
         "n_tokens",
@@ -141,7 +160,7 @@ def test_the_log_has_saelens_keys(architecture: str, terms: set[str]) -> None:
         "details/current_learning_rate",
         "details/n_training_samples",
     }
-    assert record["losses/mse_loss"] == pytest.approx(float((x - outcome.x_hat).square().sum() / 40), rel=1e-5)
+    assert record["losses/mse_loss"] == pytest.approx(float((y - outcome.x_hat).square().sum() / 40), rel=1e-5)
     assert record["details/current_learning_rate"] == 1e-3
     if architecture in TOPK_FAMILY:
         assert record["metrics/l0"] == 5.0
@@ -176,35 +195,112 @@ def test_inference_weights_are_those_of_the_architecture() -> None:
     assert inference_weights(new_state("batchtopk"), torch.tensor(0.5))["threshold"].tolist() == [0.5] * 48
 
 
+_TOPK = {"k": 3, "lr": 0.01, "decoder_init_norm": 1.0, "aux_coefficient": 1 / 32, "k_aux": 8}
+_L1 = {"lr": 0.01, "sparsity_coefficient": 0.3}
 PLANTED = {
-    "topk": {"k": 3, "lr": 0.01, "decoder_init_norm": 1.0, "aux_coefficient": 1 / 32, "k_aux": 8},
-    "batchtopk": {"k": 3, "lr": 0.01, "decoder_init_norm": 1.0, "aux_coefficient": 1 / 32, "k_aux": 8},
-    "abstopk": {"k": 3, "lr": 0.01, "decoder_init_norm": 1.0, "aux_coefficient": 1 / 32, "k_aux": 8},
-    "matryoshka_batchtopk": {"k": 3, "lr": 0.01, "decoder_init_norm": 1.0, "aux_coefficient": 1 / 32, "k_aux": 8},
-    "standard": {"lr": 0.01, "sparsity_coefficient": 0.3},
-    "gated": {"lr": 0.01, "sparsity_coefficient": 0.3, "decoder_init_norm": 1.0},
+    **dict.fromkeys(TOPK_FAMILY, _TOPK),
+    **dict.fromkeys(("standard", "crosscoder"), _L1),
+    **dict.fromkeys(TRANSCODERS, _L1 | {"decoder_init_norm": 1.0}),
+    "gated": _L1 | {"decoder_init_norm": 1.0},
     "jumprelu": {"lr": 0.01, "sparsity_coefficient": 0.02, "decoder_init_norm": 1.0},
 }
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_finds_a_planted_dictionary(architecture: str) -> None:
-    """Rows are sums of 3 of 24 unit directions: explained variance must pass 0.9 with fewer than a third active."""
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(24, 16, generator=generator), dim=1)
+    """Rows are sums of 3 of 24 unit directions (what a transcoder is to predict: the same sums of 24 others).
 
-    def planted(batch: int) -> Tensor:
+    Explained variance must pass 0.9 with fewer than a third active, and the decoder must hold each planted direction:
+    the mean of its largest cosines is to pass 0.9, where 48 random directions reach about 0.6. A skip_transcoder's need
+    not: W_skip takes a part of each.
+    """
+    n_steps = 600 if architecture in TRANSCODERS else 300  # their decoder begins at 0
+    generator = torch.Generator().manual_seed(0)
+    config = make_config(architecture, n_steps=n_steps, **PLANTED[architecture])
+    directions, outputs = (
+        torch.nn.functional.normalize(torch.randn(24, width, generator=generator), dim=1)
+        for width in (config.d_in, config.d_out)
+    )
+    outputs = outputs if architecture in TRANSCODERS else directions
+
+    def planted(batch: int) -> tuple[Tensor, Tensor]:
         chosen = torch.rand(batch, 24, generator=generator).topk(3, dim=1).indices
         strengths = 1 + torch.rand(batch, 3, generator=generator)
-        return (strengths[:, :, None] * directions[chosen]).sum(1)
+        return tuple((strengths[:, :, None] * each[chosen]).sum(1) for each in (directions, outputs))
 
-    sample = planted(4096)
+    _, sample = planted(4096)
     total_variance = float((sample - sample.mean(0)).square().sum(1).mean())
-    config = make_config(architecture, n_steps=300, total_variance=total_variance, **PLANTED[architecture])
-    state, workspace = initial_state(config, torch.zeros(16)), Workspace()
-    for _ in range(300):
-        x = planted(128)
-        outcome = train_step(state, x, workspace)
-    record = log_record(state, x, outcome)
+    state = initial_state(dataclasses.replace(config, total_variance=total_variance), torch.zeros(config.d_out))
+    workspace = Workspace()
+    for _ in range(n_steps):
+        x, y = planted(128)
+        outcome = train_step(state, x, workspace, y=y)
+    record = log_record(state, y, outcome)
     assert record["metrics/explained_variance"] > 0.9
     assert record["metrics/l0"] < 16
+    found = torch.nn.functional.normalize(state.weights["W_dec"].detach(), dim=1)
+    assert architecture == "skip_transcoder" or (outputs @ found.T).amax(1).mean() > 0.9
+
+
+REVIVED = {
+    "topk": {"aux_coefficient": 1 / 32, "k_aux": 24, "k": 3, "decoder_init_norm": 1.0},
+    "batchtopk": {"aux_coefficient": 1 / 32, "k_aux": 24, "k": 3, "decoder_init_norm": 1.0},
+    "jumprelu": {
+        "jumprelu_sparsity_loss_mode": "tanh",
+        "jumprelu_tanh_scale": 4.0,
+        "pre_act_loss_coefficient": 3e-2,
+        "sparsity_coefficient": 0.1,
+        "decoder_init_norm": 0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", REVIVED)
+def test_dead_latents_come_back(architecture: str) -> None:
+    """Half of the latents begin too weak to be among the k, or just below their threshold on every row: alone they
+    stay silent.
+    """
+    x = rows(256)
+
+    def dead_at_the_end(**changes: object) -> int:
+        config = make_config(architecture, lr=0.01, dead_window=1024, **REVIVED[architecture] | changes)
+        state = initial_state(config, torch.zeros(16))
+        with torch.no_grad():
+            if architecture == "jumprelu":
+                state.weights["b_enc"][::2] = -0.05 - (x @ state.weights["W_enc"].T).amax(0)[::2]
+            else:
+                state.weights["W_enc"][::2] *= 0.01
+        for _ in range(150):
+            train_step(state, x, Workspace())
+        return int(state.dead.sum())
+
+    off = {"pre_act_loss_coefficient": 0.0} if architecture == "jumprelu" else {"aux_coefficient": 0.0}
+    assert dead_at_the_end(**off) >= 24
+    assert dead_at_the_end() <= 4
+
+
+@pytest.mark.parametrize("optimizer", ["signum", "muon", "schedule_free"])
+def test_every_optimizer_learns(optimizer: str) -> None:
+    needs = {"signum": {"momentum": 0.9}, "muon": {"momentum": 0.95}}.get(optimizer, {})
+    config = make_config("topk", optimizer=optimizer, lr=0.01, decoder_init_norm=1.0, **needs)
+    state = initial_state(config, torch.zeros(16))
+    losses = [train_step(state, rows(64, seed=seed % 3), Workspace()).loss.total.item() for seed in range(60)]
+    assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+
+
+def test_k_is_annealed() -> None:
+    state = new_state("topk", k=2, k_anneal_start=10, k_anneal_steps=4)
+    active = [int(step(state, rows(8, seed=seed)).n_active) / 8 for seed in range(6)]
+    assert active[0] > 5
+    assert active[4:] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("changes", [{"ema_decay": 0.5}, {"optimizer": "schedule_free"}], ids=["ema", "schedule_free"])
+def test_what_is_saved_is_the_average(changes: dict[str, object]) -> None:
+    state = new_state("topk", decoder_init_norm=1.0, **changes)
+    for seed in range(4):
+        step(state, rows(32, seed=seed))
+    saved = inference_weights(state)
+    last = {name: weight.detach() for name, weight in state.weights.items()}
+    assert all(not torch.equal(saved[name], last[name]) for name in last)
+    torch.testing.assert_close(saved["W_dec"].norm(dim=1), torch.ones(48))

@@ -1,9 +1,10 @@
 """trainer: batches -> SAEs -> metrics. One pass over a cache trains many sparse autoencoders."""
 
-from trainer.config import SAEConfig, SweepConfig, TrainConfig
+from trainer.config import SAEConfig, TrainConfig
 from trainer.evaluate import evaluate, evaluate_runs
 from trainer.saelens import SAE, export_sae, load_sae
 from trainer.sweep import RunRecord, SweepProgress, train
+from trainer.sweep_file import SweepConfig
 
 __all__ = [
     "SAE",

@@ -2,22 +2,24 @@
 
 Weights are a dict of leaf tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and for
 jumprelu log_threshold [d_sae]; gated has b_gate, b_mag and r_mag, all [d_sae], instead of b_enc. x is already
-multiplied by the config's input_scale.
+multiplied by the config's input_scale. A transcoder's W_dec is [d_sae, d_out] and its b_dec [d_out]; skip_transcoder
+has W_skip [d_out, d_in] too. A crosscoder's x is that of all its hooks side by side.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer import functional, kernels
-from trainer.config import SAEConfig, subtracts_b_dec
+from trainer.config import TRANSCODERS, SAEConfig, subtracts_b_dec
 from trainer.kernels import KeptEntries, Workspace
 
 Weights = Mapping[str, Tensor]
+LATENTS_AT_ONCE = 512  # whose pre-activations on the whole sample are in memory together
 DENSEST_SPARSE = 1 / 8  # share of kept entries above which gathering costs more than the dense products
 
 
@@ -34,7 +36,7 @@ class SAEOutput:
     feature_acts: Float[Tensor, "*entries"]
     kept: KeptEntries | None
     encoder_input: Float[Tensor, "batch d_in"]
-    x_hat: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_out"]
     prefix_x_hats: Float[Tensor, "prefix batch d_in"] | None = None
 
     def firing_counts(self) -> Int[Tensor, " d_sae"]:
@@ -44,73 +46,117 @@ class SAEOutput:
         return kernels.firing_counts(self.feature_acts, self.kept)
 
 
-def initial_weights(config: SAEConfig, b_dec: Float[Tensor, " d_in"]) -> dict[str, Tensor]:
-    """Random decoder directions of norm `decoder_init_norm`, the encoder their transpose, b_enc 0, b_dec as given.
+def initial_weights(
+    config: SAEConfig, b_dec: Float[Tensor, " d_out"], sample: Float[Tensor, "row d_in"] | None = None
+) -> dict[str, Tensor]:
+    """Random decoder directions, the encoder their transpose, b_enc 0 and b_dec as given: float32 leaves.
 
-    Drawn on the CPU from a generator seeded with `config.seed`, then moved to b_dec's device: float32 leaves.
+    A transcoder's encoder has random directions of its own; its decoder and W_skip begin at 0.
+
+    Drawn on the CPU from a generator seeded with `config.seed`, then moved to b_dec's device. b_dec is in units of the
+    scaled rows that are reconstructed. sample: scaled rows of x, for the first b_enc of a config with init_firing_rate
+    (each latent fires on that share of them) and of transcoders (b_enc = -W_enc E x).
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    directions = torch.randn(config.d_sae, config.d_in, generator=generator)
-    W_dec = directions * (config.decoder_init_norm / directions.norm(dim=1, keepdim=True))
+    directions = _random_directions(config)
+    b_enc = torch.zeros(config.d_sae)
+    W_enc = directions * config.encoder_init_scale
+    if sample is not None:
+        b_enc = _initial_b_enc(config, W_enc, sample.float().cpu())
     biases = ("b_gate", "b_mag", "r_mag") if config.architecture == "gated" else ("b_enc",)
+    is_transcoder = config.architecture in TRANSCODERS
     weights = {
-        "W_enc": W_dec.clone(),
-        **{name: torch.zeros(config.d_sae) for name in biases},
-        "W_dec": W_dec,
+        "W_enc": W_enc.clone(),
+        **{name: b_enc.clone() for name in biases},
+        "W_dec": torch.zeros(config.d_sae, config.d_out) if is_transcoder else directions,
         "b_dec": b_dec.float().clone(),
     }
+    if config.architecture == "skip_transcoder":
+        weights["W_skip"] = torch.zeros(config.d_out, config.d_in)
     if config.jumprelu_init_threshold is not None:
         weights["log_threshold"] = torch.full((config.d_sae,), math.log(config.jumprelu_init_threshold))
     return {name: weight.to(b_dec.device).requires_grad_() for name, weight in weights.items()}
 
 
-def forward(config: SAEConfig, weights: Weights, x: Float[Tensor, "batch d_in"], workspace: Workspace) -> SAEOutput:
-    """One training forward pass; gradients go to the weights, none to x."""
-    return _FORWARD[config.architecture](config, weights, x, workspace)
+def _random_directions(config: SAEConfig) -> Float[Tensor, "d_sae d_in"]:
+    """Rows of norm `decoder_init_norm`, or where that is None entries uniform within 1 / sqrt(d_in) of 0."""
+    generator, shape = torch.Generator().manual_seed(config.seed), (config.d_sae, config.d_in)
+    if config.decoder_init_norm is None:
+        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(config.d_in)
+    directions = torch.randn(shape, generator=generator)
+    return directions * (config.decoder_init_norm / directions.norm(dim=1, keepdim=True))
 
 
-def _standard(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+def _initial_b_enc(
+    config: SAEConfig, W_enc: Float[Tensor, "d_sae d_in"], sample: Float[Tensor, "row d_in"]
+) -> Float[Tensor, " d_sae"]:
+    """What brings the threshold to the sample's quantile of each latent, or the sample's mean to 0."""
+    if config.init_firing_rate is None:
+        return -(W_enc @ sample.mean(0))
+    n_firing = max(1, round(config.init_firing_rate * len(sample)))
+    quantiles = [
+        (sample @ rows.T).kthvalue(len(sample) - n_firing, dim=0).values for rows in W_enc.split(LATENTS_AT_ONCE)
+    ]
+    return (config.jumprelu_init_threshold or 0.0) - torch.cat(quantiles)
+
+
+def forward(
+    config: SAEConfig,
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    workspace: Workspace,
+    *,
+    k: int | None = None,
+) -> SAEOutput:
+    """One training forward pass; gradients go to the weights, none to x. k: active latents now, config.k if None."""
+    return _FORWARD[config.architecture](config, weights, x, k or config.k or 0, workspace)
+
+
+def _standard(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = ReLU(x W_enc^T + b_enc); x_hat = f W_dec + b_dec (Anthropic, "Circuits Updates - April 2024")."""
     all_pre_acts = kernels.encoder_pre_acts(x, weights["W_enc"], weights["b_enc"], workspace)
     pre_acts, kept = _sparse_if_few(all_pre_acts, all_pre_acts.new_zeros(()), x, weights["W_enc"], weights["b_enc"])
     return _decoded(pre_acts, functional.relu(pre_acts), kept, weights, x)
 
 
-def _topk(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+def _skip_transcoder(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
+    """x_hat of standard + W_skip x (Paulo et al. 2025, arXiv:2501.18823)."""
+    output = _standard(config, weights, x, k, workspace)
+    return replace(output, x_hat=output.x_hat + x @ weights["W_skip"].T)
+
+
+def _topk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = ReLU(TopK_k((x - b_dec) W_enc^T + b_enc)) (Gao et al. 2024, arXiv:2406.04093)."""
-    assert config.k is not None
     encoder_input = x - weights["b_dec"].detach()
-    values, latents = kernels.topk_pre_acts(encoder_input, weights["W_enc"], weights["b_enc"], config.k, workspace)
+    values, latents = kernels.topk_pre_acts(encoder_input, weights["W_enc"], weights["b_enc"], k, workspace)
     kept = kept_topk(latents, config.d_sae)
     pre_acts = kept_pre_acts(values.flatten(), kept, weights, encoder_input, config)
     return _decoded(pre_acts, functional.relu(pre_acts), kept, weights, encoder_input)
 
 
-def _abstopk(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+def _abstopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = the k entries of (x - b_dec) W_enc^T + b_enc of largest magnitude, with their sign (arXiv:2510.00404)."""
-    assert config.k is not None
     encoder_input = x - weights["b_dec"].detach()
     values, latents = kernels.topk_pre_acts(
-        encoder_input, weights["W_enc"], weights["b_enc"], config.k, workspace, by_magnitude=True
+        encoder_input, weights["W_enc"], weights["b_enc"], k, workspace, by_magnitude=True
     )
     kept = kept_topk(latents, config.d_sae)
     pre_acts = kept_pre_acts(values.flatten(), kept, weights, encoder_input, config)
     return _decoded(pre_acts, pre_acts, kept, weights, encoder_input)
 
 
-def _batchtopk(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+def _batchtopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = BatchTopK_k((x - b_dec) W_enc^T + b_enc) (Bussmann et al. 2024, arXiv:2412.06410)."""
-    encoder_input, pre_acts, kept = _batchtopk_kept(config, weights, x, workspace)
+    encoder_input, pre_acts, kept = _batchtopk_kept(config, weights, x, k, workspace)
     return _decoded(pre_acts, pre_acts, kept, weights, encoder_input)
 
 
-def _matryoshka(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+def _matryoshka(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f as batchtopk; x_hat_g = b_dec + sum_{i < width_g} f_i d_i for each prefix g (Bussmann et al. 2025, 2503.17547).
 
     What the latents between two prefixes add is decoded as rows of its own: each entry is gathered once.
     """
     assert config.matryoshka_widths is not None
-    encoder_input, pre_acts, kept = _batchtopk_kept(config, weights, x, workspace)
+    encoder_input, pre_acts, kept = _batchtopk_kept(config, weights, x, k, workspace)
     widths = torch.tensor(config.matryoshka_widths, device=x.device)
     part = torch.bucketize(kept.latent, widths, right=True)
     by_part = part.argsort(stable=True)
@@ -131,18 +177,17 @@ def _matryoshka(config: SAEConfig, weights: Weights, x: Tensor, workspace: Works
 
 
 def _batchtopk_kept(
-    config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace
+    config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace
 ) -> tuple[Tensor, Tensor, KeptEntries]:
     """(encoder input, pre-activations of the kept entries, which they are)."""
-    assert config.k is not None
     encoder_input = x - weights["b_dec"].detach()
     all_pre_acts = kernels.encoder_pre_acts(encoder_input, weights["W_enc"], weights["b_enc"], workspace)
-    row, latent = functional.batch_topk_kept(all_pre_acts, config.k)
+    row, latent = functional.batch_topk_kept(all_pre_acts, k)
     kept = KeptEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
     return encoder_input, kept_pre_acts(all_pre_acts[row, latent], kept, weights, encoder_input, config), kept
 
 
-def _gated(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+def _gated(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = 1[pi > 0] ReLU(exp(r_mag) u + b_mag), u = (x - b_dec) W_enc^T, pi = u + b_gate (arXiv:2404.16014)."""
     W_enc, b_gate, encoder_input = weights["W_enc"], weights["b_gate"], x - weights["b_dec"].detach()
     all_gates = kernels.encoder_pre_acts(encoder_input, W_enc, b_gate, workspace)
@@ -152,7 +197,7 @@ def _gated(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace)
     return _decoded(gate, functional.relu(magnitude) * (gate > 0), kept, weights, encoder_input)
 
 
-def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspace) -> SAEOutput:
+def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = h * H(h - theta), h = x W_enc^T + b_enc, theta = exp(log_threshold) (arXiv:2407.14435).
 
     Entries down to a bandwidth below theta are kept too: the straight-through window, where f is 0 but theta learns.
@@ -169,7 +214,7 @@ def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, workspace: Workspa
     return _decoded(pre_acts, feature_acts, kept, weights, x)
 
 
-_FORWARD: dict[str, Callable[[SAEConfig, Weights, Tensor, Workspace], SAEOutput]] = {
+_FORWARD: dict[str, Callable[[SAEConfig, Weights, Tensor, int, Workspace], SAEOutput]] = {
     "standard": _standard,
     "topk": _topk,
     "abstopk": _abstopk,
@@ -177,6 +222,9 @@ _FORWARD: dict[str, Callable[[SAEConfig, Weights, Tensor, Workspace], SAEOutput]
     "matryoshka_batchtopk": _matryoshka,
     "jumprelu": _jumprelu,
     "gated": _gated,
+    "transcoder": _standard,
+    "skip_transcoder": _skip_transcoder,
+    "crosscoder": _standard,
 }
 
 

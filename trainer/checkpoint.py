@@ -1,15 +1,17 @@
 """A `TrainState` as one safetensors file: written aside, fsynced, renamed; the older one is removed after.
 
-Tensors: weights/<name>, exp_avg/<name>, exp_avg_sq/<name> (Adam's moments), tokens_since_fired. String metadata
-`state`: the JSON object {step, n_tokens, config_sha256}; one key, for safetensors writes several in no fixed order.
-Adam's own step counter equals `step`. Nothing is pickled.
+Tensors: weights/<name>, optimizer/<name>/<what> (Adam's exp_avg, say), average/<name>, tokens_since_fired. String
+metadata `state`: the JSON object {step, n_tokens, config_sha256, optimizer}, the last with the numbers of each of the
+optimizer's parameter groups; one key, for safetensors writes several in no fixed order. Nothing is pickled.
 """
 
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +23,6 @@ from actcache.writer import remove_partials, write_atomically
 from trainer.config import SAEConfig
 from trainer.train import TrainState, initial_state
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -42,7 +43,12 @@ def checkpoint_step(path: Path) -> int:
 def save_checkpoint(state: TrainState, folder: Path) -> Path:
     """Write the state; once it is durable, remove every older one. A failed write (OSError) leaves the older one."""
     path = folder / f"step-{state.step:08d}.safetensors"
-    counters = {"step": state.step, "n_tokens": state.n_tokens, "config_sha256": config_sha256(state.config)}
+    counters = {
+        "step": state.step,
+        "n_tokens": state.n_tokens,
+        "config_sha256": config_sha256(state.config),
+        "optimizer": [_numbers(group) for group in state.optimiser.param_groups],
+    }
     write_atomically(path, [save(_tensors(state), {"state": json.dumps(counters)})])
     for older in folder.glob("step-*.safetensors"):
         if older != path:
@@ -56,7 +62,7 @@ def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = 
     Raises ManifestError for a damaged file, CacheMismatch for a checkpoint of another config.
     """
     remove_partials(path.parent)
-    state = initial_state(config, torch.zeros(config.d_in, device=device))
+    state = initial_state(config, torch.zeros(config.d_out, device=device))
     try:
         with safe_open(path, framework="pt") as file:
             counters = json.loads((file.metadata() or {})["state"])
@@ -64,7 +70,7 @@ def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = 
                 raise CacheMismatch(f"{path}: is a checkpoint of another config; remove {path.parent} or change --out")
             state.step, state.n_tokens = int(counters["step"]), int(counters["n_tokens"])
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            _fill(state, stored)
+            _fill(state, stored, counters["optimizer"])
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ManifestError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
     return state
@@ -75,23 +81,39 @@ def config_sha256(config: SAEConfig) -> str:
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
 
 
+def _numbers(group: Mapping[str, Any]) -> dict[str, float | int | bool]:
+    """What an optimizer counts in a parameter group."""
+    return {name: value for name, value in group.items() if isinstance(value, float | int)}
+
+
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     tensors = {"tokens_since_fired": state.tokens_since_fired}
     for name, weight in state.weights.items():
         tensors[f"weights/{name}"] = weight.detach()
-        for moment in MOMENTS:
-            tensors[f"{moment}/{name}"] = state.optimiser.state[weight].get(moment, torch.zeros_like(weight.detach()))
-    return tensors
+        for what, tensor in state.optimiser.state[weight].items():
+            tensors[f"optimizer/{name}/{what}"] = tensor
+    return tensors | {f"average/{name}": average for name, average in state.average.items()}
 
 
-def _fill(state: TrainState, stored: dict[str, Tensor]) -> None:
+def _fill(state: TrainState, stored: dict[str, Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
     """Copy the stored tensors into a fresh state, whose shapes they must have."""
     state.tokens_since_fired.copy_(stored["tokens_since_fired"])
     for name, weight in state.weights.items():
         with torch.no_grad():
             weight.copy_(stored[f"weights/{name}"])
-        adam_step = torch.tensor(float(state.step), device=weight.device)
-        moments = {moment: stored[f"{moment}/{name}"].to(weight.device, copy=True) for moment in MOMENTS}
-        if any(moment.shape != weight.shape for moment in moments.values()):
-            raise ValueError(f"moments of {name} must have shape {tuple(weight.shape)}")
-        state.optimiser.state[weight] = {"step": adam_step, **moments}
+        state.optimiser.state[weight] = {
+            key.removeprefix(f"optimizer/{name}/"): _fitting(tensor, weight, key)
+            for key, tensor in stored.items()
+            if key.startswith(f"optimizer/{name}/")
+        }
+        if f"average/{name}" in stored:
+            state.average[name] = _fitting(stored[f"average/{name}"], weight, f"average/{name}")
+    for group, numbers in zip(state.optimiser.param_groups, groups, strict=True):
+        group.update(numbers)
+
+
+def _fitting(tensor: Tensor, weight: Tensor, name: str) -> Tensor:
+    """On the weight's device; of its shape, unless it is a counter."""
+    if tensor.ndim > 0 and tensor.shape != weight.shape:
+        raise ValueError(f"{name} must have shape {tuple(weight.shape)}, got {tuple(tensor.shape)}")
+    return tensor.to(weight.device, copy=True)

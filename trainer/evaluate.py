@@ -20,6 +20,7 @@ from torch import Tensor
 
 from actcache.cache import Cache
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
+from actcache.flow import Batch
 from actcache.loader import Loader
 from actcache.writer import write_atomically
 from trainer.metrics import ReconstructionSums, ce_loss_score, kl_div_score
@@ -56,9 +57,17 @@ class Model(Protocol):
         ...
 
     def logits_with(
-        self, token_ids: Int[Tensor, "sequence position"], hook_name: str, replace: Callable[[Tensor], Tensor]
+        self,
+        token_ids: Int[Tensor, "sequence position"],
+        hook_name: str,
+        replace: Callable[[Tensor], Tensor],
+        *,
+        show: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
-        """Logits when the hook's activation [sequence, position, d_in] is replaced by `replace` of it."""
+        """Logits when the hook's activation [sequence, position, d_in] is replaced by `replace` of it.
+
+        show: what else sees an activation in the same pass, by hook.
+        """
         ...
 
 
@@ -182,12 +191,12 @@ def _reconstructions(
     saes: Sequence[SAE | PCA], cache: Cache, n_later: int, progress: Progress | None
 ) -> list[ReconstructionSums]:
     """The sums of every SAE over the validation split, which is read once for all of them."""
-    hook_names = list(dict.fromkeys(sae.hook_name for sae in saes))
+    hook_names = list(dict.fromkeys(name for sae in saes for name in (*sae.input_hooks, *sae.output_hooks)))
     sums: list[ReconstructionSums] = []
     n_done = 0
     with Loader(cache, hook_names, split="validation", batch_tokens=BATCH_TOKENS, device=saes[0].device) as loader:
         for batch in loader:
-            parts = [_reconstruction(sae, batch.x[sae.hook_name]) for sae in saes]
+            parts = [_reconstruction(sae, batch) for sae in saes]
             sums = [old.merge(new) for old, new in zip(sums, parts, strict=True)] if sums else parts
             n_done += len(batch.row)
             if progress is not None:
@@ -197,9 +206,13 @@ def _reconstructions(
     return sums
 
 
-def _reconstruction(sae: SAE | PCA, x: Float[Tensor, "batch d_in"]) -> ReconstructionSums:
-    feature_acts = sae.encode(x)
-    return ReconstructionSums.of(x, feature_acts, sae.decode(feature_acts))
+def _reconstruction(sae: SAE | PCA, batch: Batch) -> ReconstructionSums:
+    x, y = (_side_by_side(batch, hook_names) for hook_names in (sae.input_hooks, sae.output_hooks))
+    return ReconstructionSums.of(y, *sae.reconstruct(x))
+
+
+def _side_by_side(batch: Batch, hook_names: Sequence[str]) -> Float[Tensor, "batch width"]:
+    return batch.x[hook_names[0]] if len(hook_names) == 1 else torch.cat([batch.x[name] for name in hook_names], dim=1)
 
 
 def _cache_metrics(sums: ReconstructionSums) -> dict[str, Any]:
@@ -237,8 +250,9 @@ def _model_metrics(
     n_before: int,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    """Each SAE's MODEL_METRICS."""
+    """Each SAE's MODEL_METRICS; None for a crosscoder, whose hooks are not all of one pass to be replaced in."""
     original, ablated, replaced = LossSums(), dict[str, LossSums](), [LossSums()] * len(saes)
+    judged = {index: sae for index, sae in enumerate(saes) if len(sae.output_hooks) == 1}
     n_tokens = n_predicted = n_done = 0
     special = torch.tensor(cache.special_token_ids, dtype=torch.long, device=model.device)
     for token_ids in torch.from_numpy(sequences).split(max(1, BATCH_TOKENS // cache.context_size)):
@@ -248,11 +262,11 @@ def _model_metrics(
         n_predicted += int(kept[:, :-1].sum())
         log_p = _log_softmax(model.logits(token_ids))
         original = original.merge(_losses(log_p, log_p, token_ids, kept))
-        for hook_name in dict.fromkeys(sae.hook_name for sae in saes):
+        for hook_name in dict.fromkeys(sae.output_hooks[0] for sae in judged.values()):
             log_q = _log_softmax(model.logits_with(token_ids, hook_name, torch.zeros_like))
             ablated[hook_name] = ablated.get(hook_name, LossSums()).merge(_losses(log_p, log_q, token_ids, kept))
-        for index, sae in enumerate(saes):
-            log_q = _log_softmax(model.logits_with(token_ids, sae.hook_name, _replacement(sae, kept)))
+        for index, sae in judged.items():
+            log_q = _log_softmax(_logits_with(model, token_ids, sae, kept))
             replaced[index] = replaced[index].merge(_losses(log_p, log_q, token_ids, kept))
         n_done += token_ids.numel()
         if progress is not None:
@@ -263,8 +277,10 @@ def _model_metrics(
             "next one; raise model_tokens or harvest longer sequences"
         )
     return [
-        _scores(original, ablated[sae.hook_name], losses, n_predicted, n_tokens)
-        for sae, losses in zip(saes, replaced, strict=True)
+        _scores(original, ablated[saes[i].output_hooks[0]], losses, n_predicted, n_tokens)
+        if i in judged
+        else dict.fromkeys(MODEL_METRICS)
+        for i, losses in enumerate(replaced)
     ]
 
 
@@ -272,15 +288,20 @@ def _log_softmax(logits: Float[Tensor, "sequence position vocab"]) -> Float[Tens
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _replacement(sae: SAE | PCA, kept: Bool[Tensor, "sequence position"]) -> Callable[[Tensor], Tensor]:
-    """What puts the reconstruction in the place of an activation, except where a token is special."""
+def _logits_with(
+    model: Model, token_ids: Int[Tensor, "sequence position"], sae: SAE | PCA, kept: Bool[Tensor, "sequence position"]
+) -> Float[Tensor, "sequence position vocab"]:
+    """Logits with the SAE's reconstruction in the place of what it reconstructs, except where a token is special."""
+    (source,), (target,) = sae.input_hooks, sae.output_hooks
+    seen: dict[str, Tensor] = {}
 
-    def replace(x: Tensor) -> Tensor:
-        flat = x.flatten(0, 1).to(sae.device)  # (sequence * position, d_in)
-        x_hat = sae.decode(sae.encode(flat)).view(x.shape).to(x)
-        return torch.where(kept[..., None], x_hat, x)
+    def replace(y: Tensor) -> Tensor:
+        x = seen.get("x", y)
+        _, y_hat = sae.reconstruct(x.flatten(0, 1).to(sae.device))  # (sequence * position, d_in)
+        return torch.where(kept[..., None], y_hat.view(y.shape).to(y), y)
 
-    return replace
+    show = None if source == target else {source: lambda x: seen.update(x=x)}
+    return model.logits_with(token_ids, target, replace, show=show)
 
 
 def _losses(
@@ -361,12 +382,13 @@ def _write_baseline(runs: Path, pca: PCA, cache: Cache) -> Path:
 
 def _check_widths(saes: Sequence[SAE | PCA], cache: Cache) -> None:
     for sae in saes:
-        d_in = cache.hook(sae.hook_name).d_in
-        if sae.d_in != d_in:
-            raise CacheMismatch(
-                f"evaluate: the SAE takes {sae.hook_name} of width {sae.d_in}, {cache.path} holds it of width {d_in}; "
-                "pass the cache that it was trained on"
-            )
+        for hook_names, width in ((sae.input_hooks, sae.d_in), (sae.output_hooks, sae.d_out)):
+            held = sum(cache.hook(name).d_in for name in hook_names)
+            if held != width:
+                raise CacheMismatch(
+                    f"evaluate: the SAE takes {' + '.join(hook_names)} of width {width}, {cache.path} holds {held}; "
+                    "pass the cache that it was trained on"
+                )
 
 
 def _check_validation(cache: Cache) -> None:

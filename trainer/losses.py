@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trainer import functional, kernels
 from trainer.architectures import SAEOutput, Weights, kept_pre_acts, kept_topk, per_entry
-from trainer.config import SAEConfig
+from trainer.config import TRANSCODERS, SAEConfig
 from trainer.kernels import Workspace
 
 
@@ -40,16 +40,16 @@ class LossTerms:
 def loss_terms(
     config: SAEConfig,
     weights: Weights,
-    x: Float[Tensor, "batch d_in"],
+    x: Float[Tensor, "batch d_out"],
     output: SAEOutput,
     *,
     sparsity_coefficient: float,
     dead: Bool[Tensor, " d_sae"],
     workspace: Workspace,
 ) -> LossTerms:
-    """The loss of one batch.
+    """The loss of one batch, whose x is what is to be reconstructed.
 
-    sparsity_coefficient: lambda at this step (standard, jumprelu). dead: latents that AuxK revives (TopK family).
+    sparsity_coefficient: lambda at this step (all but the TopK family). dead: latents that AuxK revives (TopK family).
     """
     error = output.x_hat - x
     mse = _sum_squares(error) / len(x)
@@ -69,7 +69,7 @@ def aux_k_loss(
     config: SAEConfig,
     weights: Weights,
     output: SAEOutput,
-    error: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_out"],
     dead: Bool[Tensor, " d_sae"],
     workspace: Workspace,
 ) -> Float[Tensor, ""]:
@@ -144,10 +144,19 @@ def _jumprelu_penalty(config: SAEConfig, weights: Weights, output: SAEOutput) ->
     return (l0 / config.target_l0 - 1).square()
 
 
+def _crosscoder_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
+    """E sum_i f_i sum_l ||d_i^l||: the norm of each hook's part of a decoder row, added (Lindsey et al. 2024)."""
+    parts = weights["W_dec"].split(list(config.hook_widths or ()), dim=1)
+    norms = torch.stack([part.norm(dim=1) for part in parts]).sum(0)
+    return (output.feature_acts * per_entry(norms, output.kept)).sum() / len(output.x_hat)
+
+
 _PENALTY: dict[str, Callable[[SAEConfig, Weights, SAEOutput], Tensor]] = {
     "standard": _weighted_l1,
     "jumprelu": _jumprelu_penalty,
     "gated": _gate_l1,
+    **dict.fromkeys(TRANSCODERS, _weighted_l1),
+    "crosscoder": _crosscoder_l1,
 }
 _AUX: dict[str, Callable[[SAEConfig, Weights, Tensor, SAEOutput], Tensor]] = {
     "gated": _gate_loss,

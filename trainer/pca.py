@@ -13,7 +13,7 @@ from actcache.flow import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PCA:
-    """The leading principal directions of a hook, with the surface of an SAE: encode, decode, hook_name, d_in, d_sae.
+    """The leading principal directions of a hook, with the surface of an SAE: encode, decode, hooks and sizes.
 
     feature_acts = (x - mean) components^T, x_hat = feature_acts components + mean, in the components' dtype. Among all
     linear maps of that rank it has the least squared error on the rows it was fitted on (Eckart and Young 1936).
@@ -25,9 +25,24 @@ class PCA:
     n_rows: int  # rows it was fitted on
 
     @property
+    def input_hooks(self) -> tuple[str, ...]:
+        """The hook it takes, and gives back."""
+        return (self.hook_name,)
+
+    @property
+    def output_hooks(self) -> tuple[str, ...]:
+        """As `input_hooks`."""
+        return (self.hook_name,)
+
+    @property
     def d_in(self) -> int:
         """Width of the activations it takes."""
         return self.components.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.d_in
 
     @property
     def d_sae(self) -> int:
@@ -46,6 +61,11 @@ class PCA:
     def decode(self, feature_acts: Float[Tensor, "batch n_components"]) -> Float[Tensor, "batch d_in"]:
         """The point of the affine subspace with these coordinates."""
         return feature_acts @ self.components + self.mean
+
+    def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> tuple[Tensor, Float[Tensor, "batch d_in"]]:
+        """(coordinates, x_hat)."""
+        feature_acts = self.encode(x)
+        return feature_acts, self.decode(feature_acts)
 
     def leading(self, n_components: int) -> "PCA":
         """The first of the components: the same as fitting so few.

@@ -9,7 +9,7 @@ pre-activations, b_enc and thresholds stay as they are.
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.writer import sync_folder, write_atomically
-from trainer.config import BATCH_FAMILY, SAEConfig, subtracts_b_dec
+from trainer.config import BATCH_FAMILY, TRANSCODERS, SAEConfig, ScaledHook, subtracts_b_dec
 
 SAE_LENS_VERSION = "6.54.12"  # whose format is written; a reader drops the metadata of anything under 6.0.0
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
-ARCHITECTURES = ("standard", "topk", "abstopk", "jumprelu", "gated")
+SAELENS_ARCHITECTURES = ("standard", "topk", "abstopk", "jumprelu", "gated", *TRANSCODERS)
+ARCHITECTURES = (*SAELENS_ARCHITECTURES, "crosscoder")  # the last in the same two files, which SAELens cannot read
 RANKED = ("topk", "abstopk")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,13 +41,19 @@ class SAE:
     rescale_acts_by_decoder_norm), or ReLU(h) where h > threshold (jumprelu). gated has no b_enc: feature_acts are
     ReLU(exp(r_mag) h + b_mag) where h + b_gate > 0. x_hat = feature_acts W_dec + b_dec. Everything is computed in the
     weights' dtype, on their device.
+
+    transcoder and skip_transcoder are as standard, but x_hat is of the activation at hook_name_out, and the latter adds
+    W_skip x. A crosscoder is as standard for the activations at all of its hook_names side by side.
     """
 
     architecture: str
     hook_name: str
     W_enc: Float[Tensor, "d_in d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, " d_out"]
+    hook_name_out: str | None = None
+    hook_names: tuple[str, ...] | None = None
+    W_skip: Float[Tensor, "d_out d_in"] | None = None
     b_enc: Float[Tensor, " d_sae"] | None = None
     threshold: Float[Tensor, " d_sae"] | None = None
     b_gate: Float[Tensor, " d_sae"] | None = None
@@ -58,9 +65,24 @@ class SAE:
     metadata: Mapping[str, Any]
 
     @property
+    def input_hooks(self) -> tuple[str, ...]:
+        """Whose activations x is, side by side."""
+        return self.hook_names or (self.hook_name,)
+
+    @property
+    def output_hooks(self) -> tuple[str, ...]:
+        """Whose activations x_hat is."""
+        return self.input_hooks if self.hook_name_out is None else (self.hook_name_out,)
+
+    @property
     def d_in(self) -> int:
         """Width of the activations it takes."""
         return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of x_hat."""
+        return self.W_dec.shape[1]
 
     @property
     def d_sae(self) -> int:
@@ -93,8 +115,16 @@ class SAE:
             return pre_acts.relu() * (pre_acts > self.threshold)
         return pre_acts.relu()
 
-    def decode(self, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
-        """The reconstruction x_hat of raw activations, in the weights' dtype."""
+    def reconstruct(
+        self, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_out"]]:
+        """(feature_acts, x_hat) of raw activations, in the weights' dtype."""
+        feature_acts = self.encode(x)
+        x_hat = self.decode(feature_acts)
+        return feature_acts, x_hat if self.W_skip is None else x_hat + x.to(self.W_skip.dtype) @ self.W_skip.T
+
+    def decode(self, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
+        """What the latents give of x_hat, in the weights' dtype: all of it, but for skip_transcoder."""
         if self.rescale_acts_by_decoder_norm:
             feature_acts = feature_acts * (1 / self.W_dec.norm(dim=-1))
         return feature_acts @ self.W_dec + self.b_dec
@@ -107,7 +137,7 @@ def save_inference_sae(
 
     Args:
         config: the SAE's config; `input_scale` is folded, the rest goes into cfg.json under metadata.actcache.
-        weights: the training weights, which see x * input_scale: W_enc [d_sae, d_in] (transposed here), W_dec
+        weights: the training weights, which see scaled activations: W_enc [d_sae, d_in] (transposed here), W_dec
             [d_sae, d_in], b_enc [d_sae] (gated: b_gate, b_mag and r_mag), b_dec [d_in]; threshold on pre-activations,
             [d_sae] or a scalar, for jumprelu, batchtopk and matryoshka_batchtopk, all written as jumprelu.
         metadata: what else cfg.json's metadata should say (model_name, context_size, ...), plain JSON values.
@@ -136,11 +166,16 @@ def save_inference_sae(
             "sae_lens_training_version": None,
             "training_architecture": config.architecture,
             "hook_name": config.hook_name,
+            **({} if config.hook_name_out is None else {"hook_name_out": config.hook_name_out}),
             "actcache": asdict(config),
         },
     }
     if architecture in RANKED:
         cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    if architecture in TRANSCODERS:
+        cfg |= {"d_out": config.d_out}
+    if config.hook_names is not None:
+        cfg |= {"hook_names": list(config.hook_names), "hook_widths": list(config.hook_widths or ())}
     return _write_directory(Path(out), {CONFIG_FILE: _json_bytes(cfg), WEIGHTS_FILE: save(tensors)})
 
 
@@ -160,6 +195,8 @@ def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
     return SAE(
         architecture=cfg["architecture"],
         hook_name=metadata["hook_name"],
+        hook_name_out=metadata["hook_name_out"] if cfg["architecture"] in TRANSCODERS else None,
+        hook_names=tuple(cfg["hook_names"]) if cfg["architecture"] == "crosscoder" else None,
         k=cfg["k"] if cfg["architecture"] in RANKED else None,
         rescale_acts_by_decoder_norm=cfg["architecture"] in RANKED and cfg.get("rescale_acts_by_decoder_norm", False),
         subtracts_b_dec=cfg.get("apply_b_dec_to_input", True),
@@ -172,10 +209,13 @@ def export_sae(run: Path | str, out: Path | str) -> Path:
     """Copy the SAE of a RUN folder (or of a SAELens directory) to `out`, where SAELens can load it; returns `out`.
 
     Raises:
-        ManifestError: there is no SAE at `run` that `load_sae` takes.
+        ManifestError: there is no SAE at `run` that `load_sae` takes, or it is a crosscoder, which SAELens has not.
         CacheMismatch: `out` is there and holds something else than the same SAE.
     """
-    load_sae(run)
+    if load_sae(run).architecture not in SAELENS_ARCHITECTURES:
+        raise ManifestError(
+            f"export: SAELens has {', '.join(SAELENS_ARCHITECTURES)}, {run} is a crosscoder; load it with load_sae"
+        )
     source, out = _sae_folder(Path(run)), Path(out).absolute()
     files = {name: (source / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
     if out.exists() and not out.is_dir():
@@ -190,12 +230,14 @@ def export_sae(run: Path | str, out: Path | str) -> Path:
 
 def _folded(config: SAEConfig, architecture: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the file: checked, scale folded in float64, W_enc transposed, contiguous, on the CPU."""
-    names = [name for name in _shapes(architecture, config.d_in, config.d_sae) if name != "W_enc"]
+    shapes = _shapes(architecture, config.d_in, config.d_sae, config.d_out)
+    names = [name for name in shapes if name != "W_enc"]
     if set(weights) != {"W_enc", *names}:
         raise ValueError(f"save_inference_sae: {config.architecture} has W_enc, {', '.join(names)}; got {[*weights]}")
-    scale = {"W_enc": config.input_scale, "W_dec": 1 / config.input_scale, "b_dec": 1 / config.input_scale}
+    x, y = _per_channel(config.inputs, config), 1 / _per_channel(config.outputs, config)
+    scale = {"W_enc": x[:, None], "W_dec": y, "b_dec": y, "W_skip": y[:, None] * x}
     tensors = {}
-    for name, shape in _shapes(architecture, config.d_in, config.d_sae).items():
+    for name, shape in shapes.items():
         tensor = weights[name].detach().to("cpu")
         tensor = tensor.T if name == "W_enc" else tensor.expand(shape) if name == "threshold" else tensor
         if tuple(tensor.shape) != shape or not bool(tensor.isfinite().all()):
@@ -204,12 +246,21 @@ def _folded(config: SAEConfig, architecture: str, weights: Mapping[str, Tensor])
     return tensors
 
 
-def _shapes(architecture: str, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+def _per_channel(hooks: Sequence[ScaledHook], config: SAEConfig) -> Float[Tensor, " #width"]:
+    """What each channel of the hooks side by side is multiplied by, float64; one number where they are one hook."""
+    widths = config.hook_widths or (1,)
+    scales = torch.tensor([hook.scale for hook in hooks], dtype=torch.float64)
+    return scales.repeat_interleave(torch.tensor(widths))
+
+
+def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a SAELens directory, exactly."""
     per_latent = {"jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}.get(
         architecture, ("b_enc",)
     )
-    matrices = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    matrices = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    if architecture == "skip_transcoder":
+        matrices["W_skip"] = (d_out, d_in)
     return {**matrices, **dict.fromkeys(per_latent, (d_sae,))}
 
 
@@ -253,8 +304,8 @@ def _check_fields(path: Path, cfg: dict[str, Any]) -> None:
         raise ManifestError(
             f"load_sae: {path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {cfg.get('architecture')!r}"
         )
-    sizes = ("d_in", "d_sae", *(["k"] if cfg["architecture"] in RANKED else []))
-    for name in sizes:
+    more = {"k": RANKED, "d_out": TRANSCODERS}
+    for name in ("d_in", "d_sae", *(name for name, users in more.items() if cfg["architecture"] in users)):
         if type(cfg.get(name)) is not int or cfg[name] < 1:
             raise ManifestError(f"load_sae: {path}: {name} must be a positive integer, got {cfg.get(name)!r}")
     if cfg["architecture"] in RANKED and cfg["k"] > cfg["d_sae"]:
@@ -266,6 +317,25 @@ def _check_fields(path: Path, cfg: dict[str, Any]) -> None:
         raise ManifestError(f"load_sae: {path}: dtype must be one of {', '.join(DTYPES)}, got {cfg.get('dtype')!r}")
     if not isinstance(cfg["metadata"].get("hook_name"), str):
         raise ManifestError(f"load_sae: {path}: metadata.hook_name must say where x comes from, got none")
+    _check_hooks(path, cfg)
+
+
+def _check_hooks(path: Path, cfg: dict[str, Any]) -> None:
+    if cfg["architecture"] in TRANSCODERS and not isinstance(cfg["metadata"].get("hook_name_out"), str):
+        raise ManifestError(f"load_sae: {path}: metadata.hook_name_out must say what x_hat is of, got none")
+    names, widths = cfg.get("hook_names"), cfg.get("hook_widths")
+    if cfg["architecture"] == "crosscoder" and not (
+        isinstance(names, list)
+        and isinstance(widths, list)
+        and len(names) == len(widths)
+        and all(isinstance(name, str) for name in names)
+        and all(type(width) is int and width > 0 for width in widths)
+        and sum(widths) == cfg["d_in"]
+    ):
+        raise ManifestError(
+            f"load_sae: {path}: hook_names and hook_widths must say what x is of, d_in={cfg['d_in']} in all, got "
+            f"{names} and {widths}"
+        )
 
 
 def _check_stream(path: Path, cfg: dict[str, Any]) -> None:
@@ -296,7 +366,8 @@ def _read_tensors(path: Path, cfg: dict[str, Any], device: torch.device | str) -
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ManifestError(f"load_sae: {path} must be safetensors, got {type(error).__name__}: {error}") from error
-    shapes = _shapes(cfg["architecture"], cfg["d_in"], cfg["d_sae"])
+    d_out = cfg["d_out"] if cfg["architecture"] in TRANSCODERS else cfg["d_in"]
+    shapes = _shapes(cfg["architecture"], cfg["d_in"], cfg["d_sae"], d_out)
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if got != shapes:
         raise ManifestError(f"load_sae: {path} of a {cfg['architecture']} SAE must hold {shapes}, got {got}")

@@ -27,9 +27,11 @@ from actcache.flow import Batch
 from actcache.loader import Loader
 from actcache.writer import write_atomically
 from trainer.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
-from trainer.config import BATCH_FAMILY, SAEConfig, SweepConfig, TrainConfig
+from trainer.config import BATCH_FAMILY, TRANSCODERS, SAEConfig, ScaledHook, TrainConfig
 from trainer.kernels import Workspace
+from trainer.plan import SweepPlan, free_memory, plan_passes
 from trainer.saelens import save_inference_sae
+from trainer.sweep_file import SweepConfig
 from trainer.train import (
     TrainState,
     calibrated_threshold,
@@ -88,34 +90,76 @@ def train(
     out: Path | str,
     *,
     device: torch.device | str = "cpu",
+    memory_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[RunRecord, ...]:
     """Train every run of a sweep on a cache into `out`/<name>; finished ones are left alone, others go on.
 
     Returns one record a run, in order; an SAE that diverged says so in its record while the others went on.
+    memory_bytes: what training may take, most of what is free if None; SAEs that do not fit together are trained in
+    several passes over the cache, as `plan` says.
 
     Raises:
-        ConfigError: more tokens asked than the epochs serve, or a setting that does not fit the cache.
+        ConfigError: more tokens asked than the epochs serve, a setting that does not fit the cache, or an SAE that does
+            not fit into the memory.
         CacheMismatch: `out` holds something else than runs, or a folder of it a different run (the message lists the
             differences).
         KeyboardInterrupt: SIGINT or SIGTERM came; every SAE was saved at the same step before.
     """
-    out = Path(out)
+    out, records = Path(out), dict[str, RunRecord]()
+    configs = _checked_configs(cache, config, out)
+    for each in _plan(configs, config, out, device, memory_bytes).passes:
+        records |= _train_pass(cache, each, config.train, out, device, progress)
+    return tuple(records.get(each.name) or _stored_record(each, out / each.name) for each in configs)
+
+
+def plan(
+    cache: Cache,
+    config: SweepConfig,
+    out: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    memory_bytes: int | None = None,
+) -> SweepPlan:
+    """What `train` with the same arguments has still to do; nothing is written. Raises as `train` does."""
+    return _plan(_checked_configs(cache, config, Path(out)), config, Path(out), device, memory_bytes)
+
+
+def _plan(
+    configs: Sequence[SAEConfig], config: SweepConfig, out: Path, device: torch.device | str, memory_bytes: int | None
+) -> SweepPlan:
+    pending = [each for each in configs if not _is_over(out / each.name)]
+    return plan_passes(pending, config.train.batch_tokens, memory_bytes or free_memory(device))
+
+
+def _checked_configs(cache: Cache, config: SweepConfig, out: Path) -> tuple[SAEConfig, ...]:
+    """Every run resolved, none of them in a folder that holds something else."""
     _check_out(out, {run["name"] for run in config.runs})
-    pending = [run for run in config.runs if not _is_over(out / run["name"])]
-    hook_names = tuple(dict.fromkeys(run["hook_name"] for run in pending)) or config.hook_names
-    start = min((_saved_step(out / run["name"]) for run in pending), default=0)
-    with _loader(cache, hook_names, config.train, start, device) as loader:
+    with _loader(cache, config.hook_names[:1], config.train, 0, "cpu") as loader:
         configs = config.expand(cache, config.train.training_tokens(loader.n_rows))
-        for each in configs:
-            _check_folder(out / each.name, _description(each, config.train, cache))
-        todo = [each for each in configs if any(run["name"] == each.name for run in pending)]
-        states = [_state(each, out / each.name, config.train, cache, device) for each in todo]
-        records = sweep(loader, states, config.train, out, progress=progress)
+    for each in configs:
+        _check_folder(out / each.name, _description(each, config.train, cache))
+    return configs
+
+
+def _train_pass(
+    cache: Cache,
+    configs: Sequence[SAEConfig],
+    train_config: TrainConfig,
+    out: Path,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> dict[str, RunRecord]:
+    """One reading of the cache for all of these SAEs, from the lowest step among them."""
+    hook_names = tuple(dict.fromkeys(hook.hook_name for each in configs for hook in (*each.inputs, *each.outputs)))
+    start = min(_saved_step(out / each.name) for each in configs)
+    states = [_state(each, out / each.name, train_config, cache, device) for each in configs]
+    with _loader(cache, hook_names, train_config, start, device) as loader:
+        records = sweep(loader, states, train_config, out, progress=progress)
     for state in states:
         if records[state.config.name].error is None:
-            _save_sae(state, out / state.config.name, config.train, cache)
-    return tuple(records.get(each.name) or _stored_record(each, out / each.name) for each in configs)
+            _save_sae(state, out / state.config.name, train_config, cache)
+    return records
 
 
 def sweep(
@@ -154,24 +198,30 @@ def sweep(
 def _step_all(
     active: Sequence["_Run"], batch: Batch, train_config: TrainConfig, clock: "_Clock"
 ) -> dict[str, dict[str, Any]]:
-    """Step every SAE whose turn this batch is; what they logged, by name. Each (hook, scale) is converted once."""
-    inputs: dict[tuple[str, float], Tensor] = {}
+    """Step every SAE whose turn this batch is; what they logged, by name. Equal inputs are made once."""
+    made: dict[tuple[ScaledHook, ...], Tensor] = {}
     clock.n_tokens += len(batch.row)
     for run in active:
         assert run.state.step >= batch.step, "the stream starts at the lowest step"
         if run.state.step == batch.step:
-            key = (run.config.hook_name, run.config.input_scale)
-            if key not in inputs:
-                inputs[key] = _scaled(batch.x[run.config.hook_name], run.config.input_scale)
-            x = inputs[key][: run.config.training_tokens - run.state.n_tokens]
+            n_rows = run.config.training_tokens - run.state.n_tokens
+            x, y = (_scaled(batch, hooks, made)[:n_rows] for hooks in (run.config.inputs, run.config.outputs))
             clock.n_sae_tokens += len(x)
-            run.step(x, train_config, clock)
+            run.step(x, y, train_config, clock)
     return {run.config.name: run.metrics for run in active if run.metrics.get("step") == batch.step + 1}
 
 
-def _scaled(x: Tensor, input_scale: float) -> Float[Tensor, "batch d_in"]:
-    """Float32 and scaled; a copy, so that the batch stays as it was read."""
-    return x.to(torch.float32, copy=True).mul_(input_scale)
+def _scaled(
+    batch: Batch, hooks: tuple[ScaledHook, ...], made: dict[tuple[ScaledHook, ...], Tensor]
+) -> Float[Tensor, "batch width"]:
+    """The hooks' activations side by side, float32 and scaled; a copy, so that the batch stays as it was read.
+
+    made: what was made of this batch before.
+    """
+    if hooks not in made:
+        parts = [batch.x[hook.hook_name].to(torch.float32, copy=True).mul_(hook.scale) for hook in hooks]
+        made[hooks] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return made[hooks]
 
 
 def _save_all(active: Sequence["_Run"]) -> None:
@@ -213,18 +263,24 @@ class _Run:
         """Whether it diverged or did its last step."""
         return self.error is not None or self.state.step >= self.config.n_steps
 
-    def step(self, x: Float[Tensor, "batch d_in"], train_config: TrainConfig, clock: "_Clock") -> None:
+    def step(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        y: Float[Tensor, "batch d_out"],
+        train_config: TrainConfig,
+        clock: "_Clock",
+    ) -> None:
         """One step; then, when due, a line in each log and a checkpoint. Divergence ends this run alone."""
         started = time.perf_counter()
         try:
-            outcome = train_step(self.state, x, self._workspace)
+            outcome = train_step(self.state, x, self._workspace, y=y)
         except TrainingDiverged as error:
             self._fail(error)
             return
         is_last = self.state.step == self.config.n_steps
         self.seconds += time.perf_counter() - started
         if is_last or self.state.step % train_config.log_every == 0:
-            self._log(log_record(self.state, x, outcome), clock)
+            self._log(log_record(self.state, y, outcome), clock)
         if is_last or self.state.step % train_config.checkpoint_every == 0:
             self.save()
 
@@ -345,26 +401,40 @@ def _state(
     if checkpoint is not None:
         return load_checkpoint(config, checkpoint, device)
     _write_json(folder / CONFIG_FILE, _description(config, train_config, cache))
-    return initial_state(config, _initial_b_dec(config, train_config, cache).to(device))
+    b_dec = _initial_b_dec(config, train_config, cache).to(device)
+    if config.init_firing_rate is None and config.architecture not in TRANSCODERS:
+        return initial_state(config, b_dec)
+    with _first_inputs(config, train_config, cache, device) as inputs:
+        return initial_state(config, b_dec, torch.cat(list(inputs)))
 
 
-def _initial_b_dec(config: SAEConfig, train_config: TrainConfig, cache: Cache) -> Float[Tensor, " d_in"]:
-    """Zeros, or the mean or geometric median of the rows that are trained on, in units of the scaled x."""
-    statistics = cache.statistics(config.hook_name, split="train", row_filter=train_config.row_filter)
-    centres = {"mean": statistics.mean, "geometric_median": statistics.geometric_median}
+def _initial_b_dec(config: SAEConfig, train_config: TrainConfig, cache: Cache) -> Float[Tensor, " d_out"]:
+    """Zeros, or the mean or geometric median of the rows that are to be reconstructed, in units of the scaled ones."""
     if config.b_dec_init == "zeros":
-        return torch.zeros(config.d_in)
-    return (torch.from_numpy(centres[config.b_dec_init]) * config.input_scale).float()
+        return torch.zeros(config.d_out)
+    centres = []
+    for hook in config.outputs:
+        statistics = cache.statistics(hook.hook_name, split="train", row_filter=train_config.row_filter)
+        centre = statistics.mean if config.b_dec_init == "mean" else statistics.geometric_median
+        centres.append((torch.from_numpy(centre) * hook.scale).float())
+    return torch.cat(centres)
+
+
+@contextmanager
+def _first_inputs(
+    config: SAEConfig, train_config: TrainConfig, cache: Cache, device: torch.device | str
+) -> Iterator[Iterator[Float[Tensor, "batch d_in"]]]:
+    """The first batches of training, as the SAE gets them: to begin with, or to calibrate on."""
+    with _loader(cache, [hook.hook_name for hook in config.inputs], train_config, 0, device) as loader:
+        n_batches = max(1, min(CALIBRATION_BATCHES, config.training_tokens // train_config.batch_tokens))
+        yield (_scaled(batch, config.inputs, {}) for batch in islice(loader, n_batches))
 
 
 def _save_sae(state: TrainState, folder: Path, train_config: TrainConfig, cache: Cache) -> None:
     """sae/ of a trained SAE; a threshold over whole batches is calibrated on the first training batches."""
     config, threshold = state.config, None
     if config.architecture in BATCH_FAMILY:
-        device = state.weights["b_dec"].device
-        with _loader(cache, [config.hook_name], train_config, 0, device) as loader:
-            n_batches = max(1, min(CALIBRATION_BATCHES, config.training_tokens // train_config.batch_tokens))
-            inputs = (_scaled(batch.x[config.hook_name], config.input_scale) for batch in islice(loader, n_batches))
+        with _first_inputs(config, train_config, cache, state.weights["b_dec"].device) as inputs:
             threshold = calibrated_threshold(state, inputs, Workspace())
     identity = cache.identity
     metadata = {

@@ -10,14 +10,23 @@ from torch import Tensor
 
 from actcache.errors import TrainingDiverged
 from trainer.architectures import SAEOutput, forward, initial_weights
-from trainer.config import SAEConfig
+from trainer.config import PENALISED, SAEConfig
 from trainer.functional import batch_topk_kept
 from trainer.kernels import Workspace, encoder_pre_acts
 from trainer.losses import LossTerms, loss_terms
 from trainer.metrics import explained_variance
-from trainer.optimiser import adam, lr_at, remove_parallel_gradient_, sparsity_coefficient_at, unit_norm_rows_
+from trainer.optimiser import (
+    k_at,
+    lr_at,
+    optimizer,
+    remove_parallel_gradient_,
+    schedule_free_average,
+    sparsity_coefficient_at,
+    unit_norm_rows_,
+    update_average_,
+)
 
-_PENALTY_KEY = {"standard": "losses/l1_loss", "gated": "losses/l1_loss", "jumprelu": "losses/l0_loss"}
+_PENALTY_KEY = {name: "losses/l0_loss" if name == "jumprelu" else "losses/l1_loss" for name in PENALISED}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -25,11 +34,13 @@ class TrainState:
     """All that changes while an SAE trains, and so all that a checkpoint holds (with the config's hash).
 
     step: optimiser steps done. n_tokens: rows seen. tokens_since_fired: rows seen since each latent was last active.
+    average: running average of the weights where the config has an ema_decay, empty before the first step.
     """
 
     config: SAEConfig
     weights: dict[str, Tensor]
-    optimiser: torch.optim.Adam
+    optimiser: torch.optim.Optimizer
+    average: dict[str, Tensor]
     step: int
     n_tokens: int
     tokens_since_fired: Int[Tensor, " d_sae"]
@@ -48,35 +59,46 @@ class StepOutcome:
     """
 
     loss: LossTerms
-    x_hat: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_out"]
     n_active: Int[Tensor, ""]
     lr: float
 
 
-def initial_state(config: SAEConfig, b_dec: Float[Tensor, " d_in"]) -> TrainState:
-    """The state before the first step, on b_dec's device. b_dec: the initial decoder bias, in units of the scaled x."""
-    weights = initial_weights(config, b_dec)
+def initial_state(
+    config: SAEConfig, b_dec: Float[Tensor, " d_out"], sample: Float[Tensor, "row d_in"] | None = None
+) -> TrainState:
+    """The state before the first step, on b_dec's device; b_dec and sample as `initial_weights` takes them."""
+    weights = initial_weights(config, b_dec, sample)
     return TrainState(
         config=config,
         weights=weights,
-        optimiser=adam(config, weights),
+        optimiser=optimizer(config, weights),
+        average={},
         step=0,
         n_tokens=0,
         tokens_since_fired=torch.zeros(config.d_sae, dtype=torch.int64, device=b_dec.device),
     )
 
 
-def train_step(state: TrainState, x: Float[Tensor, "batch d_in"], workspace: Workspace) -> StepOutcome:
-    """One optimiser step on x, which is float32 and multiplied by the config's input_scale.
+def train_step(
+    state: TrainState,
+    x: Float[Tensor, "batch d_in"],
+    workspace: Workspace,
+    *,
+    y: Float[Tensor, "batch d_out"] | None = None,
+) -> StepOutcome:
+    """One optimiser step on x, float32 and scaled as the config's `inputs` say.
+
+    y: what is to be reconstructed, scaled as its `outputs` say; x if None.
 
     Raises TrainingDiverged, and changes nothing, when the loss is not finite.
     """
-    config = state.config
-    output = forward(config, state.weights, x, workspace)
+    config, y = state.config, x if y is None else y
+    output = forward(config, state.weights, x, workspace, k=k_at(config, state.step))
     loss = loss_terms(
         config,
         state.weights,
-        x,
+        y,
         output,
         sparsity_coefficient=sparsity_coefficient_at(config, state.step),
         dead=state.dead,
@@ -94,11 +116,11 @@ def train_step(state: TrainState, x: Float[Tensor, "batch d_in"], workspace: Wor
     return StepOutcome(loss=loss.detach(), x_hat=output.x_hat.detach(), n_active=n_active, lr=lr)
 
 
-def log_record(state: TrainState, x: Float[Tensor, "batch d_in"], outcome: StepOutcome) -> dict[str, float | int]:
-    """One line of metrics.jsonl after a step on x, under SAELens' keys; all but lr describe this batch."""
+def log_record(state: TrainState, y: Float[Tensor, "batch d_out"], outcome: StepOutcome) -> dict[str, float | int]:
+    """One line of metrics.jsonl after a step that was to give y, under SAELens' keys; only lr is not of this batch."""
     loss, architecture = outcome.loss, state.config.architecture
     terms = {_PENALTY_KEY[architecture]: loss.sparsity} if architecture in _PENALTY_KEY else {}
-    if architecture not in ("standard", "jumprelu"):
+    if architecture not in PENALISED or architecture == "gated":
         terms["losses/auxiliary_reconstruction_loss"] = loss.aux
     if state.config.pre_act_loss_coefficient is not None:
         terms["losses/pre_act_loss"] = loss.aux
@@ -108,8 +130,8 @@ def log_record(state: TrainState, x: Float[Tensor, "batch d_in"], outcome: StepO
         "losses/overall_loss": loss.total.item(),
         "losses/mse_loss": loss.mse.item(),
         **{key: term.item() for key, term in terms.items()},
-        "metrics/explained_variance": explained_variance(x, outcome.x_hat),
-        "metrics/l0": int(outcome.n_active) / len(x),
+        "metrics/explained_variance": explained_variance(y, outcome.x_hat),
+        "metrics/l0": int(outcome.n_active) / len(y),
         "sparsity/dead_features": int(state.dead.sum()),
         "details/current_learning_rate": outcome.lr,
         "details/n_training_samples": state.n_tokens,
@@ -126,9 +148,25 @@ def check_weights_are_finite(state: TrainState) -> None:
             )
 
 
+def learned_weights(state: TrainState) -> dict[str, Tensor]:
+    """The weights that training has come to: their running average, schedule_free's, or the last ones; detached."""
+    config = state.config
+    if state.average:
+        learned = dict(state.average)
+    elif config.optimizer == "schedule_free" and state.step > 0:
+        iterates = {name: state.optimiser.state[weight]["z"] for name, weight in state.weights.items()}
+        learned = {name: schedule_free_average(config, w, iterates[name]) for name, w in state.weights.items()}
+    else:
+        return {name: weight.detach() for name, weight in state.weights.items()}
+    if config.has_unit_norm_decoder:  # the mean of two directions is shorter than they are
+        learned["W_dec"] = learned["W_dec"].clone()
+        unit_norm_rows_(learned["W_dec"])
+    return learned
+
+
 def inference_weights(state: TrainState, threshold: Float[Tensor, ""] | None = None) -> dict[str, Tensor]:
     """The weights that `save_inference_sae` takes. threshold: of `calibrated_threshold`, for those that need one."""
-    weights = {name: weight.detach() for name, weight in state.weights.items()}
+    weights = learned_weights(state)
     if "log_threshold" in weights:
         threshold = weights.pop("log_threshold").exp()
     return weights if threshold is None else {**weights, "threshold": threshold.expand(state.config.d_sae)}
@@ -142,7 +180,7 @@ def calibrated_threshold(
     Bussmann et al. 2024 (arXiv:2412.06410), section 3: E[min{f_ij > 0}], with the final weights instead of a running
     average. Batches in which nothing is active do not count; 0 where there are no others.
     """
-    weights, k = {name: weight.detach() for name, weight in state.weights.items()}, state.config.k
+    weights, k = learned_weights(state), state.config.k
     assert k is not None
     smallest = []
     for x in batches:
@@ -154,17 +192,20 @@ def calibrated_threshold(
 
 
 def _update_weights(state: TrainState, lr: float) -> None:
-    """Adam, with the decoder's rows held at norm 1 where the architecture asks for it."""
+    """The optimizer's step, with the decoder's rows held at norm 1 where the architecture asks for it."""
     config, W_dec = state.config, state.weights["W_dec"]
     if config.has_unit_norm_decoder:
         remove_parallel_gradient_(W_dec)
     if config.max_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(state.weights.values(), config.max_grad_norm)
-    state.optimiser.param_groups[0]["lr"] = lr
+    for group in state.optimiser.param_groups:
+        group["lr"] = lr
     state.optimiser.step()
     state.optimiser.zero_grad(set_to_none=True)
     if config.has_unit_norm_decoder:
         unit_norm_rows_(W_dec)
+    if config.ema_decay is not None:
+        update_average_(state.average, state.weights, config.ema_decay)
 
 
 def _count(state: TrainState, output: SAEOutput, n_rows: int) -> Int[Tensor, ""]:
