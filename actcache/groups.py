@@ -1,8 +1,9 @@
-"""Room for decoded rows: the groups of chunks of one hook, and the batches copied from them.
+"""Room for decoded rows: the groups of chunks of one hook, of which batches are parts.
 
 The rows of a group lie in the order in which they are served: each chunk is scattered over them as it is decoded, by
-the threads that decode, so that a batch is one plain copy. On a CPU it goes into memory that an earlier batch has left.
-On CUDA a chunk is decoded into pinned memory, copied to the device and scattered there, on a stream of its own.
+the threads that decode. On a CPU a batch is a view of them, and their memory serves again once no batch refers to it.
+On CUDA a chunk is decoded into pinned memory, copied to the device and scattered there, on a stream of its own; a batch
+is a copy, for what reads it may still be queued when the next group comes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from actcache.reader import HookReader
 
 DECODE_THREADS = min(4, os.cpu_count() or 1)
 WILL_NEED_CHUNKS = 8
-SPARE_BATCHES = 2
+KEPT = 3
 STAGED_CHUNKS = 2 * DECODE_THREADS
 
 
@@ -36,15 +37,20 @@ def will_need(reader: HookReader, chunks: Sequence[int], place: int) -> None:
 
 
 class Recycler:
-    """Arrays of up to `n_rows` rows, each lent again once nothing refers to its memory any more."""
+    """Arrays of up to `n_rows` rows, each lent again once nothing refers to its memory any more.
+
+    No more than KEPT are kept, those that are lent included: one is made, one is used, and one is still held.
+    """
 
     def __init__(self, n_rows: int, row_shape: Sequence[int], dtype: str):
         self._shape, self._dtype = (n_rows, *row_shape), dtype
+        self._lent: set[int] = set()
         self._spare: list[np.ndarray] = []
 
-    def lend(self, n_rows: int) -> Shaped[np.ndarray, "row ..."]:
+    def lend(self, n_rows: int | None = None) -> Shaped[np.ndarray, "row ..."]:
         """An array of uninitialised rows. Tensors over it, and views of them, keep its memory from being lent again."""
         memory = self._spare.pop() if self._spare else np.empty(self._shape, dtype=self._dtype)
+        self._lent.add(id(memory))
         # numpy's views refer to the first array over foreign memory: through the memoryview that is `lent`, whose end
         # is then the end of every view
         lent = np.asarray(memory.data)
@@ -52,7 +58,8 @@ class Recycler:
         return lent[:n_rows]
 
     def _take_back(self, memory: np.ndarray) -> None:
-        if len(self._spare) < SPARE_BATCHES:
+        self._lent.discard(id(memory))
+        if len(self._lent) + len(self._spare) < KEPT:
             self._spare.append(memory)
 
 
@@ -72,64 +79,59 @@ class Group(ABC):
         """Every chunk was put."""
 
     @abstractmethod
-    def copy(self, start: int, stop: int, out: Sequence[Any]) -> None:
-        """Write the rows served from start to stop into `out`, as lent by the room."""
+    def rows(self, start: int, stop: int) -> Sequence[Any]:
+        """The rows served from start to stop, of every array of the hook; they are the caller's."""
 
     @abstractmethod
     def vacate(self) -> None:
-        """Nothing more is copied before the next `landed`: chunks of another group may be put."""
+        """No more rows are asked for before the next `landed`: another group may be expected."""
 
 
 class Room(ABC):
-    """Room of one hook: for its groups and its batches."""
+    """Room of one hook."""
 
     @abstractmethod
     def group(self) -> Group:
         """New room for one group."""
 
     @abstractmethod
-    def lend(self, n_rows: int) -> tuple[Any, ...]:
-        """Uninitialised rows of every array of the hook, for Group.copy; they can be sliced."""
-
-    @abstractmethod
-    def values(self, stored: Sequence[Any]) -> Float[Tensor, "row d_in"]:
-        """The activations in lent rows, which belong to them from now on."""
+    def values(self, parts: Sequence[Sequence[Any]]) -> Float[Tensor, "row d_in"]:
+        """The activations in the rows of one group after those of another, as `Group.rows` gave them; also of none."""
 
 
 class HostRoom(Room):
     """Room in the memory of the host; the values go to `device`, if that is another."""
 
-    def __init__(self, reader: HookReader, device: torch.device, *, group_chunks: int, batch_rows: int):
-        self._reader, self._device, self._group_chunks = reader, device, group_chunks
+    def __init__(self, reader: HookReader, device: torch.device, *, group_chunks: int):
+        self._reader, self._device = reader, device
+        n_rows = group_chunks * reader.chunk_rows + 1  # the last is never served
         arrays = [array.array for array in reader.arrays]
-        self._recyclers = [Recycler(batch_rows, array.row_shape, array.storage_dtype) for array in arrays]
+        self._recyclers = [Recycler(n_rows, each.row_shape, each.storage_dtype) for each in arrays]
         self._decoded: SimpleQueue[tuple[np.ndarray, ...]] = SimpleQueue()
         for _ in range(DECODE_THREADS):
             self._decoded.put(reader.empty(1))
 
     def group(self) -> HostGroup:
-        return HostGroup(self._reader, self._group_chunks, self._decoded)
+        return HostGroup(self._reader, self._recyclers, self._decoded)
 
-    def lend(self, n_rows: int) -> tuple[np.ndarray, ...]:
-        return tuple(recycler.lend(n_rows) for recycler in self._recyclers)
-
-    def values(self, stored: Sequence[np.ndarray]) -> Float[Tensor, "row d_in"]:
+    def values(self, parts: Sequence[Sequence[np.ndarray]]) -> Float[Tensor, "row d_in"]:
+        # numpy, because torch's copies wake OpenMP threads, which take the cores from the decoding threads
+        several = zip(*(parts or [self._reader.empty(0)]), strict=True)
+        stored = parts[0] if len(parts) == 1 else [np.concatenate(each) for each in several]
         return self._reader.values(self._reader.tensors(stored)).to(self._device)
 
 
 class HostGroup(Group):
     """A group in the memory of the host; `decoded` has room for a chunk for each thread that decodes."""
 
-    def __init__(self, reader: HookReader, n_chunks: int, decoded: SimpleQueue[tuple[np.ndarray, ...]]):
-        self._reader, self._decoded = reader, decoded
-        self._n_joined = n_chunks * reader.chunk_rows
-        n_rows = self._n_joined + 1  # and one that is never served
-        arrays = [array.array for array in reader.arrays]
-        self._parts = tuple(np.empty((n_rows, *array.row_shape), dtype=array.storage_dtype) for array in arrays)
+    def __init__(self, reader: HookReader, recyclers: Sequence[Recycler], decoded: SimpleQueue[tuple[np.ndarray, ...]]):
+        self._reader, self._recyclers, self._decoded = reader, recyclers, decoded
+        self._parts: tuple[np.ndarray, ...] = ()
         self._places = np.empty(0, dtype=np.int64)
 
     def expect(self, served: Int64[np.ndarray, " served"]) -> None:
-        self._places = _places(served, self._n_joined)
+        self._parts = tuple(recycler.lend() for recycler in self._recyclers)
+        self._places = _places(served, len(self._parts[0]) - 1)
 
     def put(self, number: int, chunk: int) -> None:
         rows = slice(number * self._reader.chunk_rows, (number + 1) * self._reader.chunk_rows)
@@ -142,13 +144,11 @@ class HostGroup(Group):
     def landed(self) -> None:
         pass
 
-    def copy(self, start: int, stop: int, out: Sequence[np.ndarray]) -> None:
-        # numpy, because torch's copies wake OpenMP threads, which take the cores from the decoding threads
-        for part, rows in zip(self._parts, out, strict=True):
-            np.copyto(rows, part[start:stop])
+    def rows(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
+        return tuple(part[start:stop] for part in self._parts)
 
     def vacate(self) -> None:
-        pass
+        self._parts = ()
 
 
 class DeviceRoom(Room):
@@ -165,10 +165,9 @@ class DeviceRoom(Room):
         parts = self._empty(self._group_chunks * self._reader.chunk_rows + 1)  # the last is never served
         return DeviceGroup(self._reader, parts, self._staged, self._copies)
 
-    def lend(self, n_rows: int) -> tuple[Tensor, ...]:
-        return self._empty(n_rows)  # torch's allocator recycles
-
-    def values(self, stored: Sequence[Tensor]) -> Float[Tensor, "row d_in"]:
+    def values(self, parts: Sequence[Sequence[Tensor]]) -> Float[Tensor, "row d_in"]:
+        several = zip(*(parts or [self._empty(0)]), strict=True)
+        stored = parts[0] if len(parts) == 1 else [torch.cat(each) for each in several]
         return self._reader.values(stored)
 
     def _empty(self, n_rows: int) -> tuple[Tensor, ...]:
@@ -189,7 +188,7 @@ class _Staged:
 
 
 class DeviceGroup(Group):
-    """A group on a CUDA device; put, landed and copy are ordered by events, and only a full staging queue waits."""
+    """A group on a CUDA device; put, landed and rows are ordered by events, and only a full staging queue waits."""
 
     def __init__(
         self, reader: HookReader, parts: Sequence[Tensor], staged: SimpleQueue[_Staged], copies: torch.cuda.Stream
@@ -223,14 +222,14 @@ class DeviceGroup(Group):
     def landed(self) -> None:
         self._arrived.record(self._copies)
 
-    def copy(self, start: int, stop: int, out: Sequence[Tensor]) -> None:
+    def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
         stream = torch.cuda.current_stream(self._copies.device)
         stream.wait_event(self._arrived)
-        for part, rows in zip(self._parts, out, strict=True):
-            rows.copy_(part[start:stop])
+        rows = tuple(part[start:stop].clone() for part in self._parts)
         copied = torch.cuda.Event()
         copied.record(stream)
         self._copied[stream] = copied
+        return rows
 
     def vacate(self) -> None:
         for event in self._copied.values():

@@ -21,10 +21,14 @@ class Loader(Iterator[Batch]):
     The order is arithmetic in (seed, epoch, step): every kept row exactly once per epoch at any batch size, the same
     on every machine, and `start_step` begins there without reading what came before.
 
-    Memory, for each hook: two groups of `group_chunks` chunks, 2 * group_chunks * chunk_rows * row_bytes (at most
-    288 MiB unless `group_chunks` is raised), however large the cache is; a chunk for each thread that decodes; plus the
-    batches that the caller holds and two more. For each row of the two groups, 16 bytes and 4 for each token field, and
-    at most 64 bytes more while a group's order is made. With `max_norm_ratio`, one bit for every row of the split.
+    x is a view of the group of chunks that its rows were shuffled in (where it does not lie in two of them, and on a
+    CPU): whoever holds a few rows of it holds that group. Clone what is to be kept for long.
+
+    Memory, for each hook: three groups of `group_chunks` chunks, of group_chunks * chunk_rows * row_bytes (at most
+    144 MiB unless `group_chunks` is raised), however large the cache is: one that decodes, one that is served, and one
+    of which the caller may hold a batch; each further one of which he does; and a chunk for each thread that decodes.
+    For each row of two groups, 16 bytes and 4 for each token field, and at most 64 bytes more while a group's order is
+    made. With `max_norm_ratio`, one bit for every row of the split.
 
     Args:
         batch_tokens: rows of a batch over all ranks; only the very last batch may be shorter.

@@ -97,23 +97,22 @@ class RowStream:
 
     def rows(self, start: int, stop: int, *, step: int) -> Batch:
         """Rows [start, stop) of the line. Raises CorruptShard for a damaged chunk of their groups."""
-        lent = {name: room.lend(stop - start) for name, room in self._rooms.items()}
-        row = np.empty(stop - start, dtype=np.int64)
-        fields = {name: np.empty(stop - start, dtype=np.int32) for name in self._fields.names}
-        offset = 0
+        parts: dict[str, list[Sequence[Any]]] = {name: [] for name in self._rooms}
+        row, fields = (
+            [np.empty(0, dtype=np.int64)],
+            {name: [np.empty(0, dtype=np.int32)] for name in self._fields.names},
+        )
         for part in self.order.span(start, stop):
             served = self._group((part.epoch, part.group))
-            here, there = slice(offset, offset + part.stop - part.start), slice(part.start, part.stop)
             for name, group in served.groups.items():
-                group.copy(part.start, part.stop, [rows[here] for rows in lent[name]])
-            row[here] = served.row[there]
-            for name, values in fields.items():
-                values[here] = served.fields[name][there]
-            offset = here.stop
-        tokens = {name: torch.from_numpy(values) for name, values in fields.items()}
+                parts[name].append(group.rows(part.start, part.stop))
+            row.append(served.row[part.start : part.stop])
+            for name, values in served.fields.items():
+                fields[name].append(values[part.start : part.stop])
+        tokens = {name: torch.from_numpy(np.concatenate(values)) for name, values in fields.items()}
         return Batch(
-            x={name: room.values(lent[name]) for name, room in self._rooms.items()},
-            row=torch.from_numpy(row),
+            x={name: room.values(parts[name]) for name, room in self._rooms.items()},
+            row=torch.from_numpy(np.concatenate(row)),
             step=step,
             token_id=tokens.get("id"),
             document=tokens.get("document"),
@@ -135,11 +134,8 @@ class RowStream:
         self._filter.open_readers()
         self._fields = _TokenFields(self._cache, config.split, config.token_fields)
         self._readers = {name: self._cache.hook_reader(config.split, name) for name in config.hook_names}
-        sizes = {
-            "group_chunks": min(config.group_chunks, len(self._filter.kept)),
-            "batch_rows": self.order.batch_tokens,
-        }
-        self._rooms = {name: _room(reader, config.device, **sizes) for name, reader in self._readers.items()}
+        n_chunks = min(config.group_chunks, len(self._filter.kept))
+        self._rooms = {name: _room(reader, config.device, n_chunks) for name, reader in self._readers.items()}
         self._threads = ThreadPoolExecutor(DECODE_THREADS, "actcache-decode")
         self._loading: dict[tuple[int, int], _Loading] = {}
         self._vacant: list[dict[str, Group]] = []
@@ -257,10 +253,9 @@ class _TokenFields:
         return {name: found[name] for name in self.names}
 
 
-def _room(reader: HookReader, device: torch.device, *, group_chunks: int, batch_rows: int) -> Room:
-    if device.type == "cuda":
-        return DeviceRoom(reader, device, group_chunks=group_chunks)
-    return HostRoom(reader, device, group_chunks=group_chunks, batch_rows=batch_rows)
+def _room(reader: HookReader, device: torch.device, group_chunks: int) -> Room:
+    room = DeviceRoom if device.type == "cuda" else HostRoom
+    return room(reader, device, group_chunks=group_chunks)
 
 
 def _put(group: Group, reader: HookReader, chunks: Sequence[int], number: int, expected: Future[_Expected]) -> None:

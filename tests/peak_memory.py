@@ -39,9 +39,10 @@ def main(folder: str, max_norm_ratio: float) -> None:
             del batch
     done.set()
     watcher.join()
-    group_rows, row_bytes = 2 * GROUP_CHUNKS * cache.manifest.chunk_rows, hook.d_in * 2
-    loose_rows = DECODE_THREADS * cache.manifest.chunk_rows + 3 * BATCH
-    print(peak, group_rows * (row_bytes + 16 + 64) + loose_rows * row_bytes + loader.n_stored_rows // 8)
+    group_rows, row_bytes = GROUP_CHUNKS * cache.manifest.chunk_rows, hook.d_in * 2
+    loose_rows = DECODE_THREADS * cache.manifest.chunk_rows + BATCH  # and a batch that lies in two groups
+    allowed = 3 * group_rows * row_bytes + 2 * group_rows * (16 + 64) + loose_rows * row_bytes
+    print(peak, allowed + loader.n_stored_rows // 8)
 
 
 main(sys.argv[1], float(sys.argv[2]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_caches import HOOKS, harvest_tiny
 
-from actcache.groups import STAGED_CHUNKS, WILL_NEED_CHUNKS, DeviceRoom, Recycler, will_need
+from actcache.groups import KEPT, STAGED_CHUNKS, WILL_NEED_CHUNKS, DeviceRoom, Recycler, will_need
 from actcache.loader import Loader
 from actcache.mixture import Mixture
 from actcache.reader import HookReader
@@ -76,12 +76,11 @@ def test_rows_come_back_from_device_groups_in_the_order_asked(cache, fake_cuda, 
     for number in reversed(range(n_chunks)):
         group.put(number, chunks[number])
     group.landed()
-    out = room.lend(50)
-    group.copy(10, 40, [part[:30] for part in out])
-    group.copy(60, 80, [part[30:] for part in out])
+    parts = [group.rows(10, 40), group.rows(60, 80)]
     whole = reader.read(0, reader.n_rows)
     rows = [chunks[s // reader.chunk_rows] * reader.chunk_rows + s % reader.chunk_rows for s in served.tolist()]
-    assert torch.equal(room.values(out), whole[rows[10:40] + rows[60:80]])
+    assert torch.equal(room.values(parts), whole[rows[10:40] + rows[60:80]])
+    assert room.values([]).shape == (0, whole.shape[1])
 
 
 def test_device_groups_wait_for_each_other_and_for_nothing_else(tiny_cache, fake_cuda):
@@ -101,7 +100,7 @@ def test_device_groups_wait_for_each_other_and_for_nothing_else(tiny_cache, fake
     assert [entry[:2] for entry in log] == [(copies, "records")]
     arrived = log[0][2]
     log.clear()
-    group.copy(0, 5, [part[:5] for part in room.lend(5)])
+    group.rows(0, 5)
     assert log[0] == (current, "waits for", arrived)
     copied = log[-1][2]
     assert log[-1][:2] == (current, "records")
@@ -126,12 +125,17 @@ def test_recycled_memory_is_bounded():
     held = [recycler.lend(100) for _ in range(50)]
     assert len({rows.ctypes.data for rows in held}) == 50
     del held
-    assert len(recycler._spare) == 2
+    assert len(recycler._spare) == KEPT
     spare = {memory.ctypes.data for memory in recycler._spare}
-    one, other = recycler.lend(3), recycler.lend(100)
-    assert {one.ctypes.data, other.ctypes.data} == spare
-    assert one.shape == (3, 7)
-    assert not np.shares_memory(one, other)
+    lent = [recycler.lend(3), recycler.lend(100), recycler.lend()]
+    assert {rows.ctypes.data for rows in lent} == spare
+    assert [rows.shape for rows in lent] == [(3, 7), (100, 7), (100, 7)]
+    assert not np.shares_memory(lent[0], lent[1])
+    more = recycler.lend()
+    del more
+    assert recycler._spare == [], "three are lent"
+    del lent
+    assert len(recycler._spare) == KEPT
 
 
 @pytest.mark.gpu
