@@ -1,10 +1,12 @@
 """The sparse path of a training step: encode densely once, then touch only the entries that are kept.
 
 A dense step costs 10 * batch * d_in * d_sae FLOPs; here only the encoder's 2 * batch * d_in * d_sae stay, the decoder
-and both weight gradients gather `kept` rows. Everything is plain torch and runs where its tensors are. Each sum runs
-in one fixed order (by row in the decoder, by latent in the gradients), so results repeat bit for bit on a CPU.
+and both weight gradients gather `kept` rows. On a CPU everything is plain torch; for tensors on CUDA
+`triton_kernels` takes its place, and no call waits for the device. Each sum runs in one fixed order (by row in the
+decoder, by latent in the gradients), so results repeat bit for bit.
 """
 
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +51,13 @@ class KeptEntries:
         """From the coordinates, rows ascending."""
         # Stable, for the order changes sums; of the narrowest type, for a radix sort of int16 is three times faster.
         narrow = latent.to(torch.int16 if d_sae <= 1 << 15 else torch.int32)
+        by_latent = narrow.argsort(stable=True)
         return KeptEntries(
             row=row,
             latent=latent,
-            row_start=_starts(row, batch),
-            by_latent=narrow.argsort(stable=True),
-            latent_start=_starts(latent, d_sae),
+            row_start=_starts(row, None, batch),
+            by_latent=by_latent,
+            latent_start=_starts(latent, by_latent, d_sae),
         )
 
     @property
@@ -81,9 +84,12 @@ def topk_pre_acts(
         for start in range(0, len(x), TOPK_CHUNK_ROWS):
             rows = slice(start, start + TOPK_CHUNK_ROWS)
             pre_acts = encoder_pre_acts(x[rows], W_enc, b_enc, workspace)
-            ranked = pre_acts.abs() if by_magnitude else pre_acts
-            torch.topk(ranked, k, sorted=False, out=(values[rows], latents[rows]))
-            if by_magnitude:
+            if _on_cuda(pre_acts):
+                latents[rows] = _triton().topk_latents(pre_acts, k, by_magnitude=by_magnitude)
+            else:
+                ranked = pre_acts.abs() if by_magnitude else pre_acts
+                torch.topk(ranked, k, sorted=False, out=(values[rows], latents[rows]))
+            if by_magnitude or _on_cuda(pre_acts):
                 torch.gather(pre_acts, 1, latents[rows], out=values[rows])
     return values, latents
 
@@ -133,14 +139,18 @@ def sparse_decode(
 
     A detached W_dec costs no gradient.
     """
-    x_hat = embedding_bag(
-        kept.latent, W_dec.detach(), kept.row_start, mode="sum", per_sample_weights=values, include_last_offset=True
-    )
+    if _on_cuda(values):
+        x_hat = _TritonDecode.apply(values, kept, W_dec.detach())
+    else:
+        x_hat = _sums_of_rows(values, kept.latent, kept.row_start, W_dec.detach())
     return _WithDecoderGradient.apply(x_hat, values.detach(), kept, W_dec)
 
 
 def firing_counts(values: Float[Tensor, " kept"], kept: KeptEntries) -> Int[Tensor, " d_sae"]:
     """How many rows each latent is active (nonzero) in."""
+    if _on_cuda(values):  # bincount and a boolean mask would wait for the device
+        before = torch.nn.functional.pad((values.detach() != 0)[kept.by_latent].cumsum(0), (1, 0))
+        return before[kept.latent_start].diff()
     return torch.bincount(kept.latent[values.detach() != 0], minlength=kept.d_sae)
 
 
@@ -157,9 +167,12 @@ class _KeptPreActs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor, Tensor, Tensor | None]:
         x, W_enc = ctx.saved_tensors
         grad_W_enc = _sum_by_latent(grads[0], ctx.kept, x)
-        grad_b_enc = torch.segment_reduce(
-            grads[0][ctx.kept.by_latent], "sum", offsets=ctx.kept.latent_start, initial=0.0
-        )
+        if _on_cuda(x):
+            grad_b_enc = _sum_by_latent(grads[0], ctx.kept, x.new_ones(len(x), 1)).squeeze(1)
+        else:
+            grad_b_enc = torch.segment_reduce(
+                grads[0][ctx.kept.by_latent], "sum", offsets=ctx.kept.latent_start, initial=0.0
+            )
         return None, None, None, grad_W_enc, grad_b_enc, -(grad_b_enc @ W_enc) if ctx.subtracts_b_dec else None
 
 
@@ -175,6 +188,21 @@ class _DensePreActs(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         grad_b_enc = grads[0].sum(0)
         return None, None, grads[0].T @ x, grad_b_enc, -(grad_b_enc @ W_enc) if ctx.subtracts_b_dec else None
+
+
+class _TritonDecode(torch.autograd.Function):
+    """x_hat with its gradient to the values; none to W_dec."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, kept: KeptEntries, W_dec: Tensor) -> Tensor:
+        ctx.save_for_backward(W_dec)
+        ctx.kept = kept
+        return _sums_of_rows(values, kept.latent, kept.row_start, W_dec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (W_dec,), kept = ctx.saved_tensors, ctx.kept
+        return _triton().entry_dots(grads[0], kept.row, W_dec, kept.latent, kept.by_latent), None, None
 
 
 class _WithDecoderGradient(torch.autograd.Function):
@@ -198,17 +226,34 @@ def _sum_by_latent(
 ) -> Float[Tensor, "d_sae d_in"]:
     """Latent i is the sum of values[j] * rows[row[j]] over its kept entries j: a weight gradient."""
     order = kept.by_latent
-    return embedding_bag(
-        kept.row[order],
-        rows,
-        kept.latent_start,
-        mode="sum",
-        per_sample_weights=values[order],
-        include_last_offset=True,
-    )
+    return _sums_of_rows(values[order], kept.row[order], kept.latent_start, rows)
 
 
-def _starts(sorted_or_not: Int[Tensor, " kept"], n: int) -> Int[Tensor, " n_plus_1"]:
-    """Where each of 0 .. n-1 would start if the entries were sorted, and the end."""
-    counts = torch.bincount(sorted_or_not, minlength=n)
+def _sums_of_rows(
+    values: Float[Tensor, " entry"],
+    index: Int[Tensor, " entry"],
+    start: Int[Tensor, " segment_plus_1"],
+    rows: Float[Tensor, "row d_in"],
+) -> Float[Tensor, "segment d_in"]:
+    """Row i is the sum of values[j] * rows[index[j]] over start[i] <= j < start[i + 1]."""
+    if _on_cuda(rows):
+        return _triton().segment_sums(values, index, start, rows)
+    return embedding_bag(index, rows, start, mode="sum", per_sample_weights=values, include_last_offset=True)
+
+
+def _starts(keys: Int[Tensor, " kept"], order: Int[Tensor, " kept"] | None, n: int) -> Int[Tensor, " n_plus_1"]:
+    """Where each of 0 .. n-1 starts when the keys are sorted by `order` (None: they are), and the end."""
+    if _on_cuda(keys):  # bincount would wait for the device
+        in_order = keys if order is None else keys[order]
+        return torch.searchsorted(in_order, torch.arange(n + 1, dtype=keys.dtype, device=keys.device))
+    counts = torch.bincount(keys, minlength=n)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _on_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _triton() -> Any:
+    """`triton_kernels`, imported when first needed: a machine without CUDA need not have triton."""
+    return importlib.import_module("trainer.triton_kernels")
