@@ -31,7 +31,7 @@ LEVELS = [
     ["benchmarks"],
     ["benchmarks.measure", "benchmarks.stream", "benchmarks.train_demo_model"],
     ["benchmarks.bench_harvest", "benchmarks.bench_read", "benchmarks.bench_train", "benchmarks.bench_shuffle"],
-    ["benchmarks.bench_codecs", "benchmarks.bench_write", "benchmarks.bench_feed"],
+    ["benchmarks.bench_codecs", "benchmarks.bench_write", "benchmarks.bench_feed", "benchmarks.gpu"],
     ["benchmarks.bench_sweep"],
     ["cli"],
 ]
@@ -54,7 +54,7 @@ HOMES = {
     "psutil": {"trainer.plan"},
     "typer": {"cli"},
     "tqdm": {"cli"},
-    "sae_lens": {"benchmarks.bench_shuffle", "benchmarks.bench_feed", "benchmarks.bench_harvest"},
+    "sae_lens": {"benchmarks.bench_shuffle", "benchmarks.bench_feed", "benchmarks.bench_harvest", "benchmarks.gpu"},
 }
 MODULES = [
     ROOT / "cli.py",
