@@ -17,6 +17,7 @@ DEVICE = "cpu" if IS_INTERPRETED else "cuda"
 EPS = torch.finfo(torch.float32).eps  # twice the rounding of one operation
 CHUNK = triton_kernels.CHUNK
 WIDTHS = [1, 17, 100, 512]
+on_a_gpu = pytest.mark.skipif(IS_INTERPRETED, reason="the interpreter has no device, and no room")
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -274,3 +275,40 @@ def test_training_goes_as_in_plain_torch(architecture: str, monkeypatch: pytest.
     assert had_dead
     # sums of at most 6 * 16 terms, a handful of them nested; the errors of one step feed the other
     assert ((found - expected).abs() <= 2 * 10 * 6 * 16 * EPS * expected.abs()).all()
+
+
+@on_a_gpu
+def test_offsets_go_past_two_to_the_31() -> None:
+    pre_acts = torch.zeros((1 << 16) + 1, 1 << 15, dtype=torch.bfloat16, device=DEVICE)  # 4.3 GB
+    pre_acts[-1, 5] = 1.0
+    assert triton_kernels.topk_latents(pre_acts, 1, by_magnitude=False)[-1].tolist() == [5]
+    del pre_acts
+    start = torch.zeros((1 << 21) + 2, dtype=torch.int64, device=DEVICE)
+    start[-1] = 1  # only the last segment has an entry
+    values, rows = random(1), random(1, 1024, seed=1)
+    sums = triton_kernels.segment_sums(values, start[:1], start, rows)  # 8.6 GB
+    assert not sums[-2].any()
+    assert torch.equal(sums[-1], (values * rows)[0])
+
+
+@on_a_gpu
+@pytest.mark.parametrize("d_sae", [19, 40_000])
+def test_nothing_waits_for_the_device(d_sae: int) -> None:
+    x, b_dec = random(50, 17), random(17, seed=1).requires_grad_()
+    W_enc, W_dec = (random(d_sae, 17, seed=seed).requires_grad_() for seed in (2, 3))
+    b_enc, workspace = torch.zeros(d_sae, device=DEVICE, requires_grad=True), Workspace()
+
+    def step() -> None:
+        values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, 4, workspace)
+        row = torch.arange(50, device=DEVICE).repeat_interleave(4)
+        kept = KeptEntries.of(row, latents.flatten(), batch=50, d_sae=d_sae)
+        acts = kernels.kept_pre_acts(values.flatten(), kept, x, W_enc, b_enc, b_dec).relu()
+        kernels.sparse_decode(acts, kept, W_dec).sum().backward()
+        kernels.firing_counts(acts, kept)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -44,7 +44,7 @@ def segment_sums(
         segment = _segments_at_chunk_ends(start, len(index))
         parts = torch.empty(*segment.shape, d_in, device=rows.device)
         grid = (segment.numel(), n_blocks)
-        _launch(_sum_parts, grid, values, index, start, segment, rows, parts, len(index), d_in, **sizes)
+        _launch(_sum_parts, grid, values, index, start, segment, rows, parts, d_in, **sizes)
     _launch(_sum_segments, (len(out), n_blocks), values, index, start, rows, parts, out, d_in, **sizes)
     return out
 
@@ -164,7 +164,6 @@ def _sum_parts(
     segment_at,
     rows,
     parts,
-    n_entries,
     d_in,
     CHUNK: tl.constexpr,
     ENTRIES: tl.constexpr,
