@@ -83,6 +83,33 @@ def test_the_newest_replaces_the_older(tmp_path: Path) -> None:
     assert checkpoint_step(path) == 4
 
 
+def test_the_last_ones_are_kept(tmp_path: Path) -> None:
+    state = trained("topk", n_steps=0)
+    (tmp_path / "step-notes.safetensors").write_bytes(b"not a checkpoint")
+    seen = []
+    for keep in (3, 3, 3, 3, 2, 1):
+        save_checkpoint(state, tmp_path, keep=keep)
+        seen.append(sorted(checkpoint_step(each) for each in tmp_path.glob("step-0*")))
+        train_step(state, rows(24), Workspace())
+    assert seen == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [3, 4], [5]]
+    assert (tmp_path / "step-notes.safetensors").exists()
+
+
+def test_a_damaged_newest_one_is_named_and_the_one_before_serves_once_it_is_gone(tmp_path: Path) -> None:
+    state = trained("topk")
+    save_checkpoint(state, tmp_path, keep=2)
+    train_step(state, rows(24), Workspace())
+    newest = save_checkpoint(state, tmp_path, keep=2)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert latest_checkpoint(tmp_path) == newest
+    with pytest.raises(
+        ManifestError, match=r"step-00000004\.safetensors: cannot be read .* remove it to go on from the"
+    ):
+        load_checkpoint(state.config, newest)
+    newest.unlink()
+    assert_same_state(load_checkpoint(state.config, latest_checkpoint(tmp_path)), trained("topk"))
+
+
 def test_of_two_the_newest_counts_and_leftovers_do_not(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "absent") is None
     state = trained("topk")

@@ -1,4 +1,4 @@
-"""A `TrainState` as one safetensors file: written aside, fsynced, renamed; the older one is removed after.
+"""A `TrainState` as one safetensors file: written aside, fsynced, renamed; older ones are removed after.
 
 Tensors: weights/<name>, optimizer/<name>/<what> (Adam's exp_avg, say), average/<name>, tokens_since_fired. String
 metadata `state`: the JSON object {step, n_tokens, config_sha256, optimizer}, the last with the numbers of each of the
@@ -28,8 +28,7 @@ _FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The file of the highest step in a checkpoint folder; None if there is none, or no folder."""
-    files = [path for path in folder.glob("step-*.safetensors") if _FILE_NAME.fullmatch(path.name)]
-    return max(files, key=checkpoint_step, default=None)
+    return max(_checkpoints(folder), key=checkpoint_step, default=None)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -40,8 +39,8 @@ def checkpoint_step(path: Path) -> int:
     return int(named[1])
 
 
-def save_checkpoint(state: TrainState, folder: Path) -> Path:
-    """Write the state; once it is durable, remove every older one. A failed write (OSError) leaves the older one."""
+def save_checkpoint(state: TrainState, folder: Path, *, keep: int = 1) -> Path:
+    """Write the state; once it is durable, remove all but the last `keep`. A failed write (OSError) removes none."""
     path = folder / f"step-{state.step:08d}.safetensors"
     counters = {
         "step": state.step,
@@ -50,9 +49,9 @@ def save_checkpoint(state: TrainState, folder: Path) -> Path:
         "optimizer": [_numbers(group) for group in state.optimiser.param_groups],
     }
     write_atomically(path, [save(_tensors(state), {"state": json.dumps(counters)})])
-    for older in folder.glob("step-*.safetensors"):
-        if older != path:
-            older.unlink()
+    others = [other for other in _checkpoints(folder) if other != path]
+    for older in sorted(others, key=checkpoint_step, reverse=True)[keep - 1 :]:
+        older.unlink()
     return path
 
 
@@ -72,13 +71,20 @@ def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = 
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             _fill(state, stored, counters["optimizer"])
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ManifestError(f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error})") from error
+        raise ManifestError(
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error}); remove it to go on from the "
+            "one before it, or from the start"
+        ) from error
     return state
 
 
 def config_sha256(config: SAEConfig) -> str:
     """Hash of the config's canonical JSON."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*.safetensors") if _FILE_NAME.fullmatch(path.name)]
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, float | int | bool]:
