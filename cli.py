@@ -281,6 +281,12 @@ def train(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of the data.")] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations on held-out rows; never if left out.")
+    ] = None,
+    logger: Annotated[
+        list[str] | None, typer.Option(help="wandb, trackio or tensorboard, besides metrics.jsonl; repeat for several.")
+    ] = None,
     memory: Annotated[
         float | None,
         typer.Option(help="GB to train in, in several passes if need be. [default: most of it]"),
@@ -306,6 +312,7 @@ def train(
         "batch_tokens": batch_tokens,
         "exclude_special_tokens": exclude_special_tokens,
         "seed": seed,
+        "eval_every": eval_every,
     }
     sweep_config = _sweep_config(sweep or config, _given(single), _given(shared))
     opened, device = open_cache(cache), _device(device)
@@ -315,8 +322,9 @@ def train(
     if dry_run:
         seconds = measured_seconds(planned.configs, planned.batch_tokens, device)
         return _say(f"about {seconds:,.0f} s of steps, by one of each kind on random rows")
+    more = {"device": device, "memory_bytes": memory_bytes, "loggers": tuple(logger or ())}
     with closing(_TrainBar()) as progress:
-        records = run_train(opened, sweep_config, out, device=device, memory_bytes=memory_bytes, progress=progress)
+        records = run_train(opened, sweep_config, out, **more, progress=progress)
     for record in records:
         _say(f"{record.folder}: {record.error or 'finished'}")
     failed = [record.config.name for record in records if record.error]

@@ -51,8 +51,9 @@ from benchmarks.measure import Say, installed, interleaved_seconds, machine, rat
 from benchmarks.stream import CONTEXT_SIZE, HOOK, random_documents, random_gpt2
 from trainer import kernels
 from trainer.architectures import kept_topk
-from trainer.config import SAEConfig, SweepConfig
+from trainer.config import SAEConfig
 from trainer.kernels import KeptEntries, Workspace
+from trainer.sweep_file import SweepConfig
 from trainer.train import TrainState, initial_state, train_step
 
 REPEATS, STEPS, N_TOKENS, N_COPIED, GEMM_SIZE, LR = 7, 5, 131_072, 1 << 30, 8192, 1e-4

@@ -90,7 +90,7 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for keep in (3, 3, 3, 3, 2, 1):
         save_checkpoint(state, tmp_path, keep=keep)
         seen.append(sorted(checkpoint_step(each) for each in tmp_path.glob("step-0*")))
-        train_step(state, rows(24), Workspace())
+        step(state, rows(24))
     assert seen == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [3, 4], [5]]
     assert (tmp_path / "step-notes.safetensors").exists()
 
@@ -98,7 +98,7 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
 def test_a_damaged_newest_one_is_named_and_the_one_before_serves_once_it_is_gone(tmp_path: Path) -> None:
     state = trained("topk")
     save_checkpoint(state, tmp_path, keep=2)
-    train_step(state, rows(24), Workspace())
+    step(state, rows(24))
     newest = save_checkpoint(state, tmp_path, keep=2)
     newest.write_bytes(newest.read_bytes()[:-1])
     assert latest_checkpoint(tmp_path) == newest

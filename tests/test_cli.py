@@ -97,6 +97,14 @@ def test_one_sae_from_options_alone(work):
     assert config["train"] | {"tokens": 512, "batch_tokens": 128, "exclude_special_tokens": False} == config["train"]
 
 
+def test_held_out_metrics_from_an_option(work):
+    options = ["--hook", HOOKS[2], "--d-sae", 64, "--k", 4, "--tokens", 512, "--batch-tokens", 128]
+    actcache("train", work / "cache", *options, "--eval-every", 3, "--out", work / "evaluated")
+    log = next((work / "evaluated").glob("*/metrics.jsonl")).read_text()
+    assert [json.loads(line)["step"] for line in log.splitlines()] == [3, 4]
+    assert all("validation/explained_variance" in json.loads(line) for line in log.splitlines())
+
+
 def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[str, tuple[list, int, str]]:
     """What is wrong -> (arguments, exit code, what the one line says)."""
     out = work / "wrong"
@@ -140,6 +148,8 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
         "k and d_sae": ([*single, "--k", 65], 2, "k must be at most d_sae=64"),
         "no sweep": (train, 2, "name a sweep file"),
         "tokens beyond epochs": ([*single, "--k", 4, "--tokens", 10**9], 2, "epochs"),
+        "eval_every 0": ([*single, "--k", 4, "--eval-every", 0], 2, "eval_every must be at least 1"),
+        "no such logger": ([*single, "--k", 4, "--logger", "mlflow"], 2, "a logger must be one of wandb, trackio"),
         "bad codec": ([*harvest, *hook, "--codec", "zip", "--out", out], 2, "codec: must be one of lossless, fast"),
         "no option": (["harvest"], 2, "Missing option"),
         "no such command": (["harvset"], 2, "No such command"),

@@ -75,8 +75,9 @@ def make_config(architecture: str, **changes: object):
         "training_tokens": 10_000,
         "n_steps": 10,
     }
-    if "d_in" in changes and not is_transcoder:
-        changes.setdefault("d_out", changes["d_in"])
+    for given, follows in (("d_in", "d_out"), ("input_scale", "output_scale")):
+        if given in changes and not is_transcoder:
+            changes.setdefault(follows, changes[given])
     return dataclasses.replace(SAEConfig(**values), **changes)
 
 

@@ -2,8 +2,9 @@
 
 from trainer.config import SAEConfig, TrainConfig
 from trainer.evaluate import evaluate, evaluate_runs
+from trainer.runs import RunRecord
 from trainer.saelens import SAE, export_sae, load_sae
-from trainer.sweep import RunRecord, SweepProgress, train
+from trainer.sweep import SweepProgress, train
 from trainer.sweep_file import SweepConfig
 
 __all__ = [

@@ -161,6 +161,9 @@ class TrainConfig:
     exclude_special_tokens: bool = True
     log_every: int = 100  # steps
     checkpoint_every: int = 1000  # steps
+    keep_checkpoints: int = 1  # the last so many stay
+    eval_every: int | None = None  # steps between evaluations on held-out rows; None: never
+    eval_tokens: int = 32_768  # rows of the validation split that one reads, at most
 
     def __post_init__(self) -> None:
         for setting, rule in _TRAIN_RULES.items():
@@ -249,5 +252,6 @@ _RULES = {
 }
 _TRAIN_RULES = {
     **dict.fromkeys(("batch_tokens", "tokens", "epochs", "log_every", "checkpoint_every"), _AT_LEAST_ONE),
+    **dict.fromkeys(("keep_checkpoints", "eval_every", "eval_tokens"), _AT_LEAST_ONE),
     "seed": _SEED,
 }

@@ -88,7 +88,26 @@ class ReconstructionSums:
         Raises:
             ValueError: there are no rows.
         """
-        n_rows = _n_rows(x, "ReconstructionSums.of")
+        absolute = float(feature_acts.abs().sum(dtype=torch.float64))
+        return cls.counted(x, x_hat, absolute=absolute, fired=(feature_acts != 0).sum(0))
+
+    @classmethod
+    def counted(
+        cls,
+        x: Float[Tensor, "batch d_in"],
+        x_hat: Float[Tensor, "batch d_in"],
+        *,
+        absolute: float,
+        fired: Int[Tensor, " d_sae"],
+    ) -> "ReconstructionSums":
+        """As `of`, where the activations are already counted, so that no [batch, d_sae] matrix is needed.
+
+        absolute: sum of |f| over the batch. fired: int64, rows on which each latent was active.
+
+        Raises:
+            ValueError: there are no rows.
+        """
+        n_rows = _n_rows(x, "ReconstructionSums")
         x, x_hat = x.double(), x_hat.double()
         norm, norm_hat, dot = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(1)  # (batch,)
         lengths = norm * norm_hat
@@ -102,8 +121,8 @@ class ReconstructionSums:
             square_error=float((x - x_hat).square().sum()),
             cosine=float(torch.where(lengths > 0, dot / lengths.clamp_min(torch.finfo(torch.float64).tiny), 0.0).sum()),
             norm_ratio=float((norm_hat / divisor).sum()),
-            absolute=float(feature_acts.abs().sum(dtype=torch.float64)),
-            fired=(feature_acts != 0).sum(0).cpu(),
+            absolute=absolute,
+            fired=fired.cpu(),
         )
 
     def merge(self, other: "ReconstructionSums") -> "ReconstructionSums":

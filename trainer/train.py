@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from actcache.errors import TrainingDiverged
+from actcache.flow import Batch
 from trainer.architectures import SAEOutput, forward, initial_weights
-from trainer.config import PENALISED, SAEConfig
+from trainer.config import PENALISED, SAEConfig, ScaledHook
 from trainer.functional import batch_topk_kept
 from trainer.kernels import Workspace, encoder_pre_acts
 from trainer.losses import LossTerms, loss_terms
@@ -114,6 +115,19 @@ def train_step(
     _update_weights(state, lr)
     n_active = _count(state, output, len(x))
     return StepOutcome(loss=loss.detach(), x_hat=output.x_hat.detach(), n_active=n_active, lr=lr)
+
+
+def scaled_rows(
+    batch: Batch, hooks: tuple[ScaledHook, ...], made: dict[tuple[ScaledHook, ...], Tensor]
+) -> Float[Tensor, "batch width"]:
+    """The hooks' activations side by side, float32 and scaled; a copy, so that the batch stays as it was read.
+
+    made: what was made of this batch before.
+    """
+    if hooks not in made:
+        parts = [batch.x[hook.hook_name].to(torch.float32, copy=True).mul_(hook.scale) for hook in hooks]
+        made[hooks] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return made[hooks]
 
 
 def log_record(state: TrainState, y: Float[Tensor, "batch d_out"], outcome: StepOutcome) -> dict[str, float | int]:
