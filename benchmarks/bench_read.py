@@ -11,7 +11,6 @@ the Loader: bytes that the process reads from the disk over the bytes that are s
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,18 @@ from actcache.loader import Loader
 from actcache.manifest import HookSpec, chunk_rows, hook_arrays, shard_key
 from actcache.reader import ArrayReader
 from actcache.writer import write_metadata, write_shard
-from benchmarks.measure import Cost, Say, described, installed, interleaved_costs, machine, one_torch_thread, ratios
+from benchmarks.measure import (
+    Cost,
+    Say,
+    bytes_read,
+    described,
+    forget,
+    installed,
+    interleaved_costs,
+    machine,
+    one_torch_thread,
+    ratios,
+)
 from benchmarks.stream import bundled_rows, random_stream
 
 D_INS, ROW_BYTES, REPEATS = (64, 512, 768, 2304, 4096), 64 << 20, 9
@@ -203,28 +213,14 @@ def _described(store: _Store, name: str, costs: Mapping[str, Sequence[Cost]], sa
 def _read_amplification(cache: Cache, say: Say) -> dict[str, float]:
     """One epoch of shuffled batches with none of the cache's pages in memory: bytes from the disk over bytes stored."""
     files = [path for path in (cache.path / STORE / "train").rglob("*") if path.is_file()]
-    _forget(files)
+    forget(files)
     read = [path for path in files if "sequences" not in path.parts]
     stored = sum(path.stat().st_size for path in read if "position" not in path.parts and "sequence" not in path.parts)
-    before = _bytes_read()
+    before = bytes_read()
     with Loader(cache, cache.hook_names) as loader:
         for _ in loader:
             pass
-    found = {"stored_mb": stored / 1e6, "read_mb": (_bytes_read() - before) / 1e6}
+    found = {"stored_mb": stored / 1e6, "read_mb": (bytes_read() - before) / 1e6}
     found["read_amplification"] = found["read_mb"] / found["stored_mb"]
     say(f"cold epoch: {found['read_mb']:.2f} MB read, {found['stored_mb']:.2f} MB stored")
     return found
-
-
-def _forget(files: Sequence[Path]) -> None:
-    """Drop the files' pages from the page cache; they are on disk already."""
-    for path in files:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def _bytes_read() -> int:
-    """Bytes that this process made the disk read (proc(5), io)."""
-    with open("/proc/self/io") as lines:
-        return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 Say = Callable[[str], None]
+BF16_FLAGS = ("avx512_bf16", "amx_tile", "amx_bf16")
+SETTINGS = ("OMP_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # of threads and of the allocator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,17 +28,19 @@ class Cost:
     cpu: float
 
 
-def interleaved_costs(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[Cost]]:
-    """What each contender costs, taken in turn `repeats` times after one uncounted round.
+def interleaved_costs(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, uncounted: int = 1
+) -> dict[str, list[Cost]]:
+    """What each contender costs, taken in turn `repeats` times after the uncounted rounds.
 
     The order is turned round in every other round, so that a drift of the machine favours nobody.
     """
     costs: dict[str, list[Cost]] = {name: [] for name in contenders}
-    for number in range(repeats + 1):
+    for number in range(1 - uncounted, repeats + 1):
         order = list(contenders) if number % 2 else list(contenders)[::-1]
         for name in order:
             cost = _cost(contenders[name])
-            if number:
+            if number > 0:
                 costs[name].append(cost)
     return costs
 
@@ -46,9 +51,12 @@ def _cost(contender: Callable[[], object]) -> Cost:
     return Cost(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
 
 
-def interleaved_seconds(contenders: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def interleaved_seconds(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, uncounted: int = 1
+) -> dict[str, list[float]]:
     """Wall seconds of each contender, as `interleaved_costs` takes them."""
-    return {name: [cost.wall for cost in costs] for name, costs in interleaved_costs(contenders, repeats).items()}
+    costs = interleaved_costs(contenders, repeats, uncounted)
+    return {name: [cost.wall for cost in spent] for name, spent in costs.items()}
 
 
 @contextmanager
@@ -74,20 +82,44 @@ def described(name: str, found: Mapping[str, float]) -> str:
 
 
 def installed(package: str, say: Say) -> bool:
-    """Whether a peer can be measured; says so if not."""
-    found = importlib.util.find_spec(package) is not None
-    if not found:
-        say(f"{package} is not installed; left out")
-    return found
+    """Whether a peer can be measured; says why not."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        say(f"{package} is left out: {error}")
+        return False
+    return True
+
+
+def forget(files: Iterable[Path]) -> None:
+    """Drop the files' pages from the page cache; they are on disk already."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def bytes_read() -> int:
+    """Bytes that this process made the disk read (proc(5), io)."""
+    with open("/proc/self/io") as lines:
+        return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held at once, what it maps included (VmHWM of proc(5), status)."""
+    with open("/proc/self/status") as lines:
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
 
 def machine() -> dict[str, object]:
     """What a number without is worth nothing."""
     return {
         "cpu": _cpu_name(),
+        "bf16_products": [flag for flag in BF16_FLAGS if flag in _cpu_line("flags").split()],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "set": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SETTINGS)},
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "zarr", "numcodecs")},
@@ -96,6 +128,10 @@ def machine() -> dict[str, object]:
 
 
 def _cpu_name() -> str:
+    return _cpu_line("model name") or platform.processor()
+
+
+def _cpu_line(name: str) -> str:
+    """What /proc/cpuinfo says under this name of the first core; nothing where it does not."""
     with open("/proc/cpuinfo") as lines:
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
