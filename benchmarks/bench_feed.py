@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Array2D, Dataset, Features
 
 from actcache.cache import Cache
 from actcache.harvester import harvest
-from actcache.loader import Loader
+from actcache.loader import GROUP_CHUNKS, Loader
 from actcache.plan import HarvestConfig
 from benchmarks.measure import Cost, Say, described, installed, interleaved_costs, machine, ratios
+from benchmarks.peers import saelens_store
 from benchmarks.stream import CONTEXT_SIZE, random_documents, random_gpt2
 
 WIDTHS_AND_TOKENS = ((512, 1 << 17), (512, 1 << 19), (768, 1 << 18), (2304, 1 << 17))  # one to four groups of 64 chunks
@@ -55,10 +54,9 @@ def _measured(d_model: int, n_tokens: int, root: Path, say: Say) -> dict[str, An
     costs = interleaved_costs(feeds, REPEATS)
     served = dict.fromkeys(feeds, len(x))
     if installed("sae_lens", say):
-        saelens = _saelens(root / "arrow", caches["raw"], x)
-        n_batches = (
-            saelens.n_batches_in_buffer * CONTEXT_SIZE // 2 // BATCH_TOKENS
-        )  # what it serves between two refills
+        buffer_rows = min(2 * GROUP_CHUNKS * caches["raw"].manifest.chunk_rows, len(x) // 2)
+        saelens = saelens_store(root / "arrow", caches["raw"], batch_tokens=BATCH_TOKENS, buffer_rows=buffer_rows)
+        n_batches = buffer_rows // 2 // BATCH_TOKENS  # what it serves between two refills
         costs |= interleaved_costs({"SAELens": lambda: _drained(islice(saelens, n_batches))}, 3)
         served["SAELens"] = n_batches * BATCH_TOKENS
     return _described(d_model, costs, served, say)
@@ -85,37 +83,6 @@ def _check(cache: Cache, x: torch.Tensor) -> None:
         seen[batch.row] += 1
         assert torch.equal(batch.x[HOOK], x[batch.row])
     assert (seen == 1).all()
-
-
-def _saelens(folder: Path, cache: Cache, x: torch.Tensor) -> Any:
-    """SAELens' store over the rows in token order, as its cache runner leaves them."""
-    from sae_lens import ActivationsStore, CacheActivationsRunnerConfig
-
-    d_in = x.shape[1]
-    columns = [cache.token_reader("train", name).read(0, len(x)).astype(np.int64) for name in ("sequence", "position")]
-    in_order = x[torch.from_numpy(np.argsort(columns[0] * CONTEXT_SIZE + columns[1]))].float()
-    features = Features({HOOK: Array2D(shape=(CONTEXT_SIZE, d_in), dtype="float32")})
-    sequences = in_order.view(-1, CONTEXT_SIZE, d_in).numpy()
-    Dataset.from_dict({HOOK: list(sequences)}, features=features).save_to_disk(folder)
-    buffer_rows = 2 * 64 * cache.manifest.chunk_rows
-    config = CacheActivationsRunnerConfig(
-        dataset_path="in memory",
-        model_name="in memory",
-        model_batch_size=BATCH_TOKENS // CONTEXT_SIZE,
-        hook_name=HOOK,
-        d_in=d_in,
-        training_tokens=len(x),
-        context_size=CONTEXT_SIZE,
-        new_cached_activations_path=str(folder),
-        device="cpu",
-    )
-    store = ActivationsStore.from_cache_activations(None, config)  # pyright: ignore[reportArgumentType]: reads the cache
-    store.train_batch_size_tokens = BATCH_TOKENS
-    store.n_batches_in_buffer = min(buffer_rows, len(x) // 2) // CONTEXT_SIZE
-    served = next(store)
-    assert (torch.cdist(served[:4].double(), in_order.double()).amin(dim=1) == 0).all(), "SAELens serves other rows"
-    warnings.filterwarnings("ignore", "All samples in the training dataset have been exhausted")
-    return store
 
 
 def _described(

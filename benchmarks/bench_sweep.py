@@ -1,15 +1,23 @@
-"""A sweep of eight TopK SAEs (512 -> 4096, k 32, batch 4096) from a cache that is read once.
+"""A sweep of eight TopK SAEs (512 -> 4096, k 32, batch 4096), the harvest included or not, against SAELens' runners.
 
-Bound: the eight steps on one batch that stays in memory, nothing read. Ours: `trainer.sweep`, from the loader, with its
-metrics and checkpoints. Baseline: eight sweeps of one SAE each, reading the cache eight times.
+Rows: the last hook of a GPT-2 of four blocks, 512 wide, with random weights; special tokens kept, nothing scaled.
+Bound: the eight steps on one batch that stays in memory, nothing read. Ours: `harvest`, then `trainer.train` from the
+cache. SAELens: its cache runner, then eight cached runs; its MultiSAETrainingRunner, which runs the model once for all
+SAEs; eight runs that each run the model. Eight such runs are one run eight times over, so one is timed and multiplied
+by eight. Every run writes its SAEs with the optimisers' state. SAELens keeps no decoder norms here, which spares it
+that work. Also: how the sweep grows from 1 to 16 SAEs, what it reads of an evicted cache, and the peak memory of the
+sweep and of the MultiSAETrainingRunner, each in a process of its own.
 
     actcache bench sweep
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,58 +26,188 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from actcache.cache import Cache
-from benchmarks.bench_train import BATCH_TOKENS, D_SAE, K, our_step, sae_config, scaled_batches
-from benchmarks.measure import Say, described, interleaved_seconds, machine, ratios
-from benchmarks.stream import HOOK, random_stream
+from actcache.cache import STORE, Cache, open_cache
+from actcache.harvester import harvest
+from actcache.models import LanguageModel, wrap_model
+from actcache.plan import HarvestConfig
+from benchmarks.bench_train import BATCH_TOKENS, D_SAE, K, fresh_state, our_step
+from benchmarks.measure import (
+    Say,
+    bytes_read,
+    described,
+    forget,
+    installed,
+    interleaved_seconds,
+    machine,
+    peak_resident_bytes,
+    ratios,
+)
+from benchmarks.peers import SAELensRunners, saelens_model
+from benchmarks.stream import CONTEXT_SIZE, D_MODEL, random_documents, random_gpt2_module
+from trainer.config import SAEConfig
 from trainer.sweep import train
 from trainer.sweep_file import SweepConfig
 
-N_SAES, STEPS, REPEATS, N_TOKENS = 8, 4, 5, 32_768
+N_LAYERS, N_SAES, STEPS, REPEATS = 4, 8, 5, 3
+HOOK, SAELENS_HOOK = f"blocks.{N_LAYERS - 1}.hook_resid_post", f"transformer.h.{N_LAYERS - 1}"
+GROWTH = (1, 2, 4, 8, 16)
+# nothing scaled, gradients clipped, and a latent dead after 1,000 steps: none is in these runs, and AuxK only counts
+LIKE_SAELENS = {"normalize_activations": "none", "max_grad_norm": 1.0, "dead_window": 1000 * BATCH_TOKENS}
+PEAK_STEPS = 2  # the second step needs no more memory than any later one
+BFLOAT16_EPS = 2**-7
 
 
 def run(say: Say) -> dict[str, Any]:
     """Measure; returns what the JSON line says."""
     with tempfile.TemporaryDirectory() as folder:
-        cache = random_stream(Path(folder) / "cache", N_TOKENS)
-        outs = (Path(folder) / f"runs-{number}" for number in count())
-        _check(cache, next(outs), next(outs))
-        seconds = interleaved_seconds(
-            {
-                "resident": _resident(cache),
-                "sweep": lambda: train(cache, _sweep(range(N_SAES)), next(outs)),
-                "alone": lambda: [train(cache, _sweep([seed]), next(outs)) for seed in range(N_SAES)],
-            },
-            REPEATS,
-        )
-    found = {
-        "sweep_over_resident": ratios(seconds["resident"], seconds["sweep"]),
-        "sweep_over_alone": ratios(seconds["alone"], seconds["sweep"]),
-    }
-    n_sae_tokens = N_SAES * STEPS * BATCH_TOKENS
-    rates = {f"{name}_sae_tokens_per_second": n_sae_tokens / float(np.median(s)) for name, s in seconds.items()}
-    say(f"{N_SAES} topk SAEs, {STEPS} steps each, with checkpoints and export")
-    say(", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items()))
-    say(described("resident steps / sweep", found["sweep_over_resident"]))
-    say(described("speed over one SAE at a time", found["sweep_over_alone"]))
-    return {"bench": "sweep", "saes": N_SAES, **found, **rates, "machine": machine()}
+        bench = _Bench(Path(folder))
+        bench.check()
+        seconds = interleaved_seconds(bench.contenders(say), REPEATS, uncounted=0)
+        say(f"{N_SAES} topk SAEs, {STEPS} steps each, with checkpoints and export; seconds, medians of {REPEATS}")
+        say("  " + ", ".join(f"{name} {float(np.median(spent)):.1f}" for name, spent in seconds.items()))
+        found = _described(seconds, say)
+        found["growth"] = bench.growth(say)
+        found |= bench.read(say)
+        if installed("sae_lens", say):
+            found["peak_memory"] = bench.peak_memory(say)
+    return {"bench": "sweep", "saes": N_SAES, "steps": STEPS, "seconds": seconds, **found, "machine": machine()}
 
 
-def _sweep(seeds: range | list[int]) -> SweepConfig:
+class _Bench:
+    """A model's folder, its tokens, a cache of its rows, and fresh folders to write to, all below `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.model_folder = folder, folder / "model"
+        for part in random_gpt2_module(N_LAYERS, D_MODEL):
+            part.save_pretrained(self.model_folder)
+        self.outs = (folder / f"out-{number}" for number in count())
+        self.model = _model()
+        self.cache = self.harvest()
+
+    def harvest(self) -> Cache:
+        """Our cache of the rows."""
+        config = HarvestConfig(hook_names=(HOOK,), context_size=CONTEXT_SIZE, holdout=0.0)
+        return harvest(self.model, random_documents(STEPS * BATCH_TOKENS // CONTEXT_SIZE), config, next(self.outs))
+
+    def sweep(self, n_saes: int) -> None:
+        """Our sweep of that many."""
+        train(self.cache, _sweep(range(n_saes), STEPS), next(self.outs))
+
+    def contenders(self, say: Say) -> dict[str, Callable[[], object]]:
+        """What takes turns; the first two are ours."""
+        ours = {"harvest": self.harvest, "sweep": lambda: self.sweep(N_SAES), "resident": _resident(self.cache)}
+        if not installed("sae_lens", say):
+            return ours
+        runners, weights = _runners(self.cache, self.model_folder, STEPS), fresh_state(_config(self.cache)).weights
+        arrow = next(self.outs)
+        _check_rows(self.cache, runners.cache(arrow))
+        return ours | {
+            "saelens cache": lambda: runners.cache(next(self.outs)),
+            "saelens cached run": lambda: runners.train_one(weights, next(self.outs), cached=arrow),
+            "saelens run": lambda: runners.train_one(weights, next(self.outs)),
+            "saelens multi": lambda: runners.train_many([weights] * N_SAES, next(self.outs)),
+        }
+
+    def check(self) -> None:
+        """An SAE of a sweep ends equal to the same one trained alone."""
+        together, alone = next(self.outs), next(self.outs)
+        train(self.cache, _sweep(range(2), 2), together)
+        train(self.cache, _sweep([1], 2), alone)
+        ours, theirs = (load_file(out / "seed-1" / "sae" / "sae_weights.safetensors") for out in (together, alone))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    def growth(self, say: Say) -> dict[str, float]:
+        """SAE * tokens/s of sweeps of other sizes, each run once."""
+        turns = {str(n): lambda n=n: self.sweep(n) for n in GROWTH}
+        seconds = interleaved_seconds(turns, 1, uncounted=0)
+        rates = {n: int(n) * STEPS * BATCH_TOKENS / spent[0] for n, spent in seconds.items()}
+        say("growth, SAE * tokens/s: " + ", ".join(f"{n} SAEs {rate:,.0f}" for n, rate in rates.items()))
+        return rates
+
+    def read(self, say: Say) -> dict[str, float]:
+        """Bytes that a sweep makes the disk read of the cache's rows, none of which is in memory before."""
+        files = [path for path in (self.cache.path / STORE / "train").rglob("*") if path.is_file()]
+        unread = {"position", "sequence", "sequences"}
+        stored = sum(path.stat().st_size for path in files if not unread & set(path.parts))
+        forget(files)
+        before = bytes_read()
+        self.sweep(N_SAES)
+        found = {"stored_mb": stored / 1e6, "read_mb": (bytes_read() - before) / 1e6}
+        say(f"cold sweep of {N_SAES}: {found['read_mb']:.2f} MB read, {found['stored_mb']:.2f} MB stored")
+        return found
+
+    def peak_memory(self, say: Say) -> dict[str, dict[str, float]]:
+        """MB that each holds at once: all in, and beyond its modules and, for SAELens, the model."""
+        found = {}
+        for name in ("ours", "saelens"):
+            arguments = [name, str(self.cache.path), str(self.model_folder), str(next(self.outs))]
+            command = [sys.executable, "-m", "benchmarks.bench_sweep", *arguments]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+            peak, before = (int(number) / 1e6 for number in done.stdout.split()[-2:])
+            found[name] = {"peak_mb": peak, "growth_mb": peak - before}
+            say(f"peak memory of {name}: {peak:,.0f} MB, {peak - before:,.0f} MB of them of its own")
+        return found
+
+
+def _described(seconds: dict[str, list[float]], say: Say) -> dict[str, Any]:
+    """How many times as long SAELens takes, pair by pair."""
+    spent = {name: np.array(each) for name, each in seconds.items()}
+    sweep, whole = spent["sweep"], spent["harvest"] + spent["sweep"]
+    found = {"sweep_over_resident": ratios(spent["resident"].tolist(), sweep.tolist())}
+    if "saelens run" in spent:
+        cached, alone = N_SAES * spent["saelens cached run"], N_SAES * spent["saelens run"]
+        for name, theirs, ours in (
+            ("cached runs / sweep, from caches that are there", cached, sweep),
+            ("cached runs / sweep, both with the harvest", spent["saelens cache"] + cached, whole),
+            ("MultiSAETrainingRunner / sweep with the harvest", spent["saelens multi"], whole),
+            ("MultiSAETrainingRunner / sweep from a cache", spent["saelens multi"], sweep),
+            ("runs on the fly / sweep with the harvest", alone, whole),
+            ("runs on the fly / sweep from a cache", alone, sweep),
+        ):
+            found[name] = ratios(theirs.tolist(), ours.tolist())
+    for name, ratio in found.items():
+        say(described(name.replace("_", " "), ratio))
+    return found
+
+
+def _model() -> LanguageModel:
+    model, tokenizer = random_gpt2_module(N_LAYERS, D_MODEL)
+    return wrap_model(model, tokenizer, name="random-gpt2")
+
+
+def _runners(cache: Cache, model_folder: Path, steps: int) -> SAELensRunners:
+    """SAELens over the cache's tokens, as many as `steps` batches have."""
+    return SAELensRunners(
+        model_folder=model_folder,
+        model=saelens_model(model_folder, SAELENS_HOOK),
+        hook_name=SAELENS_HOOK,
+        sequences=cache.sequences("train")[: steps * BATCH_TOKENS // CONTEXT_SIZE],
+        config=_config(cache),
+        batch_tokens=BATCH_TOKENS,
+    )
+
+
+def _sweep(seeds: Sequence[int], steps: int) -> SweepConfig:
     run = {"architecture": "topk", "hook_name": HOOK, "d_sae": D_SAE, "k": K, "lr": 1e-4}
     return SweepConfig.from_dict(
         {
             "batch_tokens": BATCH_TOKENS,
-            "tokens": STEPS * BATCH_TOKENS,
-            "runs": [{"name": f"seed-{seed}", "seed": seed, **run} for seed in seeds],
+            "tokens": steps * BATCH_TOKENS,
+            "exclude_special_tokens": False,
+            "base": {**run, **LIKE_SAELENS},
+            "runs": [{"name": f"seed-{seed}", "seed": seed} for seed in seeds],
         }
     )
 
 
+def _config(cache: Cache) -> SAEConfig:
+    return _sweep([0], STEPS).expand(cache, training_tokens=10_000_000)[0]
+
+
 def _resident(cache: Cache) -> Callable[[], None]:
-    config = sae_config(cache)
-    x = next(scaled_batches(cache, config))
-    steps = [our_step(config) for _ in range(N_SAES)]
+    config = _config(cache)
+    x = cache.hook_reader("train", HOOK).read(0, BATCH_TOKENS).float()
+    steps = [our_step(fresh_state(config)) for _ in range(N_SAES)]
 
     def run_resident() -> None:
         for _ in range(STEPS):
@@ -79,9 +217,33 @@ def _resident(cache: Cache) -> Callable[[], None]:
     return run_resident
 
 
-def _check(cache: Cache, together: Path, alone: Path) -> None:
-    """An SAE of the sweep ends equal to the same one trained alone."""
-    train(cache, _sweep(range(N_SAES)), together)
-    train(cache, _sweep([3]), alone)
-    ours, theirs = (load_file(runs / "seed-3" / "sae" / "sae_weights.safetensors") for runs in (together, alone))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+def _check_rows(cache: Cache, dataset: Any) -> None:
+    """SAELens' cache has the rows of ours, in float32 from its own forward pass: equal to a unit of bfloat16."""
+    first = dataset.with_format("torch")[:1][SAELENS_HOOK].flatten(0, 1)
+    for row, x in _first_rows(cache):
+        torch.testing.assert_close(first[row], x, rtol=BFLOAT16_EPS, atol=BFLOAT16_EPS * float(x.abs().max()))
+
+
+def _first_rows(cache: Cache) -> Iterator[tuple[int, torch.Tensor]]:
+    """(position, x) of the rows of the first sequence."""
+    n_rows = cache.n_rows()
+    sequence, position = (cache.token_reader("train", name).read(0, n_rows) for name in ("sequence", "position"))
+    x = cache.hook_reader("train", HOOK).read(0, n_rows)
+    for row in np.flatnonzero(sequence == 0):
+        yield int(position[row]), x[row].float()
+
+
+def main(name: str, cache_folder: str, model_folder: str, out: str) -> None:
+    """Run by `_Bench.peak_memory` in a process of its own: prints its peak and what it held before, in bytes."""
+    cache = open_cache(cache_folder)
+    work = partial(train, cache, _sweep(range(N_SAES), PEAK_STEPS), out)
+    if name == "saelens":
+        runners = _runners(cache, Path(model_folder), PEAK_STEPS)
+        work = partial(runners.train_many, [fresh_state(runners.config).weights] * N_SAES, Path(out))
+    before = peak_resident_bytes()
+    work()
+    print(peak_resident_bytes(), before)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -30,7 +30,7 @@ LEVELS = [
     ["trainer.sweep", "trainer.evaluate", "trainer.report"],
     ["trainer"],
     ["benchmarks"],
-    ["benchmarks.measure", "benchmarks.stream", "benchmarks.train_demo_model"],
+    ["benchmarks.measure", "benchmarks.stream", "benchmarks.peers", "benchmarks.train_demo_model"],
     ["benchmarks.bench_harvest", "benchmarks.bench_read", "benchmarks.bench_train", "benchmarks.bench_shuffle"],
     ["benchmarks.bench_codecs", "benchmarks.bench_write", "benchmarks.bench_feed", "benchmarks.gpu"],
     ["benchmarks.bench_sweep"],
@@ -43,7 +43,7 @@ HOMES = {
     "numcodecs": {"actcache.codecs"},
     "crc32c": {"actcache.codecs"},
     "datasets": {"actcache.tokens", "actcache.notebook", "benchmarks.stream", "benchmarks.bench_harvest"}
-    | {"benchmarks.bench_feed"},
+    | {"benchmarks.peers"},
     "transformers": {"actcache.models", "actcache.families", "actcache.identity", "actcache.pretrained"}
     | {"actcache.tokens", "actcache.notebook", "benchmarks.stream", "benchmarks.train_demo_model"},
     "accelerate": {"actcache.models", "actcache.identity"},
@@ -58,7 +58,9 @@ HOMES = {
     "tensorboard": {"trainer.loggers"},
     "typer": {"cli"},
     "tqdm": {"cli"},
-    "sae_lens": {"benchmarks.bench_shuffle", "benchmarks.bench_feed", "benchmarks.bench_harvest", "benchmarks.gpu"},
+    "sae_lens": {"benchmarks.bench_shuffle", "benchmarks.bench_harvest", "benchmarks.peers"} | {"benchmarks.gpu"},
+    "dictionary_learning": {"benchmarks.peers"},
+    "sparsify": {"benchmarks.peers"},
 }
 MODULES = [
     ROOT / "cli.py",
