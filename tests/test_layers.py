@@ -32,7 +32,8 @@ LEVELS = [
     ["benchmarks"],
     ["benchmarks.measure", "benchmarks.stream", "benchmarks.peers", "benchmarks.train_demo_model"],
     ["benchmarks.bench_harvest", "benchmarks.bench_read", "benchmarks.bench_train", "benchmarks.bench_shuffle"],
-    ["benchmarks.bench_codecs", "benchmarks.bench_write", "benchmarks.bench_feed", "benchmarks.gpu"],
+    ["benchmarks.bench_codecs", "benchmarks.bench_write", "benchmarks.bench_feed", "benchmarks.bench_kernels"],
+    ["benchmarks.gpu"],
     ["benchmarks.bench_sweep"],
     ["cli"],
 ]
