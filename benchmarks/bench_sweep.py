@@ -54,7 +54,6 @@ GROWTH = (1, 2, 4, 8, 16)
 # nothing scaled, gradients clipped, and a latent dead after 1,000 steps: none is in these runs, and AuxK only counts
 LIKE_SAELENS = {"normalize_activations": "none", "max_grad_norm": 1.0, "dead_window": 1000 * BATCH_TOKENS}
 PEAK_STEPS = 2  # the second step needs no more memory than any later one
-BFLOAT16_EPS = 2**-7
 
 
 def run(say: Say) -> dict[str, Any]:
@@ -126,9 +125,8 @@ class _Bench:
 
     def read(self, say: Say) -> dict[str, float]:
         """Bytes that a sweep makes the disk read of the cache's rows, none of which is in memory before."""
-        files = [path for path in (self.cache.path / STORE / "train").rglob("*") if path.is_file()]
-        unread = {"position", "sequence", "sequences"}
-        stored = sum(path.stat().st_size for path in files if not unread & set(path.parts))
+        files = [path for path in (self.cache.path / STORE / "train" / HOOK).rglob("*") if path.is_file()]
+        stored = sum(path.stat().st_size for path in files)
         forget(files)
         before = bytes_read()
         self.sweep(N_SAES)
@@ -142,7 +140,8 @@ class _Bench:
         for name in ("ours", "saelens"):
             arguments = [name, str(self.cache.path), str(self.model_folder), str(next(self.outs))]
             command = [sys.executable, "-m", "benchmarks.bench_sweep", *arguments]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+            root = Path(__file__).parent.parent
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root)
             peak, before = (int(number) / 1e6 for number in done.stdout.split()[-2:])
             found[name] = {"peak_mb": peak, "growth_mb": peak - before}
             say(f"peak memory of {name}: {peak:,.0f} MB, {peak - before:,.0f} MB of them of its own")
@@ -155,6 +154,7 @@ def _described(seconds: dict[str, list[float]], say: Say) -> dict[str, Any]:
     sweep, whole = spent["sweep"], spent["harvest"] + spent["sweep"]
     found = {"sweep_over_resident": ratios(spent["resident"].tolist(), sweep.tolist())}
     if "saelens run" in spent:
+        say(f"  a cached run and a run on the fly of SAELens are timed alone and counted {N_SAES} times")
         cached, alone = N_SAES * spent["saelens cached run"], N_SAES * spent["saelens run"]
         for name, theirs, ours in (
             ("cached runs / sweep, from caches that are there", cached, sweep),
@@ -218,10 +218,13 @@ def _resident(cache: Cache) -> Callable[[], None]:
 
 
 def _check_rows(cache: Cache, dataset: Any) -> None:
-    """SAELens' cache has the rows of ours, in float32 from its own forward pass: equal to a unit of bfloat16."""
+    """SAELens' cache has the rows of ours: they differ by our rounding to bfloat16, half a unit of eight bits.
+
+    And by float32 sums of 512 and 2048 terms in another order, over four blocks.
+    """
     first = dataset.with_format("torch")[:1][SAELENS_HOOK].flatten(0, 1)
-    for row, x in _first_rows(cache):
-        torch.testing.assert_close(first[row], x, rtol=BFLOAT16_EPS, atol=BFLOAT16_EPS * float(x.abs().max()))
+    for position, x in _first_rows(cache):
+        torch.testing.assert_close(first[position], x, rtol=2**-8 + 1e-4, atol=1e-4)
 
 
 def _first_rows(cache: Cache) -> Iterator[tuple[int, torch.Tensor]]:
