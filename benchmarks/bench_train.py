@@ -7,6 +7,9 @@ runs. All start at the same weights and take the same 20 batches before they are
 errors must agree within 1 %; `peers` says how the updates are made equal. No latent dies in these steps, so AuxK only
 counts; a second comparison calls a latent dead that did not fire in the batch before, where both pay for AuxK.
 
+With the pre-activations ranked in bfloat16 (encoder_dtype): against float32 and SAELens, and what either explains after
+100 steps.
+
 standard and jumprelu, in memory: against SAELens where 3 % of the latents are active, and against our own dense path
 where more are. The encoder's biases, or the thresholds, put the share there.
 
@@ -53,10 +56,11 @@ from trainer.sweep_file import SweepConfig
 from trainer.train import TrainState, initial_state, train_step
 
 D_SAE, K, BATCH_TOKENS, N_TOKENS = 4096, 32, 4096, 131_072
-WARM_UP_STEPS, REPEATS, STEPS = 20, 5, 2
+WARM_UP_STEPS, REPEATS, STEPS = 20, 5, 4
 SAME_START = 1e-4  # of a float32 sum over d_in * batch squares, in any order
 SAME_END = 0.01
 FEW_STEPS = 3  # taken and checked before what is not measured against the peers, and where AuxK makes steps long
+BFLOAT16_STEPS = 100
 SPARSE_SHARE, DENSER_SHARES = 0.03, (0.12, 0.2)  # of the latents, active; from 1/8 on ours is dense too
 GROWTH: dict[str, dict[str, Any]] = {
     "d_sae": {},
@@ -77,7 +81,10 @@ def run(say: Say) -> dict[str, Any]:
     """Measure; returns what the JSON line says."""
     with tempfile.TemporaryDirectory() as folder:
         cache = random_stream(Path(folder) / "cache", N_TOKENS)
-        found: dict[str, Any] = {"topk": _topk(cache, Path(folder), say)}
+        found: dict[str, Any] = {
+            "topk": _topk(cache, Path(folder), say),
+            "topk, bfloat16 encoder": _bfloat16(cache, say),
+        }
         if installed("sae_lens", say):
             found["topk, AuxK at work"] = _aux_k(cache, say)
         for architecture in PENALISED:
@@ -226,6 +233,21 @@ def _described(seconds: Mapping[str, Sequence[float]], against: Mapping[str, str
         times[name] = ratios(seconds[name], seconds[mine])
         say("  " + described(f"speed of {mine} over {name}", times[name]))
     return {"tokens_per_second": rates, "ours_over": times}
+
+
+def _bfloat16(cache: Cache, say: Say) -> dict[str, Any]:
+    """Ours with the pre-activations ranked in bfloat16, and what that does to the variance explained while training."""
+    config = comparable(sae_config(cache))
+    exact, short = fresh_state(config), fresh_state(replace(config, encoder_dtype="bfloat16"))
+    steps = {"float32": our_step(exact), "ours": our_step(short)}
+    feed = scaled_batches(cache, config)
+    errors = [{name: step(x) for name, step in steps.items()} for x in islice(feed, BFLOAT16_STEPS)]
+    explained = {name: 1 - error / config.total_variance for name, error in errors[-1].items()}
+    if installed("sae_lens", say):
+        steps["saelens"] = saelens_step(saelens_trainer(config, exact.weights, BATCH_TOKENS))
+    seconds = interleaved_seconds(_turns(steps, next(feed), {}), REPEATS)
+    say(f"topk, encoder in bfloat16; explained variance of batch {BFLOAT16_STEPS}: {explained}")
+    return {**_described(seconds, {}, say), "explained_variance": explained}
 
 
 def _aux_k(cache: Cache, say: Say) -> dict[str, Any]:

@@ -345,7 +345,7 @@ def _kernels(shape: Shape, rates: Rates) -> dict[str, Any]:
     step, workspace = _random_step(shape), Workspace()
     x, W, values, kept = step.x, step.W, step.values, step.kept
     row, latent, by_latent = kept.row, kept.latent, kept.by_latent
-    some, no_bias = x[: kernels.TOPK_CHUNK_ROWS], torch.zeros(shape.d_sae, device="cuda")
+    some, no_bias = x[: kernels.topk_chunk_rows(shape.d_sae, is_cuda=True)], torch.zeros(shape.d_sae, device="cuda")
     pre_acts = some @ W.T
     parameters = [torch.randn_like(W).requires_grad_() for _ in range(2)]
     for parameter in parameters:

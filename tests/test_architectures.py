@@ -150,3 +150,34 @@ def test_b_enc_may_be_set_for_a_rate_of_firing(rate: float) -> None:
 def test_jumprelu_starts_at_its_threshold() -> None:
     weights = initial_weights(make_config("jumprelu", jumprelu_init_threshold=0.02), torch.zeros(16))
     torch.testing.assert_close(weights["log_threshold"].exp(), torch.full((48,), 0.02))
+
+
+@pytest.mark.parametrize("architecture", TOPK_FAMILY)
+def test_an_encoder_in_bfloat16_chooses_and_float32_computes(architecture: str) -> None:
+    """Where the k-th and the next pre-activation are further apart than bfloat16 errs, all is as with float32.
+
+    Rounding x, W_enc and b_enc errs by 2^-9 of each, and the result by 2^-9 of it: in all by less than 2^-7 of the sum
+    of the sizes of the products (a batch's k * batch-th of all entries for the batchtopk family).
+    """
+    config, x = make_config(architecture, encoder_dtype="bfloat16"), rows(64, 16).float()
+    weights = {name: w.detach().float().requires_grad_() for name, w in double_weights(config).items()}
+    output = forward(config, weights, x, Workspace())
+    f, _ = definition(config, {name: w.double() for name, w in weights.items()}, x.double())
+    got = dense_acts(output, config.d_sae).detach()
+    centred = (x - weights["b_dec"]).detach()
+    error = 2**-7 * (centred.abs() @ weights["W_enc"].detach().abs().T + weights["b_enc"].detach().abs())
+    kept, size = f != 0, f.abs()
+    by_row = config.architecture in ("topk", "abstopk")
+    h = (centred @ weights["W_enc"].detach().T + weights["b_enc"].detach()).double()
+    ranked = h.abs() if architecture == "abstopk" else h
+    smallest = torch.where(kept, size, torch.inf).amin(1, keepdim=True)
+    largest = torch.where(kept, -torch.inf, ranked).amax(1, keepdim=True)
+    if not by_row:
+        smallest, largest = smallest.amin(), largest.amax()
+    doubtful = (ranked - (smallest + largest) / 2).abs() <= (smallest - largest) / 2 + error
+    sure = ~doubtful if not by_row else ~((smallest - largest) <= 2 * error.amax(1, keepdim=True)).expand_as(f)
+    assert sure.double().mean() > 0.5
+    # a float32 sum of 16 products
+    torch.testing.assert_close(got.double()[sure], f[sure], rtol=1e-5, atol=1e-5)
+    output.x_hat.sum().backward()
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in weights.values())

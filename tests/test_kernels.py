@@ -69,9 +69,12 @@ def test_dense_pre_acts_have_the_gradients_of_the_product(subtracts_b_dec: bool)
     torch.testing.assert_close(got, expected, **FLOAT64)
 
 
-@pytest.mark.parametrize("batch", [1, 5, kernels.TOPK_CHUNK_ROWS + 1])
+@pytest.mark.parametrize("batch", [1, 5, 51])
 @pytest.mark.parametrize(("d_sae", "k"), [(1, 1), (9, 9), (8, 1), (6, 2)])
-def test_topk_pre_acts_are_those_of_one_dense_topk(batch: int, d_sae: int, k: int) -> None:
+def test_topk_pre_acts_are_those_of_one_dense_topk(
+    batch: int, d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "RANKED_AT_ONCE", 20 * d_sae)  # the longest batch in three parts
     x, W_enc, b_enc = random(batch, 4), random(d_sae, 4, seed=1), random(d_sae, seed=2)
     values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, k, Workspace())
     pre_acts = x @ W_enc.T + b_enc
@@ -127,3 +130,38 @@ def test_the_workspace_is_allocated_once() -> None:
     assert workspace.empty(3, 5, like).data_ptr() == first.data_ptr()
     assert workspace.empty(5, 6, like).shape == (5, 6)
     assert workspace.empty(2, 2, like.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_pre_acts_of_the_kept_entries_alone(name: str) -> None:
+    mask, d_in = MASKS[name], 6
+    x, W_enc, b_enc = random(mask.shape[0], d_in), random(mask.shape[1], d_in, seed=3), random(mask.shape[1], seed=4)
+    got = kernels.entry_pre_acts(kept_of(mask), x, W_enc, b_enc)
+    torch.testing.assert_close(got, (x @ W_enc.T + b_enc)[mask], **FLOAT64)
+
+
+def test_pre_acts_of_entries_in_no_order_within_their_row() -> None:
+    x, W_enc, b_enc = random(9, 6), random(17, 6, seed=3), random(17, seed=4)
+    latents = torch.stack([torch.randperm(17, generator=torch.Generator().manual_seed(row))[:5] for row in range(9)])
+    kept = KeptEntries.of(torch.arange(9).repeat_interleave(5), latents.flatten(), batch=9, d_sae=17)
+    got = kernels.entry_pre_acts(kept, x, W_enc, b_enc)
+    torch.testing.assert_close(got.view(9, 5), (x @ W_enc.T + b_enc).gather(1, latents), **FLOAT64)
+
+
+@pytest.mark.parametrize("by_magnitude", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("d_sae", "k"), [(1, 1), (16, 1), (16, 2), (48, 3), (48, 48), (100, 5), (512, 32), (520, 7)])
+def test_topk_in_groups_is_topk(d_sae: int, k: int, dtype: torch.dtype, by_magnitude: bool) -> None:
+    """With ties (few different values), rows of one value, NaN and infinities."""
+    x = torch.randint(-4, 5, (37, 6), generator=torch.Generator().manual_seed(0)).to(dtype)
+    W_enc = torch.randint(-4, 5, (d_sae, 6), generator=torch.Generator().manual_seed(1)).to(dtype)
+    x[3], x[4, 0], x[5, 0] = 0.0, torch.inf, torch.nan
+    b_enc = torch.zeros(d_sae, dtype=dtype)
+    values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, k, Workspace(), by_magnitude=by_magnitude)
+    pre_acts = x @ W_enc.T  # small integers: exact in every type
+    ranked = pre_acts.abs() if by_magnitude else pre_acts
+    expected = ranked.topk(k).values
+    got = ranked.gather(1, latents).sort(1, descending=True).values
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(values, pre_acts.gather(1, latents), rtol=0, atol=0, equal_nan=True)
+    assert all(len(set(row)) == k for row in latents.tolist())

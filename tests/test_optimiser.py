@@ -9,6 +9,7 @@ from tiny_saes import make_config
 from torch import Tensor
 
 from trainer.optimiser import (
+    clip_gradients_,
     k_at,
     lr_at,
     optimizer,
@@ -171,3 +172,17 @@ def test_a_zero_row_stays_finite() -> None:
     W_dec = torch.zeros(2, 3)
     unit_norm_rows_(W_dec)
     assert W_dec.tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3, float("inf")])
+def test_gradients_are_clipped_as_torch_clips_them(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.zeros(5, 3, requires_grad=True), torch.zeros(4, requires_grad=True)]
+    theirs = [torch.zeros_like(weight, requires_grad=True) for weight in ours]
+    for mine, other in zip(ours, theirs, strict=True):
+        mine.grad = torch.randn(mine.shape, generator=generator) * size
+        other.grad = mine.grad.clone()
+    clip_gradients_(ours, 1.0)
+    torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=0, equal_nan=True)

@@ -127,21 +127,25 @@ def _skip_transcoder(config: SAEConfig, weights: Weights, x: Tensor, k: int, wor
 def _topk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = ReLU(TopK_k((x - b_dec) W_enc^T + b_enc)) (Gao et al. 2024, arXiv:2406.04093)."""
     encoder_input = x - weights["b_dec"].detach()
-    values, latents = kernels.topk_pre_acts(encoder_input, weights["W_enc"], weights["b_enc"], k, workspace)
-    kept = kept_topk(latents, config.d_sae)
-    pre_acts = kept_pre_acts(values.flatten(), kept, weights, encoder_input, config)
+    pre_acts, kept = _topk_kept(config, weights, encoder_input, k, workspace, by_magnitude=False)
     return _decoded(pre_acts, functional.relu(pre_acts), kept, weights, encoder_input)
 
 
 def _abstopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = the k entries of (x - b_dec) W_enc^T + b_enc of largest magnitude, with their sign (arXiv:2510.00404)."""
     encoder_input = x - weights["b_dec"].detach()
-    values, latents = kernels.topk_pre_acts(
-        encoder_input, weights["W_enc"], weights["b_enc"], k, workspace, by_magnitude=True
-    )
-    kept = kept_topk(latents, config.d_sae)
-    pre_acts = kept_pre_acts(values.flatten(), kept, weights, encoder_input, config)
+    pre_acts, kept = _topk_kept(config, weights, encoder_input, k, workspace, by_magnitude=True)
     return _decoded(pre_acts, pre_acts, kept, weights, encoder_input)
+
+
+def _topk_kept(
+    config: SAEConfig, weights: Weights, encoder_input: Tensor, k: int, workspace: Workspace, *, by_magnitude: bool
+) -> tuple[Tensor, KeptEntries]:
+    """(pre-activations of the kept entries, which they are)."""
+    ranked = _to_be_ranked(config, encoder_input, weights)
+    values, latents = kernels.topk_pre_acts(*ranked, k, workspace, by_magnitude=by_magnitude)
+    kept = kept_topk(latents, config.d_sae)
+    return _exact_pre_acts(config, values.flatten(), kept, weights, encoder_input), kept
 
 
 def _batchtopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
@@ -181,10 +185,28 @@ def _batchtopk_kept(
 ) -> tuple[Tensor, Tensor, KeptEntries]:
     """(encoder input, pre-activations of the kept entries, which they are)."""
     encoder_input = x - weights["b_dec"].detach()
-    all_pre_acts = kernels.encoder_pre_acts(encoder_input, weights["W_enc"], weights["b_enc"], workspace)
+    ranked = _to_be_ranked(config, encoder_input, weights)
+    all_pre_acts = kernels.encoder_pre_acts(*ranked, workspace)
     row, latent = functional.batch_topk_kept(all_pre_acts, k)
     kept = KeptEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
-    return encoder_input, kept_pre_acts(all_pre_acts[row, latent], kept, weights, encoder_input, config), kept
+    return encoder_input, _exact_pre_acts(config, all_pre_acts[row, latent], kept, weights, encoder_input), kept
+
+
+def _to_be_ranked(config: SAEConfig, encoder_input: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, W_enc, b_enc) in the type in which pre-activations are compared; what is kept is computed anew in full."""
+    x, W_enc, b_enc = encoder_input, weights["W_enc"], weights["b_enc"]
+    return (
+        (x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16()) if config.encoder_dtype == "bfloat16" else (x, W_enc, b_enc)
+    )
+
+
+def _exact_pre_acts(
+    config: SAEConfig, values: Tensor, kept: KeptEntries, weights: Weights, encoder_input: Tensor
+) -> Float[Tensor, " kept"]:
+    """Of the kept entries, with gradient; values: as they were compared."""
+    if config.encoder_dtype == "bfloat16":
+        values = kernels.entry_pre_acts(kept, encoder_input, weights["W_enc"], weights["b_enc"])
+    return kept_pre_acts(values, kept, weights, encoder_input, config)
 
 
 def _gated(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:

@@ -7,15 +7,19 @@ decoder, by latent in the gradients), so results repeat bit for bit.
 """
 
 import importlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, max_pool1d
 
-TOPK_CHUNK_ROWS = 1024  # rows encoded and ranked at a time: a [1024, d_sae] buffer stays near the cache
+FOLD = 8  # latents of which only the largest is looked at first
+RANKED_AT_ONCE = 1 << 24  # pre-activations that are in memory together on a CPU: smaller products are slower
+RANKED_AT_ONCE_ON_CUDA = 1 << 28
 
 
 class Workspace:
@@ -37,13 +41,15 @@ class KeptEntries:
     """Which entries of a [batch, d_sae] matrix are kept, ordered by row and by latent; any number in a row, also none.
 
     row, latent: of each entry, rows ascending. row_start: entries of row b are row_start[b] : row_start[b + 1].
-    by_latent: the stable order of the entries by latent; latent_start: as row_start, in that order.
+    by_latent: the stable order of the entries by latent; row_by_latent, latent_start: as row and row_start, in that
+    order.
     """
 
     row: Int[Tensor, " kept"]
     latent: Int[Tensor, " kept"]
     row_start: Int[Tensor, " batch_plus_1"]
     by_latent: Int[Tensor, " kept"]
+    row_by_latent: Int[Tensor, " kept"]
     latent_start: Int[Tensor, " d_sae_plus_1"]
 
     @staticmethod
@@ -57,6 +63,7 @@ class KeptEntries:
             latent=latent,
             row_start=_starts(row, None, batch),
             by_latent=by_latent,
+            row_by_latent=row.index_select(0, by_latent),
             latent_start=_starts(latent, by_latent, d_sae),
         )
 
@@ -81,17 +88,45 @@ def topk_pre_acts(
     """
     values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     with torch.no_grad():
-        for start in range(0, len(x), TOPK_CHUNK_ROWS):
-            rows = slice(start, start + TOPK_CHUNK_ROWS)
+        for rows in _chunks(len(x), topk_chunk_rows(len(W_enc), is_cuda=_on_cuda(x))):
             pre_acts = encoder_pre_acts(x[rows], W_enc, b_enc, workspace)
             if _on_cuda(pre_acts):
                 latents[rows] = _triton().topk_latents(pre_acts, k, by_magnitude=by_magnitude)
             else:
-                ranked = pre_acts.abs() if by_magnitude else pre_acts
-                torch.topk(ranked, k, sorted=False, out=(values[rows], latents[rows]))
+                values[rows], latents[rows] = _largest_of_rows(pre_acts.abs() if by_magnitude else pre_acts, k)
             if by_magnitude or _on_cuda(pre_acts):
                 torch.gather(pre_acts, 1, latents[rows], out=values[rows])
     return values, latents
+
+
+def topk_chunk_rows(d_sae: int, *, is_cuda: bool) -> int:
+    """How many rows are encoded and ranked at a time."""
+    return max(1, (RANKED_AT_ONCE_ON_CUDA if is_cuda else RANKED_AT_ONCE) // d_sae)
+
+
+def _chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
+    return (slice(start, start + chunk_rows) for start in range(0, n_rows, chunk_rows))
+
+
+def _largest_of_rows(
+    ranked: Float[Tensor, "batch d_sae"], k: int
+) -> tuple[Float[Tensor, "batch {k}"], Int[Tensor, "batch {k}"]]:
+    """(values, latents) of the k largest of each row; NaN counts as the largest.
+
+    They lie in the k groups of FOLD latents with the largest maxima, which are soon found: torch.topk takes a few
+    nanoseconds for each number that it looks at.
+    """
+    batch, d_sae = ranked.shape
+    n_groups = d_sae // FOLD
+    if d_sae % FOLD or n_groups < 2 * k:
+        values, latents = ranked.topk(k, sorted=False)
+        return values, latents
+    maxima = max_pool1d(ranked[:, None], FOLD)[:, 0]
+    groups = maxima.topk(k, sorted=False).indices
+    in_store = groups + torch.arange(batch, device=ranked.device)[:, None] * n_groups
+    candidates = ranked.view(batch * n_groups, FOLD).index_select(0, in_store.flatten()).view(batch, k * FOLD)
+    values, places = candidates.topk(k, sorted=False)
+    return values, groups.gather(1, places // FOLD) * FOLD + places % FOLD
 
 
 def encoder_pre_acts(
@@ -103,6 +138,22 @@ def encoder_pre_acts(
     """x W_enc^T + b_enc in the workspace, without gradient; valid until the workspace is used again."""
     with torch.no_grad():
         return torch.addmm(b_enc, x, W_enc.T, out=workspace.empty(len(x), len(W_enc), x))
+
+
+def entry_pre_acts(
+    kept: KeptEntries,
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+) -> Float[Tensor, " kept"]:
+    """x W_enc^T + b_enc at the kept entries alone, without gradient: for those that were chosen in a shorter type."""
+    with torch.no_grad():
+        if _on_cuda(x):
+            dots = _triton().entry_dots(x, kept.row, W_enc, kept.latent, kept.by_latent)
+        else:
+            pattern = _csr_pattern(kept, x)
+            dots = torch.sparse.sampled_addmm(pattern, x, W_enc.T, beta=0.0).values()
+        return dots + b_enc.index_select(0, kept.latent)
 
 
 def kept_pre_acts(
@@ -221,12 +272,19 @@ class _WithDecoderGradient(torch.autograd.Function):
         return grads[0], None, None, to_W_dec
 
 
+def _csr_pattern(kept: KeptEntries, like: Tensor) -> Tensor:
+    with warnings.catch_warnings():  # that CSR tensors are in beta state
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(
+            kept.row_start, kept.latent, like.new_zeros(len(kept.latent)), size=(len(like), kept.d_sae)
+        )
+
+
 def _sum_by_latent(
     values: Float[Tensor, " kept"], kept: KeptEntries, rows: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, "d_sae d_in"]:
     """Latent i is the sum of values[j] * rows[row[j]] over its kept entries j: a weight gradient."""
-    order = kept.by_latent
-    return _sums_of_rows(values[order], kept.row[order], kept.latent_start, rows)
+    return _sums_of_rows(values.index_select(0, kept.by_latent), kept.row_by_latent, kept.latent_start, rows)
 
 
 def _sums_of_rows(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -61,7 +62,7 @@ def loss_terms(
     reconstruction = mse
     if output.prefix_x_hats is not None:  # the mean over the prefixes, which divides by their number once
         reconstruction = _sum_squares(output.prefix_x_hats - x) / (len(output.prefix_x_hats) * len(x))
-    aux = aux_k_loss(config, weights, output, error.detach().neg(), dead, workspace)
+    aux = aux_k_loss(config, weights, output, error, dead, workspace)
     return LossTerms(mse=mse, reconstruction=reconstruction / config.total_variance, sparsity=nothing, aux=aux)
 
 
@@ -75,9 +76,9 @@ def aux_k_loss(
 ) -> Float[Tensor, ""]:
     """alpha * min(1, n_dead / k_aux) * ||e - e_hat||^2 / ||e||^2 (AuxK: Gao et al. 2024, arXiv:2406.04093).
 
-    e = x - x_hat without gradient; e_hat = ReLU(TopK_k_aux(h of the dead latents)) W_dec, without b_dec; abstopk takes
-    the largest |h| instead, with their sign. 0 where no latent is dead or e is 0. alpha presumes a reconstruction loss
-    divided by the variance.
+    e = x - x_hat = -error, without gradient; e_hat = ReLU(TopK_k_aux(h of the dead latents)) W_dec, without b_dec;
+    abstopk takes the largest |h| instead, with their sign. 0 where no latent is dead or e is 0. alpha presumes a
+    reconstruction loss divided by the variance.
     """
     dead_latents = dead.nonzero().squeeze(1)
     k_aux = min(config.k_aux, len(dead_latents))
@@ -90,7 +91,8 @@ def aux_k_loss(
     pre_acts = kept_pre_acts(values.flatten(), kept, weights, output.encoder_input, config)
     e_hat = kernels.sparse_decode(pre_acts if signed else functional.relu(pre_acts), kept, weights["W_dec"])
     weight = config.aux_coefficient * k_aux / config.k_aux
-    return weight * _sum_squares(e_hat - error) * _reciprocal_or_zero(_sum_squares(error))
+    error = error.detach()
+    return weight * _sum_squares(e_hat + error) * _reciprocal_or_zero(_sum_squares(error))
 
 
 def _gate_loss(
@@ -165,8 +167,22 @@ _AUX: dict[str, Callable[[SAEConfig, Weights, Tensor, SAEOutput], Tensor]] = {
 
 
 def _sum_squares(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    flat = x.reshape(-1)
-    return torch.dot(flat, flat)
+    return _SumSquares.apply(x)
+
+
+class _SumSquares(torch.autograd.Function):
+    """torch.dot(x, x), whose own gradient passes over x three times; this one once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        flat = x.reshape(-1)
+        return torch.dot(flat, flat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x * (2 * grads[0])
 
 
 def _reciprocal_or_zero(x: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -93,6 +93,18 @@ def update_average_(average: dict[str, Tensor], weights: Mapping[str, Tensor], d
             average[name].lerp_(weight.detach(), 1 - decay)
         else:
             average[name] = weight.detach().clone()
+
+
+def clip_gradients_(weights: Iterable[Tensor], max_norm: float) -> None:
+    """Scale all gradients together to a norm of at most `max_norm`, as torch's clip_grad_norm_ does.
+
+    On a CPU those that are short enough are left alone, where torch multiplies them by 1; on CUDA that would mean to
+    wait for their norm.
+    """
+    weights = list(weights)
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+    if norm.is_cuda or not norm <= max_norm:
+        torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
 
 
 def remove_parallel_gradient_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from actcache.errors import ConfigError
 from trainer.config import TOPK_FAMILY, SAEConfig
-from trainer.kernels import TOPK_CHUNK_ROWS, Workspace
+from trainer.kernels import Workspace, topk_chunk_rows
 from trainer.train import initial_state, train_step
 
 LOADER_BYTES = 512 << 20  # a hook: two groups of 128 MiB and their rows' numbers, and batches on the way
@@ -139,5 +139,6 @@ def _step_bytes(config: SAEConfig, batch_tokens: int) -> int:
         return rows + 6 * batch_tokens * config.d_sae * 4
     assert config.k is not None
     entries = batch_tokens * max(config.k, config.k_anneal_start or 0, config.k_aux) * 12 * 8
-    ranked = min(batch_tokens, TOPK_CHUNK_ROWS) if config.architecture in ("topk", "abstopk") else 2 * batch_tokens
+    at_once = min(batch_tokens, topk_chunk_rows(config.d_sae, is_cuda=False))
+    ranked = at_once if config.architecture in ("topk", "abstopk") else 2 * batch_tokens
     return rows + entries + 2 * ranked * config.d_sae * 4

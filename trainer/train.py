@@ -17,6 +17,7 @@ from trainer.kernels import Workspace, encoder_pre_acts
 from trainer.losses import LossTerms, loss_terms
 from trainer.metrics import explained_variance
 from trainer.optimiser import (
+    clip_gradients_,
     k_at,
     lr_at,
     optimizer,
@@ -211,7 +212,7 @@ def _update_weights(state: TrainState, lr: float) -> None:
     if config.has_unit_norm_decoder:
         remove_parallel_gradient_(W_dec)
     if config.max_grad_norm is not None:
-        torch.nn.utils.clip_grad_norm_(state.weights.values(), config.max_grad_norm)
+        clip_gradients_(state.weights.values(), config.max_grad_norm)
     for group in state.optimiser.param_groups:
         group["lr"] = lr
     state.optimiser.step()
