@@ -105,6 +105,29 @@ def test_held_out_metrics_from_an_option(work):
     assert all("validation/explained_variance" in json.loads(line) for line in log.splitlines())
 
 
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(work):
+    done = actcache("train", work / "cache", work / "sweep.yaml", "--out", work / "dry", "--dry-run")
+    assert "to train: 4 SAEs of" in done.stderr
+    assert "s of steps, by one of each kind" in done.stderr
+    assert not (work / "dry").exists()
+    again = actcache("train", work / "cache", work / "sweep.yaml", "--out", work / "runs", "--dry-run")
+    assert "to train: 0 SAEs of 0 parameters in 0 pass(es)" in again.stderr
+
+
+def test_a_transcoder_and_a_preset_from_options(work):
+    options = ["--d-sae", 64, "--tokens", 512, "--batch-tokens", 128, "--out", work / "more"]
+    pair = ["--hook", HOOKS[0], "--hook-out", HOOKS[2], "--architecture", "transcoder"]
+    actcache("train", work / "cache", *pair, "--sparsity-coefficient", 1.0, *options)
+    actcache(
+        "train", work / "cache", "--preset", "gemma_scope", "--hook", HOOKS[2], "--sparsity-coefficient", 0.01, *options
+    )
+    runs = {path.parent.name: json.loads(path.read_text())["sae"] for path in (work / "more").glob("*/config.json")}
+    assert runs["transcoder-l1.0-d64"]["hook_name_out"] == HOOKS[2]
+    assert runs["gemma_scope-l0.01-d64"]["architecture"] == "jumprelu"
+    rows = json.loads(actcache("eval", work / "more", "--json").stdout)["runs"]
+    assert all(row["ce_loss_score"] is not None for row in rows)
+
+
 def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[str, tuple[list, int, str]]:
     """What is wrong -> (arguments, exit code, what the one line says)."""
     out = work / "wrong"
@@ -147,6 +170,9 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
         ),
         "k and d_sae": ([*single, "--k", 65], 2, "k must be at most d_sae=64"),
         "no sweep": (train, 2, "name a sweep file"),
+        "no such preset": ([*single, "--preset", "openai"], 2, "preset must be one of anthropic_april"),
+        "no hook to predict": ([*single, "--architecture", "transcoder"], 2, "transcoder needs hook_name_out"),
+        "no room": ([*single, "--k", 4, "--memory", 0.01], 2, "0.0 GB may be used; take a smaller d_sae=64"),
         "tokens beyond epochs": ([*single, "--k", 4, "--tokens", 10**9], 2, "epochs"),
         "eval_every 0": ([*single, "--k", 4, "--eval-every", 0], 2, "eval_every must be at least 1"),
         "no such logger": ([*single, "--k", 4, "--logger", "mlflow"], 2, "a logger must be one of wandb, trackio"),

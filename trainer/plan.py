@@ -112,7 +112,7 @@ def measured_seconds(configs: Sequence[SAEConfig], batch_tokens: int, device: to
     for config in configs:
         kind = replace(config, name="timed", seed=0, lr=1e-6, sparsity_coefficient=config.sparsity_coefficient and 1.0)
         kinds[kind] = kinds.get(kind, 0) + config.n_steps
-    return sum(_step_seconds(kind, batch_tokens, device) * n_steps for kind, n_steps in kinds.items())
+    return sum((_step_seconds(kind, batch_tokens, device) * n_steps for kind, n_steps in kinds.items()), start=0.0)
 
 
 def _step_seconds(config: SAEConfig, batch_tokens: int, device: torch.device | str) -> float:
