@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from actcache.sample import SampleReport
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
-BENCHES = ("harvest", "codecs", "write", "read", "feed", "shuffle", "kernels", "train", "sweep")
+BENCHES = ("harvest", "codecs", "write", "read", "feed", "shuffle", "kernels", "train", "sweep", "quality")
 DEMO_HOOK = "blocks.2.hook_resid_post"
 DEMO_HOLDOUT = 0.1
 DEMO_SWEEP = Path(__file__).parent / "trainer" / "demo.yaml"

@@ -47,22 +47,29 @@ def comparable(config: SAEConfig) -> SAEConfig:
 def saelens_trainer(config: SAEConfig, weights: Weights, batch_tokens: int, *, sparse: bool = False) -> Any:
     """SAELens' SAETrainer around an SAE that starts at our weights; without data, for `saelens_step`.
 
-    sparse: topk's `use_sparse_activations`.
+    Its schedules are the config's, whose learning rate warms up linearly if at all and is not annealed. sparse: topk's
+    `use_sparse_activations`.
     """
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
+    assert config.lr_scheduler_name == "constant"
+    assert config.lr_warm_up_name == "linear" or config.lr_warm_up_steps == 0
     settings = SAETrainerConfig(
         total_training_samples=config.training_tokens,
         train_batch_size_samples=batch_tokens,
         lr=config.lr,
         lr_end=config.lr / 10,
+        lr_warm_up_steps=config.lr_warm_up_steps,
+        lr_decay_steps=config.lr_decay_steps,
         adam_beta1=config.adam_beta1,
         adam_beta2=config.adam_beta2,
         dead_feature_window=config.dead_window // batch_tokens,  # steps there, tokens here
         logger=LoggingConfig(log_to_wandb=False),
     )
     trainer = SAETrainer(cfg=settings, sae=saelens_sae(config, weights, sparse=sparse), data_provider=iter(()))
+    for coefficient in trainer.coefficient_schedulers.values():
+        coefficient.step()  # it would warm up from 0, ours begins a step later
     if config.has_unit_norm_decoder:
         W_dec = trainer.sae.W_dec
         W_dec.register_post_accumulate_grad_hook(remove_parallel_gradient_)
@@ -82,7 +89,8 @@ def saelens_step(trainer: Any) -> Step:
 
 
 def saelens_sae(config: SAEConfig, weights: Weights, *, sparse: bool = False) -> Any:
-    """SAELens' TrainingSAE of the config (topk, standard, or jumprelu in mode step), at our weights."""
+    """SAELens' TrainingSAE of the config (topk, batchtopk, standard, or jumprelu in mode step), at our weights."""
+    from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
     from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -92,22 +100,31 @@ def saelens_sae(config: SAEConfig, weights: Weights, *, sparse: bool = False) ->
         "d_sae": config.d_sae,
         "apply_b_dec_to_input": subtracts_b_dec(config.architecture),
     }
-    if config.architecture == "topk":
-        ranked: dict[str, Any] = {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    warm_up_steps = config.sparsity_warm_up_steps
+    ranked: dict[str, Any] = {"k": config.k, "rescale_acts_by_decoder_norm": False}
+    if config.architecture == "batchtopk":
+        sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shared, **ranked))
+    elif config.architecture == "topk":
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(**shared, **ranked, use_sparse_activations=sparse))
     elif config.architecture == "standard":
-        sae = StandardTrainingSAE(StandardTrainingSAEConfig(**shared, l1_coefficient=_coefficient(config)))
+        l1: dict[str, Any] = {"l1_coefficient": config.sparsity_coefficient, "l1_warm_up_steps": warm_up_steps}
+        sae = StandardTrainingSAE(StandardTrainingSAEConfig(**shared, **l1))
     else:
+        l0: dict[str, Any] = {"l0_coefficient": config.sparsity_coefficient, "l0_warm_up_steps": warm_up_steps}
         window: dict[str, Any] = {"jumprelu_bandwidth": config.jumprelu_bandwidth}
-        sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**shared, **window, l0_coefficient=_coefficient(config)))
-    sae.load_state_dict(_saelens_weights(weights))
+        sae = JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**shared, **window, **l0))
+    buffers = dict(sae.named_buffers())  # the threshold of batchtopk
+    sae.load_state_dict(buffers | _saelens_weights(weights))
     return sae
 
 
-def _coefficient(config: SAEConfig) -> float:
-    assert config.sparsity_coefficient is not None
-    assert config.sparsity_warm_up_steps == 0, "the two warm-ups differ by a step"
-    return config.sparsity_coefficient
+def saelens_inference_sae(trainer: Any, config: SAEConfig, folder: Path) -> Any:
+    """The trained SAE as SAELens saves it for inference in `folder` and loads it, for rows that are not scaled."""
+    from sae_lens import SAE
+
+    trainer.sae.fold_activation_norm_scaling_factor(config.input_scale)
+    trainer.sae.save_inference_model(folder)
+    return SAE.load_from_disk(folder)
 
 
 def _saelens_weights(weights: Weights) -> dict[str, Tensor]:

@@ -16,8 +16,9 @@ from benchmarks.bench_train import (
     plain_step,
     started_at,
 )
-from benchmarks.peers import comparable, saelens_step, saelens_trainer
+from benchmarks.peers import comparable, saelens_inference_sae, saelens_step, saelens_trainer
 from trainer.kernels import Workspace
+from trainer.optimiser import lr_at, sparsity_coefficient_at
 from trainer.train import train_step
 
 BATCH, STEPS = 256, 20
@@ -57,6 +58,45 @@ def test_saelens_penalised_step_is_ours(architecture, lr):
     state = started_at(config_of(architecture, lr=lr, sparsity_coefficient=0.1), batches()[0], 0.1)
     trainer = saelens_trainer(state.config, state.weights, BATCH)
     checked({"saelens": saelens_step(trainer), "ours": our_step(state)}, batches())
+
+
+def test_saelens_batchtopk_step_is_ours():
+    state = fresh_state(config_of("batchtopk"))
+    trainer = saelens_trainer(state.config, state.weights, BATCH)
+    checked({"saelens": saelens_step(trainer), "ours": our_step(state)}, batches())
+
+
+@pytest.mark.parametrize(("architecture", "name"), [("standard", "l1"), ("jumprelu", "l0")])
+def test_saelens_schedules_are_ours(architecture, name):
+    """A ramp is a product of at most 20 factors there, each rounded to 2^-53."""
+    ramps = {"lr_warm_up_steps": 3, "lr_decay_steps": 4, "sparsity_warm_up_steps": 5}
+    config = config_of(architecture, **ramps, n_steps=STEPS, training_tokens=STEPS * BATCH, sparsity_coefficient=0.1)
+    trainer = saelens_trainer(config, fresh_state(config).weights, BATCH)
+    step = saelens_step(trainer)
+    for number, x in enumerate(batches()):
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(lr_at(config, number), rel=1e-14)
+        coefficient = sparsity_coefficient_at(config, number)
+        assert trainer.get_coefficients()[name] == pytest.approx(coefficient, rel=1e-14)
+        step(x)
+
+
+@pytest.mark.filterwarnings("ignore:\\s*This SAE has non-empty model_from_pretrained_kwargs:UserWarning")
+@pytest.mark.parametrize("architecture", ["standard", "batchtopk", "jumprelu"])
+def test_saelens_inference_sae_takes_rows_that_are_not_scaled(architecture, tmp_path):
+    """Against float64: sums of at most 48 + 6 roundings of 2^-24 in each of two products of numbers about 1."""
+    config = config_of(architecture)
+    trainer = saelens_trainer(config, fresh_state(config).weights, BATCH)
+    for x in batches(3):
+        saelens_step(trainer)(x)
+    x, w = batches(1)[0].double(), {name: tensor.double() for name, tensor in trainer.sae.state_dict().items()}
+    threshold = {"batchtopk": "topk_threshold", "jumprelu": "threshold"}.get(architecture)
+    pre_acts = (x - w["b_dec"] if architecture == "batchtopk" else x) @ w["W_enc"] + w["b_enc"]
+    feature_acts = pre_acts * (pre_acts > (w[threshold] if threshold else 0.0))
+    x_hat = (feature_acts @ w["W_dec"] + w["b_dec"]) / config.input_scale
+    with torch.no_grad():
+        got = saelens_inference_sae(trainer, config, tmp_path)((x / config.input_scale).float())
+    assert feature_acts.any()
+    torch.testing.assert_close(got.double(), x_hat, rtol=0, atol=2 * 54 * 2**-24 * float(x_hat.abs().max()))
 
 
 def test_other_maths_is_noticed():

@@ -34,7 +34,7 @@ LEVELS = [
     ["benchmarks.bench_harvest", "benchmarks.bench_read", "benchmarks.bench_train", "benchmarks.bench_shuffle"],
     ["benchmarks.bench_codecs", "benchmarks.bench_write", "benchmarks.bench_feed", "benchmarks.bench_kernels"],
     ["benchmarks.gpu"],
-    ["benchmarks.bench_sweep"],
+    ["benchmarks.bench_sweep", "benchmarks.bench_quality"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
