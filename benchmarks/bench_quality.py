@@ -48,8 +48,9 @@ from trainer.sweep_file import SweepConfig
 from trainer.train import TrainState, initial_state
 
 HOOK, CONTEXT_SIZE, HOLDOUT = "blocks.2.hook_resid_post", 128, 0.1
-BATCH_TOKENS, STEPS, SEEDS = 4096, 160, (0, 1, 2)
-N_TOKENS, LIVE_TOKENS = STEPS * BATCH_TOKENS, 1 << 16
+BATCH_TOKENS, STEPS, SEEDS = 4096, 128, (0, 1, 2)
+N_TOKENS, HARVESTED_TOKENS, LIVE_TOKENS = STEPS * BATCH_TOKENS, 655_360, 1 << 16
+MEASURED_TOKENS = 1 << 15  # rows of the validation split, at most
 SHARED = {"hook_name": HOOK, "d_sae": 1024, "b_dec_init": "mean", "lr_warm_up_steps": 0, "lr_decay_steps": STEPS // 5}
 
 
@@ -87,7 +88,7 @@ class Case:
 
 CASES = (
     Case(architecture="standard", lr=2e-3, setting="sparsity_coefficient", saelens=0.7, ours=(0.6, 0.7, 0.8)),
-    Case(architecture="topk", lr=8e-3, setting="k", saelens=16, ours=(14, 16, 18)),
+    Case(architecture="topk", lr=8e-3, setting="k", saelens=16, ours=(15, 16, 17)),
     Case(architecture="batchtopk", lr=8e-3, setting="k", saelens=16, ours=(14, 16, 18)),
     Case(architecture="jumprelu", lr=3e-3, setting="sparsity_coefficient", saelens=1e-2, ours=(5e-3, 1e-2, 2e-2)),
 )
@@ -109,7 +110,9 @@ def run(say: Say) -> dict[str, Any]:
         found: dict[str, Any] = {"cached_equals_live": cached_equals_live(model, documents, root / "short")}
         say("from a cache and from the model: equal rows and SAEs")
         if installed("sae_lens", say):
-            config = HarvestConfig(hook_names=(HOOK,), context_size=CONTEXT_SIZE, holdout=HOLDOUT)
+            config = HarvestConfig(
+                hook_names=(HOOK,), tokens=HARVESTED_TOKENS, context_size=CONTEXT_SIZE, holdout=HOLDOUT
+            )
             cache = harvest(model, DatasetSource(path=str(documents)), config, root / "cache")
             for case in CASES:
                 found[case.architecture] = _compared(cache, case, root / case.architecture, say)
@@ -215,9 +218,9 @@ def _scaled(x: Float[Tensor, "batch d_in"], config: SAEConfig) -> Float[Tensor, 
 
 @torch.no_grad()
 def _quality(sae: InferenceSAE, cache: Cache) -> Quality:
-    """Over all validation rows, in raw units."""
+    """Over the same validation rows each time, in raw units."""
     whole: ReconstructionSums | None = None
-    for batch in Loader(cache, HOOK, split="validation", batch_tokens=BATCH_TOKENS):
+    for batch in Loader(cache, HOOK, split="validation", batch_tokens=BATCH_TOKENS, limit=MEASURED_TOKENS):
         x = batch.x[HOOK].float()
         feature_acts = sae.encode(x)
         part = ReconstructionSums.of(x, feature_acts, sae.decode(feature_acts))
