@@ -6,7 +6,8 @@ SAELens' SAETrainer trains one SAE a seed on the batches of our loader, in their
 three sparsities around it. `peers` says what is made equal. What is not is what either makes of an architecture: AuxK
 (ours divides by the error and weighs by 1/32, SAELens' does neither), the threshold of batchtopk (ours is calibrated on
 training rows at the end, SAELens' is a running mean of the training batches), that of jumprelu (ours learns its
-logarithm, SAELens' the value).
+logarithm, SAELens' the value; a step moves the one by about lr times itself, the other by about lr, so in this budget
+the penalty moves SAELens' L0 and hardly ours: ours is varied by the threshold that it begins with).
 
 All are exported, loaded again for rows in raw units, and measured on the validation split by `trainer.metrics`. Our
 explained variance is interpolated, linearly in log L0, to SAELens' L0.
@@ -63,14 +64,14 @@ class InferenceSAE(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """An architecture with its learning rate, as in `trainer/demo.yaml`, and the setting that decides its L0.
+    """An architecture with the settings of both sides, lr as in `trainer/demo.yaml`, and the one that decides L0.
 
-    saelens: SAELens' value of it. ours: around that, so that our L0 lies on both sides of SAELens'.
+    saelens: SAELens' value of that one. ours: so that our L0 lies on both sides of SAELens'.
     """
 
     architecture: str
-    lr: float
-    setting: str
+    settings: dict[str, float]
+    varied: str
     saelens: float
     ours: tuple[float, ...]
 
@@ -82,15 +83,28 @@ class Case:
         return _sweep([run | like_saelens for run in sweep.runs])
 
     def _run(self, seed: int, value: float) -> dict[str, Any]:
-        own = {"architecture": self.architecture, "lr": self.lr, "seed": seed, self.setting: value}
-        return SHARED | own | {"name": f"{self.architecture}-{value}-seed-{seed}"}
+        name = f"{self.architecture}-{value}-seed-{seed}"
+        own = {"name": name, "architecture": self.architecture, "seed": seed, self.varied: value}
+        return SHARED | self.settings | own
 
 
 CASES = (
-    Case(architecture="standard", lr=2e-3, setting="sparsity_coefficient", saelens=0.7, ours=(0.6, 0.7, 0.8)),
-    Case(architecture="topk", lr=8e-3, setting="k", saelens=16, ours=(15, 16, 17)),
-    Case(architecture="batchtopk", lr=8e-3, setting="k", saelens=16, ours=(14, 16, 18)),
-    Case(architecture="jumprelu", lr=3e-3, setting="sparsity_coefficient", saelens=1e-2, ours=(5e-3, 1e-2, 2e-2)),
+    Case(architecture="topk", settings={"lr": 8e-3}, varied="k", saelens=16, ours=(15, 16, 17)),
+    Case(architecture="batchtopk", settings={"lr": 8e-3}, varied="k", saelens=16, ours=(14, 16, 18)),
+    Case(
+        architecture="standard",
+        settings={"lr": 2e-3},
+        varied="sparsity_coefficient",
+        saelens=0.7,
+        ours=(0.6, 0.7, 0.8),
+    ),
+    Case(  # in so few steps the coefficient moves SAELens' thresholds and not ours: where they begin decides our L0
+        architecture="jumprelu",
+        settings={"lr": 3e-3, "sparsity_coefficient": 3e-4},
+        varied="jumprelu_init_threshold",
+        saelens=1e-3,
+        ours=(4e-3, 7e-3, 1.2e-2),
+    ),
 )
 
 
