@@ -446,7 +446,7 @@ def test_random_statistics_are_refused_or_are_what_statistics_must_be(copied):
     """Under its seal a file may say any numbers, but as many as there are channels and bins, and of as many rows."""
     name = f"stats/train/{HOOKS[0]}.json"
     truth, values = contents(copied), unsealed(copied / name)
-    found = answers_to_mutations(copied, values, lambda mutated: {name: sealed(mutated)}, 100)
+    found = answers_to_mutations(copied, values, lambda mutated: {name: sealed(mutated)}, 400)
     was_read = [got for got in found if isinstance(got, dict)]
 
     def shape(content: bytes) -> list[tuple]:
@@ -459,7 +459,7 @@ def test_random_statistics_are_refused_or_are_what_statistics_must_be(copied):
         assert all(shape(got[key]) == shape(truth[key]) for key in mine)
         assert sum(json.loads(got[f"train {HOOKS[0]} all"])["norm_histogram"]) == values["all"]["n_rows"]
     assert all(str(copied / name) in str(got) for got in found if isinstance(got, ActcacheError))
-    assert 0 < len(was_read) < len(found) - 5  # how many depends on the constants that hypothesis finds in our sources
+    assert 5 < len(was_read) < len(found) - 5
 
 
 # --- activations that are no numbers, and a clock that goes backwards ---
