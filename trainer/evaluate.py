@@ -5,7 +5,6 @@ losses with the model follow SAELens: the SAE's reconstruction replaces the hook
 zero ablation replaces all of them, and tokens that are special leave the means.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from actcache.cache import Cache
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
 from actcache.flow import Batch
 from actcache.loader import Loader
-from actcache.writer import write_atomically
 from trainer.metrics import ReconstructionSums, ce_loss_score, kl_div_score
 from trainer.pca import PCA, fit_pca
+from trainer.runs import read_json, write_json
 from trainer.saelens import SAE, load_sae
 
 BATCH_TOKENS = 2048  # rows, and tokens run through the model, at a time
@@ -169,11 +168,6 @@ def evaluate_runs(
     for folder, row in zip(folders, rows, strict=True):
         write_json(folder / "eval.json", row)
     return [{"name": folder.name, **row} for folder, row in zip(folders, rows, strict=True)]
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write canonical JSON (sorted keys, finite numbers, one newline at the end), whole or not at all."""
-    write_atomically(path, [(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()])
 
 
 def _device(model: Model | None) -> torch.device:
@@ -349,7 +343,7 @@ def _finished(runs: Path) -> list[Path]:
 
 
 def _is_baseline(folder: Path) -> bool:
-    return _read_json(folder / "config.json").get("architecture") == "pca"
+    return read_json(folder / "config.json").get("architecture") == "pca"
 
 
 def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch.device) -> list[PCA]:
@@ -420,7 +414,7 @@ def _check_run(run: Path, cache: Cache) -> dict[str, Any]:
     """config.json of a run, whose model must be the cache's; {} for a SAELens directory, which has none."""
     if not (run / "config.json").is_file():
         return {}
-    config = _read_json(run / "config.json")
+    config = read_json(run / "config.json")
     try:
         trained, cached = config["model"]["name"], cache.identity["model"]["name"]
         _ = config["sae"]["k"], config["sae"]["hook_name"]
@@ -432,13 +426,3 @@ def _check_run(run: Path, cache: Cache) -> dict[str, Any]:
             "pass the cache that it was trained on"
         )
     return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"evaluate: {path} must be readable JSON, got {type(error).__name__}: {error}") from error
-    if not isinstance(values, dict):
-        raise ManifestError(f"evaluate: {path} must be a JSON object, got {type(values).__name__}")
-    return values

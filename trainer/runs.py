@@ -169,7 +169,7 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
         if not folder.is_dir() or any(not path.name.endswith(".partial") for path in folder.iterdir()):
             raise CacheMismatch(f"{folder}: must be a run or absent, it has no {CONFIG_FILE}; pass another --out")
         return
-    held, wanted = _flat(_read_json(folder / CONFIG_FILE)), _flat(description)
+    held, wanted = _flat(read_json(folder / CONFIG_FILE)), _flat(description)
     differences = [
         f"{key} is {held.get(key)!r} there, {wanted.get(key)!r} here"
         for key in sorted({*held, *wanted} - set(_MAY_DIFFER))
@@ -193,6 +193,7 @@ def is_over(folder: Path) -> bool:
 
 
 def saved_step(folder: Path) -> int:
+    """Steps done at the latest checkpoint of a run; 0 without one."""
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     return 0 if checkpoint is None else checkpoint_step(checkpoint)
 
@@ -201,7 +202,7 @@ def stored_record(config: SAEConfig, folder: Path) -> RunRecord:
     """The record of a run that an earlier call ended."""
     lines = _lines(folder / METRICS_FILE)
     failed = folder / FAILED_FILE
-    error = str(_read_json(failed).get("error")) if failed.is_file() else None
+    error = str(read_json(failed).get("error")) if failed.is_file() else None
     return RunRecord(config=config, folder=folder, metrics=lines[-1] if lines else {}, seconds=0.0, error=error)
 
 
@@ -225,7 +226,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ManifestError for anything else."""
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -236,4 +238,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_atomically(path, [(json.dumps(values, indent=1, allow_nan=False) + "\n").encode()])
+    """Write canonical JSON (sorted keys, finite numbers, one newline at the end), whole or not at all."""
+    write_atomically(path, [(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()])
