@@ -123,7 +123,7 @@ def test_initial_weights(architecture: str) -> None:
 def test_a_transcoder_begins_as_the_mean_of_what_it_predicts(architecture: str) -> None:
     config, b_dec = make_config(architecture, decoder_init_norm=0.5), torch.arange(12.0)
     sample = rows(200, 16).float() + 3.0
-    weights = initial_weights(config, b_dec, sample)
+    weights = initial_weights(config, b_dec, x_mean=sample.mean(0))
     x_hat = forward(config, weights, sample, Workspace()).x_hat
     assert torch.equal(x_hat, b_dec.expand(200, -1))
     torch.testing.assert_close(weights["W_enc"].norm(dim=1), torch.full((48,), 0.5))
@@ -138,7 +138,7 @@ def test_b_enc_may_be_set_for_a_rate_of_firing(rate: float) -> None:
         "jumprelu", init_firing_rate=rate, decoder_init_norm=None, encoder_init_scale=0.3, jumprelu_init_threshold=0.1
     )
     sample = rows(1000, 16).float()
-    weights = initial_weights(config, torch.zeros(16), sample)
+    weights = initial_weights(config, torch.zeros(16), sample=sample)
     counts = forward(config, weights, sample, Workspace()).firing_counts()
     assert (counts - round(1000 * rate)).abs().max() <= 1, "the row at the quantile may round to either side"
     assert torch.equal(weights["W_enc"], weights["W_dec"] * 0.3)

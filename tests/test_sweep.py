@@ -338,6 +338,29 @@ def test_b_dec_starts_where_the_config_says(cache: Cache, tmp_path: Path) -> Non
         torch.testing.assert_close(got, torch.from_numpy(expected[record.config.name]), rtol=1e-6, atol=1e-6)
 
 
+def test_a_transcoder_begins_with_the_mean_row_at_zero(cache: Cache, tmp_path: Path) -> None:
+    run = {"architecture": "transcoder", "hook_name_out": HOOKS[0], "sparsity_coefficient": 0.5, "lr": 1e-30}
+    (record,) = train(cache, the_sweep(runs=[run], tokens=64, epochs=1), tmp_path)
+    sae, mean = load_sae(record.folder), torch.from_numpy(cache.statistics(HOOKS[1]).mean)
+    at_mean = mean @ sae.W_enc.double() + sae.b_enc.double()
+    # float32 weights and products of 32 channels, whose sizes add up to less than 32 * max |x| |w|
+    allowed = 32 * 2**-22 * float(mean.abs().max() * sae.W_enc.abs().max()) + 1e-6
+    assert at_mean.abs().max() <= allowed
+    torch.testing.assert_close(
+        sae.b_dec.double(), torch.from_numpy(cache.statistics(HOOKS[0]).mean), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_a_missing_optimizer_is_an_error_before_anything_is_written(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    run = {"architecture": "topk", "k": 4, "optimizer": "signum", "momentum": 0.9}
+    with pytest.raises(ConfigError, match=r"pip install 'actcache\[optimizers\]', or take adam"):
+        train(cache, the_sweep(runs=[run]), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_finished_runs_are_left_alone_and_new_ones_are_added(cache: Cache, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     sweep_file = the_sweep()
@@ -529,5 +552,5 @@ def test_a_sweep_too_large_for_the_memory_is_trained_in_passes(cache: Cache, fin
     train(cache, sweep_file, tmp_path, memory_bytes=max(needed))
     assert_same_runs(finished, tmp_path)
     assert plan(cache, sweep_file, tmp_path).passes == (), "nothing is left to do"
-    with pytest.raises(ConfigError, match=r"needs about 0\.5 GB, 0\.1 GB may be used; take a smaller d_sae=48"):
+    with pytest.raises(ConfigError, match=r"needs about 0\.7 GB, 0\.1 GB may be used; take a smaller d_sae=48"):
         plan(cache, sweep_file, tmp_path / "other", memory_bytes=100_000_000)

@@ -47,21 +47,27 @@ class SAEOutput:
 
 
 def initial_weights(
-    config: SAEConfig, b_dec: Float[Tensor, " d_out"], sample: Float[Tensor, "row d_in"] | None = None
+    config: SAEConfig,
+    b_dec: Float[Tensor, " d_out"],
+    *,
+    x_mean: Float[Tensor, " d_in"] | None = None,
+    sample: Float[Tensor, "row d_in"] | None = None,
 ) -> dict[str, Tensor]:
     """Random decoder directions, the encoder their transpose, b_enc 0 and b_dec as given: float32 leaves.
 
     A transcoder's encoder has random directions of its own; its decoder and W_skip begin at 0.
 
     Drawn on the CPU from a generator seeded with `config.seed`, then moved to b_dec's device. b_dec is in units of the
-    scaled rows that are reconstructed. sample: scaled rows of x, for the first b_enc of a config with init_firing_rate
-    (each latent fires on that share of them) and of transcoders (b_enc = -W_enc E x).
+    scaled rows that are reconstructed. x_mean: of the scaled rows of x, for a transcoder's b_enc = -W_enc E x. sample:
+    scaled rows of x, for the b_enc of a config with init_firing_rate: each latent fires on that share of them.
     """
     directions = _random_directions(config)
     b_enc = torch.zeros(config.d_sae)
     W_enc = directions * config.encoder_init_scale
-    if sample is not None:
-        b_enc = _initial_b_enc(config, W_enc, sample.float().cpu())
+    if x_mean is not None:
+        b_enc = -(W_enc @ x_mean.float().cpu())
+    if sample is not None and config.init_firing_rate is not None:
+        b_enc = _firing_b_enc(config, config.init_firing_rate, W_enc, sample.float().cpu())
     biases = ("b_gate", "b_mag", "r_mag") if config.architecture == "gated" else ("b_enc",)
     is_transcoder = config.architecture in TRANSCODERS
     weights = {
@@ -86,16 +92,12 @@ def _random_directions(config: SAEConfig) -> Float[Tensor, "d_sae d_in"]:
     return directions * (config.decoder_init_norm / directions.norm(dim=1, keepdim=True))
 
 
-def _initial_b_enc(
-    config: SAEConfig, W_enc: Float[Tensor, "d_sae d_in"], sample: Float[Tensor, "row d_in"]
+def _firing_b_enc(
+    config: SAEConfig, rate: float, W_enc: Float[Tensor, "d_sae d_in"], sample: Float[Tensor, "row d_in"]
 ) -> Float[Tensor, " d_sae"]:
-    """What brings the threshold to the sample's quantile of each latent, or the sample's mean to 0."""
-    if config.init_firing_rate is None:
-        return -(W_enc @ sample.mean(0))
-    n_firing = max(1, round(config.init_firing_rate * len(sample)))
-    quantiles = [
-        (sample @ rows.T).kthvalue(len(sample) - n_firing, dim=0).values for rows in W_enc.split(LATENTS_AT_ONCE)
-    ]
+    """What brings the threshold to the quantile of each latent over the sample that `rate` of the rows exceed."""
+    n_silent = max(1, len(sample) - max(1, round(rate * len(sample))))
+    quantiles = [(sample @ rows.T).kthvalue(n_silent, dim=0).values for rows in W_enc.split(LATENTS_AT_ONCE)]
     return (config.jumprelu_init_threshold or 0.0) - torch.cat(quantiles)
 
 

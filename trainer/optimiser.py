@@ -71,6 +71,12 @@ def optimizer(config: SAEConfig, weights: Mapping[str, Tensor]) -> torch.optim.O
     return more.Muon([matrices | common, others | common])
 
 
+def check_optimizer(config: SAEConfig) -> None:
+    """Raises ConfigError if the package of the config's optimizer is not installed."""
+    if config.optimizer not in ("adam", "adamw"):
+        _more_optimizers(config)
+
+
 def _more_optimizers(config: SAEConfig) -> Any:
     try:
         return importlib.import_module("pytorch_optimizer")

@@ -1,6 +1,7 @@
 """What a sweep will take, before it starts: parameters, memory, FLOPs, and the passes over the cache that fit.
 
-Memory counts float32 and is an upper bound of what training adds to the process, on the device that trains.
+Memory counts float32 and is an upper bound of what stepping adds to the process, on the device that trains; what an SAE
+takes once for its first b_enc (a sample of rows) and for its export (one matrix in float64) is not in it.
 """
 
 import time
@@ -15,7 +16,7 @@ from trainer.config import TOPK_FAMILY, SAEConfig
 from trainer.kernels import Workspace, topk_chunk_rows
 from trainer.train import initial_state, train_step
 
-LOADER_BYTES = 512 << 20  # a hook: two groups of 128 MiB and their rows' numbers, and batches on the way
+LOADER_BYTES = 640 << 20  # a hook: three groups of at most 144 MiB, and the numbers of the rows of two of them
 FREE_SHARE = 0.8  # of the memory that is free may be used
 
 

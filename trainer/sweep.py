@@ -26,9 +26,10 @@ from actcache.errors import DatasetError
 from actcache.flow import Batch
 from actcache.loader import Loader
 from trainer.checkpoint import latest_checkpoint, load_checkpoint
-from trainer.config import BATCH_FAMILY, TRANSCODERS, SAEConfig, ScaledHook, TrainConfig
+from trainer.config import BATCH_FAMILY, TRANSCODERS, DecoderBiasInit, SAEConfig, ScaledHook, TrainConfig
 from trainer.kernels import Workspace
 from trainer.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
+from trainer.optimiser import check_optimizer
 from trainer.plan import SweepPlan, free_memory, plan_passes
 from trainer.runs import (
     CHECKPOINTS,
@@ -98,7 +99,7 @@ def train(
 
     Raises:
         ConfigError: more tokens asked than the epochs serve, a setting that does not fit the cache, an SAE that does
-            not fit into the memory, or a logger whose package is not installed.
+            not fit into the memory, or a logger or an optimizer whose package is not installed.
         DatasetError: `eval_every` is given and the validation split has no rows.
         CacheMismatch: `out` holds something else than runs, or a folder of it a different run (the message lists the
             differences).
@@ -139,6 +140,7 @@ def _checked_configs(cache: Cache, config: SweepConfig, out: Path) -> tuple[SAEC
     with _loader(cache, config.hook_names[:1], config.train, 0, "cpu") as loader:
         configs = config.expand(cache, config.train.training_tokens(loader.n_rows))
     for each in configs:
+        check_optimizer(each)
         check_folder(out / each.name, _description(each, config.train, cache))
     return configs
 
@@ -341,25 +343,28 @@ def _state(
     if checkpoint is not None:
         return load_checkpoint(config, checkpoint, device)
     write_json(folder / CONFIG_FILE, _description(config, train_config, cache))
-    b_dec = _initial_b_dec(config, train_config, cache).to(device)
-    if config.init_firing_rate is None and config.architecture not in TRANSCODERS:
-        return initial_state(config, b_dec)
+    b_dec = torch.zeros(config.d_out)
+    if config.b_dec_init != "zeros":
+        b_dec = _centre(config.outputs, config.b_dec_init, train_config, cache)
+    x_mean = _centre(config.inputs, "mean", train_config, cache) if config.architecture in TRANSCODERS else None
+    if config.init_firing_rate is None:
+        return initial_state(config, b_dec.to(device), x_mean=x_mean)
     with _first_inputs(config, train_config, cache, device) as inputs:
-        return initial_state(config, b_dec, torch.cat(list(inputs)))
+        return initial_state(config, b_dec.to(device), x_mean=x_mean, sample=torch.cat(list(inputs)))
 
 
 def _logged(state: TrainState, out: Path) -> LoggedRun:
     return LoggedRun(config=state.config, folder=out / state.config.name, step=state.step)
 
 
-def _initial_b_dec(config: SAEConfig, train_config: TrainConfig, cache: Cache) -> Float[Tensor, " d_out"]:
-    """Zeros, or the mean or geometric median of the rows that are to be reconstructed, in units of the scaled ones."""
-    if config.b_dec_init == "zeros":
-        return torch.zeros(config.d_out)
+def _centre(
+    hooks: Sequence[ScaledHook], which: DecoderBiasInit, train_config: TrainConfig, cache: Cache
+) -> Float[Tensor, " width"]:
+    """The mean, or the geometric median, of the rows that are trained on, of all hooks side by side and scaled."""
     centres = []
-    for hook in config.outputs:
+    for hook in hooks:
         statistics = cache.statistics(hook.hook_name, split="train", row_filter=train_config.row_filter)
-        centre = statistics.mean if config.b_dec_init == "mean" else statistics.geometric_median
+        centre = statistics.mean if which == "mean" else statistics.geometric_median
         centres.append((torch.from_numpy(centre) * hook.scale).float())
     return torch.cat(centres)
 

@@ -67,10 +67,14 @@ class StepOutcome:
 
 
 def initial_state(
-    config: SAEConfig, b_dec: Float[Tensor, " d_out"], sample: Float[Tensor, "row d_in"] | None = None
+    config: SAEConfig,
+    b_dec: Float[Tensor, " d_out"],
+    *,
+    x_mean: Float[Tensor, " d_in"] | None = None,
+    sample: Float[Tensor, "row d_in"] | None = None,
 ) -> TrainState:
-    """The state before the first step, on b_dec's device; b_dec and sample as `initial_weights` takes them."""
-    weights = initial_weights(config, b_dec, sample)
+    """The state before the first step, on b_dec's device, from what `initial_weights` takes."""
+    weights = initial_weights(config, b_dec, x_mean=x_mean, sample=sample)
     return TrainState(
         config=config,
         weights=weights,
