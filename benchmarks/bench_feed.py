@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ def _measured(d_model: int, n_tokens: int, root: Path, say: Say) -> dict[str, An
     feeds: dict[str, Callable[[], object]] = {"memcpy": lambda: np.copyto(copy, rows)}
     for name, cache in caches.items():
         _check(cache, x)
-        loader = _loader(cache, epochs=REPEATS + 1)
-        feeds[name] = lambda loader=loader: _drained(islice(loader, len(x) // BATCH_TOKENS))
+        loader = _loader(cache, epochs=REPEATS + 2)
+        feeds[name] = lambda loader=loader: _served(loader, len(x) // BATCH_TOKENS)
     costs = interleaved_costs(feeds, REPEATS)
     served = dict.fromkeys(feeds, len(x))
     if installed("sae_lens", say):
@@ -69,6 +70,13 @@ def _cache(out: Path, d_model: int, n_tokens: int, codec: str) -> Cache:
 
 def _loader(cache: Cache, epochs: int = 1) -> Loader:
     return Loader(cache, HOOK, batch_tokens=BATCH_TOKENS, epochs=epochs, exclude_special_tokens=False)
+
+
+def _served(loader: Loader, n_batches: int) -> None:
+    """Take so many batches, and wait for the group that is decoded ahead: else it is done in another's time."""
+    _drained(islice(loader, n_batches))
+    for loading in list(loader._stream._loading.values()):
+        wait(loading.puts)
 
 
 def _drained(batches: Any) -> None:
