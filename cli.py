@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,23 +21,38 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-from actcache.cache import Cache, open_cache, read_origin, stored_files
+from actcache.cache import Cache, open_cache, read_origin
 from actcache.errors import ActcacheError, ConfigError, ManifestError
 from actcache.flow import SPLITS
 from actcache.relabel import relabel as run_relabel
 from actcache.verify import verify as audit
-from trainer.analysis import SimilarFeatures, similar_features
+from trainer.analysis import encode_text, logit_attribution, similar_features
 from trainer.config import Architecture
 from trainer.evaluate import evaluate_runs
-from trainer.features import Context, Features, build_features
+from trainer.features import Features, build_features
 from trainer.formats import Names
 from trainer.interop import import_release, import_sae
-from trainer.labels import has_labels, write_labels
+from trainer.labels import Labels, has_labels, read_labels, write_labels
+from trainer.lines import (
+    attribution_lines,
+    cache_facts,
+    cache_lines,
+    estimate_line,
+    evaluation_lines,
+    feature_facts,
+    feature_lines,
+    features_facts,
+    features_lines,
+    plan_lines,
+    similar_facts,
+    similar_lines,
+    text_lines,
+)
 from trainer.neuronpedia import export_neuronpedia
-from trainer.plan import SweepPlan, measured_seconds
+from trainer.plan import measured_seconds
 from trainer.presets import PRESETS
 from trainer.report import write_report
-from trainer.saelens import export_sae, load_sae
+from trainer.saelens import SAE, export_sae, load_sae
 from trainer.steering import Add, Clamp, Scale
 from trainer.steering import steer as run_steer
 from trainer.sweep import SweepProgress, plan
@@ -45,13 +60,10 @@ from trainer.sweep import train as run_train
 from trainer.sweep_file import SweepConfig
 
 if TYPE_CHECKING:
-    from actcache.estimate import Estimate
     from actcache.harvester import Worker
     from actcache.models import LanguageModel
     from actcache.sample import SampleReport
 
-TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
-FEATURE_COLUMNS = ("feature", "density", "max_act", "top_token")
 BENCHES = (
     "harvest",
     "codecs",
@@ -68,7 +80,6 @@ BENCHES = (
 )
 STEERINGS = {"add": Add, "scale": Scale, "clamp": Clamp, "ablate": Clamp}
 SIMILAR_SHOWN = 10  # of the other SAE, for one feature
-BLOCKS = " ▁▂▃▄▅▆▇█"
 EXPORTS = {"saelens": export_sae, "neuronpedia": export_neuronpedia}
 DEMO_HOOK = "blocks.2.hook_resid_post"
 DEMO_HOLDOUT = 0.1
@@ -200,12 +211,12 @@ def harvest(
         backend=backend,
     )
     if estimate:
-        return _say(_estimated(dry_run(language_model, source, config, out)))
+        return _say(estimate_line(dry_run(language_model, source, config, out)))
     with closing(_Bar("harvest", "tok")) as progress:
         cache = harvest_share(language_model, source, config, out, share, progress=progress)
     if cache is not None:
         _say(f"{out} is finished" if progress.touched else f"{out} was already there, nothing was done")
-        _say(_described(cache))
+        _say(cache_lines(cache))
 
 
 @app.command()
@@ -213,9 +224,9 @@ def info(cache: CachePath, as_json: Json = False) -> None:
     """Say what a cache holds."""
     opened = open_cache(cache)
     if as_json:
-        _print_json(_facts(opened))
+        _print_json(cache_facts(opened))
     else:
-        _say(_described(opened))
+        _say(cache_lines(opened))
 
 
 @app.command()
@@ -345,7 +356,7 @@ def train(
     opened, device = open_cache(cache), _device(device)
     memory_bytes = None if memory is None else int(memory * 1e9)
     planned = plan(opened, sweep_config, out, device=device, memory_bytes=memory_bytes)
-    _say(_plan_lines(planned))
+    _say(plan_lines(planned))
     if dry_run:
         seconds = measured_seconds(planned.configs, planned.batch_tokens, device)
         return _say(f"about {seconds:,.0f} s of steps, by one of each kind on random rows")
@@ -377,7 +388,7 @@ def evaluate(
     if as_json:
         _print_json({"runs": rows})
     else:
-        _say(_table(rows))
+        _say(evaluation_lines(rows))
 
 
 @app.command()
@@ -450,9 +461,9 @@ def similar(
     n, latents = (1, None) if feature is None else (min(SIMILAR_SHOWN, b.d_sae), [feature])
     found = similar_features(a, b, n, latents=latents)
     if as_json:
-        _print_json(_similar_facts(found, feature))
+        _print_json(similar_facts(found, feature))
     else:
-        _say(_similar_lines(found, feature))
+        _say(similar_lines(found, feature))
 
 
 @app.command()
@@ -462,6 +473,9 @@ def features(
     feature: Annotated[int | None, typer.Option(help="Show what this one fires on.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Contexts of a feature, or rows of the table.")] = 10,
     text: Annotated[str | None, typer.Option(help="Show what fires on each token of this text.")] = None,
+    predict: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Show what fires after --text adds to the logit of this token.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The model; as the cache remembers it if left out.")] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -469,14 +483,18 @@ def features(
     """Find what each feature of a run fires on in the held-out split, which is read once; later calls look it up."""
     opened = open_cache(cache or _remembered_cache(run))
     if text is not None:
-        return _show_text(run, _as_harvested(opened.path, model, device)(opened.compute), text, device, as_json)
+        language_model = _as_harvested(opened.path, model, device)(opened.compute)
+        facts, lines = _of_text(load_sae(run, device=_device(device)), language_model, text, predict, top)
+        return _print_json(facts) if as_json else _say(lines)
+    if predict is not None:
+        raise ConfigError("features: --predict says what --text adds to a logit; give --text too")
     built, rate = _built_features(run, opened, device)
     _describe(run, opened, model, device)
-    show = _token_strings(opened, model)
+    labels = read_labels(run) if has_labels(run) else Labels(tokens={}, lens=None)  # nobody knows the model
     if feature is not None:
-        facts, described = _feature_facts(built, feature, top, show), _feature_lines
+        facts, described = feature_facts(built, feature, top, labels), feature_lines
     else:
-        facts, described = _features_facts(built, top, show, rate), _features_lines
+        facts, described = features_facts(built, top, labels, rate), features_lines
     if as_json:
         _print_json(facts)
     else:
@@ -529,7 +547,7 @@ def import_arrow(
     with closing(_Bar("import", "tok")) as progress:
         cache = import_cache(source, config, out, progress=progress)
     _say(f"{out} is finished" if progress.touched else f"{out} was already there, nothing was done")
-    _say(_described(cache))
+    _say(cache_lines(cache))
 
 
 @app.command("export-cache")
@@ -581,7 +599,7 @@ def demo(out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("dem
         _built_features(run, cache, device="cpu")
         _describe(run, cache, model=None, device="cpu")
     page = write_report(out / "runs", out / "report.html")
-    _say(_table(rows))
+    _say(evaluation_lines(rows))
     _say(f"report: {page.resolve()}")
 
 
@@ -674,28 +692,11 @@ def _local_device(device: str, device_map: str | None) -> str:
     return f"cuda:{int(rank or 0) % torch.cuda.device_count()}" if mine else device
 
 
-def _estimated(found: Estimate) -> str:
-    time_left = "" if found.seconds is None else f", about {found.seconds:,.0f} s in the model"
-    room = f"{found.free_bytes / 1e9:,.3g} GB free"
-    return f"to harvest: {found.n_rows:,} rows, at most about {found.n_bytes / 1e9:,.3g} GB ({room}){time_left}"
-
-
 # --- what commands share -------------------------------------------------------------------------------------------
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _plan_lines(planned: SweepPlan) -> str:
-    """A line for the sweep and, where there are several, one for each pass."""
-    n_passes, room = len(planned.passes), f"{planned.needed_bytes / 1e9:.2g} of {planned.memory_bytes / 1e9:.2g} GB"
-    lines = [
-        f"to train: {len(planned.configs)} SAEs of {planned.n_parameters:,} parameters in {n_passes} pass(es) over the "
-        f"cache, at most about {room} of memory, {planned.flops:.2g} FLOPs"
-    ]
-    names = [", ".join(config.name for config in each) for each in planned.passes]
-    return "\n".join(lines + ([f"pass {i}: {text}" for i, text in enumerate(names, 1)] if n_passes > 1 else []))
 
 
 def _sweep_config(path: Path | None, single: dict[str, Any], shared: dict[str, Any]) -> SweepConfig:
@@ -797,25 +798,13 @@ def _describe(run: Path, cache: Cache, model: str | None, device: str) -> None:
     write_labels(run, cache, _as_harvested(cache.path, model, device)(cache.compute))
 
 
-def _token_strings(cache: Cache, model: str | None) -> Callable[[int], str]:
-    """Token id -> the token as it stands in a text; [id] for a cache of a model in memory."""
-    from actcache.pretrained import load_tokenizer, source_of
-
-    name, revision = (model, None) if model else (cache.origin["model"], cache.origin["revision"])
-    if not name:
-        return lambda token_id: f"[{token_id}]"
-    tokenizer = load_tokenizer(source_of(name), revision)
-    return lambda token_id: str(tokenizer.decode([token_id]))
-
-
-def _show_text(run: Path, model: LanguageModel, text: str, device: str, as_json: bool) -> None:
-    analysis = importlib.import_module("trainer.analysis")
-    tokens = analysis.encode_text(load_sae(run, device=_device(device)), model, text)
-    if as_json:
-        return _print_json({"tokens": [asdict(token) for token in tokens]})
-    for token in tokens:
-        firing = "  ".join(f"{latent} ({act:.4g})" for latent, act in token.features)
-        _say(f"{_visible(token.token):>16}  {firing}")
+def _of_text(sae: SAE, model: LanguageModel, text: str, predicted: str | None, top: int) -> tuple[dict[str, Any], str]:
+    """Facts and lines of what fires on a text, or of what that adds to the logit of the token predicted after it."""
+    if predicted is None:
+        tokens = encode_text(sae, model, text)
+        return {"tokens": [asdict(token) for token in tokens]}, text_lines(tokens)
+    found = logit_attribution(sae, model, text, -1, predicted)
+    return asdict(found), attribution_lines(found, top)
 
 
 def _remembered_cache(runs: Path) -> Path:
@@ -835,9 +824,6 @@ def _device(device: str) -> str:
     return device
 
 
-# --- what is printed -----------------------------------------------------------------------------------------------
-
-
 def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
@@ -848,154 +834,6 @@ def _ignore(line: str) -> None:
 
 def _print_json(values: object) -> None:
     print(json.dumps(values, allow_nan=False))
-
-
-def _facts(cache: Cache) -> dict[str, Any]:
-    identity = cache.identity
-    return {
-        "path": str(cache.path),
-        "fingerprint": cache.fingerprint,
-        "model": identity["model"],
-        "dataset": identity["dataset"],
-        "hooks": {name: cache.hook(name).d_in for name in cache.hook_names},
-        "rows": {split: cache.n_rows(split) for split in SPLITS},
-        "context_size": cache.context_size,
-        "dtype": identity["dtype"],
-        "codec": identity["codec"],
-        "shard_rows": cache.manifest.shard_rows,
-        "stored_bytes": sum(stored_files(cache.manifest).values()),
-        "origin": cache.origin,
-    }
-
-
-def _described(cache: Cache) -> str:
-    facts = _facts(cache)
-    rows = ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())
-    hooks = ", ".join(f"{name} [{d_in}]" for name, d_in in facts["hooks"].items())
-    return "\n".join(
-        [
-            f"cache        {facts['path']} ({facts['fingerprint']})",
-            f"model        {facts['model']['name']}",
-            f"dataset      {facts['dataset']['name']}",
-            f"hooks        {hooks}",
-            f"rows         {rows}; {facts['context_size']} tokens a sequence",
-            f"stored       {facts['stored_bytes']:,} bytes, {facts['dtype']}, {facts['codec']}",
-        ]
-    )
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a run, columns aligned; a dash where something was not computed."""
-    return _aligned([TABLE_COLUMNS, *([_cell(row[column]) for column in TABLE_COLUMNS] for row in rows)])
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def _similar_facts(found: SimilarFeatures, feature: int | None) -> dict[str, Any]:
-    latents, cosines = found.latents.tolist(), found.cosines.tolist()
-    if feature is None:
-        best = [{"feature": ids[0], "cosine": values[0]} for ids, values in zip(latents, cosines, strict=True)]
-        return {"mean_max_cosine": float(found.cosines[:, 0].double().mean()), "features": best}
-    pairs = zip(latents[0], cosines[0], strict=True)
-    return {"feature": feature, "similar": [{"feature": i, "cosine": cosine} for i, cosine in pairs]}
-
-
-def _similar_lines(found: SimilarFeatures, feature: int | None) -> str:
-    """The nearest of one feature; or how many of all have one that is near."""
-    if feature is not None:
-        near = _similar_facts(found, feature)["similar"]
-        return "\n".join(f"{each['feature']:>8}  {each['cosine']:.4f}" for each in near)
-    best = found.cosines[:, 0].double()
-    shares = ", ".join(f"{float((best >= cut).double().mean()):.1%} at {cut} or more" for cut in (0.7, 0.9))
-    return f"largest cosine of {len(best):,} features: {float(best.mean()):.4f} on average; {shares}"
-
-
-def _features_facts(features: Features, n: int, show: Callable[[int], str], rate: float | None) -> dict[str, Any]:
-    """Of all features, and the n that fire most often."""
-    often = sorted(range(features.d_sae), key=lambda latent: -features.n_fired[latent])[:n]
-    return {
-        "d_sae": features.d_sae,
-        "n_tokens": features.n_tokens,
-        "never_fired": int((features.n_fired == 0).sum()),
-        "cache_fingerprint": features.cache_fingerprint,
-        "rows_per_second": rate,
-        "features": [_feature_row(features, latent, show) for latent in often if features.n_fired[latent] > 0],
-    }
-
-
-def _feature_row(features: Features, latent: int, show: Callable[[int], str]) -> dict[str, Any]:
-    """Density, largest activation, and the token that it was on; None where it never fires."""
-    best = features.top(latent, 1)
-    return {
-        "feature": latent,
-        "density": int(features.n_fired[latent]) / features.n_tokens,
-        "max_act": float(features.max_act[latent]),
-        "top_token": show(best[0].token_ids[best[0].peak]) if best else None,
-    }
-
-
-def _feature_facts(features: Features, latent: int, n: int, show: Callable[[int], str]) -> dict[str, Any]:
-    counts, edges = features.histogram(latent)
-    contexts = [_context_facts(context, show) for context in features.top(latent, n)]
-    together = [{"feature": other, "n_tokens": count} for other, count in features.coactive(latent)]
-    return {
-        **_feature_row(features, latent, show),
-        "n_fired": int(features.n_fired[latent]),
-        "contexts": contexts,
-        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
-        "coactive": together,
-    }
-
-
-def _context_facts(context: Context, show: Callable[[int], str]) -> dict[str, Any]:
-    return {**asdict(context), "tokens": [show(token_id) for token_id in context.token_ids]}
-
-
-def _features_lines(facts: Mapping[str, Any]) -> str:
-    rate = facts["rows_per_second"]
-    lines = [
-        f"{facts['d_sae']:,} features on {facts['n_tokens']:,} held-out tokens, {facts['never_fired']:,} never fired"
-        + ("" if rate is None else f"; {rate:,.0f} tokens/s"),
-        "those that fire most often:",
-        _aligned([FEATURE_COLUMNS, *map(_feature_cells, facts["features"])]),
-    ]
-    return "\n".join(lines)
-
-
-def _feature_cells(row: Mapping[str, Any]) -> list[str]:
-    return [str(row["feature"]), f"{row['density']:.3g}", f"{row['max_act']:.4g}", _visible(row["top_token"])]
-
-
-def _feature_lines(facts: Mapping[str, Any]) -> str:
-    """Contexts with the peak in brackets, the histogram as a line of blocks, and what fires together with it."""
-    lines = [f"feature {facts['feature']}: density {facts['density']:.3g}, largest activation {facts['max_act']:.4g}"]
-    for context in facts["contexts"]:
-        tokens, peak = context["tokens"], context["peak"]
-        parts = ("".join(tokens[:peak]), tokens[peak], "".join(tokens[peak + 1 :]))
-        before, at, after = (_visible(part) for part in parts)
-        lines.append(f"{context['act']:>10.4g}  {before}[{at}]{after}")
-    counts, edges = facts["histogram"]["counts"], facts["histogram"]["edges"]
-    lines.append(f"activations from {edges[0]:.4g} to {edges[-1]:.4g}: {_blocks(counts)}")
-    together = ", ".join(f"{each['feature']} ({each['n_tokens']:,} tokens)" for each in facts["coactive"])
-    return "\n".join([*lines, f"fires together with: {together or 'none'}"])
-
-
-def _visible(text: str) -> str:
-    return text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
-
-
-def _blocks(counts: Sequence[int]) -> str:
-    """A character for each count; an empty bin is a space, one with anything in it is not."""
-    return "".join(BLOCKS[-(-count * (len(BLOCKS) - 1) // max(*counts, 1))] for count in counts)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,12 @@ def standard_library_documents() -> list[str]:
     equal for equal Python installations.
     """
     documents = {_topic_document(name, text) for name, text in topics.items() if text.strip()}
-    stdlib = Path(os.__file__).parent
-    documents.update(filter(None, (_module_document(path, stdlib) for path in _module_files(stdlib))))
-    return sorted(documents)
+    return sorted(documents.union(module_documents(Path(os.__file__).parent)))
+
+
+def module_documents(folder: Path) -> list[str]:
+    """The docstrings of each module below `folder`, those of tests left out: a document a module, in the same form."""
+    return list(filter(None, (_module_document(path, folder) for path in sorted(_module_files(folder)))))
 
 
 def write_documents(path: Path) -> Path:

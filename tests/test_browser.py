@@ -85,7 +85,7 @@ def keep(page: Page, name: str) -> None:
 def test_it_opens_silently_and_draws_every_plot(browser, report):
     with Reader(browser, report) as page:
         plots = page.locator("#sweep .plot")
-        assert plots.count() == 7
+        assert plots.count() == 8
         for plot in plots.all():
             box = plot.locator("svg.main-svg").first.bounding_box()
             assert box is not None

@@ -223,7 +223,30 @@ def test_features_are_found_once_and_looked_up(work):
     lines = actcache(*asked).stderr.splitlines()
     assert lines[0].startswith(f"feature {often['feature']}: density ")
     assert f"[{often['top_token']}]".replace("\n", "⏎") in lines[1]
-    assert lines[-1].startswith("fires together with: ")
+    together, promoted, suppressed = lines[-3:]
+    assert together.startswith("fires together with: ")
+    raised, lowered = (facts["logit_lens"][end] for end in ("promoted", "suppressed"))
+    assert len(raised) == len(lowered) == 10
+    assert raised[0]["logit"] > 0 > lowered[0]["logit"]
+    assert promoted.startswith(f"promoted: {raised[0]['token']!r} +")
+    assert suppressed.startswith(f"suppressed: {lowered[0]['token']!r} -")
+
+
+def test_a_text_is_encoded_and_a_logit_taken_apart(work):
+    asked = ["features", work / "runs" / "topk", "--text", "the cat sat"]
+    tokens = json.loads(actcache(*asked, "--json").stdout)["tokens"]
+    assert "".join(token["token"] for token in tokens if not token["is_special"]) == "the cat sat"
+    assert str(tokens[-1]["features"][0][0]) in actcache(*asked).stderr.splitlines()[-1]
+
+    predicted = tokens[-1]["token"]
+    found = json.loads(actcache(*asked, "--predict", predicted, "--json").stdout)
+    assert (found["token"], found["position"]) == (predicted, len(tokens) - 1)
+    assert {each["latent"] for each in found["features"]} == {latent for latent, _ in tokens[-1]["features"]}
+    parts = [*(each["logit"] for each in found["features"]), found["bias"], found["error"], found["rest"]]
+    assert sum(parts) == pytest.approx(found["logit"], abs=1e-4)
+    lines = actcache(*asked, "--predict", predicted, "--top", 2).stderr.splitlines()[-4:]
+    assert f"{found['logit']:.4g} = " in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == ["feature", *(str(e["latent"]) for e in found["features"][:2])]
 
 
 def test_features_reach_the_report_and_neuronpedia(work):
@@ -315,6 +338,12 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
             ["features", work / "runs" / "topk", "--feature", 64],
             2,
             "must be in [0, d_sae=64), got 64",
+        ),
+        "a logit of no text": (["features", work / "runs" / "topk", "--predict", " on"], 2, "give --text too"),
+        "a logit of two tokens": (
+            ["features", work / "runs" / "topk", "--text", "the", "--predict", "the cat sat"],
+            2,
+            "one token",
         ),
         "features of no run": (["features", work / "exported", "--cache", work / "cache"], 1, "must be a RUN folder"),
         "features of another cache": (["features", work / "runs" / "topk", "--cache", work], 1, "not a cache"),

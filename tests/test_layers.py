@@ -37,7 +37,7 @@ LEVELS = [
     ["trainer.figures", "trainer.feature_pages", "trainer.neuronpedia"],
     ["trainer.page"],
     ["trainer.report"],
-    ["trainer.formats"],
+    ["trainer.formats", "trainer.lines"],
     ["trainer.interop"],
     ["trainer"],
     ["benchmarks"],
@@ -47,7 +47,7 @@ LEVELS = [
     ["benchmarks.bench_codecs", "benchmarks.bench_write", "benchmarks.bench_feed", "benchmarks.bench_kernels"],
     ["benchmarks.gpu_kernels"],
     ["benchmarks.gpu", "benchmarks.bench_features", "benchmarks.bench_eval"],
-    ["benchmarks.bench_sweep", "benchmarks.bench_quality"],
+    ["benchmarks.bench_sweep", "benchmarks.bench_quality", "benchmarks.named_features"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -57,7 +57,7 @@ HOMES = {
     "numcodecs": {"actcache.codecs"},
     "crc32c": {"actcache.codecs"},
     "datasets": {"actcache.tokens", "actcache.notebook", "benchmarks.stream", "benchmarks.bench_harvest"}
-    | {"benchmarks.peers", "actcache.arrow"},
+    | {"benchmarks.peers", "benchmarks.named_features", "actcache.arrow"},
     "pyarrow": {"actcache.arrow"},
     "transformers": {"actcache.models", "actcache.families", "actcache.identity", "actcache.pretrained"}
     | {"actcache.tokens", "actcache.notebook", "benchmarks.stream", "benchmarks.train_demo_model"},

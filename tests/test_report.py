@@ -105,13 +105,15 @@ def test_the_pictures_show_what_the_files_say(runs, tmp_path):
     assert done["curves"]["loss"] == [100.0 / i for i in range(1, 6)]
     assert done["curves"]["dead"] == [i / 48 for i in range(1, 6)]
     assert done["density"] == {"log10": [-2.0, -1.0, -1.0, 0.0], "latents": [40, 40, 2, 2]}
+    assert done["added_loss"] == {"position": [1, 2], "nats": [0.25, 0.125]}
     assert done["speed"] == {"tokens": [1000, 2000, 3000, 4000, 5000], "rate": [2000.0] * 5}
     assert "k 5" in done["hover"]
     assert "d_sae 48" in done["hover"]
     assert (pca["baseline"], pca["explained_variance"]) == (True, 0.5)
     assert (training["l0"], training["curves"]["tokens"], training["density"]["log10"]) == (None, [], [])
-    plots = {name for name in page.ids if name.startswith("plot-")}
-    assert plots == {f"plot-{name}" for name in ("ev", "ce", "loss", "explained", "dead", "density", "speed")}
+    assert (training["added_loss"]["nats"], pca["added_loss"]["nats"]) == ([], [0.25, 0.125])
+    plots = {name.removeprefix("plot-") for name in page.ids if name.startswith("plot-")}
+    assert plots == {"ev", "ce", "loss", "explained", "dead", "density", "position", "speed"}
 
 
 def test_throughput_is_that_of_the_logs_with_its_share_of_the_bound(runs, tmp_path):
@@ -161,7 +163,7 @@ def test_it_can_be_read_without_a_mouse_or_colours(runs, tmp_path):
     assert page.text("caption")
     assert page.text("label").startswith("Filter"), "the field is named"
     n_plots = sum(name.startswith("plot-") for name in page.ids)
-    assert sum(name == "role" and value == "img" for _, name, value in page.attributes) == n_plots == 7
+    assert sum(name == "role" and value == "img" for _, name, value in page.attributes) == n_plots == 8
     assert "prefers-color-scheme: dark" in page.text("style")
     assert "prefers-color-scheme: dark" in page.text("script"), "the plots follow the scheme too"
     assert len(page.ids) == len(set(page.ids))

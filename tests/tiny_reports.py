@@ -25,6 +25,12 @@ def evaluation(**changes: object) -> dict:
         "n_tokens": 12345,
         "n_model_tokens": 6789,
         "feature_density": {"log10_edges": [-3.0, -2.0, -1.0, 0.0], "counts": [0, 40, 2], "never_fired": 6},
+        "ce_loss_by_position": {
+            "n_sequences": [0, 3, 3],
+            "without_sae": [None, 1.5, 1.25],
+            "with_sae": [None, 1.75, 1.375],
+            "with_ablation": [None, 4.0, 4.5],
+        },
     }
     return values | changes
 

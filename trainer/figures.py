@@ -40,6 +40,7 @@ def figures(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
             **{key: finite(run.evaluation.get(key)) for key in ("l0", "explained_variance", "ce_loss_score")},
             "curves": _curves(run),
             "density": _density(run.evaluation.get("feature_density")),
+            "added_loss": _added_loss(run.evaluation.get("ce_loss_by_position")),
             "speed": _speed(run),
         }
         for index, run in enumerate(runs)
@@ -49,6 +50,11 @@ def figures(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
 def address(run: RunFiles) -> str:
     """Where the page shows a run: what follows # in its URL."""
     return f"/{quote(run.name, safe='')}"
+
+
+def has_added_loss(run: RunFiles) -> bool:
+    """Whether the loss that its reconstruction adds at each position can be drawn."""
+    return bool(_added_loss(run.evaluation.get("ce_loss_by_position"))["position"])
 
 
 def has_speed(run: RunFiles) -> bool:
@@ -122,6 +128,13 @@ def _density(histogram: Mapping[str, Any] | None) -> dict[str, list[Number]]:
     first = next((i for i, count in enumerate(counts) if count), len(counts))
     log10 = [edge for i in range(first, len(counts)) for edge in (edges[i], edges[i + 1])]
     return {"log10": log10, "latents": [count for count in counts[first:] for _ in range(2)]}
+
+
+def _added_loss(by_position: Mapping[str, Any] | None) -> dict[str, list[Number]]:
+    """At each position of a sequence, the mean loss with the SAE less that without, nats; where there is either."""
+    losses = zip(by_position["with_sae"], by_position["without_sae"], strict=True) if by_position else ()
+    known = [(i, a - b) for i, (a, b) in enumerate(losses) if a is not None and b is not None]
+    return {"position": [position for position, _ in known], "nats": [nats for _, nats in known]}
 
 
 def _speed(run: RunFiles) -> dict[str, list[Number]]:

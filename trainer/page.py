@@ -8,7 +8,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from trainer.figures import N_COLOURS, Throughput, address, figures, has_speed
+from trainer.figures import N_COLOURS, Throughput, address, figures, has_added_loss, has_speed
 from trainer.run_files import Number, RunFiles, finite
 
 MOST_DIGITS = 1e10  # a number that is larger (of a diverged SAE) is written with an exponent
@@ -197,6 +197,9 @@ def _lines(runs: Sequence[RunFiles]) -> str:
         ]
     if any(run.evaluation for run in runs):
         drawn.append(("density", "Feature density", "Latents by how often they fire, held-out."))
+    if any(has_added_loss(run) for run in runs):
+        added = "Of the next token, by the position before it; every activation is replaced by its reconstruction."
+        drawn.append(("position", "Loss added by position", added))
     if any(has_speed(run) for run in runs):
         drawn.append(("speed", "Training speed", "Tokens a second of each SAE's own steps."))
     if not drawn:

@@ -76,6 +76,9 @@ const figures = {
   density: () => lines(run => [run.density.log10, run.density.latents],
                        axis("log10 of the share of tokens", {range: [null, 0]}), axis("Latents", {rangemode: "tozero"}),
                        "10^%{x:.2f} of tokens, %{y:,} latents"),
+  position: () => lines(run => [run.added_loss.position, run.added_loss.nats],
+                        axis("Position in the sequence"), axis("Nats", {rangemode: "tozero"}),
+                        "position %{x}: %{y:.4f} nats more"),
   speed: () => lines(run => [run.speed.tokens, run.speed.rate], tokens(),
                      axis("Tokens a second", {tickformat: "~s", rangemode: "tozero"}), "%{x:,} tokens, %{y:,.0f}/s"),
 };
