@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-faults test-browser lint bench clean
+.PHONY: demo test test-faults test-long test-browser lint bench clean
 
 demo: .venv/.base
 	$(BIN)/actcache demo --out demo
@@ -12,6 +12,9 @@ test: .venv/.dev lint
 
 test-faults: .venv/.dev
 	$(BIN)/python -m pytest -m faults
+
+test-long: .venv/.dev
+	$(BIN)/python -m pytest -m 'faults or long'
 
 test-browser: .venv/.dev
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install --yes chromium; } \

@@ -48,7 +48,7 @@ from trainer.config import SAEConfig
 from trainer.sweep import train
 from trainer.sweep_file import SweepConfig
 
-N_LAYERS, N_SAES, STEPS, REPEATS = 4, 8, 12, 3
+N_LAYERS, N_SAES, STEPS, LONG_STEPS, REPEATS = 4, 8, 12, 48, 3
 HOOK, SAELENS_HOOK = f"blocks.{N_LAYERS - 1}.hook_resid_post", f"transformer.h.{N_LAYERS - 1}"
 GROWTH = (1, 2, 4, 8, 16)
 # nothing scaled, gradients clipped, and a latent dead after 1,000 steps: none is in these runs, and AuxK only counts
@@ -59,12 +59,13 @@ PEAK_STEPS = 2  # the second step needs no more memory than any later one
 def run(say: Say) -> dict[str, Any]:
     """Measure; returns what the JSON line says."""
     with tempfile.TemporaryDirectory() as folder:
-        bench = _Bench(Path(folder))
+        bench = _Bench(Path(folder), STEPS)
         bench.check()
         seconds = interleaved_seconds(bench.contenders(say), REPEATS, uncounted=0)
         say(f"{N_SAES} topk SAEs, {STEPS} steps each, with checkpoints and export; seconds, medians of {REPEATS}")
         say("  " + ", ".join(f"{name} {float(np.median(spent)):.1f}" for name, spent in seconds.items()))
         found = _described(seconds, say)
+        found["longer"] = _Bench(Path(folder) / "longer", LONG_STEPS).longer(say)
         found["growth"] = bench.growth(say)
         found |= bench.read(say)
         if installed("sae_lens", say):
@@ -75,8 +76,8 @@ def run(say: Say) -> dict[str, Any]:
 class _Bench:
     """A model's folder, its tokens, a cache of its rows, and fresh folders to write to, all below `folder`."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.model_folder = folder, folder / "model"
+    def __init__(self, folder: Path, n_steps: int):
+        self.folder, self.model_folder, self.n_steps = folder, folder / "model", n_steps
         for part in random_gpt2_module(N_LAYERS, D_MODEL):
             part.save_pretrained(self.model_folder)
         self.outs = (folder / f"out-{number}" for number in count())
@@ -86,18 +87,27 @@ class _Bench:
     def harvest(self) -> Cache:
         """Our cache of the rows."""
         config = HarvestConfig(hook_names=(HOOK,), context_size=CONTEXT_SIZE, holdout=0.0)
-        return harvest(self.model, random_documents(STEPS * BATCH_TOKENS // CONTEXT_SIZE), config, next(self.outs))
+        return harvest(
+            self.model, random_documents(self.n_steps * BATCH_TOKENS // CONTEXT_SIZE), config, next(self.outs)
+        )
 
     def sweep(self, n_saes: int) -> None:
         """Our sweep of that many."""
-        train(self.cache, _sweep(range(n_saes), STEPS), next(self.outs))
+        train(self.cache, _sweep(range(n_saes), self.n_steps), next(self.outs))
 
     def contenders(self, say: Say) -> dict[str, Callable[[], object]]:
         """What takes turns; the first two are ours."""
-        ours = {"harvest": self.harvest, "sweep": lambda: self.sweep(N_SAES), "resident": _resident(self.cache)}
+        ours = {
+            "harvest": self.harvest,
+            "sweep": lambda: self.sweep(N_SAES),
+            "resident": _resident(self.cache, self.n_steps),
+        }
         if not installed("sae_lens", say):
             return ours
-        runners, weights = _runners(self.cache, self.model_folder, STEPS), fresh_state(_config(self.cache)).weights
+        runners, weights = (
+            _runners(self.cache, self.model_folder, self.n_steps),
+            fresh_state(_config(self.cache)).weights,
+        )
         arrow = next(self.outs)
         _check_rows(self.cache, runners.cache(arrow))
         return ours | {
@@ -106,6 +116,16 @@ class _Bench:
             "saelens run": lambda: runners.train_one(weights, next(self.outs)),
             "saelens multi": lambda: runners.train_many([weights] * N_SAES, next(self.outs)),
         }
+
+    def longer(self, say: Say) -> dict[str, Any]:
+        """What is read from caches that are there, over steps enough for what an SAE costs but once to matter less."""
+        contenders = self.contenders(say)
+        chosen = {name: contenders[name] for name in ("sweep", "resident", "saelens cached run") if name in contenders}
+        seconds = interleaved_seconds(chosen, REPEATS, uncounted=0)
+        say(
+            f"  {self.n_steps} steps: " + ", ".join(f"{name} {np.median(spent):.1f}" for name, spent in seconds.items())
+        )
+        return {"steps": self.n_steps, "seconds": seconds, **_from_a_cache(seconds, say)}
 
     def check(self) -> None:
         """An SAE of a sweep ends equal to the same one trained alone."""
@@ -119,7 +139,7 @@ class _Bench:
         """SAE * tokens/s of sweeps of other sizes, each run once."""
         turns = {str(n): lambda n=n: self.sweep(n) for n in GROWTH}
         seconds = interleaved_seconds(turns, 1, uncounted=0)
-        rates = {n: int(n) * STEPS * BATCH_TOKENS / spent[0] for n, spent in seconds.items()}
+        rates = {n: int(n) * self.n_steps * BATCH_TOKENS / spent[0] for n, spent in seconds.items()}
         say("growth, SAE * tokens/s: " + ", ".join(f"{n} SAEs {rate:,.0f}" for n, rate in rates.items()))
         return rates
 
@@ -150,23 +170,38 @@ class _Bench:
 
 def _described(seconds: dict[str, list[float]], say: Say) -> dict[str, Any]:
     """How many times as long SAELens takes, pair by pair."""
+    found = _from_a_cache(seconds, say)
+    if "saelens run" not in seconds:
+        return found
     spent = {name: np.array(each) for name, each in seconds.items()}
     sweep, whole = spent["sweep"], spent["harvest"] + spent["sweep"]
-    found = {"sweep_over_resident": ratios(spent["resident"].tolist(), sweep.tolist())}
-    if "saelens run" in spent:
-        say(f"  a cached run and a run on the fly of SAELens are timed alone and counted {N_SAES} times")
-        cached, alone = N_SAES * spent["saelens cached run"], N_SAES * spent["saelens run"]
-        for name, theirs, ours in (
-            ("cached runs / sweep, from caches that are there", cached, sweep),
-            ("cached runs / sweep, both with the harvest", spent["saelens cache"] + cached, whole),
-            ("MultiSAETrainingRunner / sweep with the harvest", spent["saelens multi"], whole),
-            ("MultiSAETrainingRunner / sweep from a cache", spent["saelens multi"], sweep),
-            ("runs on the fly / sweep with the harvest", alone, whole),
-            ("runs on the fly / sweep from a cache", alone, sweep),
-        ):
-            found[name] = ratios(theirs.tolist(), ours.tolist())
+    cached, alone = N_SAES * spent["saelens cached run"], N_SAES * spent["saelens run"]
+    more = {
+        "cached runs / sweep, both with the harvest": (spent["saelens cache"] + cached, whole),
+        "MultiSAETrainingRunner / sweep with the harvest": (spent["saelens multi"], whole),
+        "MultiSAETrainingRunner / sweep from a cache": (spent["saelens multi"], sweep),
+        "runs on the fly / sweep with the harvest": (alone, whole),
+        "runs on the fly / sweep from a cache": (alone, sweep),
+    }
+    return found | _ratios(more, say)
+
+
+def _from_a_cache(seconds: dict[str, list[float]], say: Say) -> dict[str, Any]:
+    """The sweep against the bare steps, and N_SAES times SAELens' cached run, which is timed alone."""
+    spent = {name: np.array(each) for name, each in seconds.items()}
+    pairs = {"resident / sweep": (spent["resident"], spent["sweep"])}
+    if "saelens cached run" in spent:
+        pairs["cached runs / sweep, from caches that are there"] = (
+            N_SAES * spent["saelens cached run"],
+            spent["sweep"],
+        )
+    return _ratios(pairs, say)
+
+
+def _ratios(pairs: dict[str, tuple[np.ndarray, np.ndarray]], say: Say) -> dict[str, Any]:
+    found = {name: ratios(theirs.tolist(), ours.tolist()) for name, (theirs, ours) in pairs.items()}
     for name, ratio in found.items():
-        say(described(name.replace("_", " "), ratio))
+        say(described(name, ratio))
     return found
 
 
@@ -204,13 +239,13 @@ def _config(cache: Cache) -> SAEConfig:
     return _sweep([0], STEPS).expand(cache, training_tokens=10_000_000)[0]
 
 
-def _resident(cache: Cache) -> Callable[[], None]:
+def _resident(cache: Cache, n_steps: int) -> Callable[[], None]:
     config = _config(cache)
     x = cache.hook_reader("train", HOOK).read(0, BATCH_TOKENS).float()
     steps = [our_step(fresh_state(config)) for _ in range(N_SAES)]
 
     def run_resident() -> None:
-        for _ in range(STEPS):
+        for _ in range(n_steps):
             for step in steps:
                 step(x)
 

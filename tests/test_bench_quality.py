@@ -7,7 +7,7 @@ from tiny_caches import write_texts
 
 from actcache.bundled import bundled_model_path
 from actcache.models import load_model
-from benchmarks.bench_quality import Quality, at_l0, cached_equals_live
+from benchmarks.bench_quality import CASES, Quality, at_l0, cached_equals_live, run
 
 
 def on_a_line(*l0):
@@ -39,3 +39,14 @@ def test_a_cache_trains_what_the_model_trains(tmp_path):
     stepped = cached_equals_live(model, documents, tmp_path / "cache", n_tokens=8192)
     assert stepped["steps"] == 2
     assert 4096 < stepped["rows"] < 8192
+
+
+@pytest.mark.long
+def test_ours_explain_as_much_as_saelens():
+    """Three seeds each, at SAELens' L0: on the mean, no more than 0.002 of the variance less."""
+    pytest.importorskip("sae_lens")
+    said: list[str] = []
+    found = run(said.append)
+    means = {case.architecture: found[case.architecture]["mean"] for case in CASES}
+    assert set(means) == {"topk", "batchtopk", "standard", "jumprelu"}
+    assert min(means.values()) >= -0.002, "\n".join(said)

@@ -17,8 +17,10 @@ from actcache.cache import Cache
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
 from trainer.config import SAEConfig
 from trainer.evaluate import evaluate_runs
+from trainer.features import build_features
 from trainer.formats import Names
 from trainer.interop import import_release, import_sae
+from trainer.labels import write_labels
 from trainer.report import write_report
 from trainer.saelens import SAELENS_ARCHITECTURES, export_sae, load_sae
 
@@ -304,6 +306,23 @@ def test_an_imported_run_is_evaluated_reported_and_exported_like_ours(imported, 
     assert json.loads((imported / "saelens" / "eval.json").read_text())["architecture"] == "topk"
     assert "saelens" in write_report(imported, tmp_path / "report.html").read_text()
     assert sae_lens.SAE.load_from_disk(export_sae(imported / "saelens", tmp_path / "out")).cfg.k == K
+
+
+def test_the_features_of_an_imported_run_are_what_saelens_encodes(imported, tiny_cache, tiny_model, tmp_path):
+    run = imported / "saelens"
+    features = build_features(run, tiny_cache)
+    x = tiny_cache.hook_reader("validation", HOOK).read(0, tiny_cache.n_rows("validation")).float()
+    token_id = torch.from_numpy(tiny_cache.token_reader("validation", "id").read(0, len(x)))
+    x = x[~torch.isin(token_id, torch.tensor(tiny_cache.special_token_ids))]
+    with torch.no_grad():
+        feature_acts = sae_lens.SAE.load_from_disk(tmp_path / "saelens").encode(x)
+    assert features.n_tokens == len(x)
+    assert features.n_fired.tolist() == (feature_acts > 0).sum(0).tolist()
+    torch.testing.assert_close(torch.from_numpy(features.max_act.copy()), feature_acts.amax(0))
+    write_labels(run, tiny_cache, tiny_model)
+    page = write_report(imported, tmp_path / "report.html").read_text()
+    assert 'id="features-1"' in page, "runs by name: ours, saelens"
+    assert 'id="features-0"' not in page
 
 
 def test_config_json_of_an_imported_run_has_every_key_of_ours(imported):

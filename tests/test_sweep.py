@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -460,13 +461,25 @@ train(open_cache(cache), SweepConfig.from_yaml(sweep_file), out, progress=lambda
 """
 
 
-def test_a_killed_process_resumes_bit_for_bit(cache: Cache, finished: Path, tmp_path: Path) -> None:
+CHILD_SETTINGS: dict[str, Any] = {
+    "cwd": Path(__file__).parent.parent,
+    "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+}
+
+
+def write_sweep_file(folder: Path) -> Path:
+    """The sweep as a file, for a process of its own."""
     config = the_sweep()
     train_settings = {key: value for key, value in dataclasses.asdict(config.train).items() if value is not None}
-    (tmp_path / "sweep.yaml").write_text(json.dumps({**train_settings, "runs": config.runs}))
+    path = folder / "sweep.yaml"
+    path.write_text(json.dumps({**train_settings, "runs": config.runs}))
+    return path
+
+
+def test_a_killed_process_resumes_bit_for_bit(cache: Cache, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    command = [sys.executable, "-c", CHILD, str(cache.path), str(tmp_path / "sweep.yaml"), str(out)]
-    child = subprocess.Popen(command, cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-c", CHILD, str(cache.path), str(write_sweep_file(tmp_path)), str(out)]
+    child = subprocess.Popen(command, **CHILD_SETTINGS)
     try:
         log = out / "jumprelu" / "metrics.jsonl"
         while child.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
@@ -475,7 +488,44 @@ def test_a_killed_process_resumes_bit_for_bit(cache: Cache, finished: Path, tmp_
         child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL, "the child was still training"
     assert not (out / "topk" / "sae").exists()
-    train(cache, config, out)
+    train(cache, the_sweep(), out)
+    assert_same_runs(finished, out)
+
+
+MORTAL_CHILD = """
+import os, signal, sys, threading, torch
+torch.set_num_threads(1)
+from actcache.cache import open_cache
+from trainer.sweep_file import SweepConfig
+from trainer.sweep import train
+cache, sweep_file, out, n_steps, delay = sys.argv[1:]
+steps = []
+
+def progress(_):
+    steps.append(None)
+    if len(steps) == int(n_steps):
+        threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+train(open_cache(cache), SweepConfig.from_yaml(sweep_file), out, progress=progress)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_again_and_again_it_ends_bit_for_bit(
+    seed: int, cache: Cache, finished: Path, tmp_path: Path
+) -> None:
+    """Within a step, a checkpoint, an export: a call lives for some steps and then for up to two steps more."""
+    sweep_file, out, rng, n_killed = write_sweep_file(tmp_path), tmp_path / "runs", random.Random(seed), 0
+    code = -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        arguments = [cache.path, sweep_file, out, rng.randint(1, 8), rng.uniform(0, 0.2)]
+        code = subprocess.run(
+            [sys.executable, "-c", MORTAL_CHILD, *map(str, arguments)], **CHILD_SETTINGS, check=False
+        ).returncode
+        n_killed += code == -signal.SIGKILL
+    assert code == 0
+    assert n_killed >= 2
     assert_same_runs(finished, out)
 
 
