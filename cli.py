@@ -26,7 +26,8 @@ from actcache.errors import ActcacheError, ConfigError, ManifestError
 from actcache.flow import SPLITS
 from actcache.relabel import relabel as run_relabel
 from actcache.verify import verify as audit
-from trainer.analysis import encode_text, logit_attribution, similar_features
+from trainer.analysis import check_latents, encode_text, logit_attribution, similar_features
+from trainer.analysis import stability as measured_stability
 from trainer.config import Architecture
 from trainer.evaluate import evaluate_runs
 from trainer.features import Features, build_features
@@ -46,6 +47,8 @@ from trainer.lines import (
     plan_lines,
     similar_facts,
     similar_lines,
+    stability_facts,
+    stability_lines,
     text_lines,
 )
 from trainer.neuronpedia import export_neuronpedia
@@ -464,6 +467,25 @@ def similar(
         _print_json(similar_facts(found, feature))
     else:
         _say(similar_lines(found, feature))
+
+
+@app.command()
+def stability(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a SAELens directory.")],
+    others: Annotated[list[Path], typer.Argument(metavar="OTHERS...", help="The same with other seeds.")],
+    feature: Annotated[int | None, typer.Option(help="Of RUN; all of them if left out.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say how surely the features of RUN are found in others: the mean of their largest cosine in each."""
+    saes = [load_sae(each, device=_device(device)) for each in (run, *others)]
+    if feature is not None:
+        check_latents(saes[0], [feature])
+    found = measured_stability(saes)
+    if as_json:
+        _print_json(stability_facts(found, feature))
+    else:
+        _say(stability_lines(found, len(others), feature))
 
 
 @app.command()

@@ -201,6 +201,18 @@ def test_similar_features_of_two_runs(work):
     assert actcache("similar", a, a, "--feature", 5).stderr.split()[:2] == ["5", "1.0000"]
 
 
+def test_stability_is_the_mean_over_the_others(work):
+    a, b = work / "runs" / "topk", work / "runs" / "standard"
+    near = [each["cosine"] for each in json.loads(actcache("similar", a, b, "--json").stdout)["features"]]
+    got = json.loads(actcache("stability", a, b, a, "--json").stdout)
+    assert got["features"] == pytest.approx([(cosine + 1) / 2 for cosine in near], abs=1e-6)
+    assert got["mean_stability"] == pytest.approx(sum(got["features"]) / 64)
+    one = json.loads(actcache("stability", a, b, a, "--feature", 5, "--json").stdout)
+    assert one == {"feature": 5, "stability": got["features"][5]}
+    assert "mean of 2 SAEs, of 64 features: 1.0000 on average" in actcache("stability", a, a, a).stderr
+    assert actcache("stability", a, a, "--feature", 5).stderr.split() == ["5", "1.0000"]
+
+
 def test_features_are_found_once_and_looked_up(work):
     first = actcache("features", work / "runs" / "topk", "--json", "--top", 3)
     found = json.loads(first.stdout)
@@ -332,6 +344,8 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
         "too long a text": ([*steer, "--feature", 1, "--strength", 1, "--tokens", 999], 2, "has 256 positions, 999"),
         "nothing to steer": (["steer", work / "other", *steer[2:], "--feature", 1, "--strength", 1], 1, "neither cfg"),
         "no such twin": (["similar", *steer[1:2] * 2, "--feature", 64], 2, "must be in [0, d_sae=64), got 64"),
+        "no such stable one": (["stability", *steer[1:2] * 2, "--feature", 64], 2, "must be in [0, d_sae=64), got 64"),
+        "stable in what": (["stability", work / "runs" / "topk"], 2, "Missing argument"),
         "no option": (["harvest"], 2, "Missing option"),
         "no such command": (["harvset"], 2, "No such command"),
         "no such feature to look up": (

@@ -13,7 +13,7 @@ def measured(out: Path, codec: str, **environment: str) -> list[int]:
     script = Path(__file__).with_name("peak_memory_of_harvest.py")
     done = subprocess.run(
         [sys.executable, str(script), str(out), str(1 << 16), codec],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1]), **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -298,9 +298,9 @@ def wide_cache(out: Path, n_rows: int):
 def peak_memory(cache) -> tuple[int, int]:
     """(anonymous bytes at the peak of an epoch, bytes that Loader's docstring allows), in a process of its own."""
     script = Path(__file__).with_name("peak_memory.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    settings = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(script.parents[1])}
     command = [sys.executable, str(script), str(cache.path), "1.5"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=script.parents[1], check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings}, check=False)
     assert done.returncode == 0, done.stderr
     peak, allowed = done.stdout.split()
     return int(peak), int(allowed)

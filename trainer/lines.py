@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from actcache.cache import Cache, stored_files
 from actcache.flow import SPLITS
 from trainer.analysis import LogitAttribution, SimilarFeatures, TokenFeatures
@@ -96,9 +99,26 @@ def similar_lines(found: SimilarFeatures, feature: int | None) -> str:
     if feature is not None:
         near = similar_facts(found, feature)["similar"]
         return "\n".join(f"{each['feature']:>8}  {each['cosine']:.4f}" for each in near)
-    best = found.cosines[:, 0].double()
-    shares = ", ".join(f"{float((best >= cut).double().mean()):.1%} at {cut} or more" for cut in (0.7, 0.9))
-    return f"largest cosine of {len(best):,} features: {float(best.mean()):.4f} on average; {shares}"
+    return f"largest cosine of {_spread(found.cosines[:, 0])}"
+
+
+def stability_lines(found: Float[Tensor, " d_sae"], n_others: int, feature: int | None) -> str:
+    """Of all features, or of one."""
+    if feature is not None:
+        return f"{feature:>8}  {float(found[feature]):.4f}"
+    return f"largest cosine, the mean of {n_others} SAEs, of {_spread(found)}"
+
+
+def _spread(cosines: Float[Tensor, " latent"]) -> str:
+    cosines = cosines.double()
+    shares = ", ".join(f"{float((cosines >= cut).double().mean()):.1%} at {cut} or more" for cut in (0.7, 0.9))
+    return f"{len(cosines):,} features: {float(cosines.mean()):.4f} on average; {shares}"
+
+
+def stability_facts(found: Float[Tensor, " d_sae"], feature: int | None) -> dict[str, Any]:
+    if feature is not None:
+        return {"feature": feature, "stability": float(found[feature])}
+    return {"mean_stability": float(found.double().mean()), "features": found.tolist()}
 
 
 def features_facts(features: Features, n: int, labels: Labels, rate: float | None) -> dict[str, Any]:
