@@ -24,8 +24,8 @@ from trainer import model_losses
 from trainer.evaluate import evaluate
 from trainer.saelens import SAE
 
-D_MODEL, CONTEXT_SIZE, VOCAB, N_TOKENS = 32, 128, 8192, 1 << 14
-HOOK, D_SAE, PIECE_VALUES = "blocks.0.hook_resid_post", 65_536, 1 << 21
+D_MODEL, CONTEXT_SIZE, VOCAB, N_TOKENS = 32, 128, 8192, 1 << 13
+HOOK, D_SAE, PIECE_VALUES = "blocks.0.hook_resid_post", 32_768, 1 << 20
 
 
 def anonymous_bytes() -> int:

@@ -87,7 +87,7 @@ def test_pieces_change_nothing_but_the_order_of_sums(piece_values, cache, model,
 
 
 def test_a_wide_sae_is_evaluated_in_bounded_memory(tmp_path):
-    """65,536 latents and a vocabulary of 8,192, in pieces of 8 MiB; [rows, d_sae] of a whole batch is 512 MiB.
+    """32,768 latents and a vocabulary of 8,192, in pieces of 4 MiB; [rows, d_sae] of a whole batch is 256 MiB.
 
     At most six matrices of a piece are there at once (feature_acts, what it is made of, and sums over it in float64, of
     twice the size), and of the model's passes the log-probabilities and one more [tokens, vocab].
