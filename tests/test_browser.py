@@ -5,6 +5,8 @@ Screenshots of each page are left in $SCREENSHOTS, if that is set, for whoever w
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import os
 import shutil
@@ -133,7 +135,7 @@ def test_the_table_sorts_and_filters(browser, report):
 
 def data_of(page: Page, index: int) -> dict:
     """What the page holds of an SAE's features."""
-    return json.loads(page.locator(f"#features-{index}").text_content())
+    return json.loads(gzip.decompress(base64.b64decode(page.locator(f"#features-{index}").text_content())))
 
 
 def test_features_are_found_by_id_and_by_token(browser, report):

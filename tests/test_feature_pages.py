@@ -1,5 +1,7 @@
 """What the report shows of features is what `Features` says, for the latents that the stated rule ranks first."""
 
+import base64
+import gzip
 import json
 import math
 
@@ -60,7 +62,8 @@ def test_a_page_says_what_the_features_say(run):
 def test_the_report_takes_as_many_as_it_is_told(run, tmp_path):
     out = write_report(run, tmp_path / "report.html", n_features=3)
     block = out.read_text().split('id="features-0">')[1].split("</script>")[0]
-    assert [page["latent"] for page in json.loads(block)["latents"]] == most_informative(open_features(run), 3)
+    held = json.loads(gzip.decompress(base64.b64decode(block)))
+    assert [page["latent"] for page in held["latents"]] == most_informative(open_features(run), 3)
 
 
 def test_features_without_words_are_not_drawn(tiny_cache, tiny_model, tmp_path):

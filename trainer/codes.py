@@ -117,9 +117,8 @@ class Codes:
         """The latents that fire on the chosen tokens, one after the other."""
         start = self.token_start[tokens]
         counts = self.token_start[tokens + 1] - start
-        ends = np.cumsum(counts)
-        within = np.arange(counts.sum()) - np.repeat(ends - counts, counts)
-        return self.latent[np.repeat(start, counts) + within]
+        first = np.cumsum(counts) - counts  # of each token, among those returned
+        return self.latent[np.repeat(start - first, counts) + np.arange(counts.sum())]
 
 
 def write_codes(

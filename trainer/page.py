@@ -1,5 +1,7 @@
 """The report's HTML: one file with its style, its scripts and its data inside, and no string that is not escaped."""
 
+import base64
+import gzip
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,7 +62,7 @@ def page(
 <main id="sae" hidden></main>
 <div id="tip" role="status" hidden></div>
 {_data("figures", {"title": title, "runs": shown})}
-{"".join(_data(f"features-{i}", features[run.name]) for i, run in enumerate(runs) if run.name in features)}
+{"".join(_packed(f"features-{i}", features[run.name]) for i, run in enumerate(runs) if run.name in features)}
 <script>{get_plotlyjs()}</script>
 <script>{_asset("report.js")}</script>
 <script>{_asset("feature_pages.js")}</script>
@@ -74,9 +76,18 @@ def _asset(name: str) -> str:
 
 
 def _data(element: str, values: Mapping[str, Any]) -> str:
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    text = text.replace("<", "\\u003c")  # so that no string ends the script
+    text = _json(values).replace("<", "\\u003c")  # so that no string ends the script
     return f'<script type="application/json" id="{html.escape(element)}">{text}</script>'
+
+
+def _packed(element: str, values: Mapping[str, Any]) -> str:
+    """A fifth as long, for what is only read when somebody asks."""
+    packed = base64.b64encode(gzip.compress(_json(values).encode(), compresslevel=6, mtime=0)).decode()
+    return f'<script type="application/gzip" id="{html.escape(element)}">{packed}</script>'
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 # --- of the whole sweep ---

@@ -30,12 +30,17 @@ function facts(pairs, id) {
   return element("dl", {class: "facts", id}, ...items);
 }
 
-function featuresOf(index) {
+async function featuresOf(index) {
   if (!parsed.has(index)) {
-    const data = document.getElementById("features-" + index);
-    parsed.set(index, data ? JSON.parse(data.textContent) : null);
+    const packed = document.getElementById("features-" + index);
+    parsed.set(index, packed ? await unpacked(packed.textContent) : null);
   }
   return parsed.get(index);
+}
+
+function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), character => character.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
 }
 
 // --- contexts ---
@@ -209,8 +214,8 @@ function absence(run, data) {
   return "Its features are not here: actcache features RUN finds them; then write the report again.";
 }
 
-function showSae(index) {
-  const run = runs[index], data = featuresOf(index), hasFeatures = data !== null && data.latents.length > 0;
+function showSae(index, data) {
+  const run = runs[index], hasFeatures = data !== null && data.latents.length > 0;
   saePage.replaceChildren(
     element("p", {}, element("a", {href: "#"}, "\u2190 all SAEs")),
     element("h1", {}, run.about.name),
@@ -224,9 +229,11 @@ function showSae(index) {
   listed(index, data, "");
 }
 
-function route() {
-  const [, name, latent] = location.hash.slice(1).split("/");
+async function route() {
+  const address = location.hash, [, name, latent] = address.slice(1).split("/");
   const index = name ? runs.findIndex(run => run.address === "/" + name) : -1;
+  const data = index < 0 ? null : await featuresOf(index);
+  if (location.hash !== address) return;  // somebody was faster than the unpacking
   const isNew = shown.index !== index, title = sweepPage.querySelector("h1").textContent;
   tip.hidden = true;
   sweepPage.hidden = index >= 0;
@@ -234,8 +241,7 @@ function route() {
   document.title = index < 0 ? title : `${runs[index].about.name} - ${title}`;
   if (isNew) shown = {index, latent: -1};
   if (index < 0) return sweepPage.querySelectorAll(".plot").forEach(plot => Plotly.Plots.resize(plot));
-  if (isNew) showSae(index);
-  const data = featuresOf(index);
+  if (isNew) showSae(index, data);
   if (data && data.latents.length) showFeature(index, data, latent ? Number(latent) : data.latents[0].latent);
   if (latent) document.getElementById("feature")?.scrollIntoView();
   else scrollTo(0, 0);
@@ -244,7 +250,7 @@ function route() {
 for (const event of ["pointerover", "click"]) document.addEventListener(event, ({target}) => showTip(target));
 addEventListener("scroll", () => { tip.hidden = true; }, {passive: true});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  const page = shown.index >= 0 && featuresOf(shown.index)?.latents.find(each => each.latent === shown.latent);
+  const page = shown.index >= 0 && parsed.get(shown.index)?.latents.find(each => each.latent === shown.latent);
   if (page) drawHistogram(page);
 });
 addEventListener("hashchange", route);
