@@ -185,6 +185,20 @@ def test_a_feature_shows_its_contexts_as_they_are(browser, report):
         keep(page, "features")
 
 
+def test_an_address_shows_its_latent_in_the_list_too(browser, report):
+    with Reader(browser, report, "#/a-topk") as page:
+        last = data_of(page, 0)["latents"][-1]["latent"]
+    with Reader(browser, report, f"#/a-topk/{last}") as page:
+        current = page.locator("#feature-list a[aria-current]")
+        current.wait_for()
+        assert current.locator("b").text_content() == str(last)
+        row, listed = current.bounding_box(), page.locator(".browser nav").bounding_box()
+        assert row is not None
+        assert listed is not None
+        assert listed["y"] <= row["y"]
+        assert row["y"] + row["height"] <= listed["y"] + listed["height"]
+
+
 def test_hostile_words_stay_words(browser, report):
     with Reader(browser, report) as page:
         page.get_by_role("link", name="b <img").click()

@@ -17,8 +17,8 @@ from trainer.labels import has_labels, read_labels
 from trainer.page import page
 from trainer.run_files import RunFiles, read_harvests, read_runs
 
-N_FEATURES = 1024  # of one SAE, about 1.4 kB each beside the 5 MB of plotly.js
-MOST_FEATURES = 5120  # of all SAEs together, so that the page stays at about 12 MB
+N_FEATURES = 640  # of one SAE, about 1.4 kB each beside the 5 MB of plotly.js
+MOST_FEATURES = 3200  # of all SAEs together, so that the page stays at about 10 MB
 
 
 def write_report(runs: Path | str, out: Path | str, *, n_features: int = N_FEATURES) -> Path:

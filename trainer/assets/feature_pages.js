@@ -126,6 +126,15 @@ function markCurrent() {
     else link.removeAttribute("aria-current");
 }
 
+// Only the list scrolls: where the page stands is for who pressed.
+function revealCurrent() {
+  const current = document.querySelector("#feature-list a[aria-current]");
+  if (!current) return;
+  const list = current.closest("nav"), box = list.getBoundingClientRect();
+  const {top, bottom} = current.getBoundingClientRect();
+  if (top < box.top || bottom > box.bottom) list.scrollTop += top - box.top - list.clientHeight / 2;
+}
+
 // --- one latent ---
 
 function lensTable(title, rows) {
@@ -186,6 +195,7 @@ function showFeature(index, data, latent) {
   const page = data.latents.find(each => each.latent === latent), view = document.getElementById("feature");
   shown = {index, latent};
   markCurrent();
+  revealCurrent();
   view.replaceChildren(...(page ? featurePage(index, data, page) : [element("p", {}, elsewhere(latent))]));
   if (page) drawHistogram(page);
 }
