@@ -313,7 +313,8 @@ def test_memory_does_not_grow_with_the_cache(tmp_path):
     (small_peak, _), (large_peak, allowed) = peak_memory(small), peak_memory(large)
     noise = 4 << 20  # interpreter, allocator and thread stacks
     larger_groups = 3 * 2 * (large.manifest.chunk_rows - small.manifest.chunk_rows) * 1024
-    assert large_peak - small_peak < larger_groups + noise, "the larger cache has 48 MiB more"
+    group = 2 * large.manifest.chunk_rows * 1024  # whether all three are there at once is a matter of timing
+    assert large_peak - small_peak < larger_groups + group + noise, "the larger cache has 48 MiB more"
     assert large_peak < allowed + noise
 
 
