@@ -70,7 +70,7 @@ def test_a_killed_worker_leaves_nothing_aside_though_another_goes_on(scenarios):
     wait_until(lambda: is_stopped(other))
     killed = scenarios.start("begin", root, "--worker", "1/2", fault=Fault(event=f"synced acts.zarr/train/{ACTS}/*"))
     assert killed.wait() == -signal.SIGKILL
-    assert len(list(root.rglob("*.partial"))) == 1
+    assert list((root / "acts.zarr" / "train" / ACTS).rglob("*.partial")), "the stopped one may have others"
     code, said = scenarios.run("begin", root, "--worker", "1/2")
     assert (code, "other workers owe" in said) == (0, True), said
     os.kill(other.pid, signal.SIGCONT)
