@@ -213,6 +213,15 @@ def test_an_sae_without_features_says_how_to_get_them(browser, report):
         assert page.locator("#metrics dd").all_text_contents()[0] == "30.0"
 
 
+def test_a_browser_too_old_to_unpack_says_so(browser, report):
+    with Reader(browser, report) as page:
+        page.add_init_script("delete window.DecompressionStream")
+        page.goto(f"{report.as_uri()}#/a-topk")
+        page.reload()
+        assert "This browser cannot unpack features" in page.locator("#no-features").text_content()
+        assert page.locator("#metrics dd").count() > 0
+
+
 @pytest.mark.parametrize("address", ["", "#/a-topk"])
 def test_it_fits_a_phone_and_the_dark(browser, report, address):
     with Reader(browser, report, address, viewport=PHONE, color_scheme="dark", is_mobile=True, has_touch=True) as page:

@@ -5,6 +5,7 @@ const sweepPage = document.getElementById("sweep"), saePage = document.getElemen
 const tip = document.getElementById("tip");
 const SHOWN_BEFORE = 12, SHOWN_AFTER = 12;  // characters around the peak in the list of features
 const parsed = new Map();                   // index of a run -> its features, once they were looked at
+const canUnpack = "DecompressionStream" in window;
 let shown = {index: -1, latent: -1};
 
 function element(name, attributes, ...children) {
@@ -33,7 +34,7 @@ function facts(pairs, id) {
 async function featuresOf(index) {
   if (!parsed.has(index)) {
     const packed = document.getElementById("features-" + index);
-    parsed.set(index, packed ? await unpacked(packed.textContent) : null);
+    parsed.set(index, packed && canUnpack ? await unpacked(packed.textContent) : null);
   }
   return parsed.get(index);
 }
@@ -221,6 +222,7 @@ function featureBrowser(data) {
 function absence(run, data) {
   if (run.baseline) return "A PCA has components, no features.";
   if (data) return "None of its latents fires on enough held-out tokens to be shown.";
+  if (!canUnpack) return "This browser cannot unpack features: open the page in one of May 2023 or later.";
   return "Its features are not here: actcache features RUN finds them; then write the report again.";
 }
 
