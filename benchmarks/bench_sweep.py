@@ -87,9 +87,8 @@ class _Bench:
     def harvest(self) -> Cache:
         """Our cache of the rows."""
         config = HarvestConfig(hook_names=(HOOK,), context_size=CONTEXT_SIZE, holdout=0.0)
-        return harvest(
-            self.model, random_documents(self.n_steps * BATCH_TOKENS // CONTEXT_SIZE), config, next(self.outs)
-        )
+        documents = random_documents(self.n_steps * BATCH_TOKENS // CONTEXT_SIZE)
+        return harvest(self.model, documents, config, next(self.outs))
 
     def sweep(self, n_saes: int) -> None:
         """Our sweep of that many."""
@@ -97,17 +96,12 @@ class _Bench:
 
     def contenders(self, say: Say) -> dict[str, Callable[[], object]]:
         """What takes turns; the first two are ours."""
-        ours = {
-            "harvest": self.harvest,
-            "sweep": lambda: self.sweep(N_SAES),
-            "resident": _resident(self.cache, self.n_steps),
-        }
+        resident = _resident(self.cache, self.n_steps)
+        ours = {"harvest": self.harvest, "sweep": lambda: self.sweep(N_SAES), "resident": resident}
         if not installed("sae_lens", say):
             return ours
-        runners, weights = (
-            _runners(self.cache, self.model_folder, self.n_steps),
-            fresh_state(_config(self.cache)).weights,
-        )
+        runners = _runners(self.cache, self.model_folder, self.n_steps)
+        weights = fresh_state(_config(self.cache)).weights
         arrow = next(self.outs)
         _check_rows(self.cache, runners.cache(arrow))
         return ours | {
@@ -122,9 +116,8 @@ class _Bench:
         contenders = self.contenders(say)
         chosen = {name: contenders[name] for name in ("sweep", "resident", "saelens cached run") if name in contenders}
         seconds = interleaved_seconds(chosen, REPEATS, uncounted=0)
-        say(
-            f"  {self.n_steps} steps: " + ", ".join(f"{name} {np.median(spent):.1f}" for name, spent in seconds.items())
-        )
+        medians = ", ".join(f"{name} {float(np.median(spent)):.1f}" for name, spent in seconds.items())
+        say(f"{self.n_steps} steps each; seconds, medians of {REPEATS}: {medians}")
         return {"steps": self.n_steps, "seconds": seconds, **_from_a_cache(seconds, say)}
 
     def check(self) -> None:
@@ -191,10 +184,8 @@ def _from_a_cache(seconds: dict[str, list[float]], say: Say) -> dict[str, Any]:
     spent = {name: np.array(each) for name, each in seconds.items()}
     pairs = {"resident / sweep": (spent["resident"], spent["sweep"])}
     if "saelens cached run" in spent:
-        pairs["cached runs / sweep, from caches that are there"] = (
-            N_SAES * spent["saelens cached run"],
-            spent["sweep"],
-        )
+        cached = N_SAES * spent["saelens cached run"]
+        pairs["cached runs / sweep, from caches that are there"] = (cached, spent["sweep"])
     return _ratios(pairs, say)
 
 
