@@ -1,14 +1,13 @@
 """Latents of the demo's SAE that a person can name, held to expressions on text that nobody had looked at.
 
-Each expression was written from contexts of training rows alone. The latent that it describes is here the one that
-agrees with it best on training rows (the largest F1). Precision and recall are then counted on the validation split,
-and on numpy's docstrings, which neither the language model nor the SAE was trained on. Precision: the share of the
-tokens on which the latent fires, however weakly, that are part of a match. Recall: the share of matches with a token on
-which it fires.
+Each expression was chosen on training rows alone. The latent that it describes is here the one that agrees with it best
+on training rows (the largest F1). Precision and recall are then counted on the validation split, and on numpy's
+docstrings, which neither the language model nor the SAE was trained on. Precision: the share of the tokens on which the
+latent fires, however weakly, that are part of a match. Recall: the share of matches with a token on which it fires.
 
-Each latent is then added at every token while the model writes, and the matches of its expression in 1,000 characters
-are counted, beside those in text written with random directions of the same norm, and with nothing added. The last line
-on stdout is one JSON object.
+Those of STEERED are then added at every token while the model writes, one at a time, and the matches of the expression
+in 1,000 characters are counted, beside those in text written with random directions of the same norm, and with nothing
+added. The last line on stdout is one JSON object.
 
     actcache demo --out demo && python -m benchmarks.named_features demo
 """
@@ -40,6 +39,7 @@ from benchmarks.measure import Say, machine
 from trainer.codes import SparseEncoder
 from trainer.features import open_features
 from trainer.labels import read_labels, token_strings
+from trainer.lines import context_line
 from trainer.saelens import SAE, load_sae
 from trainer.steering import Add, steer
 
@@ -120,7 +120,7 @@ def agreements(text: Text, pattern: str, d_sae: int) -> list[Agreement]:
     """Of every latent with one expression; a rate of nothing is 0."""
     number, n_matches = numbered_matches(text.strings, pattern)
     of_entry = number[text.token]
-    hits = of_entry >= 0
+    hits, base_rate = of_entry >= 0, float((number >= 0).mean())
     pairs = np.unique(np.stack([text.latent[hits], of_entry[hits]]), axis=1)  # each match of each latent once
     counts = (np.bincount(latents, minlength=d_sae).tolist() for latents in (text.latent, text.latent[hits], pairs[0]))
     return [
@@ -129,7 +129,7 @@ def agreements(text: Text, pattern: str, d_sae: int) -> list[Agreement]:
             n_matches=n_matches,
             precision=n_hits / max(n_fired, 1),
             recall=n_found / max(n_matches, 1),
-            base_rate=float((number >= 0).mean()),
+            base_rate=base_rate,
         )
         for n_fired, n_hits, n_found in zip(*counts, strict=True)
     ]
@@ -218,12 +218,8 @@ class _Bench:
 
     def _contexts(self, latent: int) -> list[str]:
         """Where it fires most on held-out text, that token in brackets."""
-        labels, shown = read_labels(self._run), []
-        for context in open_features(self._run).top(latent, N_CONTEXTS):
-            strings = [labels.text(token_id) for token_id in context.token_ids]
-            before, after = strings[: context.peak], strings[context.peak + 1 :]
-            shown.append(f"{''.join(before)}[{strings[context.peak]}]{''.join(after)}")
-        return shown
+        labels, contexts = read_labels(self._run), open_features(self._run).top(latent, N_CONTEXTS)
+        return [context_line([labels.text(i) for i in context.token_ids], context.peak) for context in contexts]
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def estimate_line(found: Estimate) -> str:
+    """What a harvest would take: rows, bytes, and the seconds in the model where they are known."""
     time_left = "" if found.seconds is None else f", about {found.seconds:,.0f} s in the model"
     room = f"{found.free_bytes / 1e9:,.3g} GB free"
     return f"to harvest: {found.n_rows:,} rows, at most about {found.n_bytes / 1e9:,.3g} GB ({room}){time_left}"
@@ -42,6 +43,7 @@ def plan_lines(planned: SweepPlan) -> str:
 
 
 def cache_facts(cache: Cache) -> dict[str, Any]:
+    """What a cache holds, of what, and where it is from."""
     identity = cache.identity
     return {
         "path": str(cache.path),
@@ -60,6 +62,7 @@ def cache_facts(cache: Cache) -> dict[str, Any]:
 
 
 def cache_lines(cache: Cache) -> str:
+    """The same for a person."""
     facts = cache_facts(cache)
     rows = ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())
     hooks = ", ".join(f"{name} [{d_in}]" for name, d_in in facts["hooks"].items())
@@ -86,6 +89,7 @@ def _aligned(cells: Sequence[Sequence[str]]) -> str:
 
 
 def similar_facts(found: SimilarFeatures, feature: int | None) -> dict[str, Any]:
+    """The nearest of one feature, or for every feature the nearest, with the mean of their cosines."""
     latents, cosines = found.latents.tolist(), found.cosines.tolist()
     if feature is None:
         best = [{"feature": ids[0], "cosine": values[0]} for ids, values in zip(latents, cosines, strict=True)]
@@ -102,23 +106,18 @@ def similar_lines(found: SimilarFeatures, feature: int | None) -> str:
     return f"largest cosine of {_spread(found.cosines[:, 0])}"
 
 
+def stability_facts(found: Float[Tensor, " d_sae"], feature: int | None) -> dict[str, Any]:
+    """What `trainer.stability` found, of one feature or of all with their mean."""
+    if feature is not None:
+        return {"feature": feature, "stability": float(found[feature])}
+    return {"mean_stability": float(found.double().mean()), "features": found.tolist()}
+
+
 def stability_lines(found: Float[Tensor, " d_sae"], n_others: int, feature: int | None) -> str:
     """Of all features, or of one."""
     if feature is not None:
         return f"{feature:>8}  {float(found[feature]):.4f}"
     return f"largest cosine, the mean of {n_others} SAEs, of {_spread(found)}"
-
-
-def _spread(cosines: Float[Tensor, " latent"]) -> str:
-    cosines = cosines.double()
-    shares = ", ".join(f"{float((cosines >= cut).double().mean()):.1%} at {cut} or more" for cut in (0.7, 0.9))
-    return f"{len(cosines):,} features: {float(cosines.mean()):.4f} on average; {shares}"
-
-
-def stability_facts(found: Float[Tensor, " d_sae"], feature: int | None) -> dict[str, Any]:
-    if feature is not None:
-        return {"feature": feature, "stability": float(found[feature])}
-    return {"mean_stability": float(found.double().mean()), "features": found.tolist()}
 
 
 def features_facts(features: Features, n: int, labels: Labels, rate: float | None) -> dict[str, Any]:
@@ -146,6 +145,7 @@ def _feature_row(features: Features, latent: int, labels: Labels) -> dict[str, A
 
 
 def feature_facts(features: Features, latent: int, n: int, labels: Labels) -> dict[str, Any]:
+    """Of one feature: its n top contexts, histogram, what fires with it, and its logit lens where there is one."""
     counts, edges = features.histogram(latent)
     contexts = [_context_facts(context, labels) for context in features.top(latent, n)]
     together = [{"feature": other, "n_tokens": count} for other, count in features.coactive(latent)]
@@ -169,6 +169,7 @@ def _context_facts(context: Context, labels: Labels) -> dict[str, Any]:
 
 
 def features_lines(facts: Mapping[str, Any]) -> str:
+    """How many there are, how many never fired, and a table of those that fire most often."""
     rate = facts["rows_per_second"]
     lines = [
         f"{facts['d_sae']:,} features on {facts['n_tokens']:,} held-out tokens, {facts['never_fired']:,} never fired"
@@ -187,10 +188,7 @@ def feature_lines(facts: Mapping[str, Any]) -> str:
     """Contexts with the peak in brackets, the histogram as a line of blocks, what fires with it, its logit lens."""
     lines = [f"feature {facts['feature']}: density {facts['density']:.3g}, largest activation {facts['max_act']:.4g}"]
     for context in facts["contexts"]:
-        tokens, peak = context["tokens"], context["peak"]
-        parts = ("".join(tokens[:peak]), tokens[peak], "".join(tokens[peak + 1 :]))
-        before, at, after = (_visible(part) for part in parts)
-        lines.append(f"{context['act']:>10.4g}  {before}[{at}]{after}")
+        lines.append(f"{context['act']:>10.4g}  {context_line(context['tokens'], context['peak'])}")
     counts, edges = facts["histogram"]["counts"], facts["histogram"]["edges"]
     lines.append(f"activations from {edges[0]:.4g} to {edges[-1]:.4g}: {_blocks(counts)}")
     together = ", ".join(f"{each['feature']} ({each['n_tokens']:,} tokens)" for each in facts["coactive"])
@@ -198,6 +196,11 @@ def feature_lines(facts: Mapping[str, Any]) -> str:
     for end, tokens in (facts["logit_lens"] or {}).items():
         lines.append(f"{end}: " + ", ".join(f"{_visible(each['token'])!r} {each['logit']:+.3g}" for each in tokens))
     return "\n".join(lines)
+
+
+def context_line(tokens: Sequence[str], peak: int) -> str:
+    """The tokens of a context on one line, the one at `peak` in brackets."""
+    return _visible(f"{''.join(tokens[:peak])}[{tokens[peak]}]{''.join(tokens[peak + 1 :])}")
 
 
 def text_lines(tokens: Sequence[TokenFeatures]) -> str:
@@ -216,6 +219,12 @@ def attribution_lines(found: LogitAttribution, n: int) -> str:
     ]
     rows = [[str(each.latent), f"{each.activation:.4g}", f"{each.logit:+.4g}"] for each in found.features[:n]]
     return "\n".join([*lines, _aligned([("feature", "activation", "logit"), *rows])])
+
+
+def _spread(cosines: Float[Tensor, " latent"]) -> str:
+    cosines = cosines.double()
+    shares = ", ".join(f"{float((cosines >= cut).double().mean()):.1%} at {cut} or more" for cut in (0.7, 0.9))
+    return f"{len(cosines):,} features: {float(cosines.mean()):.4f} on average; {shares}"
 
 
 def _visible(text: str) -> str:
