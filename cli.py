@@ -21,20 +21,12 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-from actcache.cache import Cache, open_cache, read_origin
 from actcache.errors import ActcacheError, ConfigError, ManifestError
 from actcache.flow import SPLITS
-from actcache.relabel import relabel as run_relabel
-from actcache.verify import verify as audit
-from trainer.analysis import check_latents, encode_text, logit_attribution, similar_features
-from trainer.analysis import stability as measured_stability
-from trainer.config import Architecture
-from trainer.evaluate import evaluate_runs
-from trainer.features import Features, build_features
-from trainer.formats import Names
-from trainer.interop import import_release, import_sae
-from trainer.labels import Labels, has_labels, read_labels, write_labels
-from trainer.lines import (
+from actcache.integrity.relabel import relabel as run_relabel
+from actcache.integrity.verify import verify as audit
+from actcache.store.cache import Cache, open_cache, read_origin
+from trainer.commands.lines import (
     attribution_lines,
     cache_facts,
     cache_lines,
@@ -51,21 +43,29 @@ from trainer.lines import (
     stability_lines,
     text_lines,
 )
-from trainer.neuronpedia import export_neuronpedia
-from trainer.plan import measured_seconds
-from trainer.presets import PRESETS
-from trainer.report import write_report
-from trainer.saelens import SAE, export_sae, load_sae
-from trainer.steering import Add, Clamp, Scale
-from trainer.steering import steer as run_steer
-from trainer.sweep import SweepProgress, plan
-from trainer.sweep import train as run_train
-from trainer.sweep_file import SweepConfig
+from trainer.config.presets import PRESETS
+from trainer.config.settings import Architecture
+from trainer.config.sweep import SweepConfig
+from trainer.evaluation.evaluate import evaluate_runs
+from trainer.features.attribution import check_latents, encode_text, logit_attribution, similar_features
+from trainer.features.attribution import stability as measured_stability
+from trainer.features.features import Features, build_features
+from trainer.features.token_strings import Labels, has_labels, read_labels, write_labels
+from trainer.formats.imports import import_release, import_sae
+from trainer.formats.saelens import SAE, export_sae, load_sae
+from trainer.formats.sparsify import Names
+from trainer.interventions.steering import Add, Clamp, Scale
+from trainer.interventions.steering import steer as run_steer
+from trainer.publish.neuronpedia import export_neuronpedia
+from trainer.report.report import write_report
+from trainer.training.plan import measured_seconds
+from trainer.training.sweep import SweepProgress, plan
+from trainer.training.sweep import train as run_train
 
 if TYPE_CHECKING:
-    from actcache.harvester import Worker
-    from actcache.models import LanguageModel
-    from actcache.sample import SampleReport
+    from actcache.harvesting.run import Worker
+    from actcache.integrity.spot_check import SampleReport
+    from actcache.models.load import LanguageModel
 
 BENCHES = (
     "harvest",
@@ -176,10 +176,10 @@ def harvest(
 
     A finished cache that holds them is reused; a new hook is added over its tokens; more tokens make it grow.
     """
-    from actcache.harvester import dry_run, harvest_share  # with transformers, which takes seconds to import
-    from actcache.models import load_model
-    from actcache.plan import HarvestConfig
-    from actcache.tokens import DatasetSource
+    from actcache.harvesting.plan import HarvestConfig
+    from actcache.harvesting.run import dry_run, harvest_share  # with transformers, which takes seconds to import
+    from actcache.models.load import load_model
+    from actcache.text.tokenise import DatasetSource
 
     config = HarvestConfig(
         hook_names=tuple(hook),
@@ -267,7 +267,7 @@ def repair(
     device: Device = "auto",
 ) -> None:
     """Rebuild what is damaged and nothing else; the model is loaded only if activations are."""
-    from actcache.repair import repair as run_repair
+    from actcache.integrity.repair import repair as run_repair
 
     with closing(_StageBar()) as progress:
         done = run_repair(cache, _as_harvested(cache, model, device), dataset=dataset, progress=progress)
@@ -562,7 +562,7 @@ def import_arrow(
     holdout: Annotated[float, typer.Option(help="Share of sequences in the validation split.")] = 0.01,
 ) -> None:
     """Make a cache of one that SAELens wrote with its CacheActivationsRunner."""
-    from actcache.arrow import ArrowImport, import_cache  # with datasets, which takes seconds to import
+    from actcache.interop.arrow_import import ArrowImport, import_cache  # with datasets, which takes seconds to import
 
     special = tuple(special_token or ())
     config = ArrowImport(model=model, special_token_ids=special, codec=codec, dtype=dtype, seed=seed, holdout=holdout)
@@ -579,7 +579,7 @@ def export_arrow(
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
 ) -> None:
     """Write a split where SAELens trains from it, as `new_cached_activations_path` of CacheActivationsRunnerConfig."""
-    from actcache.arrow import export_cache
+    from actcache.interop.arrow_import import export_cache
 
     if split not in SPLITS:
         raise ConfigError(f"export-cache: --split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -603,7 +603,7 @@ def bench(
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo")) -> None:
     """Harvest, train, evaluate and report on the bundled model and Python's own documentation; under three minutes."""
-    from actcache.bundled import bundled_model_path, write_documents
+    from actcache.bundled.documents import bundled_model_path, write_documents
 
     texts = write_documents(out / "documents.jsonl")
     harvest(
@@ -696,7 +696,7 @@ class _TrainBar:
 
 def _worker(share: str | None) -> Worker:
     """The worker that --worker i/n names, else the one that torchrun or srun made this process."""
-    from actcache.harvester import Worker
+    from actcache.harvesting.run import Worker
 
     if share is None:
         index = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
@@ -738,7 +738,7 @@ def _as_harvested(root: Path, model: str | None, device: str) -> Callable[[Mappi
     """Loads the model of a cache as it ran then, given how; from where the cache remembers it if `model` is None."""
 
     def load(compute: Mapping[str, Any]) -> LanguageModel:
-        from actcache.models import load_model
+        from actcache.models.load import load_model
 
         origin = {"model": model, "revision": None} if model else read_origin(root)
         if not origin["model"]:
@@ -758,7 +758,7 @@ def _as_harvested(root: Path, model: str | None, device: str) -> Callable[[Mappi
 
 
 def _sample(root: Path, model: str | None, sequences: int, device: str) -> SampleReport:
-    from actcache.sample import sample_model
+    from actcache.integrity.spot_check import sample_model
 
     opened = open_cache(root)
     return sample_model(opened, _as_harvested(root, model, device)(opened.compute), sequences)
@@ -767,7 +767,7 @@ def _sample(root: Path, model: str | None, sequences: int, device: str) -> Sampl
 def _evaluate(
     runs: Path, cache: Cache, model: str | None, device: str, exclude_special_tokens: bool = True
 ) -> list[dict[str, Any]]:
-    from actcache.models import load_model
+    from actcache.models.load import load_model
 
     name, revision = (model, None) if model else (cache.origin["model"], cache.origin["revision"])
     how = {"dtype": cache.compute["model_dtype"], "backend": cache.compute["backend"]}
@@ -780,7 +780,7 @@ def _evaluate(
 
 def _model_of(run: Path, model: str | None, device: str) -> LanguageModel:
     """The model that a run's cache remembers, loaded as it ran there; or the one that is named."""
-    from actcache.models import load_model
+    from actcache.models.load import load_model
 
     if model:
         return load_model(model, device=device)

@@ -10,21 +10,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from actcache.cache import Cache, open_cache
-    from actcache.loader import Loader
-    from actcache.mixture import Mixture
-    from actcache.models import load_model
-    from actcache.notebook import harvest
+    from actcache.harvesting.notebook import harvest
+    from actcache.loading.loader import Loader
+    from actcache.loading.mixture import Mixture
+    from actcache.models.load import load_model
+    from actcache.store.cache import Cache, open_cache
 
 __all__ = ["Cache", "Loader", "Mixture", "harvest", "load_model", "open_cache"]
 
 _HOMES = {
-    "Cache": "actcache.cache",
-    "Loader": "actcache.loader",
-    "Mixture": "actcache.mixture",
-    "harvest": "actcache.notebook",
-    "load_model": "actcache.models",
-    "open_cache": "actcache.cache",
+    "Cache": "actcache.store.cache",
+    "Loader": "actcache.loading.loader",
+    "Mixture": "actcache.loading.mixture",
+    "harvest": "actcache.harvesting.notebook",
+    "load_model": "actcache.models.load",
+    "open_cache": "actcache.store.cache",
 }
 
 

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, Float64, Shaped, UInt
 from torch import Tensor
 
-from actcache.codecs import (
+from actcache.format.codecs import (
     ACTIVATION_DTYPES,
     BLOCK_CHANNELS,
     CODECS,
@@ -36,7 +36,7 @@ from actcache.codecs import (
     stored_tensors,
     values,
 )
-from actcache.manifest import MAX_SHARD_ROWS, chunk_rows
+from actcache.format.manifest import MAX_SHARD_ROWS, chunk_rows
 from benchmarks.measure import Say, interleaved_seconds, machine, one_torch_thread
 from benchmarks.stream import TrainedRows, bundled_rows, minilm_path, minilm_rows
 

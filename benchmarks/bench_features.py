@@ -31,18 +31,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from actcache.cache import Cache, open_cache
-from actcache.harvester import harvest
-from actcache.models import wrap_model
-from actcache.plan import HarvestConfig
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.models.load import wrap_model
+from actcache.store.cache import Cache, open_cache
 from benchmarks.measure import Say, described, installed, interleaved_seconds, machine, peak_resident_bytes, ratios
 from benchmarks.peers import PROMPTS, saelens_model
 from benchmarks.stream import CONTEXT_SIZE, D_MODEL, random_documents, random_gpt2_module
-from trainer.features import FOLDER, Features, build_features
-from trainer.runs import SAE_FOLDER, write_json
-from trainer.saelens import load_sae, save_inference_sae
-from trainer.sweep_file import SweepConfig
-from trainer.train import initial_state
+from trainer.config.sweep import SweepConfig
+from trainer.features.features import FOLDER, Features, build_features
+from trainer.formats.saelens import load_sae, save_inference_sae
+from trainer.training.run import SAE_FOLDER, write_json
+from trainer.training.step import initial_state
 
 N_TOKENS, TUTORIAL_TOKENS, CHECKED_TOKENS = 1 << 20, 1 << 15, 1 << 14
 N_LAYERS, D_SAE, K, TOP, REPEATS = 4, 4096, 32, 20, 3

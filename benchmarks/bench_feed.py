@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from actcache.cache import Cache
-from actcache.harvester import harvest
-from actcache.loader import GROUP_CHUNKS, Loader
-from actcache.plan import HarvestConfig
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.loading.loader import GROUP_CHUNKS, Loader
+from actcache.store.cache import Cache
 from benchmarks.measure import Cost, Say, described, installed, interleaved_costs, machine, ratios
 from benchmarks.peers import saelens_store
 from benchmarks.stream import CONTEXT_SIZE, random_documents, random_gpt2

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from actcache.cache import Cache
-from actcache.harvester import harvest
-from actcache.models import LanguageModel
-from actcache.plan import HarvestConfig
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.models.load import LanguageModel
+from actcache.store.cache import Cache
 from benchmarks.measure import Cost, Say, described, installed, interleaved_costs, machine, ratios
 from benchmarks.stream import CONTEXT_SIZE, random_documents, random_gpt2, random_gpt2_module
 

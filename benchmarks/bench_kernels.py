@@ -26,8 +26,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from benchmarks.measure import Say, described, interleaved_seconds, machine, ratios
-from trainer.architectures import kept_topk
-from trainer.kernels import KeptEntries, Workspace, kept_pre_acts, sparse_decode, topk_pre_acts
+from trainer.kernels.sparse import KeptEntries, Workspace, kept_pre_acts, sparse_decode, topk_pre_acts
+from trainer.sae.architectures import kept_topk
 
 D_IN, D_SAE, K, BATCH, REPEATS = 512, 4096, 32, 4096, 9
 Call = Callable[[], Any]

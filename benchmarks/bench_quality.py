@@ -7,7 +7,7 @@ three sparsities around it. `peers` says what is made equal. What is not is what
 (ours divides by the error and weighs by 1/32, SAELens' does neither), the threshold of batchtopk (ours is calibrated on
 training rows at the end, SAELens' is a running mean of the training batches).
 
-All are exported, loaded again for rows in raw units, and measured on the validation split by `trainer.metrics`. Our
+All are exported, loaded again for rows in raw units, and measured on the validation split by `trainer.sae.metrics`. Our
 explained variance is interpolated, linearly in log L0, to SAELens' L0.
 
 Also: the same steps on the rows of a lossless cache and on rows that the model computes there and then. They must be
@@ -29,22 +29,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actcache.bundled import bundled_model_path, write_documents
-from actcache.cache import Cache
-from actcache.harvester import harvest
-from actcache.loader import Loader
-from actcache.models import LanguageModel, load_model
-from actcache.plan import HarvestConfig
-from actcache.tokens import DatasetSource
+from actcache.bundled.documents import bundled_model_path, write_documents
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.loading.loader import Loader
+from actcache.models.load import LanguageModel, load_model
+from actcache.store.cache import Cache
+from actcache.text.tokenise import DatasetSource
 from benchmarks.bench_train import checked, our_step
 from benchmarks.measure import Say, installed, machine
 from benchmarks.peers import comparable, saelens_inference_sae, saelens_step, saelens_trainer
-from trainer.config import SAEConfig
-from trainer.metrics import ReconstructionSums
-from trainer.saelens import load_sae
-from trainer.sweep import train
-from trainer.sweep_file import SweepConfig
-from trainer.train import TrainState, initial_state
+from trainer.config.settings import SAEConfig
+from trainer.config.sweep import SweepConfig
+from trainer.formats.saelens import load_sae
+from trainer.sae.metrics import ReconstructionSums
+from trainer.training.step import TrainState, initial_state
+from trainer.training.sweep import train
 
 HOOK, CONTEXT_SIZE, HOLDOUT = "blocks.2.hook_resid_post", 128, 0.1
 BATCH_TOKENS, STEPS, SEEDS = 4096, 128, (0, 1, 2)

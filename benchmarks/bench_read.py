@@ -23,12 +23,12 @@ import torch
 import zarr
 from torch import Tensor
 
-from actcache.cache import STORE, Cache
-from actcache.codecs import codec, storage_view
-from actcache.loader import Loader
-from actcache.manifest import HookSpec, chunk_rows, hook_arrays, shard_key
-from actcache.reader import ArrayReader
-from actcache.writer import write_metadata, write_shard
+from actcache.format.codecs import codec, storage_view
+from actcache.format.manifest import HookSpec, chunk_rows, hook_arrays, shard_key
+from actcache.loading.loader import Loader
+from actcache.store.cache import STORE, Cache
+from actcache.store.reader import ArrayReader
+from actcache.store.zarr_metadata import write_metadata, write_shard
 from benchmarks.measure import (
     Cost,
     Say,

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from jaxtyping import Int, Int64
 
-from actcache.loader import GROUP_CHUNKS
-from actcache.manifest import MAX_SHARD_ROWS, chunk_rows
-from actcache.order import EpochOrder, shard_permutation
+from actcache.format.manifest import MAX_SHARD_ROWS, chunk_rows
+from actcache.loading.loader import GROUP_CHUNKS
+from actcache.loading.order import EpochOrder, shard_permutation
 from benchmarks.measure import Say, machine
 
 N_TOKENS, BATCH_TOKENS, SEED = 1 << 23, 4096, 0

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from actcache.cache import STORE, Cache, open_cache
-from actcache.harvester import harvest
-from actcache.models import LanguageModel, wrap_model
-from actcache.plan import HarvestConfig
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.models.load import LanguageModel, wrap_model
+from actcache.store.cache import STORE, Cache, open_cache
 from benchmarks.bench_train import BATCH_TOKENS, D_SAE, K, fresh_state, our_step
 from benchmarks.measure import (
     Say,
@@ -44,9 +44,9 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import SAELensRunners, saelens_model
 from benchmarks.stream import CONTEXT_SIZE, D_MODEL, random_documents, random_gpt2_module
-from trainer.config import SAEConfig
-from trainer.sweep import train
-from trainer.sweep_file import SweepConfig
+from trainer.config.settings import SAEConfig
+from trainer.config.sweep import SweepConfig
+from trainer.training.sweep import train
 
 N_LAYERS, N_SAES, STEPS, LONG_STEPS, REPEATS = 4, 8, 12, 48, 3
 HOOK, SAELENS_HOOK = f"blocks.{N_LAYERS - 1}.hook_resid_post", f"transformer.h.{N_LAYERS - 1}"

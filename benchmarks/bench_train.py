@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from actcache.cache import Cache
-from actcache.loader import Loader
+from actcache.loading.loader import Loader
+from actcache.store.cache import Cache
 from benchmarks.measure import Say, described, installed, interleaved_seconds, machine, ratios
 from benchmarks.peers import (
     Step,
@@ -48,12 +48,12 @@ from benchmarks.peers import (
     sparsify_step,
 )
 from benchmarks.stream import HOOK, random_stream
-from trainer import architectures
-from trainer.config import SAEConfig
-from trainer.kernels import Workspace
-from trainer.optimiser import remove_parallel_gradient_, unit_norm_rows_
-from trainer.sweep_file import SweepConfig
-from trainer.train import TrainState, initial_state, train_step
+from trainer.config.settings import SAEConfig
+from trainer.config.sweep import SweepConfig
+from trainer.kernels.sparse import Workspace
+from trainer.sae import architectures
+from trainer.training.optimiser import remove_parallel_gradient_, unit_norm_rows_
+from trainer.training.step import TrainState, initial_state, train_step
 
 D_SAE, K, BATCH_TOKENS, N_TOKENS = 4096, 32, 4096, 131_072
 WARM_UP_STEPS, REPEATS, STEPS = 20, 5, 4

@@ -29,20 +29,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actcache.cache import Cache
 from actcache.errors import ConfigError
-from actcache.harvester import harvest
-from actcache.loader import Loader
-from actcache.plan import HarvestConfig
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.loading.loader import Loader
+from actcache.store.cache import Cache
 from benchmarks.gpu_kernels import measured_kernels
 from benchmarks.measure import Say, installed, interleaved_seconds, machine, ratios
 from benchmarks.peers import Step, comparable, dictionary_learning_step, saelens_step, saelens_trainer, sparsify_step
 from benchmarks.roofline import PRECISIONS, REPEATS, Rates, Shape, measured_rates, roofline_seconds, step_bytes
 from benchmarks.stream import CONTEXT_SIZE, HOOK, random_documents, random_gpt2
-from trainer.config import SAEConfig
-from trainer.kernels import Workspace
-from trainer.sweep_file import SweepConfig
-from trainer.train import TrainState, initial_state, train_step
+from trainer.config.settings import SAEConfig
+from trainer.config.sweep import SweepConfig
+from trainer.kernels.sparse import Workspace
+from trainer.training.step import TrainState, initial_state, train_step
 
 STEPS, N_TOKENS, LR = 5, 131_072, 1e-4
 SAME_START = {"float32": 1e-4, "bfloat16": 1e-2}  # of float32 sums over d_in * batch squares; of bfloat16's rounding

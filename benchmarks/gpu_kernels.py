@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.measure import interleaved_seconds
 from benchmarks.roofline import REPEATS, Rates, Shape, kernel_bytes, step_flops, synchronised
-from trainer import kernels
-from trainer.architectures import kept_topk
-from trainer.kernels import KeptEntries, Workspace
+from trainer.kernels import sparse
+from trainer.kernels.sparse import KeptEntries, Workspace
+from trainer.sae.architectures import kept_topk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,7 +31,7 @@ class _Step:
 def measured_kernels(shape: Shape, rates: Rates) -> dict[str, Any]:
     """Of each kernel the seconds, its bound and its share of that, once its answer is checked."""
     step = _random_step(shape)
-    some = step.x[: kernels.topk_chunk_rows(shape.d_sae, is_cuda=True)]
+    some = step.x[: sparse.topk_chunk_rows(shape.d_sae, is_cuda=True)]
     pre_acts = some @ step.W.T
     run = _kernels(shape, step, some, pre_acts)
     _check_kernels(run, step, pre_acts)
@@ -46,23 +46,23 @@ def _random_step(shape: Shape) -> _Step:
     generator = torch.Generator("cuda").manual_seed(0)
     x, W = (torch.randn(n, shape.d_in, device="cuda", generator=generator) for n in (shape.batch, shape.d_sae))
     no_bias = torch.zeros(shape.d_sae, device="cuda")
-    _, latents = kernels.topk_pre_acts(x, W, no_bias, shape.k, Workspace())
+    _, latents = sparse.topk_pre_acts(x, W, no_bias, shape.k, Workspace())
     values = torch.rand(latents.numel(), device="cuda", generator=generator)
     return _Step(x=x, W=W, values=values, latents=latents, kept=kept_topk(latents, shape.d_sae))
 
 
 def _kernels(shape: Shape, step: _Step, some: Tensor, pre_acts: Tensor) -> dict[str, Callable[[], Any]]:
     """What is timed. some: the rows that are encoded and ranked at a time; pre_acts: theirs."""
-    from trainer import triton_kernels  # imports triton, which a machine without CUDA need not have
+    from trainer.kernels import triton_kernels  # imports triton, which a machine without CUDA need not have
 
     x, W, values, kept, workspace = step.x, step.W, step.values, step.kept, Workspace()
     row, latent, by_latent = kept.row, kept.latent, kept.by_latent
     no_bias = torch.zeros(shape.d_sae, device="cuda")
     return {
-        "encoder": lambda: kernels.encoder_pre_acts(some, W, no_bias, workspace),
+        "encoder": lambda: sparse.encoder_pre_acts(some, W, no_bias, workspace),
         "top-k": lambda: triton_kernels.topk_latents(pre_acts, shape.k, by_magnitude=False),
         "torch.topk": lambda: pre_acts.topk(shape.k, sorted=False).indices,
-        "batch top-k": lambda: kernels.batch_topk_entries(pre_acts, shape.k),
+        "batch top-k": lambda: sparse.batch_topk_entries(pre_acts, shape.k),
         "index": lambda: kept_topk(step.latents, shape.d_sae),
         "decode": lambda: triton_kernels.segment_sums(values, latent, kept.row_start, W),
         "embedding_bag": lambda: _embedding_bag(values, kept, W),

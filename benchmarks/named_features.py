@@ -28,20 +28,20 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from actcache.bundled import bundled_model_path, module_documents
-from actcache.cache import Cache, open_cache
-from actcache.harvester import harvest
-from actcache.loader import Loader
-from actcache.models import LanguageModel, load_model
-from actcache.plan import HarvestConfig
-from actcache.tokens import LoadedDataset
+from actcache.bundled.documents import bundled_model_path, module_documents
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.loading.loader import Loader
+from actcache.models.load import LanguageModel, load_model
+from actcache.store.cache import Cache, open_cache
+from actcache.text.tokenise import LoadedDataset
 from benchmarks.measure import Say, machine
-from trainer.codes import SparseEncoder
-from trainer.features import open_features
-from trainer.labels import read_labels, token_strings
-from trainer.lines import context_line
-from trainer.saelens import SAE, load_sae
-from trainer.steering import Add, steer
+from trainer.commands.lines import context_line
+from trainer.features.feature_acts import SparseEncoder
+from trainer.features.features import open_features
+from trainer.features.token_strings import read_labels, token_strings
+from trainer.formats.saelens import SAE, load_sae
+from trainer.interventions.steering import Add, steer
 
 RUN = "topk-8"
 NUMPY_TOKENS = 200_000

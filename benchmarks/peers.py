@@ -31,10 +31,10 @@ from datasets import Array2D, Dataset, Features
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from actcache.cache import Cache
-from trainer.architectures import Weights
-from trainer.config import SAEConfig, subtracts_b_dec
-from trainer.optimiser import remove_parallel_gradient_, unit_norm_rows_
+from actcache.store.cache import Cache
+from trainer.config.settings import SAEConfig, subtracts_b_dec
+from trainer.sae.architectures import Weights
+from trainer.training.optimiser import remove_parallel_gradient_, unit_norm_rows_
 
 Step = Callable[[Tensor], Tensor | float]  # one update on a batch of scaled x; E||x - x_hat||^2 before it
 PROMPTS = 32  # sequences of SAELens' forward pass, and of its reads: its default

@@ -16,13 +16,13 @@ from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from actcache.bundled import bundled_model_path, standard_library_documents
-from actcache.cache import Cache
-from actcache.harvester import harvest
-from actcache.models import LanguageModel, load_model, wrap_model
-from actcache.order import shard_permutation
-from actcache.plan import HarvestConfig
-from actcache.tokens import LoadedDataset
+from actcache.bundled.documents import bundled_model_path, standard_library_documents
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.loading.order import shard_permutation
+from actcache.models.load import LanguageModel, load_model, wrap_model
+from actcache.store.cache import Cache
+from actcache.text.tokenise import LoadedDataset
 
 D_MODEL, CONTEXT_SIZE, HOOK = 512, 128, "blocks.0.hook_resid_post"
 

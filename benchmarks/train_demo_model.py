@@ -4,7 +4,7 @@ Trains a byte-level BPE tokenizer and a small GPT-2 from scratch on `actcache.bu
 and compares its bits per byte on held-out documents with `xz -9`. Equal seed, steps, threads, text and versions give
 an equal file on the same machine. Last stdout line is one JSON object.
 
-    python -m benchmarks.train_demo_model --out actcache/bundled_model --curve benchmarks/results/demo_model_curve.csv
+    python -m benchmarks.train_demo_model --out actcache/bundled/model --curve benchmarks/results/demo_model_curve.csv
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from actcache.bundled import bundled_model_path, standard_library_documents
+from actcache.bundled.documents import bundled_model_path, standard_library_documents
 
 BOS = "<|endoftext|>"
 CURVE = Path(__file__).parent / "results" / "demo_model_curve.csv"

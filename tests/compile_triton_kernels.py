@@ -1,4 +1,4 @@
-"""Compile every Triton kernel, as `trainer.triton_kernels` calls it, down to the machine code of a GPU: needs none.
+"""Compile every Triton kernel, as the trainer calls it, down to the machine code of a GPU: needs none.
 
     python compile_triton_kernels.py 90        compute capability 9.0
 
@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trainer import triton_kernels
+from trainer.kernels import triton_kernels
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 

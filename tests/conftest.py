@@ -41,7 +41,7 @@ def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_llama_dir):
     """The tiny Llama, loaded."""
-    from actcache.models import load_model
+    from actcache.models.load import load_model
 
     return load_model(str(tiny_llama_dir), device="cpu")
 

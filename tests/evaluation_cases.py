@@ -11,12 +11,12 @@ import torch
 from tiny_models import TEXT, make_model, make_tokenizer
 from torch import Tensor
 
-from actcache.cache import Cache
-from actcache.harvester import harvest
-from actcache.models import LanguageModel, wrap_model
-from actcache.plan import HarvestConfig
-from actcache.tokens import LoadedDataset
-from trainer.saelens import SAE
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.models.load import LanguageModel, wrap_model
+from actcache.store.cache import Cache
+from actcache.text.tokenise import LoadedDataset
+from trainer.formats.saelens import SAE
 
 HOOK, OTHER_HOOK = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
 D_IN = 32

@@ -18,13 +18,13 @@ import pytest
 from faulty_writers import Fault, Writer, Writers
 from tiny_caches import HOOKS, promised_files
 
-from actcache.cache import CACHE_MANIFEST, STORE, open_cache
-from actcache.codecs import codec
 from actcache.errors import CorruptShard, ManifestError
-from actcache.journal import read_journals
-from actcache.manifest import Plan, ShardRecord, hook_arrays, shard_key, token_arrays
-from actcache.plan import read_plan
-from actcache.reader import ShardFile
+from actcache.format.codecs import codec
+from actcache.format.manifest import Plan, ShardRecord, hook_arrays, shard_key, token_arrays
+from actcache.harvesting.plan import read_plan
+from actcache.store.cache import CACHE_MANIFEST, STORE, open_cache
+from actcache.store.journal import read_journals
+from actcache.store.reader import ShardFile
 
 FEW_TOKENS, TOKENS, MANY_TOKENS = 330, 700, 3000
 OLD, NEW = "old", "new"

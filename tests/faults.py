@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import torch
 
-from actcache.cache import Cache, open_cache
 from actcache.errors import ActcacheError
 from actcache.flow import SPLITS
-from actcache.stats import ROW_FILTERS
+from actcache.format.stats import ROW_FILTERS
+from actcache.store.cache import Cache, open_cache
 
 N_FLIPS = 120
 SMALL = 200  # bytes; of a range up to this size every byte is damaged

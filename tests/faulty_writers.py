@@ -24,7 +24,8 @@ import torch
 from typer.testing import CliRunner
 
 import cli
-from actcache import journal, manifest, writer
+from actcache.format import manifest
+from actcache.store import journal, zarr_metadata
 
 ROOT = Path(__file__).parent.parent
 CONTEXT_SIZE = 16
@@ -33,7 +34,12 @@ FILL = "fill the disk"
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 BALLAST = "ballast"
 STUCK_SECONDS = 600
-PRELOADED = ["actcache.harvester", "actcache.models", "actcache.plan", "actcache.tokens"]  # which cli imports late
+PRELOADED = [
+    "actcache.harvesting.run",
+    "actcache.models.load",
+    "actcache.harvesting.plan",
+    "actcache.text.tokenise",
+]  # which cli imports late
 CliRunner().invoke(cli.app, ["harvest", "--help"])  # once, in the server: each process would import the rest of typer
 
 
@@ -231,7 +237,7 @@ def _write(
     os.fsync = watch.around(os.fsync, "syncing", "synced", 0)
     os.replace = watch.around(os.replace, "replacing", "replaced", 1)
     os.unlink = watch.around(os.unlink, "unlinking", "unlinked", 0)
-    for module in (writer, journal):
+    for module in (zarr_metadata, journal):
         module.open = watch.open
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))  # Python ignores SIGXFSZ

@@ -12,7 +12,7 @@ import torch
 import zarr
 
 if TYPE_CHECKING:
-    from actcache.cache import Cache
+    from actcache.store.cache import Cache
 
 
 def permutation(n: int, *key: object) -> np.ndarray:

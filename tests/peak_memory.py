@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 from actcache import Loader, open_cache
-from actcache.groups import DECODE_THREADS
+from actcache.loading.buffers import DECODE_THREADS
 
 GROUP_CHUNKS, BATCH = 2, 1024
 

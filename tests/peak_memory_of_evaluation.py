@@ -15,14 +15,14 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from actcache.bundled import bundled_model_path
-from actcache.harvester import harvest
-from actcache.models import wrap_model
-from actcache.plan import HarvestConfig
-from actcache.tokens import LoadedDataset
-from trainer import model_losses
-from trainer.evaluate import evaluate
-from trainer.saelens import SAE
+from actcache.bundled.documents import bundled_model_path
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.models.load import wrap_model
+from actcache.text.tokenise import LoadedDataset
+from trainer.evaluation import downstream_loss
+from trainer.evaluation.evaluate import evaluate
+from trainer.formats.saelens import SAE
 
 D_MODEL, CONTEXT_SIZE, VOCAB, N_TOKENS = 32, 128, 8192, 1 << 13
 HOOK, D_SAE, PIECE_VALUES = "blocks.0.hook_resid_post", 32_768, 1 << 20
@@ -66,7 +66,7 @@ def random_sae(d_sae: int) -> SAE:
 
 
 def main(folder: str) -> None:
-    model_losses.PIECE_VALUES = PIECE_VALUES
+    downstream_loss.PIECE_VALUES = PIECE_VALUES
     tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
     bos = tokenizer.bos_token_id
     sizes = {"n_embd": D_MODEL, "n_layer": 1, "n_head": 1, "n_positions": CONTEXT_SIZE, "vocab_size": VOCAB}
@@ -77,7 +77,7 @@ def main(folder: str) -> None:
     cache, narrow, wide = harvest(model, documents, asked, folder), random_sae(64), random_sae(D_SAE)
     evaluate(narrow, cache)  # what is imported or grown once
     peaks = {"cache": growth(lambda: evaluate(wide, cache)), "model": growth(lambda: evaluate(wide, cache, model))}
-    sizes = {"piece_values": PIECE_VALUES, "batch_tokens": model_losses.BATCH_TOKENS, "vocab": VOCAB}
+    sizes = {"piece_values": PIECE_VALUES, "batch_tokens": downstream_loss.BATCH_TOKENS, "vocab": VOCAB}
     print(json.dumps(peaks | sizes))
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from actcache.cache import open_cache
-from trainer import codes, features
-from trainer.saelens import load_sae
+from actcache.store.cache import open_cache
+from trainer.features import feature_acts, features
+from trainer.formats.saelens import load_sae
 
 
 def anonymous_bytes() -> int:
@@ -23,7 +23,7 @@ def main(run: str, folder: str) -> None:
     torch.set_num_threads(1)
     features.FILE_ENTRIES = 1 << 18  # several files a shard
     cache, sae = open_cache(folder), load_sae(run)
-    encoder = codes.SparseEncoder(sae)
+    encoder = feature_acts.SparseEncoder(sae)
     for _ in range(2):  # what is grown once
         encoder.entries(torch.randn(64, sae.d_in))
     before, peak, done = anonymous_bytes(), 0, threading.Event()

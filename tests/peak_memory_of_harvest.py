@@ -16,12 +16,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from actcache.bundled import bundled_model_path
-from actcache.estimate import encoder_threads, spare_cores
-from actcache.harvester import harvest
-from actcache.models import wrap_model
-from actcache.plan import HarvestConfig
-from actcache.tokens import LoadedDataset
+from actcache.bundled.documents import bundled_model_path
+from actcache.harvesting.estimate import encoder_threads, spare_cores
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.models.load import wrap_model
+from actcache.text.tokenise import LoadedDataset
 
 D_MODEL, CONTEXT_SIZE, BATCH_SIZE = 256, 128, 32
 HOOKS = ("blocks.0.hook_resid_pre", "blocks.0.hook_resid_post")

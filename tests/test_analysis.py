@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.models import BridgeModel, LanguageModel, wrap_model
-from trainer.analysis import (
+from actcache.models.load import BridgeModel, LanguageModel, wrap_model
+from trainer.features.attribution import (
     ROWS_AT_ONCE,
     encode_text,
     lens_logits,
@@ -24,7 +24,7 @@ from trainer.analysis import (
     stability,
     token_string,
 )
-from trainer.saelens import SAE
+from trainer.formats.saelens import SAE
 
 HOOK, LAST = "blocks.1.hook_resid_post", f"blocks.{N_LAYERS - 1}.hook_resid_post"
 D_SAE = 3 * D_MODEL

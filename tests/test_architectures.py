@@ -8,9 +8,9 @@ from reference import CHOICES, FLOAT64
 from tiny_saes import ARCHITECTURES, TOPK_FAMILY, TRANSCODERS, make_config
 from torch import Tensor
 
-from trainer.architectures import DENSEST_SPARSE, SAEOutput, forward, initial_weights
-from trainer.config import SAEConfig
-from trainer.kernels import Workspace
+from trainer.config.settings import SAEConfig
+from trainer.kernels.sparse import Workspace
+from trainer.sae.architectures import DENSEST_SPARSE, SAEOutput, forward, initial_weights
 
 
 def double_weights(config: SAEConfig, *, b_enc: float = 0.0, seed: int = 5) -> dict[str, Tensor]:

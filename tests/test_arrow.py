@@ -15,14 +15,14 @@ from tiny_models import make_model, make_tokenizer
 from tiny_saes import make_config, make_run
 from torch import Tensor
 
-from actcache.arrow import ArrowImport, ArrowRows, export_cache, import_cache
-from actcache.cache import Cache, open_cache
 from actcache.errors import CacheMismatch, ConfigError, CorruptShard, DatasetError, NonFiniteActivations
-from actcache.models import wrap_model
-from actcache.repair import repair
-from actcache.sample import sample_model
-from actcache.tokens import split_of
-from actcache.verify import verify
+from actcache.integrity.repair import repair
+from actcache.integrity.spot_check import sample_model
+from actcache.integrity.verify import verify
+from actcache.interop.arrow_import import ArrowImport, ArrowRows, export_cache, import_cache
+from actcache.models.load import wrap_model
+from actcache.store.cache import Cache, open_cache
+from actcache.text.tokenise import split_of
 
 CONTEXT, D_IN, N_ROWS = 16, 24, 300
 HOOK, OTHER_HOOK = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
@@ -139,7 +139,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after", [1, 2, 5])
 def test_a_killed_import_goes_on_where_it_was(after, tmp_path, monkeypatch):
     """In shards of 256 rows; whatever the kill left, the files come out as those of an import that was not killed."""
-    monkeypatch.setattr("actcache.plan.BATCH_TOKENS", 256)
+    monkeypatch.setattr("actcache.harvesting.plan.BATCH_TOKENS", 256)
     source = arrow_folder(tmp_path / "arrow")
     whole = import_cache(source, config(), tmp_path / "whole").path
     calls: list[tuple[int, int]] = []
@@ -274,7 +274,7 @@ def test_what_saelens_cached_is_what_the_model_gives(imported, saelens_cache, gp
 
 
 def test_evaluation_goes_by_the_name_and_says_so(imported, gpt2, tiny_model, tmp_path):
-    from trainer.evaluate import evaluate_runs
+    from trainer.evaluation.evaluate import evaluate_runs
 
     run = make_run(tmp_path, make_config("topk", hook_name=HOOK, d_in=32), imported.identity["model"])
     (row,) = evaluate_runs(run, imported, gpt2, model_tokens=64)
@@ -288,8 +288,8 @@ def test_evaluation_goes_by_the_name_and_says_so(imported, gpt2, tiny_model, tmp
 
 
 def test_training_from_an_imported_cache(imported, tmp_path):
-    from trainer.sweep import train
-    from trainer.sweep_file import SweepConfig
+    from trainer.config.sweep import SweepConfig
+    from trainer.training.sweep import train
 
     sweep = SweepConfig.from_dict(
         {"batch_tokens": 64, "runs": [{"architecture": "topk", "hook_name": HOOK, "d_sae": 64, "k": 4, "lr": 1e-3}]}

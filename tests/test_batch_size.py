@@ -7,9 +7,9 @@ import torch
 from tiny_models import make_model, make_tokenizer
 from torch import Tensor
 
-from actcache.batch_size import N_TIMED, largest_batch
 from actcache.errors import ModelError
-from actcache.models import HuggingFaceModel
+from actcache.models.batch_size import N_TIMED, largest_batch
+from actcache.models.load import HuggingFaceModel
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.2.hook_mlp_out"]
 CONTEXT = 8

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from actcache.codecs import CODECS, storage_view
+from actcache.format.codecs import CODECS, storage_view
 from benchmarks.bench_codecs import Benched, entropy, entropy_limits, squared_error
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 from tiny_caches import write_texts
 
-from actcache.bundled import bundled_model_path
-from actcache.models import load_model
+from actcache.bundled.documents import bundled_model_path
+from actcache.models.load import load_model
 from benchmarks.bench_quality import CASES, Quality, at_l0, cached_equals_live, run
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_caches import HOOKS
 
-from actcache.loader import GROUP_CHUNKS, Loader
-from actcache.order import EpochOrder, shard_permutation
+from actcache.loading.loader import GROUP_CHUNKS, Loader
+from actcache.loading.order import EpochOrder, shard_permutation
 from benchmarks.bench_shuffle import Geometry, ideal_companions, mixing, our_order, predicted_companions
 
 

@@ -17,9 +17,9 @@ from benchmarks.bench_train import (
     started_at,
 )
 from benchmarks.peers import comparable, saelens_inference_sae, saelens_step, saelens_trainer
-from trainer.kernels import Workspace
-from trainer.optimiser import lr_at, sparsity_coefficient_at
-from trainer.train import train_step
+from trainer.kernels.sparse import Workspace
+from trainer.training.optimiser import lr_at, sparsity_coefficient_at
+from trainer.training.step import train_step
 
 BATCH, STEPS = 256, 20
 

@@ -12,7 +12,7 @@ import tensorstore
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec
 
-from actcache.bfloat16 import BFloat16
+from actcache.format.bfloat16 import BFloat16
 
 EVERY_BITS = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
 FILL_VALUES = [  # in zarr.json, bits
@@ -110,6 +110,8 @@ def test_the_entry_point_names_the_data_type():
 
 def test_the_entry_point_does_not_import_torch():
     """zarr-python loads it in every process that opens an array."""
-    script = "import sys, actcache.bfloat16; print(sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+    script = (
+        "import sys, actcache.format.bfloat16; print(sorted({'torch', 'datasets', 'transformers'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr

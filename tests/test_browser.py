@@ -40,7 +40,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, tiny_cache, tiny_model) -> Path:
     """The page of two SAEs with features, one without, and a baseline; one token of the words is hostile."""
-    from trainer.report import write_report
+    from trainer.report.report import write_report
 
     runs = tmp_path_factory.mktemp("sweep") / "runs"
     add_run_with_features(runs, "a-topk", tiny_cache, tiny_model)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from actcache.bundled import bundled_model_path, standard_library_documents
+from actcache.bundled.documents import bundled_model_path, standard_library_documents
 
 LOAD_OFFLINE = """
 import sys

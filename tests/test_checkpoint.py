@@ -9,8 +9,8 @@ from test_train import new_state, rows, step
 from tiny_saes import ARCHITECTURES
 
 from actcache.errors import CacheMismatch, ManifestError
-from trainer.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
-from trainer.train import TrainState
+from trainer.training.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.training.step import TrainState
 
 
 def assert_same_state(one: TrainState, other: TrainState) -> None:

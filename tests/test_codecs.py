@@ -4,7 +4,8 @@ import pytest
 import torch
 from numcodecs import Blosc
 
-from actcache.codecs import (
+from actcache.errors import ConfigError, CorruptShard
+from actcache.format.codecs import (
     BLOCK_CHANNELS,
     CODECS,
     codec,
@@ -17,7 +18,6 @@ from actcache.codecs import (
     tensor_view,
     values,
 )
-from actcache.errors import ConfigError, CorruptShard
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

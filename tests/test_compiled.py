@@ -6,7 +6,7 @@ from tiny_models import D_MODEL, FAMILIES, N_LAYERS, make_model, make_model_dir,
 from torch import Tensor, nn
 
 from actcache.errors import ModelError
-from actcache.models import SITES, HuggingFaceModel, LanguageModel, load_model, wrap_model
+from actcache.models.load import SITES, HuggingFaceModel, LanguageModel, load_model, wrap_model
 
 pytestmark = [
     pytest.mark.compiled,

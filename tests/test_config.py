@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.manifest import HookSpec
-from trainer.config import Architecture, SAEConfig, TrainConfig, subtracts_b_dec
-from trainer.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
-from trainer.sweep_file import SweepConfig
+from actcache.format.manifest import HookSpec
+from trainer.config.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
+from trainer.config.settings import Architecture, SAEConfig, TrainConfig, subtracts_b_dec
+from trainer.config.sweep import SweepConfig
 
 HOOK = "blocks.1.hook_resid_post"
 BASE = {"architecture": "topk", "hook_name": HOOK, "d_sae": 1024, "k": 16}

@@ -13,16 +13,16 @@ CODECS = ["lossless", "fast", "raw", "int8"]
 
 @pytest.fixture(scope="module")
 def cuda_model(tiny_llama_dir):
-    from actcache.models import load_model
+    from actcache.models.load import load_model
 
     return load_model(str(tiny_llama_dir), device="cuda", dtype="float32")
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_rows_are_what_the_device_computed(cuda_model, tiny_texts, tmp_path, codec):
-    from actcache.codecs import codec as profile
-    from actcache.codecs import stored_tensors, values
-    from actcache.verify import verify
+    from actcache.format.codecs import codec as profile
+    from actcache.format.codecs import stored_tensors, values
+    from actcache.integrity.verify import verify
 
     cache = harvest_tiny(cuda_model, tiny_texts, tmp_path / "c", tokens=1000, codec=codec)
     assert verify(cache.path).problems == ()
@@ -46,7 +46,7 @@ def test_equal_harvests_are_equal_bytes(cuda_model, tiny_texts, tmp_path):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_batches_on_the_device_are_those_on_the_cpu(tiny_model, tiny_texts, tmp_path, codec):
-    from actcache.loader import Loader
+    from actcache.loading.loader import Loader
 
     cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", codec=codec)
     settings = {"batch_tokens": 100, "epochs": 2, "group_chunks": 2}
@@ -59,7 +59,7 @@ def test_batches_on_the_device_are_those_on_the_cpu(tiny_model, tiny_texts, tmp_
 
 
 def test_the_batch_size_is_found_on_the_device(cuda_model):
-    from actcache.batch_size import largest_batch
+    from actcache.models.batch_size import largest_batch
 
     n_sequences = largest_batch(cuda_model, 16, HOOKS)
     assert n_sequences & (n_sequences - 1) == 0
@@ -71,10 +71,10 @@ def test_the_batch_size_is_found_on_the_device(cuda_model):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_step_waits_for_no_more_than_one_number(architecture, has_dead, bias, monkeypatch):
     """For how many entries are kept, or latents dead: here each step is told what a copy of it has counted before."""
-    from trainer import kernels
-    from trainer.architectures import DENSEST_SPARSE
-    from trainer.kernels import Workspace
-    from trainer.train import initial_state, train_step
+    from trainer.kernels import sparse
+    from trainer.kernels.sparse import Workspace
+    from trainer.sae.architectures import DENSEST_SPARSE
+    from trainer.training.step import initial_state, train_step
 
     aux = {"aux_coefficient": 1 / 32, "k_aux": 8} if architecture in TOPK_FAMILY else {}
     config = make_config(architecture, dead_window=1 if has_dead else 10_000, max_grad_norm=1.0, **aux)
@@ -82,12 +82,12 @@ def test_a_step_waits_for_no_more_than_one_number(architecture, has_dead, bias, 
     with torch.no_grad():
         state.weights["b_gate" if architecture == "gated" else "b_enc"].fill_(bias)
     x, y = (torch.randn(256, width, device="cuda") for width in (config.d_in, config.d_out))
-    workspace, counted, numbers = Workspace(), kernels.n_true, list[int]()
+    workspace, counted, numbers = Workspace(), sparse.n_true, list[int]()
     for _ in range(2):
         train_step(state, x, workspace, y=y)  # compiles, and makes the optimizer's moments
     state.tokens_since_fired[::2] = 500
     twin = copy.deepcopy(state)
-    monkeypatch.setattr(kernels, "n_true", lambda mask: numbers.append(counted(mask)) or numbers[-1])
+    monkeypatch.setattr(sparse, "n_true", lambda mask: numbers.append(counted(mask)) or numbers[-1])
     train_step(twin, x, workspace, y=y)
     if architecture in TOPK_FAMILY:
         assert len(numbers) == has_dead
@@ -95,7 +95,7 @@ def test_a_step_waits_for_no_more_than_one_number(architecture, has_dead, bias, 
         assert len(numbers) == 1
         assert numbers[0] > 0
         assert (numbers[0] <= DENSEST_SPARSE * 256 * config.d_sae) == (bias < 0)
-    monkeypatch.setattr(kernels, "n_true", lambda mask: numbers[0])
+    monkeypatch.setattr(sparse, "n_true", lambda mask: numbers[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
         train_step(state, x, workspace, y=y)
@@ -105,10 +105,10 @@ def test_a_step_waits_for_no_more_than_one_number(architecture, has_dead, bias, 
 
 
 def test_a_diverged_sae_is_stopped_with_the_step_at_which_it_did(tmp_path):
-    from trainer.config import TrainConfig
-    from trainer.kernels import Workspace
-    from trainer.runs import Run
-    from trainer.train import initial_state
+    from trainer.config.settings import TrainConfig
+    from trainer.kernels.sparse import Workspace
+    from trainer.training.run import Run
+    from trainer.training.step import initial_state
 
     state = initial_state(make_config("topk"), torch.zeros(16, device="cuda"))
     x = torch.randn(64, 16, device="cuda")

@@ -15,13 +15,13 @@ from tiny_models import make_model, make_tokenizer
 from tiny_saes import make_config, make_run
 from torch import Tensor
 
-from actcache.cache import Cache
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.models import LanguageModel, wrap_model
-from trainer.evaluate import evaluate, evaluate_all, evaluate_runs
-from trainer.model_losses import MODEL_METRICS
-from trainer.pca import PCA, fit_pca
-from trainer.saelens import SAE, load_sae
+from actcache.models.load import LanguageModel, wrap_model
+from actcache.store.cache import Cache
+from trainer.evaluation.downstream_loss import MODEL_METRICS
+from trainer.evaluation.evaluate import evaluate, evaluate_all, evaluate_runs
+from trainer.evaluation.pca import PCA, fit_pca
+from trainer.formats.saelens import SAE, load_sae
 
 MIB = 1 << 20
 # one thread, and an allocator that gives every freed block back
@@ -77,7 +77,7 @@ def test_pieces_change_nothing_but_the_order_of_sums(piece_values, cache, model,
     saes = [make_sae("topk"), make_transcoder()]
     whole = evaluate_all(saes, cache, model, model_tokens=96)
     for name in ("PIECE_VALUES", "CPU_VOCAB_VALUES"):
-        monkeypatch.setattr(f"trainer.model_losses.{name}", piece_values)
+        monkeypatch.setattr(f"trainer.evaluation.downstream_loss.{name}", piece_values)
     for got, expected in zip(evaluate_all(saes, cache, model, model_tokens=96), whole, strict=True):
         for name, value in expected.items():
             if isinstance(value, float):
@@ -118,7 +118,7 @@ def test_several_saes_share_a_pass_and_equal_each_alone(cache, model):
 
 
 def test_pca_equals_the_singular_vectors(cache):
-    from actcache.loader import Loader
+    from actcache.loading.loader import Loader
 
     with Loader(cache, HOOK, batch_tokens=100) as loader:
         pca = fit_pca(loader, HOOK, 5)

@@ -15,10 +15,10 @@ from tiny_models import make_model
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from actcache.cache import Cache
-from actcache.models import LanguageModel
-from trainer.evaluate import evaluate
-from trainer.saelens import SAE, load_sae
+from actcache.models.load import LanguageModel
+from actcache.store.cache import Cache
+from trainer.evaluation.evaluate import evaluate
+from trainer.formats.saelens import SAE, load_sae
 
 evals = pytest.importorskip("sae_lens.evals")
 

@@ -35,11 +35,11 @@ from hypothesis import strategies as st
 from tiny_caches import HOOKS, harvest_tiny, promised_files
 from tiny_models import D_MODEL
 
-from actcache.cache import Cache, open_cache
 from actcache.errors import ActcacheError, ManifestError, NonFiniteActivations
 from actcache.flow import SPLITS
-from actcache.manifest import SEQUENCE_ARRAYS, TOKEN_ARRAYS
-from actcache.models import load_model
+from actcache.format.manifest import SEQUENCE_ARRAYS, TOKEN_ARRAYS
+from actcache.models.load import load_model
+from actcache.store.cache import Cache, open_cache
 
 CODECS = ("lossless", "fast", "raw", "int8")
 ROWS, CHUNK_ROWS = 128, 32  # of a shard and of a chunk of the caches below
@@ -64,7 +64,7 @@ def _as_users_run_it() -> Iterator[None]:
 def _small_chunks() -> Iterator[None]:
     """Several chunks in a shard, as in a cache of more than toy width."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actcache.manifest.MAX_CHUNK_BYTES", CHUNK_ROWS * D_MODEL * 2)
+        patch.setattr("actcache.format.manifest.MAX_CHUNK_BYTES", CHUNK_ROWS * D_MODEL * 2)
         yield
 
 

@@ -13,7 +13,7 @@ from fault_scenarios import FEW_TOKENS, NEW, OLD, TOKENS, errors_of
 from faulty_writers import Fault, Writer
 from tiny_caches import HOOKS, promised_files
 
-from actcache.cache import open_cache
+from actcache.store.cache import open_cache
 
 STOP = signal.SIGSTOP
 ACTS = f"{HOOKS[0]}/acts/c"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from tiny_reports import add_run_with_features
 
-from trainer.feature_pages import MIN_FIRED, N_TOP, feature_pages, most_informative
-from trainer.features import open_features
-from trainer.labels import read_labels
-from trainer.report import write_report
+from trainer.features.features import open_features
+from trainer.features.token_strings import read_labels
+from trainer.report.feature_pages import MIN_FIRED, N_TOP, feature_pages, most_informative
+from trainer.report.report import write_report
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,6 @@ from tiny_models import make_tokenizer
 from tiny_saes import ARCHITECTURES, TRANSCODERS, make_config, make_run, make_weights
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from actcache.cache import Cache, open_cache
 from actcache.errors import (
     CacheLocked,
     CacheMismatch,
@@ -29,13 +28,14 @@ from actcache.errors import (
     ManifestError,
     NonFiniteActivations,
 )
-from actcache.harvester import harvest
-from actcache.models import wrap_model
-from actcache.plan import HarvestConfig
-from actcache.tokens import LoadedDataset
-from trainer.codes import SparseEncoder
-from trainer.features import BINS, Context, Features, build_features, open_features
-from trainer.saelens import load_sae
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.models.load import wrap_model
+from actcache.store.cache import Cache, open_cache
+from actcache.text.tokenise import LoadedDataset
+from trainer.features.feature_acts import SparseEncoder
+from trainer.features.features import BINS, Context, Features, build_features, open_features
+from trainer.formats.saelens import load_sae
 
 CONTEXT_SIZE, D_IN, PLANTED_HOOK = 16, 32, "blocks.0.hook_resid_pre"
 A, B = 10, 11  # the tokens that planted latents fire on
@@ -247,8 +247,8 @@ def as_stored(features: Features, acts: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_features_equal_the_dense_matrix(architecture, tiny_cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.codes.MAX_ROWS", 50)
-    monkeypatch.setattr("trainer.features.FILE_ENTRIES", 900)
+    monkeypatch.setattr("trainer.features.feature_acts.MAX_ROWS", 50)
+    monkeypatch.setattr("trainer.features.features.FILE_ENTRIES", 900)
     run = double_run(tmp_path, tiny_cache, architecture)
     got, acts = build_features(run, tiny_cache), dense(run, tiny_cache)
     assert len(got.codes) > len(tiny_cache.manifest.shards["validation"]) > 1, "files end within shards"
@@ -339,8 +339,8 @@ def build_and_die(run: Path, cache: Path, n_files: int) -> None:
 
 
 def test_a_killed_build_goes_on_and_ends_the_same(tiny_cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.codes.MAX_ROWS", 50)
-    monkeypatch.setattr("trainer.features.FILE_ENTRIES", 400)
+    monkeypatch.setattr("trainer.features.feature_acts.MAX_ROWS", 50)
+    monkeypatch.setattr("trainer.features.features.FILE_ENTRIES", 400)
     whole, killed = (double_run(tmp_path / name, tiny_cache, "topk") for name in ("whole", "killed"))
     build_features(whole, tiny_cache)
     n_files = len(stored(whole))
@@ -358,8 +358,8 @@ def test_a_killed_build_goes_on_and_ends_the_same(tiny_cache, tmp_path, monkeypa
 
 
 def test_a_resumed_build_begins_where_it_was_killed(tiny_cache, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.features.FILE_ENTRIES", 400)
-    monkeypatch.setattr("trainer.codes.MAX_ROWS", 50)
+    monkeypatch.setattr("trainer.features.features.FILE_ENTRIES", 400)
+    monkeypatch.setattr("trainer.features.feature_acts.MAX_ROWS", 50)
     run, calls = double_run(tmp_path, tiny_cache, "jumprelu"), []
     build_and_die(run, tiny_cache.path, 4)
     done = sum(codes.name.startswith("codes-") for codes in (run / "features").iterdir())

@@ -4,7 +4,7 @@ import pytest
 from tiny_caches import HOOKS, harvest_tiny
 
 from actcache.errors import ConfigError
-from actcache.loader import Loader
+from actcache.loading.loader import Loader
 
 SETTINGS = [
     {},

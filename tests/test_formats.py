@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actcache.errors import ConfigError, ManifestError
-from actcache.hooks import hooks_of
-from trainer.formats import Names, dictionary_learning_sae, sparsify_sae
-from trainer.saelens import SAE
+from actcache.models.hook_names import hooks_of
+from trainer.formats.saelens import SAE
+from trainer.formats.sparsify import Names, dictionary_learning_sae, sparsify_sae
 
 U = 2.0**-24
 

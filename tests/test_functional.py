@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import batch_topk_reference, jumprelu_gradients_reference
 
-from trainer.functional import above, batch_topk_kept, heaviside, jumprelu, matching_pursuit, relu
+from trainer.sae.activations import above, batch_topk_kept, heaviside, jumprelu, matching_pursuit, relu
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 

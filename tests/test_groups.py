@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_caches import HOOKS, harvest_tiny
 
-from actcache.groups import KEPT, STAGED_CHUNKS, WILL_NEED_CHUNKS, DeviceRoom, Recycler, will_need
-from actcache.loader import Loader
-from actcache.mixture import Mixture
-from actcache.reader import HookReader
+from actcache.loading.buffers import KEPT, STAGED_CHUNKS, WILL_NEED_CHUNKS, DeviceRoom, Recycler, will_need
+from actcache.loading.loader import Loader
+from actcache.loading.mixture import Mixture
+from actcache.store.reader import HookReader
 
 
 @pytest.fixture(scope="module", params=["lossless", "int8"])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tiny_caches import HOOKS, harvest_tiny, promised_files
 
-from actcache.cache import open_cache
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, DatasetError, DiskTooSmall, ManifestError
-from actcache.journal import Journal, settling
-from actcache.verify import verify
+from actcache.integrity.verify import verify
+from actcache.store.cache import open_cache
+from actcache.store.journal import Journal, settling
 
 TOKENS = 2000
 
@@ -67,9 +67,9 @@ def test_growth_beyond_the_dataset_leaves_the_cache_as_it_was(tiny_model, tiny_t
 def test_growth_refuses_a_dataset_that_gives_other_tokens(tiny_model, tmp_path):
     from datasets import Dataset
 
-    from actcache.harvester import harvest
-    from actcache.plan import HarvestConfig
-    from actcache.tokens import LoadedDataset
+    from actcache.harvesting.plan import HarvestConfig
+    from actcache.harvesting.run import harvest
+    from actcache.text.tokenise import LoadedDataset
 
     class Drifting(LoadedDataset):
         """A dataset whose name and hash stay while its rows change, as a hub dataset without a revision."""
@@ -162,9 +162,9 @@ def test_torchrun_shares_by_rank(tiny_llama_dir, tiny_texts, tmp_path, whole):
 
 
 def test_a_worker_alone_leaves_the_rest_and_says_so(tiny_model, tiny_texts, tmp_path, whole, caplog):
-    from actcache.harvester import Worker, harvest_share
-    from actcache.plan import HarvestConfig
-    from actcache.tokens import DatasetSource
+    from actcache.harvesting.plan import HarvestConfig
+    from actcache.harvesting.run import Worker, harvest_share
+    from actcache.text.tokenise import DatasetSource
 
     config = HarvestConfig(hook_names=HOOKS, context_size=16, holdout=0.2, batch_size=8, tokens=TOKENS)
     arguments = (tiny_model, DatasetSource(path=str(tiny_texts)), config, tmp_path / "c")
@@ -184,7 +184,7 @@ def test_who_may_write_beside_whom(tiny_model, tiny_texts, tmp_path):
     harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=500)
     with Journal(tmp_path / "c", 0), pytest.raises(CacheLocked, match="as worker 0; wait for it"):
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=500)
-    from actcache.harvester import Worker
+    from actcache.harvesting.run import Worker
 
     with pytest.raises(ConfigError, match=r"0 <= i < n, got 2/2"):
         Worker(index=2, count=2)
@@ -200,10 +200,10 @@ def test_a_failed_start_leaves_nothing_behind(tiny_model, tiny_texts, tmp_path):
 
 
 def test_the_estimate_covers_what_is_stored(tiny_model, tiny_texts, tmp_path):
-    from actcache.estimate import expected_bytes
-    from actcache.harvester import dry_run
-    from actcache.plan import HarvestConfig
-    from actcache.tokens import DatasetSource
+    from actcache.harvesting.estimate import expected_bytes
+    from actcache.harvesting.plan import HarvestConfig
+    from actcache.harvesting.run import dry_run
+    from actcache.text.tokenise import DatasetSource
 
     source = DatasetSource(path=str(tiny_texts))
     for tokens in (TOKENS, None):

@@ -13,13 +13,13 @@ import torch
 import zarr
 from tiny_caches import HOOKS, harvest_tiny, promised_files
 
-from actcache import harvester
-from actcache.cache import open_cache
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, DatasetError, ManifestError, NonFiniteActivations
-from actcache.journal import Journal
-from actcache.models import HuggingFaceModel
-from actcache.verify import verify
-from actcache.window import Window
+from actcache.harvesting import run
+from actcache.harvesting.window import Window
+from actcache.integrity.verify import verify
+from actcache.models.load import HuggingFaceModel
+from actcache.store.cache import open_cache
+from actcache.store.journal import Journal
 
 BATCH_SIZE = 8
 JOURNAL = "manifest/writer-00.jsonl"
@@ -235,7 +235,7 @@ def test_another_configuration_is_refused(tiny_model, tiny_texts, tiny_cache, se
 
 
 def test_another_model_is_refused(tiny_gpt2_dir, tiny_texts, tiny_cache):
-    from actcache.models import load_model
+    from actcache.models.load import load_model
 
     other = load_model(str(tiny_gpt2_dir), device="cpu")
     with pytest.raises(CacheMismatch, match=r"model is .*tiny_llama.* there, .*tiny_gpt2.* here"):
@@ -285,9 +285,9 @@ def test_overflow_of_the_stored_dtype_stops_with_the_token_range(tiny_model, tin
 
 
 def test_a_full_disk_stops_cleanly_and_resumes(tiny_model, tiny_texts, tiny_cache, tmp_path, monkeypatch):
-    import actcache.writer as writer
+    from actcache.store import zarr_metadata
 
-    real, calls = writer.write_atomically, []
+    real, calls = zarr_metadata.write_atomically, []
 
     def full(path, parts):
         calls.append(path)
@@ -295,7 +295,7 @@ def test_a_full_disk_stops_cleanly_and_resumes(tiny_model, tiny_texts, tiny_cach
             raise OSError(28, "No space left on device")
         return real(path, parts)
 
-    for module in ("actcache.writer", "actcache.harvester"):
+    for module in ("actcache.store.zarr_metadata", "actcache.harvesting.run"):
         monkeypatch.setattr(sys.modules[module], "write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c")
@@ -363,7 +363,7 @@ def test_a_model_that_leaves_no_core_has_one_window_and_the_same_bytes(
 ):
     """torch runs on one thread here."""
     made = []
-    monkeypatch.setattr(harvester, "Window", lambda *args: made.append(Window(*args)) or made[-1])
+    monkeypatch.setattr(run, "Window", lambda *args: made.append(Window(*args)) or made[-1])
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c")
     assert len(made) == n_windows

@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 from tiny_saes import make_config, make_run
 from torch import Tensor
 
-from actcache.cache import Cache
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
-from trainer.config import SAEConfig
-from trainer.evaluate import evaluate_runs
-from trainer.features import build_features
-from trainer.formats import Names
-from trainer.interop import import_release, import_sae
-from trainer.labels import write_labels
-from trainer.report import write_report
-from trainer.saelens import SAELENS_ARCHITECTURES, export_sae, load_sae
+from actcache.store.cache import Cache
+from trainer.config.settings import SAEConfig
+from trainer.evaluation.evaluate import evaluate_runs
+from trainer.features.features import build_features
+from trainer.features.token_strings import write_labels
+from trainer.formats.imports import import_release, import_sae
+from trainer.formats.saelens import SAELENS_ARCHITECTURES, export_sae, load_sae
+from trainer.formats.sparsify import Names
+from trainer.report.report import write_report
 
 sae_lens = pytest.importorskip("sae_lens")
 pytestmark = pytest.mark.filterwarnings(

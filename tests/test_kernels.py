@@ -5,8 +5,8 @@ import torch
 from reference import FLOAT64, batch_topk_reference
 from torch import Tensor
 
-from trainer import kernels
-from trainer.kernels import KeptEntries, Workspace
+from trainer.kernels import sparse
+from trainer.kernels.sparse import KeptEntries, Workspace
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -45,10 +45,8 @@ def test_a_sparse_autoencoder_has_the_dense_values_and_gradients(name: str, subt
 
     kept = kept_of(mask)
     b_dec = sparse["b_dec"] if subtracts_b_dec else None
-    acts = kernels.kept_pre_acts(
-        f.detach()[mask], kept, encoder_input.detach(), sparse["W_enc"], sparse["b_enc"], b_dec
-    )
-    x_hat = kernels.sparse_decode(acts, kept, sparse["W_dec"]) + sparse["b_dec"]
+    acts = sparse.kept_pre_acts(f.detach()[mask], kept, encoder_input.detach(), sparse["W_enc"], sparse["b_enc"], b_dec)
+    x_hat = sparse.sparse_decode(acts, kept, sparse["W_dec"]) + sparse["b_dec"]
     (x_hat * target).sum().backward()
 
     torch.testing.assert_close(x_hat, dense_x_hat, **FLOAT64)
@@ -63,8 +61,8 @@ def test_dense_pre_acts_have_the_gradients_of_the_product(subtracts_b_dec: bool)
     W_enc, b_enc, *rest = (leaf.requires_grad_() for leaf in leaves)
     encoder_input = x - rest[0] if rest else x
     expected = torch.autograd.grad(encoder_input @ W_enc.T + b_enc, leaves, upstream)
-    pre_acts = kernels.encoder_pre_acts(encoder_input, W_enc, b_enc, Workspace())
-    dense = kernels.dense_pre_acts(pre_acts, encoder_input.detach(), W_enc, b_enc, rest[0] if rest else None)
+    pre_acts = sparse.encoder_pre_acts(encoder_input, W_enc, b_enc, Workspace())
+    dense = sparse.dense_pre_acts(pre_acts, encoder_input.detach(), W_enc, b_enc, rest[0] if rest else None)
     got = torch.autograd.grad(dense, leaves, upstream)
     torch.testing.assert_close(got, expected, **FLOAT64)
 
@@ -74,9 +72,9 @@ def test_dense_pre_acts_have_the_gradients_of_the_product(subtracts_b_dec: bool)
 def test_topk_pre_acts_are_those_of_one_dense_topk(
     batch: int, d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "RANKED_AT_ONCE", 20 * d_sae)  # the longest batch in three parts
+    monkeypatch.setattr(sparse, "RANKED_AT_ONCE", 20 * d_sae)  # the longest batch in three parts
     x, W_enc, b_enc = random(batch, 4), random(d_sae, 4, seed=1), random(d_sae, seed=2)
-    values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, k, Workspace())
+    values, latents = sparse.topk_pre_acts(x, W_enc, b_enc, k, Workspace())
     pre_acts = x @ W_enc.T + b_enc
     torch.testing.assert_close(values.sort(dim=1, descending=True).values, pre_acts.topk(k, dim=1).values, **FLOAT64)
     torch.testing.assert_close(values, pre_acts.gather(1, latents), **FLOAT64)
@@ -86,7 +84,7 @@ def test_topk_pre_acts_are_those_of_one_dense_topk(
 @pytest.mark.parametrize(("d_sae", "k"), [(1, 1), (9, 9), (8, 1), (6, 2)])
 def test_topk_by_magnitude_keeps_the_sign(d_sae: int, k: int) -> None:
     x, W_enc, b_enc = random(11, 4), random(d_sae, 4, seed=1), random(d_sae, seed=2)
-    values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, k, Workspace(), by_magnitude=True)
+    values, latents = sparse.topk_pre_acts(x, W_enc, b_enc, k, Workspace(), by_magnitude=True)
     pre_acts = x @ W_enc.T + b_enc
     largest = pre_acts.abs().topk(k, dim=1).values
     torch.testing.assert_close(values.abs().sort(dim=1, descending=True).values, largest, **FLOAT64)
@@ -96,7 +94,7 @@ def test_topk_by_magnitude_keeps_the_sign(d_sae: int, k: int) -> None:
 def test_a_detached_decoder_gets_no_gradient() -> None:
     kept, W_dec = kept_of(MASKS["random"]), random(17, 6).requires_grad_()
     values = random(len(kept.row), seed=3).requires_grad_()
-    kernels.sparse_decode(values, kept, W_dec.detach()).sum().backward()
+    sparse.sparse_decode(values, kept, W_dec.detach()).sum().backward()
     assert W_dec.grad is None
     torch.testing.assert_close(values.grad, W_dec.detach().sum(1)[kept.latent], **FLOAT64)
 
@@ -121,7 +119,7 @@ def test_wide_latents_sort_right_around_the_limit_of_int16(d_sae: int) -> None:
 
 def test_firing_counts_leave_out_kept_zeros() -> None:
     kept = kept_of(torch.tensor([[True, True, False], [True, False, False]]))
-    assert kernels.firing_counts(torch.tensor([0.0, 2.0, 3.0]), kept).tolist() == [1, 1, 0]
+    assert sparse.firing_counts(torch.tensor([0.0, 2.0, 3.0]), kept).tolist() == [1, 1, 0]
 
 
 def test_the_workspace_is_allocated_once() -> None:
@@ -138,8 +136,8 @@ def test_entries_are_found_once_their_number_is_known(
     name: str, on_cuda: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mask = MASKS[name]
-    monkeypatch.setattr(kernels, "on_cuda", lambda _: on_cuda)
-    row, latent = kernels.true_entries(mask, kernels.n_true(mask))
+    monkeypatch.setattr(sparse, "on_cuda", lambda _: on_cuda)
+    row, latent = sparse.true_entries(mask, sparse.n_true(mask))
     assert list(zip(row.tolist(), latent.tolist(), strict=True)) == [tuple(each) for each in mask.nonzero().tolist()]
     assert row.is_contiguous()
     assert latent.is_contiguous(), "the Triton kernels read them by their addresses"
@@ -154,9 +152,9 @@ def test_the_largest_of_a_batch_are_those_of_the_definition(
     batch: int, d_sae: int, k: int, dtype: torch.dtype, on_cuda: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of equal ones (in bfloat16 there are some) any: their values are equal."""
-    monkeypatch.setattr(kernels, "on_cuda", lambda _: on_cuda)
+    monkeypatch.setattr(sparse, "on_cuda", lambda _: on_cuda)
     pre_acts = random(batch, d_sae).to(dtype)
-    row, latent = kernels.batch_topk_entries(pre_acts, k)
+    row, latent = sparse.batch_topk_entries(pre_acts, k)
     places = (row * d_sae + latent).tolist()
     assert places == sorted(set(places))
     kept, expected = pre_acts[row, latent].relu(), batch_topk_reference(pre_acts, k)
@@ -165,17 +163,17 @@ def test_the_largest_of_a_batch_are_those_of_the_definition(
 
 
 def test_nan_is_among_the_largest_of_a_batch_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "on_cuda", lambda _: True)
+    monkeypatch.setattr(sparse, "on_cuda", lambda _: True)
     pre_acts = random(4, 64).float()
     pre_acts[2, 9] = torch.nan
-    assert (2, 9) in list(zip(*(each.tolist() for each in kernels.batch_topk_entries(pre_acts, 1)), strict=True))
+    assert (2, 9) in list(zip(*(each.tolist() for each in sparse.batch_topk_entries(pre_acts, 1)), strict=True))
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_pre_acts_of_the_kept_entries_alone(name: str) -> None:
     mask, d_in = MASKS[name], 6
     x, W_enc, b_enc = random(mask.shape[0], d_in), random(mask.shape[1], d_in, seed=3), random(mask.shape[1], seed=4)
-    got = kernels.entry_pre_acts(kept_of(mask), x, W_enc, b_enc)
+    got = sparse.entry_pre_acts(kept_of(mask), x, W_enc, b_enc)
     torch.testing.assert_close(got, (x @ W_enc.T + b_enc)[mask], **FLOAT64)
 
 
@@ -183,7 +181,7 @@ def test_pre_acts_of_entries_in_no_order_within_their_row() -> None:
     x, W_enc, b_enc = random(9, 6), random(17, 6, seed=3), random(17, seed=4)
     latents = torch.stack([torch.randperm(17, generator=torch.Generator().manual_seed(row))[:5] for row in range(9)])
     kept = KeptEntries.of(torch.arange(9).repeat_interleave(5), latents.flatten(), batch=9, d_sae=17)
-    got = kernels.entry_pre_acts(kept, x, W_enc, b_enc)
+    got = sparse.entry_pre_acts(kept, x, W_enc, b_enc)
     torch.testing.assert_close(got.view(9, 5), (x @ W_enc.T + b_enc).gather(1, latents), **FLOAT64)
 
 
@@ -196,7 +194,7 @@ def test_topk_in_groups_is_topk(d_sae: int, k: int, dtype: torch.dtype, by_magni
     W_enc = torch.randint(-4, 5, (d_sae, 6), generator=torch.Generator().manual_seed(1)).to(dtype)
     x[3], x[4, 0], x[5, 0] = 0.0, torch.inf, torch.nan
     b_enc = torch.zeros(d_sae, dtype=dtype)
-    values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, k, Workspace(), by_magnitude=by_magnitude)
+    values, latents = sparse.topk_pre_acts(x, W_enc, b_enc, k, Workspace(), by_magnitude=by_magnitude)
     pre_acts = x @ W_enc.T  # small integers: exact in every type
     ranked = pre_acts.abs() if by_magnitude else pre_acts
     expected = ranked.topk(k).values

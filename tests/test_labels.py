@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from actcache.errors import ManifestError
-from trainer.analysis import logit_lens
-from trainer.labels import N_LENS, read_labels, token_strings, write_labels
-from trainer.saelens import load_sae
+from trainer.features.attribution import logit_lens
+from trainer.features.token_strings import N_LENS, read_labels, token_strings, write_labels
+from trainer.formats.saelens import load_sae
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:

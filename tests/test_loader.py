@@ -17,16 +17,16 @@ from tiny_caches import HOOKS, harvest_tiny
 from tiny_models import make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from actcache.cache import open_cache
 from actcache.errors import CacheMismatch, ConfigError, CorruptShard
 from actcache.flow import Batch
-from actcache.groups import HostRoom, Recycler
-from actcache.harvester import harvest
-from actcache.loader import Loader
-from actcache.models import wrap_model
-from actcache.plan import HarvestConfig
-from actcache.reader import ArrayReader
-from actcache.tokens import LoadedDataset
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import harvest
+from actcache.loading.buffers import HostRoom, Recycler
+from actcache.loading.loader import Loader
+from actcache.models.load import wrap_model
+from actcache.store.cache import open_cache
+from actcache.store.reader import ArrayReader
+from actcache.text.tokenise import LoadedDataset
 
 ALL_FIELDS = ("id", "document", "sequence", "position")
 PROFILES = {

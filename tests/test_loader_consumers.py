@@ -10,9 +10,9 @@ from sae_lens.training.sae_trainer import SAETrainer
 from tiny_caches import HOOKS
 from torch.utils.data import DataLoader, IterableDataset
 
-from actcache.cache import open_cache
-from actcache.loader import Loader
-from actcache.mixture import Mixture
+from actcache.loading.loader import Loader
+from actcache.loading.mixture import Mixture
+from actcache.store.cache import open_cache
 
 HOOK, BATCH_TOKENS = HOOKS[0], 256
 

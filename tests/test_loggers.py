@@ -19,11 +19,11 @@ import pytest
 from test_sweep import BATCH, N_STEPS, Stop, a_config, batches, held_out, log_lines, stop_after
 
 from actcache.errors import ConfigError
-from trainer.checkpoint import latest_checkpoint, load_checkpoint
-from trainer.config import SAEConfig, TrainConfig
-from trainer.loggers import LoggedRun, check_loggers, open_loggers
-from trainer.sweep import sweep
-from trainer.train import TrainState, initial_state
+from trainer.config.settings import SAEConfig, TrainConfig
+from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
+from trainer.training.loggers import LoggedRun, check_loggers, open_loggers
+from trainer.training.step import TrainState, initial_state
+from trainer.training.sweep import sweep
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = TrainConfig(batch_tokens=BATCH, log_every=2, checkpoint_every=4, eval_every=5)

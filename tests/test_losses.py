@@ -7,10 +7,10 @@ from test_architectures import double_weights, rows, targets
 from tiny_saes import ARCHITECTURES, TOPK_FAMILY, make_config
 from torch import Tensor
 
-from trainer.architectures import forward
-from trainer.config import SAEConfig
-from trainer.kernels import Workspace
-from trainer.losses import LossTerms, loss_terms
+from trainer.config.settings import SAEConfig
+from trainer.kernels.sparse import Workspace
+from trainer.sae.architectures import forward
+from trainer.sae.losses import LossTerms, loss_terms
 
 
 def some_dead(n_dead: int, d_sae: int = 48) -> Tensor:

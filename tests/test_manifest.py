@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.manifest import Manifest, chunk_rows, fingerprint, seal, shard_rows, unseal
+from actcache.format.manifest import Manifest, chunk_rows, fingerprint, seal, shard_rows, unseal
 
 GIB = 1 << 30
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.metrics import ReconstructionSums, ce_loss_score, explained_variance, kl_div_score, l0
+from trainer.sae.metrics import ReconstructionSums, ce_loss_score, explained_variance, kl_div_score, l0
 
 # A float64 sum of n terms is off by at most n * 2^-53 of the sum of their magnitudes; the largest sum here has
 # 300 rows * 24 entries, and the variance, a difference of two such sums, is larger than 1e-3 of either.
@@ -60,7 +60,7 @@ def test_a_split_in_batches_equals_the_definitions(batch, dtype):
 def test_counting_few_rows_at_once_changes_nothing_but_the_order_of_sums(n_rows, monkeypatch):
     pieces = rows(seed=4)
     whole = ReconstructionSums.of(*pieces)
-    monkeypatch.setattr("trainer.metrics.COUNTED_AT_ONCE", n_rows * 40)
+    monkeypatch.setattr("trainer.sae.metrics.COUNTED_AT_ONCE", n_rows * 40)
     sums = ReconstructionSums.of(*pieces)
     assert torch.equal(sums.fired, whole.fired)
     assert sums.absolute == pytest.approx(whole.absolute, rel=ROUNDING)

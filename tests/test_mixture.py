@@ -8,8 +8,8 @@ import torch
 from tiny_caches import HOOKS, harvest_tiny, write_texts
 
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.loader import Loader
-from actcache.mixture import Mixture
+from actcache.loading.loader import Loader
+from actcache.loading.mixture import Mixture
 
 COMMON = {"seed": 3, "group_chunks": 2}
 

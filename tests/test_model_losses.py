@@ -15,13 +15,13 @@ from tiny_caches import promised_files
 from tiny_models import make_model_dir
 from torch import Tensor
 
-from actcache.cache import Cache
 from actcache.errors import DatasetError
-from actcache.models import LanguageModel, load_model
-from actcache.verify import verify
-from trainer.evaluate import evaluate, evaluate_all
-from trainer.model_losses import LOSSES
-from trainer.saelens import SAE
+from actcache.integrity.verify import verify
+from actcache.models.load import LanguageModel, load_model
+from actcache.store.cache import Cache
+from trainer.evaluation.downstream_loss import LOSSES
+from trainer.evaluation.evaluate import evaluate, evaluate_all
+from trainer.formats.saelens import SAE
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_a_cache_that_may_not_be_written_to_keeps_nothing(error, cache, model, m
     for path in (cache.path / LOSSES).iterdir():
         path.unlink()
     monkeypatch.setattr(
-        "trainer.model_losses.write_json", refuse
+        "trainer.evaluation.downstream_loss.write_json", refuse
     )  # the superuser, who may run this, may write anything
     assert counted([make_sae()], cache, model) == (expected, {"whole": 1, HOOK: 2})
     error.errno = 28

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from actcache.errors import ConfigError, ModelError
-from actcache.models import SITES, BridgeModel, HuggingFaceModel, LanguageModel, load_model, wrap_model
+from actcache.models.load import SITES, BridgeModel, HuggingFaceModel, LanguageModel, load_model, wrap_model
 
 # Written out by hand, apart from the table under test: blocks; what writes attention's part; what the MLP's; the chain
 # of modules from hook_resid_mid to hook_mlp_out.

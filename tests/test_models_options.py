@@ -11,8 +11,8 @@ from tiny_models import FAMILIES, make_model, make_model_dir, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from actcache.errors import ConfigError, ModelError
-from actcache.identity import weights_sha256
-from actcache.models import LanguageModel, load_model, wrap_model
+from actcache.models.identity import weights_sha256
+from actcache.models.load import LanguageModel, load_model, wrap_model
 
 TOKENS = torch.randint(0, 512, (3, 20), generator=torch.Generator().manual_seed(1))
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]

@@ -11,9 +11,9 @@ from tiny_reports import add_run_with_features
 from tiny_saes import make_config, make_run
 
 from actcache.errors import ManifestError
-from trainer.features import open_features
-from trainer.labels import read_labels
-from trainer.neuronpedia import BATCH_LATENTS, N_BANDS, N_EACH, N_TOP, export_neuronpedia
+from trainer.features.features import open_features
+from trainer.features.token_strings import read_labels
+from trainer.publish.neuronpedia import BATCH_LATENTS, N_BANDS, N_EACH, N_TOP, export_neuronpedia
 
 # Columns of Neuronpedia's database (its Prisma schema) that SAEDashboard 0.8 exports too, with their types.
 # The database has no default for those with *.
@@ -142,7 +142,7 @@ def test_equal_features_give_equal_files_in_batches(run, folder, tmp_path, monke
     files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()} == files
     assert BATCH_LATENTS > 7
-    monkeypatch.setattr("trainer.neuronpedia.BATCH_LATENTS", 7)
+    monkeypatch.setattr("trainer.publish.neuronpedia.BATCH_LATENTS", 7)
     split = export_neuronpedia(run, tmp_path / "split")
     assert rows(split, "features") == rows(folder, "features")
     assert len(list((split / "features").iterdir())) > 1

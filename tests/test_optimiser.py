@@ -8,7 +8,7 @@ from reference import FLOAT64, adam_reference
 from tiny_saes import make_config
 from torch import Tensor
 
-from trainer.optimiser import (
+from trainer.training.optimiser import (
     clip_gradients_,
     k_at,
     lr_at,

@@ -4,7 +4,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from actcache.order import EpochOrder, MixtureOrder, _stable_argsort, chunk_order, group_order, shard_permutation
+from actcache.loading.order import (
+    EpochOrder,
+    MixtureOrder,
+    _stable_argsort,
+    chunk_order,
+    group_order,
+    shard_permutation,
+)
 
 GOLDEN = {
     "shard": [6, 7, 2, 3, 5, 4, 0, 1],

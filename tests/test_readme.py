@@ -22,9 +22,9 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_example_of_bytes_is_what_the_writer_writes(tmp_path):
-    from actcache.codecs import codec, storage_view
-    from actcache.manifest import ArraySpec
-    from actcache.writer import chunk_slices, write_shard
+    from actcache.format.codecs import codec, storage_view
+    from actcache.format.manifest import ArraySpec
+    from actcache.store.zarr_metadata import chunk_slices, write_shard
 
     (example,) = [block for block in blocks("") if block.startswith("00  ")]
     expected = bytes.fromhex("".join(re.findall(r"^\d0  ((?:[0-9a-f]{2} )*[0-9a-f]{2})", example, re.MULTILINE)))
@@ -36,7 +36,7 @@ def test_the_example_of_bytes_is_what_the_writer_writes(tmp_path):
 
 
 def test_the_example_of_a_seal():
-    from actcache.manifest import seal
+    from actcache.format.manifest import seal
 
     assert f"`{seal({'a': 1}).decode().strip()}`" in README
 
@@ -44,7 +44,7 @@ def test_the_example_of_a_seal():
 def test_the_permutation_by_the_text_alone():
     import hashlib
 
-    from actcache.order import shard_permutation
+    from actcache.loading.order import shard_permutation
 
     key = np.frombuffer(hashlib.sha256(b"scatter:5:train:2").digest()[:16], dtype="<u8")
     by_text = np.argsort(np.random.Philox(key=key).random_raw(100), kind="stable")
@@ -52,7 +52,7 @@ def test_the_permutation_by_the_text_alone():
 
 
 def test_the_sizes_by_the_text_alone():
-    from actcache import manifest
+    from actcache.format import manifest
 
     assert (manifest.MAX_SHARD_ROWS, manifest.MAX_SHARD_BYTES, manifest.MAX_CHUNK_BYTES) == (2**18, 2**30, 9 * 2**18)
     assert (manifest.MIN_CHUNK_ROWS, manifest.MIN_SHARDS, manifest.WINDOW_BYTES) == (32, 16, 8 * 2**30)
@@ -77,7 +77,7 @@ def test_the_tree_names_every_module():
 
 
 def test_the_sweep_file_is_valid():
-    from trainer.sweep_file import SweepConfig
+    from trainer.config.sweep import SweepConfig
 
     (sweep,) = blocks("yaml")
     assert len(SweepConfig.from_dict(yaml.safe_load(sweep)).runs) == 4

@@ -13,11 +13,11 @@ import torch
 import zarr
 from tiny_caches import HOOKS, harvest_tiny, promised_files
 
-from actcache.cache import open_cache
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.flow import SPLITS
-from actcache.relabel import relabel
-from actcache.verify import verify
+from actcache.integrity.relabel import relabel
+from actcache.integrity.verify import verify
+from actcache.store.cache import open_cache
 
 N_FILES = len(SPLITS) * len(HOOKS)  # one bfloat16 array of each hook in each split
 PLAIN_ZARR = """

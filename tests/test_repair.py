@@ -26,10 +26,10 @@ from damages import (
 from tiny_caches import HOOKS, harvest_tiny, promised_files
 from tiny_models import D_MODEL
 
-from actcache.cache import open_cache
 from actcache.errors import CacheLocked, CacheMismatch, DatasetError, ManifestError
-from actcache.journal import Journal, read_journals
-from actcache.verify import verify
+from actcache.integrity.verify import verify
+from actcache.store.cache import open_cache
+from actcache.store.journal import Journal, read_journals
 
 SETTINGS = {"tokens": 72 * 16, "holdout": 0.5}  # a partial last shard in both splits
 
@@ -38,8 +38,8 @@ SETTINGS = {"tokens": 72 * 16, "holdout": 0.5}  # a partial last shard in both s
 def _small_chunks():
     """Several chunks in a shard, and several shards of sequences."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actcache.manifest.MAX_CHUNK_BYTES", 32 * 2 * D_MODEL)
-        patch.setattr("actcache.manifest.SEQUENCE_SHARD_TOKENS", 16 * 16)
+        patch.setattr("actcache.format.manifest.MAX_CHUNK_BYTES", 32 * 2 * D_MODEL)
+        patch.setattr("actcache.format.manifest.SEQUENCE_SHARD_TOKENS", 16 * 16)
         yield
 
 
@@ -64,7 +64,7 @@ def no_model(compute):
 
 def repaired(root, load_model=no_model, **arguments):
     """Repair the cache, which must be sound then, and must have been damaged; returns the report."""
-    from actcache.repair import repair
+    from actcache.integrity.repair import repair
 
     report = repair(root, load_model, **arguments)
     assert report.problems == ()
@@ -123,7 +123,7 @@ def test_activations_are_made_again_as_they_were(tiny_model, sound, tmp_path, co
 
 
 def test_a_sound_cache_is_not_touched(copied):
-    from actcache.repair import repair
+    from actcache.integrity.repair import repair
 
     before = stamps(copied)
     report = repair(copied, no_model)
@@ -188,7 +188,7 @@ def test_an_unfinished_harvest_is_finished(tiny_model, sound, copied):
 
 
 def test_a_harvest_of_no_shard_is_left_to_harvest(copied):
-    from actcache.repair import repair
+    from actcache.integrity.repair import repair
 
     drop(copied / CACHE)
     (copied / JOURNAL).write_bytes(b"")
@@ -197,7 +197,7 @@ def test_a_harvest_of_no_shard_is_left_to_harvest(copied):
 
 
 def test_both_manifests_gone_is_the_end(copied):
-    from actcache.repair import repair
+    from actcache.integrity.repair import repair
 
     flip(copied / CACHE)
     flip(copied / PLAN)
@@ -208,7 +208,7 @@ def test_both_manifests_gone_is_the_end(copied):
 
 
 def test_what_is_no_cache_is_refused(tmp_path):
-    from actcache.repair import repair
+    from actcache.integrity.repair import repair
 
     with pytest.raises(ManifestError, match="not a cache"):
         repair(tmp_path, no_model)
@@ -216,7 +216,7 @@ def test_what_is_no_cache_is_refused(tmp_path):
 
 
 def test_manifests_of_two_caches_are_told_apart_from_damage(tiny_model, tiny_texts, copied, tmp_path):
-    from actcache.repair import repair
+    from actcache.integrity.repair import repair
 
     other = harvest_tiny(tiny_model, tiny_texts, tmp_path / "other", seed=1, **SETTINGS).path
     shutil.copy(other / PLAN, copied / PLAN)
@@ -265,7 +265,7 @@ def test_a_kill_while_growing_may_be_repaired_to_what_it_was(tiny_model, tiny_te
 
 
 def test_native_metadata_stays_and_what_is_lost_comes_back_in_the_first_form(copied):
-    from actcache.relabel import relabel
+    from actcache.integrity.relabel import relabel
 
     relabel(copied, native=True)
     path = copied / TRAIN / HOOK / "acts" / "zarr.json"
@@ -315,9 +315,9 @@ def test_a_dataset_in_memory_is_asked_for(tiny_model, tiny_texts, tmp_path):
 
     from datasets import Dataset
 
-    from actcache.harvester import harvest
-    from actcache.plan import HarvestConfig
-    from actcache.tokens import LoadedDataset
+    from actcache.harvesting.plan import HarvestConfig
+    from actcache.harvesting.run import harvest
+    from actcache.text.tokenise import LoadedDataset
 
     texts = [json.loads(line)["text"] for line in tiny_texts.read_text().splitlines()]
     source = LoadedDataset(Dataset.from_dict({"text": texts}))
@@ -338,7 +338,7 @@ def test_a_dataset_in_memory_is_asked_for(tiny_model, tiny_texts, tmp_path):
 
 
 def test_another_model_is_refused(tiny_gpt2_dir, copied):
-    from actcache.models import load_model
+    from actcache.models.load import load_model
 
     path = hook_damages("acts")["acts flipped"].to(copied)
     content = path.read_bytes()
@@ -363,7 +363,7 @@ def test_hooks_of_one_shard_are_run_in_the_batches_of_each(tiny_model, tiny_text
 @pytest.fixture(scope="module")
 def eager_model(tiny_llama_dir):
     """The tiny Llama with another attention kernel, whose activations differ in the last bits."""
-    from actcache.models import load_model
+    from actcache.models.load import load_model
 
     return load_model(str(tiny_llama_dir), device="cpu", attention="eager")
 
@@ -395,7 +395,7 @@ def test_another_kernel_gives_a_sound_cache_and_is_told(eager_model, tiny_model,
 
 
 def test_a_cache_that_is_being_written_is_refused(copied):
-    from actcache.repair import repair
+    from actcache.integrity.repair import repair
 
     drop(copied / PLAN)
     for slot in (0, 1):
@@ -490,7 +490,7 @@ def test_a_lock_on_a_journal_that_was_replaced_is_no_lock(tmp_path, monkeypatch)
     """Opened before a repair put another file in its place, locked after."""
     import fcntl
 
-    from actcache.writer import write_atomically
+    from actcache.store.zarr_metadata import write_atomically
 
     path, real = tmp_path / JOURNAL, fcntl.flock
 
@@ -507,7 +507,7 @@ def test_a_lock_on_a_journal_that_was_replaced_is_no_lock(tmp_path, monkeypatch)
 
 
 def test_a_damaged_journal_that_is_being_written_is_left_alone(copied):
-    from actcache.journal import salvage
+    from actcache.store.journal import salvage
 
     with Journal(copied):
         flip(copied / JOURNAL)

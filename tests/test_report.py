@@ -10,9 +10,9 @@ from tiny_reports import add_baseline, add_logs, evaluation
 from tiny_saes import make_config, make_run
 
 from actcache.errors import ManifestError
-from trainer.figures import MOST_POINTS
-from trainer.report import write_report
-from trainer.run_files import read_runs
+from trainer.report.figures import MOST_POINTS
+from trainer.report.report import write_report
+from trainer.run_folder import read_runs
 
 MODEL = {"name": "tiny", "revision": "abc123"}
 VOID = {"meta", "link", "br", "img", "input", "hr"}

@@ -10,8 +10,8 @@ from tiny_saes import ARCHITECTURES, BATCH_FAMILY, TOPK_FAMILY, TRANSCODERS, WEI
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
-from trainer.config import SAEConfig, ScaledHook
-from trainer.saelens import SAE, export_sae, load_sae, save_inference_sae
+from trainer.config.settings import SAEConfig, ScaledHook
+from trainer.formats.saelens import SAE, export_sae, load_sae, save_inference_sae
 
 D_IN, D_SAE, K, SCALE = 16, 48, 5, 0.37  # of the configs that make_config gives
 METADATA = {"model_name": "tiny", "dataset_path": "text", "context_size": 32, "prepend_bos": True}

@@ -10,8 +10,8 @@ from tiny_models import D_MODEL, N_LAYERS, make_model, make_tokenizer
 from tiny_saes import ARCHITECTURES, TRANSCODERS, make_config, make_weights
 from torch import Tensor
 
-from actcache.models import LanguageModel, wrap_model
-from trainer.saelens import SAE, export_sae, load_sae, save_inference_sae
+from actcache.models.load import LanguageModel, wrap_model
+from trainer.formats.saelens import SAE, export_sae, load_sae, save_inference_sae
 
 sae_lens = pytest.importorskip("sae_lens")
 pytestmark = [

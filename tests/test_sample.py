@@ -9,12 +9,12 @@ from damages import CACHE, HOOK, JOURNAL, TRAIN
 from tiny_caches import HOOKS, harvest_tiny
 from tiny_models import D_MODEL
 
-from actcache.cache import open_cache
-from actcache.codecs import codec
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.manifest import seal, unseal
-from actcache.sample import sample_model, tolerance
-from actcache.verify import verify
+from actcache.format.codecs import codec
+from actcache.format.manifest import seal, unseal
+from actcache.integrity.spot_check import sample_model, tolerance
+from actcache.integrity.verify import verify
+from actcache.store.cache import open_cache
 
 CHUNK_ROWS = 32
 SETTINGS = {"tokens": 30 * 24, "context_size": 24, "holdout": 0.3, "hook_names": HOOKS[:2]}  # 24 does not divide 128
@@ -24,7 +24,7 @@ SETTINGS = {"tokens": 30 * 24, "context_size": 24, "holdout": 0.3, "hook_names":
 def _small_chunks():
     """Several chunks in a shard."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actcache.manifest.MAX_CHUNK_BYTES", CHUNK_ROWS * 2 * D_MODEL)
+        patch.setattr("actcache.format.manifest.MAX_CHUNK_BYTES", CHUNK_ROWS * 2 * D_MODEL)
         yield
 
 
@@ -40,7 +40,7 @@ def sound(tiny_model, tiny_texts, tmp_path_factory, _small_chunks):
 
 @pytest.fixture(scope="module")
 def eager_model(tiny_llama_dir):
-    from actcache.models import load_model
+    from actcache.models.load import load_model
 
     return load_model(str(tiny_llama_dir), device="cpu", attention="eager")
 
@@ -145,7 +145,7 @@ def test_hooks_are_run_in_the_batches_of_each(tiny_model, tiny_texts, tmp_path):
 
 
 def test_another_model_is_refused(tiny_gpt2_dir, sound):
-    from actcache.models import load_model
+    from actcache.models.load import load_model
 
     with pytest.raises(CacheMismatch, match=r"was harvested from .*tiny_llama.*, the model is .*tiny_gpt2"):
         sample_model(sound["raw"], load_model(str(tiny_gpt2_dir), device="cpu"), 1)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from actcache.stats import (
+from actcache.format.stats import (
     BINS_PER_OCTAVE,
     MEDIAN_STEP,
     HookStatistics,

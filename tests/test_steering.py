@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.models import BridgeModel, LanguageModel, load_model, wrap_model
-from trainer.saelens import SAE
-from trainer.steering import Add, Change, Clamp, Scale, steer, steered_logits
+from actcache.models.load import BridgeModel, LanguageModel, load_model, wrap_model
+from trainer.formats.saelens import SAE
+from trainer.interventions.steering import Add, Change, Clamp, Scale, steer, steered_logits
 
 TOKENS = torch.tensor([token_ids()[:12], token_ids("the cat, the cat, the sea and the lamp")[:12]])
 BLOCK_AFTER = {"gpt2": "transformer.h.2", "llama": "model.layers.2"}  # its input is what is at HOOK

@@ -21,21 +21,22 @@ from tiny_caches import harvest_tiny, write_texts
 from tiny_models import make_model, make_tokenizer
 from tiny_saes import ARCHITECTURES, TOPK_FAMILY, TRANSCODERS, make_config
 
-from actcache.cache import Cache, open_cache
 from actcache.errors import CacheMismatch, ConfigError, DatasetError, ManifestError
 from actcache.flow import Batch
-from actcache.loader import Loader
-from actcache.models import wrap_model
-from trainer import kernels, runs
-from trainer.architectures import forward
-from trainer.checkpoint import latest_checkpoint, load_checkpoint
-from trainer.config import SAEConfig, TrainConfig
-from trainer.kernels import Workspace
-from trainer.plan import pass_bytes
-from trainer.saelens import load_sae
-from trainer.sweep import SweepProgress, plan, sweep, train
-from trainer.sweep_file import SweepConfig
-from trainer.train import TrainState, initial_state
+from actcache.loading.loader import Loader
+from actcache.models.load import wrap_model
+from actcache.store.cache import Cache, open_cache
+from trainer.config.settings import SAEConfig, TrainConfig
+from trainer.config.sweep import SweepConfig
+from trainer.formats.saelens import load_sae
+from trainer.kernels import sparse
+from trainer.kernels.sparse import Workspace
+from trainer.sae.architectures import forward
+from trainer.training import run
+from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
+from trainer.training.plan import pass_bytes
+from trainer.training.step import TrainState, initial_state
+from trainer.training.sweep import SweepProgress, plan, sweep, train
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
 N_STEPS, BATCH, TOKENS = 12, 32, 11 * 32 + 1  # the last batch is one row
@@ -215,8 +216,8 @@ def test_a_loss_that_is_looked_at_later_stops_its_sae_and_nothing_is_written(
 
     standard, as dense as it begins, for on CUDA sparse sums are Triton's.
     """
-    monkeypatch.setattr(kernels, "on_cuda", lambda _: True)
-    monkeypatch.setattr(runs, "LOOK_EVERY", 8 if due == "LOOK_EVERY" else 100)
+    monkeypatch.setattr(sparse, "on_cuda", lambda _: True)
+    monkeypatch.setattr(run, "LOOK_EVERY", 8 if due == "LOOK_EVERY" else 100)
     settings = {"log_every": 100, "checkpoint_every": 100} | ({due: 8} if due != "LOOK_EVERY" else {})
 
     def poisoned() -> Iterator[Batch]:
@@ -239,7 +240,7 @@ def test_a_loss_that_is_looked_at_later_stops_its_sae_and_nothing_is_written(
 def test_looking_later_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = new_states([a_config("standard"), a_config("standard")])
     sweep(batches(), states[:1], EVERY_2, tmp_path / "at once")
-    monkeypatch.setattr(kernels, "on_cuda", lambda _: True)
+    monkeypatch.setattr(sparse, "on_cuda", lambda _: True)
     records = sweep(batches(), states[1:], EVERY_2, tmp_path / "later")
     assert_same_state(*states)
     assert log_lines(tmp_path / "at once" / "a-standard") == log_lines(tmp_path / "later" / "a-standard")
@@ -281,7 +282,7 @@ def test_a_signal_saves_every_sae_after_the_step(number: signal.Signals, tmp_pat
 
 def the_sweep(**changes: object) -> SweepConfig:
     """Every architecture on one hook of the cache; 18 steps over three epochs, the last of one row."""
-    runs = [
+    run = [
         {"architecture": "topk", "k": 4},
         {"architecture": "batchtopk", "k": 4},
         {"architecture": "standard", "sparsity_coefficient": 0.5},
@@ -292,11 +293,11 @@ def the_sweep(**changes: object) -> SweepConfig:
         {"architecture": "crosscoder", "hook_name": None, "hook_names": list(HOOKS), "sparsity_coefficient": 0.5},
         *({"architecture": name, "hook_name_out": HOOKS[0], "sparsity_coefficient": 0.5} for name in TRANSCODERS),
     ]
-    runs = [{"name": run["architecture"], **run} for run in runs]
+    run = [{"name": run["architecture"], **run} for run in run]
     sweep_file = {"batch_tokens": 128, "log_every": 3, "checkpoint_every": 4, "epochs": 3, "tokens": 17 * 128 + 1}
     sweep_file |= {"eval_every": 5, "eval_tokens": 150}
     base = {"hook_name": HOOKS[1], "d_sae": 48, "lr": 0.003}
-    return SweepConfig.from_dict(sweep_file | {"base": base, "runs": runs} | changes)
+    return SweepConfig.from_dict(sweep_file | {"base": base, "runs": run} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -369,8 +370,8 @@ def test_batchtopk_is_saved_with_a_threshold_that_keeps_about_k(cache: Cache, fi
 
 def test_b_dec_starts_where_the_config_says(cache: Cache, tmp_path: Path) -> None:
     inits = ("zeros", "mean", "geometric_median")
-    runs = [{"architecture": "topk", "k": 4, "name": init, "b_dec_init": init, "lr": 1e-30} for init in inits]
-    records = train(cache, the_sweep(runs=runs, tokens=64, epochs=1), tmp_path)
+    run = [{"architecture": "topk", "k": 4, "name": init, "b_dec_init": init, "lr": 1e-30} for init in inits]
+    records = train(cache, the_sweep(runs=run, tokens=64, epochs=1), tmp_path)
     statistics = cache.statistics(HOOKS[1])
     expected = {"zeros": 0 * statistics.mean, "mean": statistics.mean, "geometric_median": statistics.geometric_median}
     for record in records:
@@ -614,8 +615,8 @@ def test_a_folder_that_is_no_run_is_refused(cache: Cache, tmp_path: Path) -> Non
 
 def test_a_diverged_run_is_reported_again_and_not_retrained(cache: Cache, tmp_path: Path) -> None:
     topk = {"architecture": "topk", "k": 4}
-    runs = [{**topk, "name": "wild", "lr": 1e30}, {**topk, "name": "calm"}]
-    sweep_file = the_sweep(runs=runs, tokens=400)
+    run = [{**topk, "name": "wild", "lr": 1e30}, {**topk, "name": "calm"}]
+    sweep_file = the_sweep(runs=run, tokens=400)
     first, second = train(cache, sweep_file, tmp_path), train(cache, sweep_file, tmp_path)
     assert first[0].error is not None
     assert [record.error for record in second] == [record.error for record in first]

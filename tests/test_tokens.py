@@ -8,7 +8,7 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from tiny_models import make_tokenizer
 
 from actcache.errors import ConfigError, DatasetError
-from actcache.tokens import DatasetSource, LoadedDataset, Packing, documents, pack, split_of, tokenizer_hash
+from actcache.text.tokenise import DatasetSource, LoadedDataset, Packing, documents, pack, split_of, tokenizer_hash
 
 TOKENIZER = make_tokenizer()
 TEXTS = ["One document.", "", "Another, a little longer than the first one.", "x", "The end of it all, at last." * 5]

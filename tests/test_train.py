@@ -11,8 +11,8 @@ from tiny_saes import ARCHITECTURES, TOPK_FAMILY, TRANSCODERS, WEIGHS_NORMS, mak
 from torch import Tensor
 
 from actcache.errors import TrainingDiverged
-from trainer.kernels import Workspace
-from trainer.train import (
+from trainer.kernels.sparse import Workspace
+from trainer.training.step import (
     StepOutcome,
     TrainState,
     calibrated_threshold,

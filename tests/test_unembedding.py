@@ -6,8 +6,8 @@ from tiny_models import D_MODEL, FAMILIES, LAYER_NORMED, N_LAYERS, make_model, m
 from torch import nn
 
 from actcache.errors import ModelError
-from actcache.models import BridgeModel, HuggingFaceModel, wrap_model
-from actcache.unembedding import SMALL
+from actcache.models.load import BridgeModel, HuggingFaceModel, wrap_model
+from actcache.models.unembedding import SMALL
 
 LAST = f"blocks.{N_LAYERS - 1}.hook_resid_post"
 TOKENS = torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(1))

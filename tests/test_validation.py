@@ -14,10 +14,10 @@ from tiny_saes import ARCHITECTURES
 
 from actcache.errors import DatasetError
 from actcache.flow import Batch
-from trainer.config import TrainConfig
-from trainer.kernels import Workspace
-from trainer.train import TrainState, initial_state
-from trainer.validation import check_validation, validation_batches, validation_metrics
+from trainer.config.settings import TrainConfig
+from trainer.kernels.sparse import Workspace
+from trainer.training.step import TrainState, initial_state
+from trainer.training.validation import check_validation, validation_batches, validation_metrics
 
 SIZES = (40, 40, 7)
 

@@ -9,10 +9,10 @@ from damages import BESIDE_HOOKS, CACHE, HOOK, JOURNAL, OTHER, TRAIN, VALIDATION
 from tiny_caches import HOOKS, harvest_tiny
 from tiny_models import D_MODEL
 
-from actcache.cache import open_cache
 from actcache.errors import CorruptShard, ManifestError
-from actcache.journal import Journal
-from actcache.verify import Problem, verify
+from actcache.integrity.verify import Problem, verify
+from actcache.store.cache import open_cache
+from actcache.store.journal import Journal
 
 SHARD_ROWS, CHUNK_ROWS, ROW_BYTES = 128, 32, 2 * D_MODEL
 
@@ -21,8 +21,8 @@ SHARD_ROWS, CHUNK_ROWS, ROW_BYTES = 128, 32, 2 * D_MODEL
 def _small_chunks():
     """Several chunks in a shard, and several shards of sequences."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actcache.manifest.MAX_CHUNK_BYTES", CHUNK_ROWS * ROW_BYTES)
-        patch.setattr("actcache.manifest.SEQUENCE_SHARD_TOKENS", 16 * 16)
+        patch.setattr("actcache.format.manifest.MAX_CHUNK_BYTES", CHUNK_ROWS * ROW_BYTES)
+        patch.setattr("actcache.format.manifest.SEQUENCE_SHARD_TOKENS", 16 * 16)
         yield
 
 
@@ -119,7 +119,7 @@ def test_what_follows_from_damage_is_not_told_as_damage(copied):
 
 def test_sound_tokens_of_other_rows_are_found(copied):
     """Two shards of a token array have changed places, and the manifest with them."""
-    from actcache.manifest import Manifest, seal, unseal
+    from actcache.format.manifest import Manifest, seal, unseal
 
     path = copied / TRAIN / "tokens" / "id" / "c"
     contents = [(path / index).read_bytes() for index in "01"]

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer import kernels
-from trainer.architectures import initial_weights
-from trainer.config import SAEConfig
-from trainer.kernels import Workspace
-from trainer.optimiser import optimizer
-from trainer.train import StepOutcome, TrainState, train_step
+from trainer.config.settings import SAEConfig
+from trainer.kernels import sparse
+from trainer.kernels.sparse import Workspace
+from trainer.sae.architectures import initial_weights
+from trainer.training.optimiser import optimizer
+from trainer.training.step import StepOutcome, TrainState, train_step
 
 BATCH = 32
 WAITS = (DataDependentOutputException, DynamicOutputShapeException)
@@ -44,11 +44,11 @@ class NoConstants(TorchDispatchMode):
 @pytest.fixture
 def _no_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors without values; of the Triton kernels what surrounds them, or their shapes where triton is missing."""
-    monkeypatch.setattr(kernels, "on_cuda", lambda _: True)
+    monkeypatch.setattr(sparse, "on_cuda", lambda _: True)
     if importlib.util.find_spec("triton") is None:
-        monkeypatch.setattr(kernels, "_triton", lambda: SHAPES_ALONE)
+        monkeypatch.setattr(sparse, "_triton", lambda: SHAPES_ALONE)
     else:
-        monkeypatch.setattr("trainer.triton_kernels._launch", lambda *_, **__: None)
+        monkeypatch.setattr("trainer.kernels.triton_kernels._launch", lambda *_, **__: None)
     with FakeTensorMode():
         yield
 
@@ -101,7 +101,7 @@ def test_the_others_wait_for_the_number_of_kept_entries_alone(
     with pytest.raises(WAITS):
         two_steps(a_state(config))
     asked: list[Tensor] = []
-    monkeypatch.setattr(kernels, "n_true", lambda mask: asked.append(mask) or n_kept)
+    monkeypatch.setattr(sparse, "n_true", lambda mask: asked.append(mask) or n_kept)
     two_steps(a_state(config))
     assert len(asked) == 2, "once a step"
 
@@ -113,7 +113,7 @@ TANH = {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_tanh_scale": 4.0}
 @pytest.mark.usefixtures("_no_device")
 @pytest.mark.parametrize("mode", [QUADRATIC, TANH], ids=["quadratic", "tanh"])
 def test_no_mode_of_jumprelu_waits_for_more(mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "n_true", lambda mask: BATCH)
+    monkeypatch.setattr(sparse, "n_true", lambda mask: BATCH)
     two_steps(a_state(make_config("jumprelu", **mode)))
 
 
@@ -131,7 +131,7 @@ def test_aux_k_waits_for_the_number_of_dead_latents_alone(
     config = make_config(architecture, aux_coefficient=1 / 32, k_aux=8, dead_window=1000)
     with pytest.raises(WAITS):
         two_steps(a_state(config, n_tokens=1001))
-    monkeypatch.setattr(kernels, "n_true", lambda mask: n_dead)
+    monkeypatch.setattr(sparse, "n_true", lambda mask: n_dead)
     two_steps(a_state(config, n_tokens=1001))
 
 

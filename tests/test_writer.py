@@ -7,11 +7,11 @@ import pytest
 import tensorstore
 import zarr
 
-from actcache.codecs import CODECS, codec
 from actcache.errors import CorruptShard
-from actcache.manifest import ArraySpec, shard_key
-from actcache.reader import ArrayReader, ShardFile
-from actcache.writer import chunk_slices, remove_partials, write_atomically, write_metadata, write_shard
+from actcache.format.codecs import CODECS, codec
+from actcache.format.manifest import ArraySpec, shard_key
+from actcache.store.reader import ArrayReader, ShardFile
+from actcache.store.zarr_metadata import chunk_slices, remove_partials, write_atomically, write_metadata, write_shard
 
 N_ROWS, SHARD_ROWS = 600, 256  # two whole shards and a partial tail whose last chunk is short
 ARRAYS = {

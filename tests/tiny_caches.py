@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from tiny_models import TEXT
 
 if TYPE_CHECKING:
-    from actcache.cache import Cache
-    from actcache.models import LanguageModel
+    from actcache.models.load import LanguageModel
+    from actcache.store.cache import Cache
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_attn_out", "blocks.1.hook_resid_post")
 
@@ -26,9 +26,9 @@ def write_texts(path: Path, n_documents: int = 60) -> Path:
 
 def harvest_tiny(model: LanguageModel, texts: Path, out: Path, **settings: object) -> Cache:
     """Harvest HOOKS at context 16 in shards of 128 rows; `settings` are HarvestConfig's."""
-    from actcache.harvester import harvest
-    from actcache.plan import HarvestConfig
-    from actcache.tokens import DatasetSource
+    from actcache.harvesting.plan import HarvestConfig
+    from actcache.harvesting.run import harvest
+    from actcache.text.tokenise import DatasetSource
 
     defaults = {"hook_names": HOOKS, "context_size": 16, "holdout": 0.2, "batch_size": 8}
     return harvest(model, DatasetSource(path=str(texts)), HarvestConfig(**{**defaults, **settings}), out)

@@ -10,8 +10,8 @@ from tiny_caches import HOOKS
 from tiny_saes import make_config, make_run
 
 if TYPE_CHECKING:
-    from actcache.cache import Cache
-    from actcache.models import LanguageModel
+    from actcache.models.load import LanguageModel
+    from actcache.store.cache import Cache
 
 
 def evaluation(**changes: object) -> dict:
@@ -65,8 +65,8 @@ def add_baseline(runs: Path, **changes: object) -> Path:
 
 def add_run_with_features(runs: Path, name: str, cache: Cache, model: LanguageModel, **changes: object) -> Path:
     """An evaluated run of a random SAE whose features are those on the cache's validation text."""
-    from trainer.features import build_features
-    from trainer.labels import write_labels
+    from trainer.features.features import build_features
+    from trainer.features.token_strings import write_labels
 
     config = make_config("topk", name=name, d_in=32, hook_name=HOOKS[2])
     run = make_run(runs, config, cache.identity["model"])

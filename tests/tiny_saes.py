@@ -18,7 +18,7 @@ def make_config(architecture: str, **changes: object):
     """A resolved SAEConfig: 16 wide, 48 latents, k 5, an input scale that is not 1; a transcoder gives 12 channels, a
     crosscoder's hooks are 10 and 6 wide.
     """
-    from trainer.config import SAEConfig
+    from trainer.config.settings import SAEConfig
 
     is_topk, is_jumprelu = architecture in TOPK_FAMILY, architecture == "jumprelu"
     is_transcoder, is_crosscoder = architecture in TRANSCODERS, architecture == "crosscoder"
@@ -109,7 +109,7 @@ def make_run(
     runs: Path, config, model: dict[str, object], *, seed: int = 7, weights: dict[str, Tensor] | None = None
 ) -> Path:
     """RUNS/<name> with config.json and sae/, as a finished training leaves it; of random weights if none are given."""
-    from trainer.saelens import save_inference_sae
+    from trainer.formats.saelens import save_inference_sae
 
     run = runs / config.name
     weights = weights or make_weights(config.architecture, config.d_in, config.d_sae, seed, config.d_out)

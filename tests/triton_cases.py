@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import kernels, triton_kernels
-from trainer.kernels import KeptEntries, Workspace
+from trainer.kernels import sparse, triton_kernels
+from trainer.kernels.sparse import KeptEntries, Workspace
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -183,7 +183,7 @@ def test_wrong_arguments_are_named() -> None:
 def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter has no CUDA tensors: let `kernels` take those of the CPU for them."""
     if IS_INTERPRETED:
-        monkeypatch.setattr(kernels, "on_cuda", lambda _: True)
+        monkeypatch.setattr(sparse, "on_cuda", lambda _: True)
 
 
 def every_other_row(batch: int, d_sae: int) -> Tensor:
@@ -203,7 +203,7 @@ def test_kept_entries_are_indexed_both_ways() -> None:
     assert kept.latent_start.tolist() == [0, *mask.sum(0).cumsum(0).tolist()]
     values = random(len(row)).relu()
     active = torch.zeros_like(mask).index_put((row, latent), values > 0)
-    assert kernels.firing_counts(values, kept).tolist() == active.sum(0).tolist()
+    assert sparse.firing_counts(values, kept).tolist() == active.sum(0).tolist()
 
 
 @pytest.mark.usefixtures("_as_on_cuda")
@@ -217,8 +217,8 @@ def test_a_sparse_autoencoder_has_the_dense_values_and_gradients(batch: int, d_i
     row, latent = mask.nonzero(as_tuple=True)
     kept = KeptEntries.of(row, latent, batch=batch, d_sae=d_sae)
     f = (x @ W_enc.detach().T + b_enc.detach())[mask]
-    acts = kernels.kept_pre_acts(f, kept, x, W_enc, b_enc, b_dec)
-    x_hat = kernels.sparse_decode(acts, kept, W_dec)
+    acts = sparse.kept_pre_acts(f, kept, x, W_enc, b_enc, b_dec)
+    x_hat = sparse.sparse_decode(acts, kept, W_dec)
     x_hat.backward(g)
 
     dense_f = torch.zeros(batch, d_sae, dtype=torch.float64, device=DEVICE).index_put((row, latent), f.double())
@@ -243,7 +243,7 @@ def test_a_sparse_autoencoder_has_the_dense_values_and_gradients(batch: int, d_i
 @pytest.mark.parametrize("by_magnitude", [False, True])
 def test_topk_pre_acts_are_those_of_the_dense_product(by_magnitude: bool) -> None:
     x, W_enc, b_enc = random(5, 4), random(33, 4, seed=1), random(33, seed=2)
-    values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, 6, Workspace(), by_magnitude=by_magnitude)
+    values, latents = sparse.topk_pre_acts(x, W_enc, b_enc, 6, Workspace(), by_magnitude=by_magnitude)
     pre_acts = torch.addmm(b_enc, x, W_enc.T)
     assert latents.tolist() == latents_by_definition(pre_acts, 6, by_magnitude)
     assert torch.equal(values, pre_acts.gather(1, latents))
@@ -255,7 +255,7 @@ def test_training_goes_as_in_plain_torch(architecture: str, monkeypatch: pytest.
     """The losses of two steps, of which AuxK takes part in the second; few entries of the penalised are above 0."""
     from tiny_saes import TOPK_FAMILY, make_config
 
-    from trainer.train import initial_state, train_step
+    from trainer.training.step import initial_state, train_step
 
     settings = {"aux_coefficient": 1.0, "k_aux": 4, "dead_window": 1, "k": 2} if architecture in TOPK_FAMILY else {}
     widths = (3, 12) if architecture == "matryoshka_batchtopk" else None
@@ -275,7 +275,7 @@ def test_training_goes_as_in_plain_torch(architecture: str, monkeypatch: pytest.
         return torch.stack(totals), had_dead
 
     found, had_dead = losses(DEVICE)
-    monkeypatch.setattr(kernels, "on_cuda", lambda _: False)
+    monkeypatch.setattr(sparse, "on_cuda", lambda _: False)
     expected, _ = losses("cpu")
     assert had_dead == (architecture in TOPK_FAMILY)
     # sums of at most 6 * 16 terms, a handful of them nested; the errors of one step feed the other
@@ -304,12 +304,12 @@ def test_nothing_waits_for_the_device(d_sae: int) -> None:
     b_enc, workspace = torch.zeros(d_sae, device=DEVICE, requires_grad=True), Workspace()
 
     def step() -> None:
-        values, latents = kernels.topk_pre_acts(x, W_enc, b_enc, 4, workspace)
+        values, latents = sparse.topk_pre_acts(x, W_enc, b_enc, 4, workspace)
         row = torch.arange(50, device=DEVICE).repeat_interleave(4)
         kept = KeptEntries.of(row, latents.flatten(), batch=50, d_sae=d_sae)
-        acts = kernels.kept_pre_acts(values.flatten(), kept, x, W_enc, b_enc, b_dec).relu()
-        kernels.sparse_decode(acts, kept, W_dec).sum().backward()
-        kernels.firing_counts(acts, kept)
+        acts = sparse.kept_pre_acts(values.flatten(), kept, x, W_enc, b_enc, b_dec).relu()
+        sparse.sparse_decode(acts, kept, W_dec).sum().backward()
+        sparse.firing_counts(acts, kept)
 
     step()  # compiles
     torch.cuda.set_sync_debug_mode("error")

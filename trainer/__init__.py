@@ -1,15 +1,15 @@
 """trainer: batches -> SAEs -> metrics. One pass over a cache trains many sparse autoencoders."""
 
-from trainer.analysis import encode_text, logit_attribution, logit_lens, similar_features, stability
-from trainer.config import SAEConfig, TrainConfig
-from trainer.evaluate import evaluate, evaluate_runs
-from trainer.formats import Names
-from trainer.interop import import_release, import_sae
-from trainer.runs import RunRecord
-from trainer.saelens import SAE, export_sae, load_sae
-from trainer.steering import Add, Clamp, Scale, steer
-from trainer.sweep import SweepProgress, train
-from trainer.sweep_file import SweepConfig
+from trainer.config.settings import SAEConfig, TrainConfig
+from trainer.config.sweep import SweepConfig
+from trainer.evaluation.evaluate import evaluate, evaluate_runs
+from trainer.features.attribution import encode_text, logit_attribution, logit_lens, similar_features, stability
+from trainer.formats.imports import import_release, import_sae
+from trainer.formats.saelens import SAE, export_sae, load_sae
+from trainer.formats.sparsify import Names
+from trainer.interventions.steering import Add, Clamp, Scale, steer
+from trainer.training.run import RunRecord
+from trainer.training.sweep import SweepProgress, train
 
 __all__ = [
     "SAE",

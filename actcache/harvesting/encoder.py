@@ -1,0 +1,289 @@
+"""A full window -> shard files: copied to the host, encoded and measured by threads, written in order by one.
+
+On CUDA a chunk is copied, on a stream of its own, into one of a few pinned buffers, which is used again only after the
+chunk has been written. On a CPU the window itself is read. Either way at most `threads + 2` chunks are under way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from actcache.errors import NonFiniteActivations
+from actcache.format.codecs import codec, crc32c, float32_values, storage_view
+from actcache.format.manifest import (
+    ArrayRecord,
+    ArraySpec,
+    HookSpec,
+    Plan,
+    ShardRecord,
+    hook_arrays,
+    shard_key,
+    token_arrays,
+)
+from actcache.format.stats import ROW_FILTERS, Moments, filtered_moments
+from actcache.harvesting.finalise import partials_key, partials_payload
+from actcache.harvesting.window import Shard, Window
+from actcache.store.cache import STORE
+from actcache.store.zarr_metadata import (
+    EncodedChunk,
+    chunk_slices,
+    encode_chunk,
+    write_atomically,
+    write_encoded_shard,
+    write_shard,
+)
+
+MOMENT_VALUES = 1 << 18  # whose float64 squares take 2 MiB
+PART_ALIGNMENT = 16  # bytes, so that a view of any dtype may begin there
+
+
+@dataclass(slots=True)
+class StageSeconds:
+    """Seconds that the stages behind the model were busy; of several threads the sum.
+
+    copy: device to host. encode: statistics, compression and checksums. write: files and fsync.
+    """
+
+    copy: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """One chunk of an array, encoded on the host; with the moments of its rows where they were asked for."""
+
+    encoded: EncodedChunk
+    moments: dict[str, Moments]
+    seconds: StageSeconds
+
+
+class ShardEncoder:
+    """Writes one window after the other; `write` is for one thread at a time, its encoder threads are its own."""
+
+    def __init__(self, root: Path, plan: Plan, device: torch.device, compute: dict[str, Any], n_threads: int):
+        self._root, self._identity, self._compute = root, plan.identity, compute
+        self._codec = codec(plan.identity["codec"])
+        self._special = np.array(plan.identity["special_token_ids"], dtype=np.int32)
+        self._threads, self._ahead = ThreadPoolExecutor(n_threads, "actcache-encode"), n_threads + 1
+        self._ring = _PinnedRing(self._ahead + 1, device) if device.type == "cuda" else None
+        self._waited = 0.0
+        self.seconds = StageSeconds()
+
+    def write(self, shard: Shard, window: Window, *, with_tokens: bool, ready: torch.cuda.Event | None) -> ShardRecord:
+        """Write every array of a shard; returns the line that says so.
+
+        ready: on CUDA, recorded behind the last scatter into the window.
+        Raises NonFiniteActivations, naming the tokens, before the file of the hook is visible.
+        """
+        started, waited = time.perf_counter(), self._waited
+        if self._ring is not None:
+            self._ring.wait_for(ready)
+        columns = shard.token_columns
+        special = np.isin(columns[0], self._special)
+        arrays: dict[str, ArrayRecord] = self._write_tokens(shard, columns) if with_tokens else {}
+        partials: dict[str, int] = {}
+        for hook in shard.hooks:
+            found, moments = self._write_hook(shard, hook, window.stored[hook.hook_name], special)
+            arrays |= found
+            partials |= self._write_partials(shard, hook, moments)
+        self.seconds.write += time.perf_counter() - started - (self._waited - waited)
+        return ShardRecord(
+            split=shard.split,
+            index=shard.index,
+            first_token=shard.first_token,
+            n_rows=shard.n_rows,
+            hooks=shard.hooks,
+            arrays=arrays,
+            partials=partials,
+            compute=self._compute,
+            attempt=shard.attempt,
+        )
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _write_tokens(self, shard: Shard, columns: Sequence[np.ndarray]) -> dict[str, ArrayRecord]:
+        arrays = token_arrays(self._identity["shard_rows"])
+        return {
+            array.path: write_shard(
+                self._path(shard, array),
+                array,
+                self._codec,
+                (column[rows] for rows in chunk_slices(array, shard.n_rows)),
+                self._identity["shard_rows"],
+            )
+            for array, column in zip(arrays, columns, strict=True)
+        }
+
+    def _write_hook(
+        self, shard: Shard, hook: HookSpec, window: Sequence[Tensor], special: Bool[np.ndarray, " row"]
+    ) -> tuple[dict[str, ArrayRecord], dict[str, Moments]]:
+        """Write the arrays of a hook; its statistics are taken with the first of them, from all."""
+        moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
+        records: dict[str, ArrayRecord] = {}
+        for number, array in enumerate(hook_arrays(hook, self._codec, self._identity["chunk_rows"])):
+            parts = window if number == 0 else window[number : number + 1]
+            chunks = self._in_order(
+                partial(self._submit, shard, hook, array, parts, rows, special[rows] if number == 0 else None)
+                for rows in chunk_slices(array, shard.n_rows)
+            )
+            payloads = self._merging(chunks, moments)
+            records[array.path] = write_encoded_shard(
+                self._path(shard, array), array, payloads, self._identity["shard_rows"]
+            )
+        return records, moments
+
+    def _submit(
+        self,
+        shard: Shard,
+        hook: HookSpec,
+        array: ArraySpec,
+        window: Sequence[Tensor],
+        rows: slice,
+        special: Bool[np.ndarray, " row"] | None,
+    ) -> Future[_Chunk]:
+        """Start to copy and encode the first part of some rows, and with `special` given to take their moments."""
+        parts = [part[rows] for part in window]
+        copied = self._ring.copied(parts) if self._ring is not None else _OnHost(parts)
+        return self._threads.submit(self._encoded, shard, hook, array, copied, rows, special)
+
+    def _encoded(
+        self,
+        shard: Shard,
+        hook: HookSpec,
+        array: ArraySpec,
+        copied: _OnHost,
+        rows: slice,
+        special: Bool[np.ndarray, " row"] | None,
+    ) -> _Chunk:
+        copy_seconds = copied.finished()
+        started = time.perf_counter()
+        stored = [storage_view(part) for part in copied.parts]
+        moments = {} if special is None else _finite_moments(shard, hook, stored, rows, special)
+        encoded = encode_chunk(stored[0], array, self._codec)
+        return _Chunk(encoded, moments, StageSeconds(copy=copy_seconds, encode=time.perf_counter() - started))
+
+    def _in_order(self, submits: Iterable[Callable[[], Future[_Chunk]]]) -> Iterator[_Chunk]:
+        """The chunks in order while at most `ahead` later ones are under way; the one yielded is used before more."""
+        pending: deque[Future[_Chunk]] = deque()
+        for submit in submits:
+            pending.append(submit())
+            if len(pending) > self._ahead:
+                yield self._awaited(pending.popleft())
+        while pending:
+            yield self._awaited(pending.popleft())
+
+    def _awaited(self, future: Future[_Chunk]) -> _Chunk:
+        started = time.perf_counter()
+        chunk = future.result()
+        self._waited += time.perf_counter() - started
+        return chunk
+
+    def _merging(self, chunks: Iterable[_Chunk], moments: dict[str, Moments]) -> Iterator[EncodedChunk]:
+        """The payloads; on the way moments merge, in the order of the chunks so that equal shards give equal bits."""
+        for chunk in chunks:
+            for row_filter, found in chunk.moments.items():
+                moments[row_filter] = moments[row_filter].merge(found)
+            self.seconds.copy += chunk.seconds.copy
+            self.seconds.encode += chunk.seconds.encode
+            yield chunk.encoded
+
+    def _path(self, shard: Shard, array: ArraySpec) -> Path:
+        return self._root / STORE / shard.split / shard_key(array, shard.index)
+
+    def _write_partials(self, shard: Shard, hook: HookSpec, moments: dict[str, Moments]) -> dict[str, int]:
+        payload = partials_payload(moments)
+        key = partials_key(shard.split, shard.index, hook.hook_name)
+        write_atomically(self._root / key, [payload])
+        return {key: crc32c(payload)}
+
+
+@dataclass(frozen=True, slots=True)
+class _OnHost:
+    """Parts of a chunk in host memory; on CUDA they are there once the copy has finished."""
+
+    parts: Sequence[Tensor]
+    copy: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+    def finished(self) -> float:
+        """Wait for the copy; the seconds that the device took for it."""
+        if self.copy is None:
+            return 0.0
+        begun, done = self.copy
+        done.synchronize()
+        return begun.elapsed_time(done) / 1e3
+
+
+class _PinnedRing:
+    """Pinned buffers, used in turn, that chunks are copied into on a stream of their own, beside the forward pass."""
+
+    def __init__(self, n_slots: int, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+        self._slots = [torch.empty(0, dtype=torch.uint8)] * n_slots
+        self._turn = 0
+
+    def wait_for(self, event: torch.cuda.Event | None) -> None:
+        """Later copies begin behind this event."""
+        if event is not None:
+            self._stream.wait_event(event)
+
+    def copied(self, parts: Sequence[Tensor]) -> _OnHost:
+        """Start to copy the parts into the next buffer, whose former chunk must have been written."""
+        slot = self._turn = (self._turn + 1) % len(self._slots)
+        sizes = [-(-part.nbytes // PART_ALIGNMENT) * PART_ALIGNMENT for part in parts]
+        if self._slots[slot].numel() < sum(sizes):
+            self._slots[slot] = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+        begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        host = [
+            self._slots[slot][end - size : end - size + part.nbytes].view(part.dtype).view(part.shape)
+            for part, size, end in zip(parts, sizes, accumulate(sizes), strict=True)
+        ]
+        with torch.cuda.stream(self._stream):
+            begun.record()
+            for there, part in zip(host, parts, strict=True):
+                there.copy_(part, non_blocking=True)
+            done.record()
+        return _OnHost(host, (begun, done))
+
+
+def chunk_moments(stored: Sequence[np.ndarray], dtype: str, special: Bool[np.ndarray, " row"]) -> dict[str, Moments]:
+    """The moments of a chunk per row filter, some rows at a time so that they stay in a core's own cache."""
+    n_rows, width = stored[0].shape
+    moments = {row_filter: Moments.empty(width) for row_filter in ROW_FILTERS}
+    step = max(1, MOMENT_VALUES // width)
+    for start in range(0, n_rows, step):
+        rows = slice(start, start + step)
+        found = filtered_moments(float32_values([part[rows] for part in stored], dtype), special[rows])
+        moments = {row_filter: moments[row_filter].merge(found[row_filter]) for row_filter in ROW_FILTERS}
+    return moments
+
+
+def _finite_moments(
+    shard: Shard, hook: HookSpec, stored: Sequence[np.ndarray], rows: slice, special: Bool[np.ndarray, " row"]
+) -> dict[str, Moments]:
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found and named just below
+        found = chunk_moments(stored, hook.dtype, special)
+    if not np.isfinite(found["all"].square_norm_sum):
+        finite = np.isfinite(float32_values(stored, hook.dtype)).all(axis=1)
+        tokens = shard.flat_tokens[rows][~finite]
+        raise NonFiniteActivations(
+            f"harvest: {hook.hook_name} is NaN or infinite as {hook.dtype} for {len(tokens)} tokens between "
+            f"{tokens.min()} and {tokens.max()} of {shard.split}; store another --dtype (bfloat16 reaches 3e38, "
+            "float16 65504) or check the model"
+        )
+    return found

@@ -1,0 +1,65 @@
+"""Harvesting from Python with a model that is already loaded: plain arguments in, a cache out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.run import Progress
+from actcache.harvesting.run import harvest as run_harvest
+from actcache.models.load import wrap_model
+from actcache.store.cache import Cache
+from actcache.text.tokenise import DatasetSource, LoadedDataset, Source
+
+
+def harvest(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str | Path | Sequence[str] | datasets.Dataset | DatasetSource,
+    hook_names: str | Sequence[str],
+    out: str | Path,
+    *,
+    tokens: int | None = None,
+    context_size: int = 128,
+    codec: str = "lossless",
+    dtype: str = "bfloat16",
+    batch_size: int | None = None,
+    prepend_bos: bool = True,
+    separator: str = "bos",
+    seed: int = 0,
+    holdout: float = 0.01,
+    progress: Progress | None = None,
+) -> Cache:
+    """Harvest the hooks of a loaded transformers model (plain, quantised or adapted) into the cache at `out`.
+
+    dataset: a path or hub name, a list of texts, a `datasets.Dataset`, or a DatasetSource. The other arguments are
+    those of HarvestConfig; the errors are those of `actcache.harvesting.run.harvest`.
+    """
+    config = HarvestConfig(
+        hook_names=(hook_names,) if isinstance(hook_names, str) else tuple(hook_names),
+        tokens=tokens,
+        context_size=context_size,
+        codec=codec,
+        dtype=dtype,
+        batch_size=batch_size,
+        prepend_bos=prepend_bos,
+        separator=separator,
+        seed=seed,
+        holdout=holdout,
+    )
+    return run_harvest(wrap_model(model, tokenizer), _source(dataset), config, out, progress=progress)
+
+
+def _source(dataset: str | Path | Sequence[str] | datasets.Dataset | DatasetSource) -> Source:
+    if isinstance(dataset, DatasetSource):
+        return dataset
+    if isinstance(dataset, str | Path):
+        return DatasetSource(path=str(dataset))
+    if isinstance(dataset, datasets.Dataset):
+        return LoadedDataset(dataset)
+    return LoadedDataset(datasets.Dataset.from_dict({"text": list(dataset)}))

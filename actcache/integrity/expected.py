@@ -1,0 +1,233 @@
+"""What a damaged cache should be, as far as its manifest files tell, and a record of what is put into it again.
+
+manifest/cache.json, manifest/plan.json and the journals can each be made from the others. A reader trusts the first; a
+repair also asks the journals, which are ahead of it if an earlier repair was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actcache.errors import CacheMismatch, ManifestError
+from actcache.flow import SPLITS
+from actcache.format.codecs import codec
+from actcache.format.manifest import (
+    ArrayRecord,
+    HookSpec,
+    Manifest,
+    Plan,
+    ShardRecord,
+    aligned_arrays,
+    hook_arrays,
+    merge_records,
+    shard_key,
+    token_arrays,
+    unseal,
+)
+from actcache.harvesting.finalise import partials_key
+from actcache.integrity.verify import Problem, agrees, stored_arrays
+from actcache.store.cache import CACHE_MANIFEST, PLAN, STORE, Cache, contents
+from actcache.store.journal import Journal, hook_computes, read_journals
+from actcache.store.zarr_metadata import write_atomically
+
+Key = tuple[str, int]  # split and index of a shard
+UNKNOWN = -1  # size and checksum of what no line speaks of: no file fits
+
+logger = logging.getLogger("actcache")
+
+
+def twins(root: Path) -> tuple[Plan | None, Manifest | None, list[Problem]]:
+    """manifest/plan.json and manifest/cache.json, as far as they can be read, and what is wrong with them."""
+    plan = manifest = None
+    problems: list[Problem] = []
+    try:
+        plan = Plan.from_json(unseal(contents(root / PLAN), root / PLAN))
+    except (ManifestError, OSError) as error:
+        problems.append(_unreadable(root / PLAN, error))
+    try:
+        manifest = Manifest.from_json(unseal(contents(root / CACHE_MANIFEST), root / CACHE_MANIFEST))
+    except (ManifestError, OSError) as error:
+        problems.append(_unreadable(root / CACHE_MANIFEST, error))
+    if plan is None and manifest is None:
+        raise ManifestError(f"{'; '.join(map(str, problems))}; restore one of them, or harvest again elsewhere")
+    if plan and manifest and plan.identity != manifest.identity:
+        raise CacheMismatch(f"{root}: {PLAN} and {CACHE_MANIFEST} are of two caches; delete the one that is not of it")
+    return plan, manifest, problems
+
+
+def _unreadable(path: Path, error: ManifestError | OSError) -> Problem:
+    said = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+    return Problem(path=str(path), message=said.removeprefix(f"{path}: ").split("; ")[0])
+
+
+def settled(root: Path, plan: Plan | None, manifest: Manifest | None) -> tuple[Plan, Manifest | None, list[Problem]]:
+    """The plan, manifest/cache.json if it is to be believed, and which of them is outdated.
+
+    Where they differ, one has been put back from before the cache grew: the plan is newer if it has more rows and the
+    journals speak of all of them.
+    """
+    if plan is None:
+        assert manifest is not None, "one of the two can be read"
+        return manifest.plan, manifest, []
+    if manifest is None or replace(plan, hooks=()) == manifest.plan:
+        return plan, manifest, []
+    lines = merge_records(read_journals(root))
+    covered = all(key in lines and lines[key].n_rows == plan.rows_of(*key) for key in _keys(plan))
+    if covered and sum(map(plan.n_rows, SPLITS)) > sum(map(manifest.n_rows, SPLITS)):
+        return plan, None, [Problem(path=str(root / CACHE_MANIFEST), message="is from before the cache grew")]
+    return manifest.plan, manifest, [Problem(path=str(root / PLAN), message=f"says another plan than {CACHE_MANIFEST}")]
+
+
+def _keys(plan: Plan) -> list[Key]:
+    return [(split, index) for split in SPLITS for index in range(plan.n_shards(split))]
+
+
+def _unknown(plan: Plan, key: Key, hooks: Sequence[HookSpec], compute: dict[str, Any]) -> ShardRecord:
+    """A shard of which no line is left: whatever its files hold, they are damaged."""
+    (split, index), n_rows = key, plan.rows_of(*key)
+    arrays = token_arrays(plan.identity["shard_rows"])
+    for hook in hooks:
+        arrays += hook_arrays(hook, codec(plan.identity["codec"]), plan.identity["chunk_rows"])
+    n_chunks = {array.path: -(-n_rows // array.chunk_rows) for array in arrays}
+    return ShardRecord(
+        split=split,
+        index=index,
+        first_token=index * plan.identity["shard_rows"],
+        n_rows=n_rows,
+        hooks=tuple(hooks),
+        arrays={path: ArrayRecord(n_bytes=UNKNOWN, checksums=(UNKNOWN,) * n) for path, n in n_chunks.items()},
+        partials={partials_key(split, index, hook.hook_name): UNKNOWN for hook in hooks},
+        compute=compute,
+    )
+
+
+class Ledger:
+    """What is held to be true of every shard while a cache is repaired, and what has been written anew.
+
+    Attributes:
+        believed: manifest/cache.json, None if it is lost or outdated.
+        hooks: those that the cache should have.
+        held: (split, index) -> the record of a shard, by which its files are judged.
+        redone: the files written anew.
+    """
+
+    def __init__(self, root: Path, plan: Plan, manifest: Manifest | None, journal: Journal):
+        """Raises ManifestError if too little is known to say what should be there."""
+        self.root, self.plan, self.believed, self._journal = root, plan, manifest, journal
+        self._lines, self._computes = merge_records(read_journals(root)), hook_computes(root)
+        self.hooks = manifest.hooks if manifest else self._hooks_of_lines()
+        self.held = {key: self._first_held(key) for key in _keys(plan)}
+        self._arrays = {array.path: array for array in aligned_arrays(self.cache().manifest)}
+        self.redone: list[str] = []
+
+    def cache(self) -> Cache:
+        """The cache as it is held to be now; unlike a finished one it may have shards of which nothing is known."""
+        shards = {split: tuple(self.held[split, i] for i in range(self.plan.n_shards(split))) for split in SPLITS}
+        manifest = Manifest(plan=replace(self.plan, hooks=()), hooks=self.hooks, shards=shards)
+        return Cache(self.root, manifest, fingerprint="")
+
+    def path(self, key: Key, array: str) -> Path:
+        """The file of a row-aligned array of a shard."""
+        return self.root / STORE / key[0] / shard_key(self._arrays[array], key[1])
+
+    def attempt(self, key: Key) -> int:
+        """Of new lines about a shard: they win over all that were there."""
+        return self._lines[key].attempt + 1 if key in self._lines else 0
+
+    def arrays_of(self, hook: HookSpec) -> list[str]:
+        """Paths, below the split, of the arrays of a hook."""
+        profile = codec(self.plan.identity["codec"])
+        return [array.path for array in hook_arrays(hook, profile, self.plan.identity["chunk_rows"])]
+
+    def compute(self, key: Key, hook: HookSpec) -> dict[str, Any]:
+        """How a hook of a shard was computed: as the line says that wrote it, if what it wrote is what is held."""
+        held, line = self.held[key], self._lines.get(key)
+        same = line is not None and all(line.arrays.get(array) == held.arrays[array] for array in self.arrays_of(hook))
+        return self._computes[*key, hook.hook_name] if same else held.compute
+
+    def in_words(self, problem: Problem) -> Problem:
+        """The problem as it is told: of a shard of which nothing is known no file is too long or too short."""
+        held = None if problem.split is None or problem.shard is None else self.held.get((problem.split, problem.shard))
+        array = held.arrays.get(problem.array or "") if held else None
+        if array is None or array.n_bytes != UNKNOWN:
+            return problem
+        return replace(problem, message="no line of a journal is left that says what it holds")
+
+    def put(self, path: Path, payload: bytes) -> None:
+        """Write a file, unless it is there already."""
+        try:
+            if contents(path) == payload:
+                return
+        except OSError:
+            pass
+        write_atomically(path, [payload])
+        self.redone.append(str(path))
+
+    def line(self, key: Key, **what: Any) -> ShardRecord:
+        """A record of a shard that speaks of nothing but `what`."""
+        nothing = {"hooks": (), "arrays": {}, "partials": {}, "attempt": self.attempt(key)}
+        return replace(self.held[key], **{**nothing, **what})
+
+    def record(self, record: ShardRecord) -> None:
+        """Take note of arrays and partials whose files are there now; if they are not what is held, in the journal."""
+        key = (record.split, record.index)
+        held = self.held[key]
+        self.redone += [str(self.path(key, array)) for array in record.arrays]
+        self.redone += [str(self.root / name) for name in record.partials]
+        changed = [path for path, array in record.arrays.items() if held.arrays[path] != array]
+        if not changed and all(held.partials[name] == checksum for name, checksum in record.partials.items()):
+            return
+        self._journal.append(record)
+        self.held[key] = held.merge(record)
+        for array in changed:
+            if held.arrays[array].n_bytes != UNKNOWN:
+                logger.warning("%s: came out with other bytes than it had", self.path(key, array))
+
+    def restore_lines(self, manifest: Manifest) -> None:
+        """Have the journals say of each shard what manifest/cache.json will say."""
+        lines = merge_records(read_journals(self.root))
+        for key in _keys(manifest.plan):
+            shard = manifest.shards[key[0]][key[1]]
+            if not agrees(lines.get(key), shard):
+                self._journal.append(replace(shard, attempt=self.attempt(key)))
+                self.redone.append(str(self._journal.path))
+
+    def _hooks_of_lines(self) -> tuple[HookSpec, ...]:
+        """Every hook of which any line is left: a lost line must not lose a hook."""
+        if not self._lines:
+            raise ManifestError(f"{self.root}: no finished shard is recorded; run the same `actcache harvest` again")
+        hooks = {*self.plan.hooks, *(hook for line in self._lines.values() for hook in line.hooks)}
+        return tuple(sorted(hooks, key=lambda hook: hook.hook_name))
+
+    def _first_held(self, key: Key) -> ShardRecord:
+        """The record of manifest/cache.json, if that is believed, else of the journals."""
+        line = self._lines.get(key)
+        fits = line is not None and line.n_rows == self.plan.rows_of(*key)
+        if self.believed is None:
+            unknown = _unknown(self.plan, key, self.hooks, next(iter(self._lines.values())).compute)
+            return unknown.merge(line) if line and fits else unknown
+        believed = self.believed.shards[key[0]][key[1]]
+        return self._truer(believed, line) if line and fits and not agrees(line, believed) else believed
+
+    def _truer(self, believed: ShardRecord, line: ShardRecord) -> ShardRecord:
+        """Whichever fits the files better: the journals' if a repair was killed before it wrote manifest/cache.json."""
+        other = replace(
+            believed,
+            arrays={path: line.arrays.get(path, array) for path, array in believed.arrays.items()},
+            partials={key: line.partials.get(key, checksum) for key, checksum in believed.partials.items()},
+            compute=line.compute,
+        )
+        return min(believed, other, key=self._n_damaged)
+
+    def _n_damaged(self, record: ShardRecord) -> int:
+        assert self.believed is not None, "there are two records to choose from"
+        shards = list(self.believed.shards[record.split])
+        shards[record.index] = record
+        manifest = replace(self.believed, shards={**self.believed.shards, record.split: tuple(shards)})
+        stored = [s for s in stored_arrays(Cache(self.root, manifest, fingerprint="")) if s.split == record.split]
+        aligned = [s for s in stored if s.array.path in record.arrays]
+        return sum(problem is not None for s in aligned for problem in s.problems(record.index))

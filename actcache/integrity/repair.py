@@ -1,0 +1,362 @@
+"""Make a damaged cache sound again: rebuild exactly what is damaged, from what is sound, else by running the model.
+
+In the order in which one needs the other: packed sequences, tokens, activations, partial statistics, statistics, Zarr's
+metadata. What comes out as the manifest knows it is put in place, and nothing else changes. Activations that come out
+otherwise, since another machine or torch computes them, are new lines of a journal, and manifest/cache.json is written
+last. After a kill at any point the same call finds what is left to do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from actcache.errors import CacheLocked, CacheMismatch, CorruptShard, DatasetError, ManifestError
+from actcache.flow import SPLITS
+from actcache.format.codecs import codec, crc32c
+from actcache.format.manifest import SEQUENCE_ARRAYS, HookSpec, Manifest, seal, sequence_arrays, token_arrays
+from actcache.format.stats import ROW_FILTERS, Moments
+from actcache.harvesting.encoder import chunk_moments
+from actcache.harvesting.finalise import finished_manifest, partials_key, partials_payload, statistics_payload
+from actcache.harvesting.plan import HarvestConfig, packing, refuse_other_model
+from actcache.harvesting.run import compute_of, other_compute, redo
+from actcache.harvesting.window import Shard
+from actcache.integrity.expected import Key, Ledger, settled, twins
+from actcache.integrity.verify import (
+    Problem,
+    StoredArray,
+    audit,
+    journal_problems,
+    metadata_problems,
+    partials_problems,
+    statistics_problems,
+    stored_arrays,
+    token_problems,
+    verify,
+    zarr_files,
+)
+from actcache.loading.order import shard_permutation
+from actcache.models.load import LanguageModel
+from actcache.store.cache import CACHE_MANIFEST, PLAN, STORE, Cache, read_origin, statistics_key
+from actcache.store.journal import MANIFEST, Journal, active_writers, salvage, settling
+from actcache.store.reader import ArrayReader
+from actcache.store.zarr_metadata import (
+    chunk_slices,
+    encode_chunk,
+    remove_partials,
+    write_atomically,
+    write_encoded_shard,
+    write_shard,
+)
+from actcache.text.tokenise import DatasetSource, Source, documents, pack
+
+ModelLoader = Callable[[Mapping[str, Any]], LanguageModel]
+Progress = Callable[[str, int, int], None]
+Place = tuple[str, str, int]  # split, sequence array and shard
+IDS, DOCUMENTS = SEQUENCE_ARRAYS
+PACKING = ("context_size", "prepend_bos", "separator", "seed", "holdout")
+DATASET = ("config", "split", "revision", "column", "sample_by")
+
+logger = logging.getLogger("actcache")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairReport:
+    """found: what was wrong. redone: files written anew. problems: what is wrong now; none, unless the disk is bad."""
+
+    path: str
+    found: tuple[Problem, ...]
+    redone: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+
+def repair(
+    path: str | Path, load_model: ModelLoader, *, dataset: str | Source | None = None, progress: Progress | None = None
+) -> RepairReport:
+    """Rebuild what `verify` calls damaged, and nothing that is sound; an unfinished harvest is finished on the way.
+
+    Args:
+        load_model: gives the model that was harvested; called only where activations, or documents, have to be made
+            again, with how they were computed: "model_dtype", "backend", "attention", "compiled", "device", ...
+        dataset: where the dataset is now, if it is needed and is not where it was: a path or hub name, or a source.
+        progress: called with (what is being done, done, in all).
+
+    Raises:
+        ManifestError: nothing says any more what the cache should be.
+        CacheMismatch: model or dataset are not those of the cache, or its manifest files are of two caches.
+        CacheLocked: another process writes the cache.
+        DatasetError, ModelError: see there.
+    """
+    root = Path(path)
+    if not (root / MANIFEST).is_dir():
+        raise ManifestError(f"{root}: not a cache (no folder {MANIFEST}); make one with `actcache harvest`")
+    with settling(root):
+        if active_writers(root):
+            raise CacheLocked(f"{root}: other processes write this cache; wait for them")
+        plan, manifest, found = twins(root)
+        found += [_lost_lines(journal, numbers) for journal, numbers in salvage(root).items()]
+        with Journal(root) as journal:
+            remove_partials(root)
+            plan, manifest, outdated = settled(root, plan, manifest)
+            ledger = Ledger(root, plan, manifest, journal)
+            found += [*outdated, *_Rebuilding(ledger, load_model, dataset, progress).run()]
+    report = verify(root, progress=_stage(progress, "verify"))
+    redone = tuple(dict.fromkeys(ledger.redone))
+    return RepairReport(path=str(root), found=tuple(found), redone=redone, problems=report.problems)
+
+
+def _lost_lines(journal: Path, numbers: Sequence[int]) -> Problem:
+    return Problem(path=str(journal), message=f"cannot be read in line {', '.join(map(str, numbers))}")
+
+
+def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return partial(progress, name) if progress else None
+
+
+class _Rebuilding:
+    """The steps of one repair, in their order."""
+
+    def __init__(
+        self, ledger: Ledger, load_model: ModelLoader, dataset: str | Source | None, progress: Progress | None
+    ):
+        self._ledger, self._root, self._plan = ledger, ledger.root, ledger.plan
+        self._load_model, self._dataset, self._progress = load_model, dataset, progress
+        self._codec, self._shard_rows = codec(self._plan.identity["codec"]), self._plan.identity["shard_rows"]
+        self._loaded: tuple[dict[str, Any], LanguageModel] | None = None
+
+    def run(self) -> list[Problem]:
+        """Rebuild what is damaged, each thing after what it is made from; returns what was wrong."""
+        cache = self._ledger.cache()
+        found = [self._ledger.in_words(problem) for problem in audit(cache, progress=_stage(self._progress, "verify"))]
+        damaged = {problem.path for problem in found}
+        found += journal_problems(cache) if self._ledger.believed else []
+        self._ledger.put(self._root / PLAN, seal(self._plan.to_json()))
+        self._restore_ids(damaged)
+        self._restore_tokens(damaged | {problem.path for problem in token_problems(self._ledger.cache())})
+        self._restore_hooks(damaged)
+        self._restore_partials()
+        self._restore_manifest()
+        self._restore_from_dataset(self._damaged_sequences(DOCUMENTS, damaged))  # last: nothing is made from documents
+        return found
+
+    # --- sequences and tokens ---
+
+    def _damaged_sequences(self, array: str, damaged: set[str]) -> list[tuple[StoredArray, int]]:
+        """(array of a split, shard) of the damaged shards of a sequence array that have not been put back."""
+        lost = damaged - {*self._ledger.redone}
+        of_splits = [stored for stored in stored_arrays(self._ledger.cache()) if stored.array.path == array]
+        return [(s, shard) for s in of_splits for shard in range(s.n_shards) if str(s.path(shard)) in lost]
+
+    def _restore_ids(self, damaged: set[str]) -> None:
+        """From the token arrays; where these are damaged too, from the dataset, and documents with them."""
+        lost = self._damaged_sequences(IDS, damaged)
+        lost = [(stored, shard) for stored, shard in lost if not self._restored_from_tokens(stored, shard)]
+        if lost:
+            self._restore_from_dataset([*lost, *self._damaged_sequences(DOCUMENTS, damaged)])
+
+    def _restored_from_tokens(self, stored: StoredArray, shard: int) -> bool:
+        start, stop = (sequence * self._plan.identity["context_size"] for sequence in stored.rows(shard))
+        first, last = start // self._shard_rows, -(-stop // self._shard_rows)
+        reader = self._ledger.cache().token_reader(stored.split, "id")
+        try:
+            token_ids = np.concatenate([self._token_ids(reader, stored.split, index) for index in range(first, last)])
+        except CorruptShard:
+            return False
+        rows = token_ids[start - first * self._shard_rows : stop - first * self._shard_rows]
+        return self._put_sequences(stored, shard, rows.reshape(-1, self._plan.identity["context_size"]))
+
+    def _token_ids(self, reader: ArrayReader, split: str, index: int) -> Int32[np.ndarray, " token"]:
+        """The token ids of a shard in the order of its sequences. Raises CorruptShard."""
+        held = self._ledger.held[split, index]
+        permutation = shard_permutation(held.n_rows, seed=self._plan.identity["seed"], split=split, index=index)
+        return reader.read(held.first_token, held.first_token + held.n_rows)[permutation]
+
+    def _put_sequences(self, stored: StoredArray, shard: int, rows: Int32[np.ndarray, "sequence position"]) -> bool:
+        """Write a shard of a sequence array, which is one chunk, if it is the one that the plan speaks of."""
+        chunk = encode_chunk(rows, stored.array, self._codec)
+        if stored.reader.records[shard].checksums != (chunk[1],):
+            return False
+        write_encoded_shard(stored.path(shard), stored.array, [chunk], stored.shard_rows)
+        self._ledger.redone.append(str(stored.path(shard)))
+        return True
+
+    def _restore_from_dataset(self, lost: Sequence[tuple[StoredArray, int]]) -> None:
+        """Pack the dataset again, as far as shards of sequence arrays are lost.
+
+        Raises DatasetError if it is not known where the dataset is, CacheMismatch if it gives something else.
+        """
+        wanted = {(stored.split, stored.array.path, shard): stored for stored, shard in lost}
+        rows: dict[Place, list[np.ndarray]] = defaultdict(list)
+        for place, row in self._packed_again() if wanted else ():
+            if (stored := wanted.get(place)) is None:
+                continue
+            rows[place].append(row)
+            first, last = stored.rows(place[2])
+            if len(rows[place]) == last - first:
+                if not self._put_sequences(stored, place[2], np.stack(rows.pop(place))):
+                    break
+                del wanted[place]
+            if not wanted:
+                break
+        if wanted:
+            stored, shard = lost[0]
+            raise CacheMismatch(
+                f"{stored.path(shard)}: lost, and the dataset does not give it again; pass its former revision as "
+                "--dataset, or harvest again elsewhere"
+            )
+
+    def _packed_again(self) -> Iterator[tuple[Place, Int32[np.ndarray, " position"]]]:
+        """((split, sequence array, shard), row) of every sequence of the dataset, in order."""
+        identity, source = self._plan.identity, self._source()
+        model = self._model(next(iter(self._ledger.held.values())).compute)
+        config = HarvestConfig(hook_names=(self._ledger.hooks[0].hook_name,), **{key: identity[key] for key in PACKING})
+        texts = documents(source, model.tokenizer)
+        counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        chunk_rows = sequence_arrays(config.context_size)[0].chunk_rows
+        for sequence in pack(texts, packing(model, config), seed=config.seed, holdout=config.holdout):
+            shard = counts[sequence.split] // chunk_rows
+            yield (sequence.split, IDS, shard), sequence.token_ids
+            yield (sequence.split, DOCUMENTS, shard), sequence.documents
+            counts[sequence.split] += 1
+
+    def _source(self) -> Source:
+        if isinstance(self._dataset, str):
+            known = {key: self._plan.identity["dataset"].get(key) for key in DATASET}
+            return DatasetSource(
+                path=self._dataset, **{key: value for key, value in known.items() if value is not None}
+            )
+        if self._dataset is not None:
+            return self._dataset
+        try:
+            return DatasetSource(**read_origin(self._root)["dataset"])
+        except (KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{self._root}: its documents have to be packed again, and where the dataset is was not remembered; "
+                "pass --dataset"
+            ) from error
+
+    def _restore_tokens(self, damaged: set[str]) -> None:
+        """From the sequences."""
+        arrays = token_arrays(self._shard_rows)
+        for key, held in self._ledger.held.items():
+            if not damaged.isdisjoint(str(self._ledger.path(key, array.path)) for array in arrays):
+                columns = Shard.of(self._root, self._plan, *key, ()).token_columns
+                written = {
+                    array.path: write_shard(
+                        self._ledger.path(key, array.path),
+                        array,
+                        self._codec,
+                        (column[rows] for rows in chunk_slices(array, held.n_rows)),
+                        self._shard_rows,
+                    )
+                    for array, column in zip(arrays, columns, strict=True)
+                    if str(self._ledger.path(key, array.path)) in damaged
+                }
+                self._ledger.record(self._ledger.line(key, arrays=written))
+
+    # --- activations and statistics ---
+
+    def _restore_hooks(self, damaged: set[str]) -> None:
+        """By the model, from the forward batches that they were made from: one run for each way of computing them."""
+        for compute, shards in self._owed(damaged):
+            model = self._model(compute)
+            if other := other_compute(compute, compute_of(model, compute["batch_size"])):
+                logger.warning("%s: was computed with another %s; bytes may differ in the last bit", self._root, other)
+            redo(
+                self._root,
+                self._plan,
+                model,
+                [(*key, tuple(hooks), self._ledger.attempt(key)) for key, hooks in shards.items()],
+                self._ledger.held,
+                compute["batch_size"],
+                self._ledger.record,
+                progress=_stage(self._progress, "harvest"),
+            )
+
+    def _owed(self, damaged: set[str]) -> Iterator[tuple[dict[str, Any], dict[Key, list[HookSpec]]]]:
+        """(how they were computed, shard -> hooks) of every hook of which an array is damaged."""
+        owed: dict[str, dict[Key, list[HookSpec]]] = defaultdict(lambda: defaultdict(list))
+        for key in self._ledger.held:
+            for hook in self._ledger.hooks:
+                if not damaged.isdisjoint(str(self._ledger.path(key, array)) for array in self._ledger.arrays_of(hook)):
+                    owed[json.dumps(self._ledger.compute(key, hook), sort_keys=True)][key].append(hook)
+        return ((json.loads(compute), shards) for compute, shards in owed.items())
+
+    def _model(self, compute: dict[str, Any]) -> LanguageModel:
+        """The model as it was run then; one at a time is kept. Raises CacheMismatch for another."""
+        if self._plan.identity["tokenizer_sha256"] is None:
+            raise CacheMismatch(
+                f"{self._root}: was imported, and does not know which weights its activations are of; import it again "
+                "into another folder"
+            )
+        how = {key: value for key, value in compute.items() if key != "batch_size"}
+        if self._loaded is None or self._loaded[0] != how:
+            self._loaded = None
+            model = self._load_model(compute)
+            refuse_other_model(self._root, self._plan.identity, model)
+            self._loaded = how, model
+        return self._loaded[1]
+
+    def _restore_partials(self) -> None:
+        """From the stored rows, chunk by chunk as when they were encoded."""
+        cache = self._ledger.cache()
+        for problem in list(partials_problems(cache)):
+            assert problem.split is not None, "a partial is of a hook of a shard of a split"
+            assert problem.shard is not None, "a partial is of a hook of a shard of a split"
+            key, hook = (problem.split, problem.shard), cache.hook(problem.array or "")
+            payload = partials_payload(self._moments(cache, key, hook))
+            name = partials_key(*key, hook.hook_name)
+            write_atomically(self._root / name, [payload])
+            self._ledger.record(self._ledger.line(key, hooks=(hook,), partials={name: crc32c(payload)}))
+
+    def _moments(self, cache: Cache, key: Key, hook: HookSpec) -> dict[str, Moments]:
+        reader, ids = cache.hook_reader(key[0], hook.hook_name), cache.token_reader(key[0], "id")
+        special = np.array(cache.special_token_ids, dtype=np.int32)
+        moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
+        first = self._ledger.held[key].first_token
+        for rows in chunk_slices(reader.arrays[0].array, self._ledger.held[key].n_rows):
+            start, stop = first + rows.start, first + rows.stop
+            is_special = np.isin(ids.read(start, stop), special)
+            for row_filter, found in chunk_moments(reader.read_stored(start, stop), hook.dtype, is_special).items():
+                moments[row_filter] = moments[row_filter].merge(found)
+        return moments
+
+    # --- what makes the cache finished ---
+
+    def _restore_manifest(self) -> None:
+        """Statistics, Zarr's metadata, the journals and, last, manifest/cache.json: what differs from what is held."""
+        manifest = finished_manifest(self._plan, list(self._ledger.held.values()))
+        cache = Cache(self._root, manifest, fingerprint="")
+        wrong = {problem.path for problem in statistics_problems(cache)}
+        for split in SPLITS:
+            for hook in manifest.hooks:
+                path = self._root / statistics_key(split, hook.hook_name)
+                if str(path) in wrong or self._has_changed(manifest, split, hook):
+                    self._ledger.put(path, statistics_payload(cache, split, hook))
+        files = zarr_files(cache)
+        for problem in sorted(metadata_problems(cache), key=lambda problem: problem.path, reverse=True):
+            key = Path(problem.path).relative_to(self._root / STORE).as_posix()
+            self._ledger.put(Path(problem.path), files[key].to_bytes())
+        self._ledger.restore_lines(manifest)
+        if manifest != self._ledger.believed:
+            self._ledger.put(self._root / CACHE_MANIFEST, seal(manifest.to_json()))
+
+    def _has_changed(self, manifest: Manifest, split: str, hook: HookSpec) -> bool:
+        """Whether statistics may be of other values than those that are stored now."""
+        if self._ledger.believed is None:
+            return True
+        arrays = self._ledger.arrays_of(hook)
+        return any(
+            then.partials[name] != now.partials[name] or any(then.arrays[a] != now.arrays[a] for a in arrays)
+            for then, now in zip(self._ledger.believed.shards[split], manifest.shards[split], strict=True)
+            for name in (partials_key(split, now.index, hook.hook_name),)
+        )

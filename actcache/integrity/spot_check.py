@@ -1,0 +1,200 @@
+"""Hold stored activations against the language model, for a few sequences."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
+from torch import Tensor
+
+from actcache.errors import ConfigError
+from actcache.flow import SPLITS
+from actcache.format.codecs import BLOCK_CHANNELS, TORCH_DTYPE, codec, storage_view, stored_tensors
+from actcache.format.manifest import HookSpec, shard_key
+from actcache.harvesting.plan import refuse_other_model
+from actcache.harvesting.run import compute_of, other_compute
+from actcache.harvesting.window import Shard
+from actcache.integrity.verify import Problem
+from actcache.models.load import LanguageModel
+from actcache.store.cache import STORE, Cache
+from actcache.store.journal import hook_computes
+from actcache.store.reader import HookReader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleReport:
+    """n_rows: compared, over all hooks. notes: where the model did not run as it did when harvesting."""
+
+    n_sequences: int
+    n_rows: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+
+def sample_model(cache: Cache, model: LanguageModel, n_sequences: int, *, seed: int = 0) -> SampleReport:
+    """Run a random sample of sequences through the model, in the forward batches of the harvest, and compare.
+
+    Where the model runs as the cache says it ran (device kind, torch, dtype, attention kernel, ...), stored rows must
+    be equal to the bit. Elsewhere they may lie apart by `tolerance` and what storing them rounds off; a note says so.
+
+    Raises:
+        ConfigError: n_sequences is below 1.
+        CacheMismatch: the model is another one, or has another tokenizer.
+        CorruptShard: what is to be compared is damaged; `verify` first.
+    """
+    if n_sequences < 1:
+        raise ConfigError(f"verify: needs at least 1 sequence to sample, got {n_sequences}")
+    refuse_other_model(cache.path, cache.identity, model)
+    chosen = _chosen(cache, n_sequences, seed)
+    problems: list[Problem] = []
+    notes: dict[str, None] = {}
+    n_rows = 0
+    for shard, sequences, compute in _shards(cache, chosen):
+        row, x = _computed(model, shard, sequences, compute["batch_size"])
+        other = other_compute(compute, compute_of(model, compute["batch_size"]))
+        if other:
+            notes[
+                f"the model was run with another {other}; rows may lie {tolerance(model):.1e} of their norm apart"
+            ] = None
+        for hook in shard.hooks:
+            n_rows += len(row)
+            problems += _compared(cache, shard, hook, row, x[hook.hook_name], tolerance(model) if other else None)
+    n_chosen = sum(len(numbers) for numbers in chosen.values())
+    return SampleReport(n_sequences=n_chosen, n_rows=n_rows, problems=tuple(problems), notes=tuple(notes))
+
+
+def tolerance(model: LanguageModel) -> float:
+    """How far two computations of a row may lie apart, as a share of its norm, if they round differently.
+
+    A product of the model adds up at most 4 * d_model terms in float32 and rounds the sum to its dtype; rounding errors
+    of n terms grow as sqrt(n) times the unit roundoff (Higham and Mary 2019, "A New Approach to Probabilistic Rounding
+    Error Analysis"), and each of n_layers blocks adds two such products to the stream. Twice that, for each of the two
+    has its own errors, and four times for what lies between the products.
+    """
+    product = _unit_roundoff(model.dtype) + math.sqrt(4 * model.d_model) * _unit_roundoff(torch.float32)
+    return 2 * 4 * math.sqrt(2 * model.n_layers) * product
+
+
+def _unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def _chosen(cache: Cache, n_sequences: int, seed: int) -> dict[str, list[int]]:
+    """Split -> numbers of the sampled sequences."""
+    places = [(split, i) for split in SPLITS for i in range(cache.manifest.plan.sequences[split].n_sequences)]
+    picked = np.random.default_rng(seed).permutation(len(places))[:n_sequences]
+    chosen: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for place in np.sort(picked).tolist():
+        split, number = places[place]
+        chosen[split].append(number)
+    return chosen
+
+
+def _shards(cache: Cache, chosen: dict[str, list[int]]) -> Iterator[tuple[Shard, list[int], dict[str, Any]]]:
+    """(shard, sequences of it, how it was computed) of all that is touched; hooks computed in one way go together."""
+    computes, plan, rows = hook_computes(cache.path), cache.manifest.plan, cache.manifest.shard_rows
+    touched: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for split, numbers in chosen.items():
+        for number in numbers:
+            start = number * cache.context_size
+            for index in range(start // rows, -(-(start + cache.context_size) // rows)):
+                touched[split, index].append(number)
+    for (split, index), sequences in touched.items():
+        ways: dict[str, list[HookSpec]] = defaultdict(list)
+        for hook in cache.manifest.hooks:
+            compute = computes.get((split, index, hook.hook_name), cache.manifest.shards[split][index].compute)
+            ways[json.dumps(compute, sort_keys=True)].append(hook)
+        for compute, hooks in ways.items():
+            yield Shard.of(cache.path, plan, split, index, tuple(hooks)), sequences, json.loads(compute)
+
+
+def _computed(
+    model: LanguageModel, shard: Shard, sequences: Sequence[int], batch_size: int
+) -> tuple[Int64[np.ndarray, " row"], dict[str, Float[Tensor, "row _"]]]:
+    """(number within the shard, hook -> activations in the model's dtype) of the rows of some sequences."""
+    hook_names = [hook.hook_name for hook in shard.hooks]
+    context_size = shard.sequences.shape[1]
+    rows: list[np.ndarray] = []
+    x: dict[str, list[Tensor]] = {hook_name: [] for hook_name in hook_names}
+    for tokens in shard.token_batches(batch_size):
+        inside = [number for number in sequences if 0 <= number - tokens.first_sequence < len(tokens.token_ids)]
+        found = model.activations(torch.from_numpy(tokens.token_ids), hook_names) if inside else {}
+        for number in inside:
+            first = number * context_size - shard.first_token  # negative for a sequence that begins a shard before
+            start, stop = max(first, 0), min(first + context_size, shard.n_rows)
+            rows.append(shard.permutation[start:stop])
+            for hook_name, values in found.items():
+                x[hook_name].append(values[number - tokens.first_sequence, start - first : stop - first].cpu())
+    return np.concatenate(rows), {hook_name: torch.cat(values) for hook_name, values in x.items()}
+
+
+def _compared(
+    cache: Cache,
+    shard: Shard,
+    hook: HookSpec,
+    row: Int64[np.ndarray, " row"],
+    x: Float[Tensor, "row d_in"],
+    share: float | None,
+) -> Iterator[Problem]:
+    """What is wrong with the stored rows of a hook. share: see `tolerance`; None: they must be equal to the bit."""
+    reader = cache.hook_reader(shard.split, hook.hook_name)
+    stored = _gathered(reader, shard.first_token + row)
+    norm = x.double().norm(dim=1).numpy()
+    error = (reader.values(reader.tensors(stored)).double() - x.double()).norm(dim=1).numpy()
+    if share is None:
+        wrong = _unequal(stored, stored_tensors(x, hook.dtype, codec(cache.identity["codec"])))
+    else:
+        wrong = error > share * norm + _rounded_off(reader, stored, norm)
+    if wrong.any():
+        worst, first = np.max(error[wrong] / norm[wrong]), row[wrong].min()
+        array = reader.arrays[0].array
+        yield Problem(
+            path=str(cache.path / STORE / shard.split / shard_key(array, shard.index)),
+            split=shard.split,
+            array=array.path,
+            shard=shard.index,
+            chunk=int(first // array.chunk_rows),
+            rows=(int(shard.first_token + first), int(shard.first_token + first) + 1),
+            message=f"{wrong.sum()} of {len(row)} sampled rows are not what the model gives, this one first: "
+            f"up to {worst:.1e} of their norm away",
+        )
+
+
+def _gathered(reader: HookReader, rows: Int64[np.ndarray, " row"]) -> tuple[Shaped[np.ndarray, "row _"], ...]:
+    """Stored elements of some rows of a split, a part for each array of the hook; each chunk is decoded once."""
+    chunk, within = np.divmod(rows, reader.chunk_rows)
+    buffer = reader.empty(1)
+    gathered = tuple(np.empty((len(rows), *part.shape[1:]), dtype=part.dtype) for part in buffer)
+    for number in np.unique(chunk).tolist():
+        reader.decode_into(number, buffer)
+        mine = chunk == number
+        for part, decoded in zip(gathered, buffer, strict=True):
+            part[mine] = decoded[within[mine]]
+    return gathered
+
+
+def _unequal(stored: Sequence[np.ndarray], expected: Sequence[Tensor]) -> Bool[np.ndarray, " row"]:
+    """The rows of which a bit differs."""
+    pairs = [
+        (ours.view(np.uint8), storage_view(theirs).view(np.uint8))
+        for ours, theirs in zip(stored, expected, strict=True)
+    ]
+    return np.any([(ours != theirs).any(axis=1) for ours, theirs in pairs], axis=0)
+
+
+def _rounded_off(
+    reader: HookReader, stored: Sequence[np.ndarray], norm: Float64[np.ndarray, " row"]
+) -> Float64[np.ndarray, " row"]:
+    """At most how far storing moved each row: to its dtype, and half a step of each channel if it is quantised."""
+    moved = _unit_roundoff(TORCH_DTYPE[reader.hook.dtype]) * norm
+    if len(stored) == 1:
+        return moved
+    steps = reader.tensors(stored)[1].double().repeat_interleave(BLOCK_CHANNELS, dim=1)[:, : reader.hook.d_in]
+    return 2 * moved + (steps.norm(dim=1) / 2).numpy()

@@ -1,0 +1,391 @@
+"""Audit a cache: every byte that a reader would trust is read and held against the manifest."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import MemoryStore, StoreLike
+
+from actcache.errors import CorruptShard, ManifestError
+from actcache.flow import SPLITS
+from actcache.format.codecs import codec, crc32c
+from actcache.format.manifest import (
+    ArraySpec,
+    HookSpec,
+    Plan,
+    ShardRecord,
+    aligned_arrays,
+    hook_arrays,
+    merge_records,
+    sequence_arrays,
+    shard_key,
+    token_arrays,
+    unseal,
+)
+from actcache.format.stats import ROW_FILTERS, HookStatistics
+from actcache.harvesting.finalise import merged_moments, partials_key, store_arrays
+from actcache.harvesting.window import Shard
+from actcache.store.cache import (
+    CACHE_MANIFEST,
+    PLAN,
+    STORE,
+    Cache,
+    contents,
+    file_bytes,
+    read_manifest,
+    sequence_reader,
+    statistics_key,
+    stored_files,
+)
+from actcache.store.journal import MANIFEST, active_writers, damaged_lines, read_journals
+from actcache.store.reader import ArrayReader, ShardFile
+from actcache.store.zarr_metadata import PARTIAL_SUFFIX, make_store
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong, and where.
+
+    path: the file. split, array, shard: what of the cache it holds; array is a path below the split, of statistics the
+    hook's name. chunk: the inner chunk within the shard, None if it is the whole file. rows: start and stop within the
+    split; of sequence arrays they are sequences.
+    """
+
+    path: str
+    split: str | None = None
+    array: str | None = None
+    shard: int | None = None
+    chunk: int | None = None
+    rows: tuple[int, int] | None = None
+    message: str
+
+    def __str__(self) -> str:
+        shard = [] if self.shard is None else [f"shard {self.shard}"]
+        chunk = [] if self.chunk is None else [f"chunk {self.chunk}"]
+        rows = [] if self.rows is None else [f"rows {self.rows[0]} to {self.rows[1]}"]
+        where = ", ".join([*shard, *chunk, *rows])
+        return ": ".join([self.path, *([where] if where else []), self.message])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What was checked, and what is wrong: nothing in a sound cache. notes: what is odd but misleads nobody."""
+
+    path: str
+    n_chunks: int
+    n_rows: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredArray:
+    """One sharded array of a split, and how its shards are read."""
+
+    folder: Path
+    split: str
+    array: ArraySpec
+    shard_rows: int
+    reader: ArrayReader
+
+    @property
+    def n_shards(self) -> int:
+        """Number of its shards."""
+        return len(self.reader.records)
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.folder / shard_key(self.array, shard)
+
+    def rows(self, shard: int) -> tuple[int, int]:
+        """Start and stop, within the split, of a shard's rows."""
+        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.reader.n_rows)
+
+    def problems(self, shard: int) -> Iterator[Problem | None]:
+        """For each chunk of a shard what is wrong with it, or None; with the first one what is wrong with the file."""
+        n_chunks = len(self.reader.records[shard].checksums)
+        problem = functools.partial(
+            Problem, path=str(self.path(shard)), split=self.split, array=self.array.path, shard=shard
+        )
+        if wrong := self._wrong_file(shard):
+            yield problem(rows=self.rows(shard), message=wrong)
+            yield from [None] * (n_chunks - 1)
+            return
+        buffer = self.reader.empty(1)
+        for number in range(n_chunks):
+            chunk = shard * self._chunks_per_shard + number
+            try:
+                self.reader.decode_into(chunk, buffer)
+            except CorruptShard as error:
+                start = chunk * self.array.chunk_rows
+                rows = (start, start + self.reader.rows_of(chunk))
+                message = _without_path(error, self.path(shard)).removeprefix(f"chunk {number}")
+                message = message.removeprefix(f" (rows {rows[0]} to {rows[1]})").lstrip(": ")
+                yield problem(chunk=number, rows=rows, message=message)
+            else:
+                yield None
+
+    @property
+    def _chunks_per_shard(self) -> int:
+        return self.shard_rows // self.array.chunk_rows
+
+    def _wrong_file(self, shard: int) -> str | None:
+        path, n_bytes = self.path(shard), self.reader.records[shard].n_bytes
+        size = file_bytes(path)
+        if size is None:
+            return "is missing, or no file"
+        try:
+            ShardFile(path, self._chunks_per_shard, n_bytes)
+        except CorruptShard as error:
+            return _without_path(error, path)
+        return None
+
+
+def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
+    """Read everything and hold it against the manifest; every problem is listed, not only the first.
+
+    Shard files: size, index, the checksum and decoding of every chunk, and that every row's token is the one it says.
+    Partial statistics, statistics, every zarr.json, manifest/plan.json and the journals: that they are there, sound,
+    and say what manifest/cache.json says. Files that nothing speaks of are noted.
+
+    progress: called with (chunks done, chunks in all).
+
+    Raises ManifestError if there is no manifest that could be trusted to say what should be there.
+    """
+    cache = read_manifest(path)
+    problems = (*audit(cache, progress=progress), *_twin_problems(cache))
+    return VerifyReport(
+        path=str(cache.path),
+        n_chunks=sum(stored.reader.n_chunks for stored in stored_arrays(cache)),
+        n_rows=sum(cache.n_rows(split) for split in SPLITS),
+        problems=problems,
+        notes=tuple(_strays(cache)),
+    )
+
+
+def audit(cache: Cache, *, progress: Progress | None = None) -> tuple[Problem, ...]:
+    """What of a cache is not as its manifest says; its other manifest files are not looked at."""
+    problems = _chunk_problems(cache, progress)
+    problems += partials_problems(cache)
+    problems += statistics_problems(cache)
+    problems += metadata_problems(cache)
+    problems += token_problems(cache)
+    return tuple(problems)
+
+
+def stored_arrays(cache: Cache) -> list[StoredArray]:
+    """Every sharded array of both splits."""
+    return [stored for split in SPLITS for stored in _stored_arrays(cache, split)]
+
+
+def agrees(line: ShardRecord | None, shard: ShardRecord) -> bool:
+    """Whether a journal's record of a shard says of each array and partial what manifest/cache.json says of it."""
+    return (
+        line is not None
+        and (line.first_token, line.n_rows) == (shard.first_token, shard.n_rows)
+        and all(line.arrays.get(path) == array for path, array in shard.arrays.items())
+        and all(line.partials.get(key) == checksum for key, checksum in shard.partials.items())
+    )
+
+
+def zarr_files(cache: Cache, *, native: bool = False) -> dict[str, Any]:
+    """Path below acts.zarr -> buffer, of every zarr.json as the manifest has it."""
+    attributes, profile = {"actcache": cache.identity}, codec(cache.identity["codec"])
+    return make_store(attributes, store_arrays(cache.manifest), profile, native=native)
+
+
+def _stored_arrays(cache: Cache, split: str) -> Iterator[StoredArray]:
+    folder, rows = cache.path / STORE / split, cache.manifest.shard_rows
+    for array in aligned_arrays(cache.manifest):
+        reader = cache.reader(split, array)
+        yield StoredArray(folder=folder, split=split, array=array, shard_rows=rows, reader=reader)
+    for name, array in zip(("id", "document"), sequence_arrays(cache.context_size), strict=True):
+        reader = sequence_reader(cache.path, cache.manifest.plan, split, name)
+        yield StoredArray(folder=folder, split=split, array=array, shard_rows=array.chunk_rows, reader=reader)
+
+
+def _chunk_problems(cache: Cache, progress: Progress | None) -> list[Problem]:
+    arrays = stored_arrays(cache)
+    n_chunks = sum(stored.reader.n_chunks for stored in arrays)
+    problems: list[Problem] = []
+    done = 0
+    for stored in arrays:
+        for shard in range(stored.n_shards):
+            for problem in stored.problems(shard):
+                problems += [problem] if problem else []
+                done += 1
+                if progress:
+                    progress(done, n_chunks)
+    return problems
+
+
+def partials_problems(cache: Cache) -> Iterator[Problem]:
+    """Partial statistics that are missing or damaged; array is the hook's name."""
+    for split in SPLITS:
+        for shard in cache.manifest.shards[split]:
+            for hook_name in cache.hook_names:
+                key = partials_key(split, shard.index, hook_name)
+                message = _wrong_partial(cache.path / key, shard.partials.get(key))
+                if message:
+                    path = str(cache.path / key)
+                    yield Problem(path=path, split=split, array=hook_name, shard=shard.index, message=message)
+
+
+def _wrong_partial(path: Path, checksum: int | None) -> str | None:
+    try:
+        return None if crc32c(contents(path)) == checksum else "does not match its checksum in the manifest"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def statistics_problems(cache: Cache) -> Iterator[Problem]:
+    """Statistics that cannot be read, or do not follow from the partial ones; array is the hook's name."""
+    for split in SPLITS:
+        for hook in cache.manifest.hooks:
+            path = cache.path / statistics_key(split, hook.hook_name)
+            if message := _wrong_statistics(cache, split, hook, path):
+                yield Problem(path=str(path), split=split, array=hook.hook_name, message=message)
+
+
+def _wrong_statistics(cache: Cache, split: str, hook: HookSpec, path: Path) -> str | None:
+    """Whether they can be read and, but for the median, follow from the shards' partials, where these are sound."""
+    try:
+        found = {name: cache.statistics(hook.hook_name, split=split, row_filter=name) for name in ROW_FILTERS}
+        moments = merged_moments(cache, split, hook)
+    except ManifestError as error:
+        return _without_path(error, path)
+    except (CorruptShard, OSError):  # listed as a problem of its own
+        return None
+    expected = {name: HookStatistics.of(moments[name], found[name].geometric_median) for name in ROW_FILTERS}
+    same = all(expected[name].to_json() == found[name].to_json() for name in ROW_FILTERS)
+    return None if same else "is not what the partial statistics of its shards come to"
+
+
+def metadata_problems(cache: Cache) -> Iterator[Problem]:
+    """Every zarr.json as other Zarr readers see it; bfloat16 in either form."""
+    files = zarr_files(cache)
+    native = functools.cache(lambda: zarr_files(cache, native=True))
+    for key in sorted(files):
+        path = cache.path / STORE / key
+        node = key.removesuffix("zarr.json").rstrip("/")
+        if message := _wrong_metadata(path, node, files, native):
+            split, _, array = node.partition("/")
+            yield Problem(path=str(path), split=split or None, array=array or None, message=message)
+
+
+def _wrong_metadata(path: Path, node: str, files: dict[str, Any], native: Callable[[], dict[str, Any]]) -> str | None:
+    try:
+        if contents(path) == files[f"{node}/zarr.json".removeprefix("/")].to_bytes():
+            return None
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    try:
+        said = _node_metadata(str(path.parent), "")
+    except (KeyError, ValueError, TypeError, OSError, AttributeError, RecursionError) as error:
+        return f"the metadata cannot be read by zarr ({type(error).__name__}: {error})"
+    form = native() if said.get("data_type") == "bfloat16" else files
+    wanted = _node_metadata(MemoryStore(form), node)
+    wrong = {key: said.get(key) for key in {**wanted, **said} if said.get(key) != wanted.get(key)}
+    return f"must describe what the manifest says is stored, says {wrong}" if wrong else None
+
+
+def _node_metadata(store: StoreLike, node: str) -> dict[str, Any]:
+    """What zarr makes of the metadata of a group or an array."""
+    return zarr.open(store, path=node, mode="r", zarr_format=3).metadata.to_dict()
+
+
+def token_problems(cache: Cache) -> Iterator[Problem]:
+    """Token arrays that do not hold what the permutation of their shard makes of the sequences."""
+    names = {array.path for array in token_arrays(cache.manifest.shard_rows)}
+    tokens = [stored for stored in stored_arrays(cache) if stored.array.path in names]
+    for split in SPLITS:
+        for shard in cache.manifest.shards[split]:
+            try:
+                expected = Shard.of(cache.path, cache.manifest.plan, split, shard.index, ()).token_columns
+            except CorruptShard:  # listed as a problem of its own
+                continue
+            for stored, values in zip((s for s in tokens if s.split == split), expected, strict=True):
+                yield from _wrong_tokens(stored, shard, values)
+
+
+def _wrong_tokens(stored: StoredArray, shard: ShardRecord, expected: np.ndarray) -> Iterator[Problem]:
+    start, stop = stored.rows(shard.index)
+    try:
+        wrong = np.flatnonzero(stored.reader.read(start, stop) != expected)
+    except CorruptShard:  # listed as a problem of its own
+        return
+    if len(wrong):
+        yield Problem(
+            path=str(stored.path(shard.index)),
+            split=stored.split,
+            array=stored.array.path,
+            shard=shard.index,
+            rows=(start, stop),
+            message=f"does not hold the tokens of its sequences, first in row {start + int(wrong[0])}",
+        )
+
+
+def _twin_problems(cache: Cache) -> Iterator[Problem]:
+    """manifest/plan.json and the journals, which say the same as manifest/cache.json."""
+    path = cache.path / PLAN
+    try:
+        plan = Plan.from_json(unseal(contents(path), path))
+        if replace(plan, hooks=()) != cache.manifest.plan:
+            yield Problem(path=str(path), message=f"says another plan than {CACHE_MANIFEST}")
+    except ManifestError as error:
+        yield Problem(path=str(path), message=_without_path(error, path))
+    except OSError as error:
+        yield Problem(path=str(path), message=f"cannot be read ({error.strerror})")
+    damaged = damaged_lines(cache.path)
+    for journal, numbers in damaged.items():
+        yield Problem(path=str(journal), message=f"cannot be read in line {', '.join(map(str, numbers))}")
+    if not damaged:
+        yield from journal_problems(cache)
+
+
+def journal_problems(cache: Cache) -> Iterator[Problem]:
+    """Shards of which the journals say something else than manifest/cache.json, or nothing. Raises ManifestError."""
+    lines = merge_records(read_journals(cache.path))
+    for split in SPLITS:
+        for shard in cache.manifest.shards[split]:
+            if not agrees(lines.get((split, shard.index)), shard):
+                yield Problem(
+                    path=str(cache.path / MANIFEST / "writer-00.jsonl"),
+                    split=split,
+                    shard=shard.index,
+                    message=f"the journals do not say of the shard what {CACHE_MANIFEST} says",
+                )
+
+
+def _strays(cache: Cache) -> Iterator[str]:
+    """Files in acts.zarr that no manifest speaks of; readers go by the manifest or by zarr.json, and miss nothing."""
+    if active_writers(cache.path) or damaged_lines(cache.path):
+        return  # a shard is there before the line that speaks of it
+    known = {*stored_files(cache.manifest), *zarr_files(cache), *_journalled_files(cache)}
+    for path in sorted((cache.path / STORE).rglob("*")):
+        if path.is_dir() or path.relative_to(cache.path / STORE).as_posix() in known:
+            continue
+        whose = "a killed writer left it" if path.name.endswith(PARTIAL_SUFFIX) else "no manifest speaks of it"
+        yield f"{path}: {whose}"
+
+
+def _journalled_files(cache: Cache) -> Iterator[str]:
+    """Shard files of hooks that are still being added."""
+    profile = codec(cache.identity["codec"])
+    for record in read_journals(cache.path):
+        for hook in record.hooks:
+            for array in hook_arrays(hook, profile, cache.manifest.chunk_rows):
+                yield f"{record.split}/{shard_key(array, record.index)}"
+
+
+def _without_path(error: Exception, path: Path) -> str:
+    """What the error says is wrong, without whose it is and the way out, which the report says for all."""
+    return str(error).removeprefix(f"{path}: ").split("; ")[0]

@@ -1,0 +1,408 @@
+"""SAELens' Arrow caches, both ways.
+
+Such a cache is a folder that `datasets` saves: a row a sequence, `token_ids` int32 [context_size] and for each hook a
+column of its name, float32 or float16 [context_size, d_in]. It names neither model nor dataset, and says neither where
+documents end nor which tokens are special.
+
+In an imported cache each row counts as a document, so that the splits are of whole rows; hashes of model and tokenizer
+are null in its identity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float, Int32, Int64, Shaped
+from torch import Tensor
+
+from actcache.errors import CacheLocked, CacheMismatch, DatasetError
+from actcache.flow import SPLITS, ActivationBatch
+from actcache.format.codecs import TORCH_DTYPE, codec
+from actcache.format.manifest import FORMAT_VERSION, HookSpec, Plan, ShardRecord, merge_records
+from actcache.harvesting.encoder import ShardEncoder
+from actcache.harvesting.estimate import encoder_threads, expected_bytes, refuse_small_disk
+from actcache.harvesting.finalise import finalise
+from actcache.harvesting.plan import HarvestConfig, settle_plan
+from actcache.harvesting.run import finished_cache, joined, leave, missing_shards, refuse_foreign_folder
+from actcache.harvesting.window import Shard, Window
+from actcache.loading.order import shard_permutation
+from actcache.models.hook_names import hooks_of
+from actcache.models.pretrained import name_of
+from actcache.store.cache import ORIGIN, Cache, open_cache, sequence_reader
+from actcache.store.journal import active_writers, read_journals, settling
+from actcache.store.zarr_metadata import naming, remove_partials, sync_folder, write_atomically
+from actcache.text.tokenise import DatasetSource, PackedSequence, split_of
+
+TOKEN_IDS = "token_ids"
+DTYPES = ("float32", "float16")  # of the columns of such a cache; it has no bfloat16
+BATCH_BYTES = 64 << 20  # of activations read or written at once
+INFO_FILE, STATE_FILE = "dataset_info.json", "state.json"
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrowImport:
+    """What an Arrow cache does not say, and how it is to be stored.
+
+    model: the name or folder of the model that it was made with. special_token_ids: of BOS, EOS, ... in it, whose rows
+    training leaves out. dtype: of the stored values; None keeps that of the columns. codec, seed, holdout: as for a
+    harvest, with rows in the place of documents.
+    """
+
+    model: str
+    special_token_ids: tuple[int, ...] = ()
+    codec: str = "lossless"
+    dtype: str | None = None
+    seed: int = 0
+    holdout: float = 0.01
+
+
+def import_cache(
+    source: Path | str, config: ArrowImport, out: Path | str, *, progress: Progress | None = None
+) -> Cache:
+    """Write SAELens' Arrow cache at `source` as a cache at `out`, with all that a harvested one has.
+
+    The same call after a kill goes on at the first unfinished shard; a finished cache of the same data is opened as it
+    is. Memory: one shard of every hook, BATCH_BYTES, and what the encoder threads take.
+
+    Args:
+        progress: called with (rows done, rows in all) after every shard.
+
+    Raises:
+        DatasetError: `source` is no such cache, or a row of it is not whole.
+        CacheMismatch: `out` holds something else; the message lists the differences.
+        ConfigError, CacheLocked, DiskTooSmall, NonFiniteActivations: as for a harvest.
+    """
+    root, arrow = Path(out), ArrowRows(Path(source), config.model)
+    refuse_foreign_folder(root)
+    dtype = config.dtype or arrow.dtype
+    settings = HarvestConfig(
+        hook_names=tuple(arrow.widths),
+        context_size=arrow.context_size,
+        codec=config.codec,
+        dtype=dtype,
+        seed=config.seed,
+        holdout=config.holdout,
+    )
+    hooks = [HookSpec(hook_name=name, d_in=d_in, dtype=dtype) for name, d_in in arrow.widths.items()]
+    journal, plan = joined(root, 0, partial(_begun, root, arrow, config, settings))
+    with journal:
+        if finished_cache(root, plan, hooks) is None:
+            origin = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
+            write_atomically(root / ORIGIN, [json.dumps({"model": origin, "revision": None, "dataset": None}).encode()])
+            _write_shards(root, plan, hooks, arrow, settings, journal.append, progress)
+            with settling(root):
+                finalise(root, plan, read_journals(root))
+        leave(root, journal)
+    return open_cache(root)
+
+
+def export_cache(cache: Cache, out: Path | str, *, split: str = "train", progress: Progress | None = None) -> Path:
+    """Write a split of a cache as SAELens' Arrow cache at `out`, whole or not at all, in the order of its sequences.
+
+    bfloat16 becomes float32, which holds it exactly; other dtypes stay. Memory: one shard of every hook, one more, and
+    BATCH_BYTES. The same call again does nothing.
+
+    Args:
+        progress: called with (rows done, rows in all) after every shard.
+
+    Returns:
+        `out`, for `CacheActivationsRunnerConfig.new_cached_activations_path`.
+
+    Raises:
+        DatasetError: the split has no rows.
+        CacheMismatch: `out` holds something else.
+        CorruptShard: a chunk is damaged.
+    """
+    out, fingerprint = Path(out).absolute(), f"{cache.fingerprint}-{split}"
+    if cache.n_rows(split) == 0:
+        raise DatasetError(f"export-cache: {split} of {cache.path} holds no rows; export the other split")
+    if _is_exported(out, fingerprint):
+        return out
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    features = _features(cache)
+    files = list(_write_arrow_files(cache, split, features, aside, progress))
+    datasets.DatasetInfo(features=features).write_to_directory(str(aside))
+    info = (aside / INFO_FILE).read_bytes()
+    for name, data in ((INFO_FILE, info), (STATE_FILE, json.dumps(_state(files, fingerprint), indent=2).encode())):
+        write_atomically(aside / name, [data])  # durable, which `datasets` leaves to chance
+    if out.exists():
+        out.rmdir()  # empty
+    aside.rename(out)
+    sync_folder(out.parent)
+    return out
+
+
+class ArrowRows:
+    """An Arrow cache, opened: nothing of it is in memory but what is asked for."""
+
+    def __init__(self, path: Path, model: str):
+        """Raises DatasetError unless every row has token ids and activations of one context size and dtype.
+
+        Columns with the name of a module of `model` get TransformerLens' name.
+        """
+        self.path = path
+        try:
+            rows: Any = datasets.load_from_disk(str(path))
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+            raise DatasetError(f"import-cache: {path} must be a folder that datasets saved, got {error}") from error
+        found = dict(rows.features) if isinstance(rows, datasets.Dataset) else {}
+        columns = {name: each for name, each in found.items() if isinstance(each, datasets.Array2D)}
+        kinds = {(each.shape[0], each.dtype) for each in columns.values()}
+        if TOKEN_IDS not in found or len(kinds) != 1 or not all(size and dtype in DTYPES for size, dtype in kinds):
+            said = "; ".join(f"{name} {each}" for name, each in found.items())
+            raise DatasetError(
+                f"import-cache: {path} must have a column {TOKEN_IDS} and for each hook one of (context_size, d_in) "
+                f"{' or '.join(DTYPES)}, it has {said or 'none'}; make it with SAELens' CacheActivationsRunner"
+            )
+        ((self.context_size, self.dtype),) = kinds
+        self._n_rows = len(rows)
+        names = {_hook_name(name, model): name for name in columns} | {TOKEN_IDS: TOKEN_IDS}
+        self._columns: dict[str, Any] = {
+            name: rows.with_format("arrow", columns=[column]) for name, column in names.items()
+        }
+        self.widths: dict[str, int] = {_hook_name(name, model): each.shape[1] for name, each in columns.items()}
+
+    def sequences(self, *, seed: int, holdout: float) -> Iterator[PackedSequence]:
+        """Every row's token ids; the row is the document of all its tokens, and of the split that it falls in."""
+        step = max(1, BATCH_BYTES // (4 * self.context_size))
+        for start in range(0, self._n_rows, step):
+            token_ids = self._token_ids(slice(start, start + step))
+            for row, ids in enumerate(token_ids, start):
+                document = np.full(self.context_size, row, dtype=np.int32)
+                yield PackedSequence(split_of(row, seed=seed, holdout=holdout), ids, document)
+
+    def activations(self, hook_name: str, rows: Sequence[int]) -> Float[Tensor, "row position d_in"]:
+        """Of some rows, in the dtype of the columns."""
+        shape = (self.context_size, self.widths[hook_name])
+        return torch.from_numpy(self._values(hook_name, rows, shape))
+
+    def _token_ids(self, rows: slice) -> Int32[np.ndarray, "row position"]:
+        token_ids = self._values(TOKEN_IDS, rows, (self.context_size,))
+        if token_ids.min() < 0 or token_ids.max() >= 1 << 31:
+            raise DatasetError(f"import-cache: {self.path}: {TOKEN_IDS} must be in [0, 2^31), got {token_ids.min()}")
+        return token_ids.astype(np.int32)
+
+    def _values(self, name: str, rows: slice | Sequence[int], shape: tuple[int, ...]) -> Shaped[np.ndarray, "row ..."]:
+        """A copy of what a column holds in some rows. Raises DatasetError if one has not all of `shape`."""
+        (column,) = self._columns[name][rows].columns
+        parts = []
+        for chunk in column.chunks:
+            values = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
+            for _ in shape:
+                values = values.flatten()  # without rows that are null
+            parts.append(values)
+        if sum(map(len, parts)) != len(column) * math.prod(shape) or any(part.null_count for part in parts):
+            raise DatasetError(f"import-cache: {self.path}: every row of {name} must be whole, of shape {shape}")
+        return np.concatenate([part.to_numpy() for part in parts]).reshape(len(column), *shape)
+
+
+def _hook_name(column: str, model: str) -> str:
+    hooks = hooks_of(column, model)
+    return column if hooks is None else hooks[1]
+
+
+# --- import ----------------------------------------------------------------------------------------------------------
+
+
+def _begun(root: Path, arrow: ArrowRows, config: ArrowImport, settings: HarvestConfig) -> Plan:
+    """Settle the plan; what killed writers left goes."""
+    if active_writers(root) != {0}:
+        raise CacheLocked(f"{root}: other processes write this cache; wait for them")
+    sequences = arrow.sequences(seed=config.seed, holdout=config.holdout)
+    plan = settle_plan(root, _identity(arrow, config, settings), sequences, settings, max(arrow.widths.values()))
+    remove_partials(root)
+    return plan
+
+
+def _identity(arrow: ArrowRows, config: ArrowImport, settings: HarvestConfig) -> dict[str, Any]:
+    """As of a harvest; null is what an Arrow cache does not say."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": {"name": name_of(config.model), "revision": None, "config_sha256": None, "weights_sha256": None},
+        "tokenizer_sha256": None,
+        "special_token_ids": sorted(set(config.special_token_ids)),
+        "dataset": DatasetSource(path=str(arrow.path), column=TOKEN_IDS).identity(),
+        "context_size": settings.context_size,
+        "prepend_bos": None,
+        "separator": None,
+        "dtype": settings.dtype,
+        "codec": settings.codec,
+        "seed": settings.seed,
+        "holdout": settings.holdout,
+    }
+
+
+def _compute(settings: HarvestConfig) -> dict[str, Any]:
+    """How the activations were computed, which is not known; where it names a choice, what to take in its place."""
+    unknown = dict.fromkeys(("device", "torch", "transformers"), "unknown")
+    choices = {"backend": "hf", "model_dtype": "auto", "attention": "auto", "compiled": False}
+    return {**unknown, **choices, "batch_size": settings.batch_sequences}
+
+
+def _write_shards(
+    root: Path,
+    plan: Plan,
+    hooks: Sequence[HookSpec],
+    arrow: ArrowRows,
+    settings: HarvestConfig,
+    written: Callable[[ShardRecord], None],
+    progress: Progress | None,
+) -> None:
+    """Every shard that is not recorded yet, one after the other."""
+    todo = list(missing_shards(plan, merge_records(read_journals(root)), hooks))
+    n_rows, n_owed = sum(map(plan.n_rows, SPLITS)), sum(plan.rows_of(*owed[:2]) for owed in todo)
+    refuse_small_disk(root, expected_bytes(n_owed, hooks, settings.codec))
+    device, largest = torch.device("cpu"), max((plan.rows_of(*owed[:2]) for owed in todo), default=0)
+    window = Window(hooks, codec(settings.codec), largest, device)
+    encoder = ShardEncoder(root, plan, device, _compute(settings), encoder_threads(device))
+    with closing(encoder):
+        for split, index, owed_hooks, attempt in todo:
+            shard = Shard.of(root, plan, split, index, owed_hooks, attempt)
+            _fill(window, shard, arrow, _documents(root, plan, shard))
+            written(encoder.write(shard, window, with_tokens=True, ready=None))
+            n_owed -= shard.n_rows
+            if progress is not None:
+                progress(n_rows - n_owed, n_rows)
+
+
+def _documents(root: Path, plan: Plan, shard: Shard) -> Int64[np.ndarray, " sequence"]:
+    """Which row of the Arrow cache each sequence of the shard is."""
+    first, last = shard.first_sequence, shard.first_sequence + len(shard.sequences)
+    return sequence_reader(root, plan, shard.split, "document").read(first, last)[:, 0].astype(np.int64)
+
+
+def _fill(window: Window, shard: Shard, arrow: ArrowRows, rows: Int64[np.ndarray, " sequence"]) -> None:
+    permutation = torch.from_numpy(shard.permutation)
+    for hook in shard.hooks:
+        row_bytes = arrow.context_size * hook.d_in * np.dtype(arrow.dtype).itemsize
+        for tokens in shard.token_batches(max(1, BATCH_BYTES // row_bytes)):
+            start = tokens.first_sequence - shard.first_sequence
+            x = arrow.activations(hook.hook_name, rows[start : start + len(tokens.token_ids)].tolist())
+            first_token = tokens.first_sequence * arrow.context_size
+            batch = ActivationBatch(hook_name=hook.hook_name, x=x, first_token=first_token)
+            window.add(batch, shard.first_token, permutation)
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def _is_exported(out: Path, fingerprint: str) -> bool:
+    """Whether it is there already. Raises CacheMismatch if something else is."""
+    if out.exists() and not out.is_dir():
+        raise CacheMismatch(f"export-cache: {out} must be a folder, is a file; pass another --out")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if STATE_FILE in held and f'"_fingerprint": "{fingerprint}"' in (out / STATE_FILE).read_text():
+        return True
+    if held:
+        raise CacheMismatch(
+            f"export-cache: {out} must be new or empty, it holds {', '.join(held[:5])}; pass another --out"
+        )
+    return False
+
+
+def _features(cache: Cache) -> datasets.Features:
+    hooks = cache.manifest.hooks
+    dtype = "float32" if cache.identity["dtype"] == "bfloat16" else cache.identity["dtype"]
+    columns = {hook.hook_name: datasets.Array2D(shape=(cache.context_size, hook.d_in), dtype=dtype) for hook in hooks}
+    return datasets.Features(
+        {**columns, TOKEN_IDS: datasets.Sequence(datasets.Value("int32"), length=cache.context_size)}
+    )
+
+
+def _state(files: Sequence[str], fingerprint: str) -> dict[str, Any]:
+    """state.json of `Dataset.save_to_disk`: an unformatted dataset in these files."""
+    return {
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": fingerprint,
+        **dict.fromkeys(("_format_columns", "_format_type", "_split")),
+        "_format_kwargs": {},
+        "_output_all_columns": False,
+    }
+
+
+def _write_arrow_files(
+    cache: Cache, split: str, features: datasets.Features, folder: Path, progress: Progress | None
+) -> Iterator[str]:
+    """A file a shard, of the sequences that end in it; those that begin in it and end in the next wait for that."""
+    waiting = {
+        hook.hook_name: torch.empty(0, hook.d_in, dtype=TORCH_DTYPE[hook.dtype]) for hook in cache.manifest.hooks
+    }
+    for shard in cache.manifest.shards[split]:
+        path = folder / f"data-{shard.index:05d}.arrow"
+        waiting = _write_arrow_file(path, features.arrow_schema, cache, shard, waiting)
+        if path.exists():
+            yield path.name
+        if progress is not None:
+            progress(shard.first_token + shard.n_rows, cache.n_rows(split))
+
+
+def _write_arrow_file(
+    path: Path, schema: pa.Schema, cache: Cache, shard: ShardRecord, waiting: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Write the sequences that end in a shard, if any; returns the rows, by hook, of the one that does not end there.
+
+    waiting: what this returned for the shard before.
+    """
+    columns = {name: _in_token_order(cache, shard, name, before) for name, before in waiting.items()}
+    first, last = (token // cache.context_size for token in (shard.first_token, shard.first_token + shard.n_rows))
+    n_rows = (last - first) * cache.context_size
+    waiting = {name: column[n_rows:].clone() for name, column in columns.items()}
+    if n_rows:
+        token_ids = sequence_reader(cache.path, cache.manifest.plan, shard.split, "id").read(first, last)
+        columns[TOKEN_IDS] = torch.from_numpy(token_ids).flatten()
+        row_bytes = sum(4 * column[0].numel() for column in columns.values())
+        step = max(1, BATCH_BYTES // (row_bytes * cache.context_size)) * cache.context_size
+        batches = (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+        with naming(path), open(path, "wb") as file:
+            with pa.ipc.new_stream(file, schema) as stream:
+                for batch in batches:
+                    arrays = [_arrow_array(columns[f.name][batch], f.type, cache.context_size) for f in schema]
+                    stream.write_batch(pa.record_batch(arrays, schema=schema))
+            file.flush()
+            os.fsync(file.fileno())
+    return waiting
+
+
+def _in_token_order(
+    cache: Cache, shard: ShardRecord, hook_name: str, before: Float[Tensor, "waiting d_in"]
+) -> Float[Tensor, "token d_in"]:
+    """The rows that wait, and after them those of a shard as their tokens follow each other."""
+    stored = cache.hook_reader(shard.split, hook_name).read(shard.first_token, shard.first_token + shard.n_rows)
+    places = shard_permutation(shard.n_rows, seed=cache.identity["seed"], split=shard.split, index=shard.index)
+    rows = stored.new_empty(len(before) + shard.n_rows, before.shape[1])
+    rows[: len(before)] = before
+    torch.index_select(stored, 0, torch.from_numpy(places), out=rows[len(before) :])
+    return rows
+
+
+def _arrow_array(column: Tensor, kind: pa.DataType, context_size: int) -> pa.Array:
+    """A column of a batch of sequences: token ids, or activations as lists of lists, as Array2D has them."""
+    if column.ndim == 1:
+        return pa.FixedSizeListArray.from_arrays(pa.array(column.numpy()), context_size)
+    values = (column.float() if column.dtype == torch.bfloat16 else column).contiguous().numpy()
+    n_tokens, d_in = values.shape
+    rows = pa.ListArray.from_arrays(_ends(n_tokens, d_in), pa.array(values.reshape(-1)))
+    sequences = pa.ListArray.from_arrays(_ends(n_tokens // context_size, context_size), rows)
+    return pa.ExtensionArray.from_storage(kind, sequences)
+
+
+def _ends(n_lists: int, length: int) -> pa.Array:
+    """Where each of so many lists of one length begins, and the last ends."""
+    return pa.array(np.arange(n_lists + 1, dtype=np.int32) * length)

@@ -1,0 +1,196 @@
+"""Streams of several caches -> Batch: shuffled batches in which every cache has its share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from types import TracebackType
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor
+
+from actcache.errors import ConfigError
+from actcache.flow import Batch
+from actcache.format.codecs import STORAGE_DTYPE, storage_view, tensor_view
+from actcache.format.manifest import HookSpec
+from actcache.loading.buffers import Recycler
+from actcache.loading.loader import check_batches, rank_part
+from actcache.loading.order import MixtureOrder
+from actcache.loading.stream import GROUP_CHUNKS, RowStream, StreamConfig
+from actcache.store.cache import Cache
+
+
+class Mixture(Iterator[Batch]):
+    """Shuffled batches of several caches that hold the same hooks, each cache in its share; a plain iterator.
+
+    The rows of a cache come in the order in which Loader would serve them. After t batches of b rows each cache has
+    given its share of t * b, rounded down or up, and all together exactly t * b; within a batch the rows of each cache
+    lie evenly (actcache.order.MixtureOrder says how, in exact fractions). Batch.cache tells which cache a row is of,
+    Batch.row its number there.
+
+    The mixture ends before the first row that its cache no longer has, or after `limit` rows. `start_step` begins
+    there without reading what came before.
+
+    Memory is that of a Loader for each cache.
+
+    caches: each with its share, a number above zero; shares are taken relative to their sum. The smallest must be worth
+    at least one row of a batch. Every other argument is Loader's.
+
+    n_rows, dropped: of each cache, as in Loader. n_steps: number of batches. step: number of the next one.
+    """
+
+    def __init__(
+        self,
+        caches: Sequence[tuple[Cache, int | float | Fraction]],
+        hook_names: str | Sequence[str],
+        *,
+        split: str = "train",
+        batch_tokens: int = 4096,
+        seed: int = 0,
+        epochs: int = 1,
+        start_step: int = 0,
+        limit: int | None = None,
+        exclude_special_tokens: bool = True,
+        positions: slice | None = None,
+        max_norm_ratio: float | None = None,
+        token_fields: Sequence[str] = (),
+        group_chunks: int = GROUP_CHUNKS,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+    ):
+        """Open the readers and count what each chunk keeps.
+
+        Raises:
+            ConfigError: an argument is out of range, or a hook is of another width or dtype in another cache.
+            CacheMismatch: a cache lacks a hook. CorruptShard: a chunk that must be read for the filters is damaged.
+        """
+        config = StreamConfig(
+            hook_names=(hook_names,) if isinstance(hook_names, str) else tuple(hook_names),
+            split=split,
+            seed=seed,
+            epochs=epochs,
+            exclude_special_tokens=exclude_special_tokens,
+            positions=positions,
+            max_norm_ratio=max_norm_ratio,
+            token_fields=tuple(token_fields),
+            group_chunks=group_chunks,
+            device=torch.device(device),
+        )
+        check_batches(batch_tokens, start_step, limit, rank, world_size)
+        shares = _checked_shares([share for _, share in caches], batch_tokens)
+        _check_hooks([cache for cache, _ in caches], config.hook_names)
+        filters = [config.row_filter(cache) for cache, _ in caches]
+        self.hook_names = config.hook_names
+        self.n_rows, self.dropped = tuple(f.n_rows for f in filters), tuple(f.dropped for f in filters)
+        self._order = MixtureOrder(shares, [epochs * n for n in self.n_rows], batch_tokens=batch_tokens, limit=limit)
+        self.n_steps, self.step = self._order.n_steps, start_step
+        self._streams = [
+            RowStream(cache, config, row_filter, batch_rows=batch_tokens, limit=given)
+            for (cache, _), row_filter, given in zip(caches, filters, self._order.totals().tolist(), strict=True)
+        ]
+        self._mixer = _Mixer([caches[0][0].hook(hook_name) for hook_name in self.hook_names], batch_tokens)
+        self._rank, self._world_size = rank, world_size
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long batches have waited for rows to be decoded."""
+        return sum(stream.wait_seconds for stream in self._streams)
+
+    def __next__(self) -> Batch:
+        """The batch of the current step. Raises CorruptShard for a damaged chunk, StopIteration after the last."""
+        if self.step >= self.n_steps:
+            self.close()
+            raise StopIteration
+        owners = self._order.owners(self.step)
+        n_rows = min(len(owners), self._order.n_stream_rows - self.step * len(owners))
+        part = rank_part(n_rows, self._rank, self._world_size)
+        n_streams = len(self._streams)
+        starts = self._order.given(self.step) + np.bincount(owners[: part.start], minlength=n_streams)
+        owner = owners[part.start : part.stop]
+        stops = starts + np.bincount(owner, minlength=n_streams)
+        batches = [
+            stream.rows(start, stop, step=self.step)
+            for stream, start, stop in zip(self._streams, starts.tolist(), stops.tolist(), strict=True)
+        ]
+        batch = self._mixer.mixed(batches, owner)
+        self.step += 1
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads and free the groups."""
+        for stream in self._streams:
+            stream.close()
+
+    def __enter__(self) -> Mixture:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class _Mixer:
+    """Makes one batch of the rows of several."""
+
+    def __init__(self, hooks: Sequence[HookSpec], batch_rows: int):
+        self._dtypes = {hook.hook_name: hook.dtype for hook in hooks}
+        self._memory = {hook.hook_name: Recycler(batch_rows, (hook.d_in,), STORAGE_DTYPE[hook.dtype]) for hook in hooks}
+
+    def mixed(self, batches: Sequence[Batch], owner: Int64[np.ndarray, " batch"]) -> Batch:
+        """owner tells for each row of which batch it is the next."""
+        places = [np.flatnonzero(owner == number) for number in range(len(batches))]
+        order = torch.from_numpy(np.argsort(np.concatenate(places)))  # the inverse: where each row comes from
+        return Batch(
+            x={name: self._mixed_x(name, [batch.x[name] for batch in batches], places) for name in self._dtypes},
+            row=torch.cat([batch.row for batch in batches])[order],
+            step=batches[0].step,
+            token_id=_mixed_field([batch.token_id for batch in batches], order),
+            document=_mixed_field([batch.document for batch in batches], order),
+            sequence=_mixed_field([batch.sequence for batch in batches], order),
+            position=_mixed_field([batch.position for batch in batches], order),
+            cache=torch.from_numpy(owner),
+        )
+
+    def _mixed_x(
+        self, hook_name: str, parts: Sequence[Float[Tensor, "_ d_in"]], places: Sequence[Int64[np.ndarray, " _"]]
+    ) -> Float[Tensor, "batch d_in"]:
+        if parts[0].device.type != "cpu":
+            order = torch.from_numpy(np.argsort(np.concatenate(places))).to(parts[0].device)
+            return torch.cat(list(parts)).index_select(0, order)
+        mixed = self._memory[hook_name].lend(sum(len(place) for place in places))
+        for part, place in zip(parts, places, strict=True):
+            mixed[place] = storage_view(part)
+        return tensor_view(mixed, self._dtypes[hook_name])
+
+
+def _mixed_field(parts: Sequence[Tensor | None], order: Int64[Tensor, " batch"]) -> Int32[Tensor, " batch"] | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there)[order] if there else None
+
+
+def _checked_shares(shares: Sequence[int | float | Fraction], batch_tokens: int) -> list[Fraction]:
+    """The shares as exact fractions. Raises ConfigError."""
+    if not shares or not all(math.isfinite(share) and share > 0 for share in shares):
+        raise ConfigError(f"mixture: needs caches, each with a finite share above 0, got shares {list(shares)}")
+    exact = [Fraction(share) for share in shares]
+    if min(exact) * batch_tokens < sum(exact):
+        raise ConfigError(
+            f"mixture: the smallest share must be worth a row of a batch of {batch_tokens}, got shares {list(shares)}; "
+            "raise it, or batch_tokens"
+        )
+    return exact
+
+
+def _check_hooks(caches: Sequence[Cache], hook_names: Sequence[str]) -> None:
+    """Raises ConfigError unless every hook is as wide and of the same dtype in every cache, CacheMismatch for none."""
+    for hook_name in hook_names:
+        specs = [cache.hook(hook_name) for cache in caches]
+        for cache, spec in zip(caches, specs, strict=True):
+            if (spec.d_in, spec.dtype) != (specs[0].d_in, specs[0].dtype):
+                raise ConfigError(
+                    f"mixture: {hook_name} must be alike in every cache, is {specs[0].d_in} wide in {specs[0].dtype} "
+                    f"in {caches[0].path} and {spec.d_in} wide in {spec.dtype} in {cache.path}"
+                )

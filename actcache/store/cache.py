@@ -1,0 +1,249 @@
+"""A finished cache, opened for reading: its manifest, statistics, sequences and the readers of its arrays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from actcache.errors import CorruptShard, ManifestError
+from actcache.flow import SPLITS
+from actcache.format.codecs import codec
+from actcache.format.manifest import (
+    MALFORMED,
+    ArraySpec,
+    HookSpec,
+    Manifest,
+    Plan,
+    aligned_arrays,
+    fingerprint,
+    hook_arrays,
+    sequence_arrays,
+    shard_key,
+    token_arrays,
+    unseal,
+)
+from actcache.format.stats import HookStatistics
+from actcache.store.reader import ArrayReader, HookReader
+
+STORE = "acts.zarr"
+PLAN = "manifest/plan.json"
+CACHE_MANIFEST = "manifest/cache.json"
+ORIGIN = "log/origin.json"
+
+
+class Cache:
+    """A finished cache. Build it with `open_cache`; it stays valid in threads and in forked processes."""
+
+    def __init__(self, path: Path, manifest: Manifest, fingerprint: str):
+        self.path, self.manifest, self.fingerprint = path, manifest, fingerprint
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Model, dataset, packing, dtype, codec, seed: what tells this cache from another."""
+        return self.manifest.identity
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """As `read_origin`."""
+        return read_origin(self.path)
+
+    @property
+    def compute(self) -> dict[str, Any]:
+        """How the activations were computed: "device", "torch", "backend", "model_dtype", "attention", "batch_size"."""
+        return next(shard.compute for split in SPLITS for shard in self.manifest.shards[split])
+
+    @property
+    def context_size(self) -> int:
+        """Tokens of a sequence."""
+        return self.identity["context_size"]
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids of BOS, EOS, padding and the tokenizer's other special tokens."""
+        return tuple(self.identity["special_token_ids"])
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """Every hook of the cache."""
+        return tuple(hook.hook_name for hook in self.manifest.hooks)
+
+    def hook(self, hook_name: str) -> HookSpec:
+        """Width and dtype of a hook. Raises CacheMismatch, listing the hooks there are."""
+        return self.manifest.hook(hook_name)
+
+    def n_rows(self, split: str = "train") -> int:
+        """Rows of a split: stored tokens, special ones included."""
+        return self.manifest.n_rows(split)
+
+    def reader(self, split: str, array: ArraySpec) -> ArrayReader:
+        """Reads a row-aligned array of a split."""
+        shards = self.manifest.shards[split]
+        return ArrayReader(
+            self.path / STORE / split,
+            array,
+            codec(self.identity["codec"]),
+            [shard.arrays[array.path] for shard in shards],
+            n_rows=self.n_rows(split),
+            shard_rows=self.manifest.shard_rows,
+        )
+
+    def hook_reader(self, split: str, hook_name: str) -> HookReader:
+        """Reads the activations of one hook."""
+        hook = self.hook(hook_name)
+        arrays = hook_arrays(hook, codec(self.identity["codec"]), self.manifest.chunk_rows)
+        return HookReader(hook, [self.reader(split, array) for array in arrays])
+
+    def token_reader(self, split: str, name: str) -> ArrayReader:
+        """Reads "id", "sequence" or "position" of every row."""
+        arrays = {array.path: array for array in token_arrays(self.manifest.shard_rows)}
+        return self.reader(split, arrays[f"tokens/{name}"])
+
+    def sequences(self, split: str) -> Int32[np.ndarray, "sequence position"]:
+        """Token ids of every packed sequence, in order."""
+        return self._sequences(split, "id")
+
+    def documents(self, split: str) -> Int32[np.ndarray, "sequence position"]:
+        """For every token of `sequences`, the index of its document in the dataset."""
+        return self._sequences(split, "document")
+
+    def statistics(
+        self, hook_name: str, *, split: str = "train", row_filter: str = "no_special_tokens"
+    ) -> HookStatistics:
+        """Mean, variance, norms and geometric median of a hook's stored values. Raises ManifestError if damaged."""
+        hook = self.hook(hook_name)
+        path = self.path / statistics_key(split, hook_name)
+        try:
+            values = unseal(contents(path), path)
+            every, found = (HookStatistics.from_json(values[name]) for name in ("all", row_filter))
+        except (OSError, *MALFORMED) as error:
+            raise ManifestError(f"{path}: cannot be read as statistics ({type(error).__name__}: {error})") from error
+        wanted, got = (self.n_rows(split), hook.d_in), (every.n_rows, len(found.mean))
+        if wanted != got or found.n_rows > every.n_rows:
+            raise ManifestError(f"{path}: must be of (rows, d_in) = {wanted}, is of {got}; another cache's statistics?")
+        return found
+
+    def _sequences(self, split: str, name: str) -> np.ndarray:
+        reader = sequence_reader(self.path, self.manifest.plan, split, name)
+        return reader.read(0, reader.n_rows)
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a finished cache for reading; imports no language model.
+
+    Raises:
+        ManifestError: there is no cache, it is not finished, or its manifest is damaged or of another version.
+        CorruptShard: a shard file is missing or has the wrong size.
+    """
+    cache = read_manifest(path)
+    _check_identity(cache)
+    for problem in wrong_files(cache):
+        raise CorruptShard(f"{problem}; run `actcache verify {cache.path}`")
+    return cache
+
+
+def read_manifest(path: str | Path) -> Cache:
+    """Open a cache without a look at its shards; `open_cache` is for everyone but an auditor. Raises ManifestError."""
+    root = Path(path)
+    try:
+        sealed = contents(root / CACHE_MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        if (root / PLAN).exists():
+            raise ManifestError(f"{root}: the harvest is unfinished; run the same command again") from None
+        raise ManifestError(f"{root}: not a cache (no {CACHE_MANIFEST}); make one with `actcache harvest`") from None
+    except OSError as error:
+        raise ManifestError(f"{root / CACHE_MANIFEST}: cannot be read ({error.strerror})") from error
+    values = unseal(sealed, root / CACHE_MANIFEST)
+    try:
+        manifest = Manifest.from_json(values)
+    except ManifestError as error:
+        raise ManifestError(f"{root / CACHE_MANIFEST}: {error}") from error
+    return Cache(root, manifest, fingerprint(sealed))
+
+
+def read_origin(root: Path) -> dict[str, Any]:
+    """{"model", "revision", "dataset"}: where both were loaded from, which may differ between equal caches.
+
+    dataset holds the fields of a DatasetSource, or is None for one in memory. Raises ManifestError.
+    """
+    try:
+        return json.loads(contents(root / ORIGIN))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ManifestError(f"{root / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
+
+
+def statistics_key(split: str, hook_name: str) -> str:
+    """Path of a hook's statistics below the cache."""
+    return f"stats/{split}/{hook_name}.json"
+
+
+def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReader:
+    """Reads "id" or "document" of the packed sequences; there before the first activation is."""
+    record = plan.sequences[split]
+    array = {a.path: a for a in sequence_arrays(plan.identity["context_size"])}[f"sequences/{name}"]
+    return ArrayReader(
+        root / STORE / split,
+        array,
+        codec(plan.identity["codec"]),
+        record.arrays[array.path],
+        n_rows=record.n_sequences,
+        shard_rows=array.chunk_rows,
+    )
+
+
+def stored_files(manifest: Manifest) -> dict[str, int]:
+    """Path below acts.zarr -> bytes, of every shard file that the manifest speaks of."""
+    files = {
+        f"{split}/{shard_key(array, shard.index)}": shard.arrays[array.path].n_bytes
+        for split in SPLITS
+        for shard in manifest.shards[split]
+        for array in aligned_arrays(manifest)
+    }
+    for split, record in manifest.plan.sequences.items():
+        for array in sequence_arrays(manifest.identity["context_size"]):
+            for index, stored in enumerate(record.arrays[array.path]):
+                files[f"{split}/{shard_key(array, index)}"] = stored.n_bytes
+    return files
+
+
+def wrong_files(cache: Cache) -> Iterator[str]:
+    """What is missing or of a wrong size: a truncated map is SIGBUS, and a missing shard reads as zeros elsewhere."""
+    for key, n_bytes in stored_files(cache.manifest).items():
+        path = cache.path / STORE / key
+        size = file_bytes(path)
+        if size != n_bytes:
+            found = "is missing or no file" if size is None else f"is {size} bytes long"
+            yield f"{path}: must be {n_bytes} bytes long, {found}"
+
+
+def contents(path: Path) -> bytes:
+    """What a regular file holds. Raises OSError: a pipe would block for ever, a device may never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file")
+    return path.read_bytes()
+
+
+def file_bytes(path: Path) -> int | None:
+    """Size of a regular file; None if it is missing, out of reach, or a folder, pipe or device."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _check_identity(cache: Cache) -> None:
+    metadata = cache.path / STORE / "zarr.json"
+    try:
+        identity = json.loads(contents(metadata))["attributes"]["actcache"]
+        same = identity == cache.identity
+    except (OSError, *MALFORMED) as error:
+        raise ManifestError(f"{metadata}: cannot be read ({type(error).__name__}); the cache is damaged") from error
+    if not same:
+        raise ManifestError(f"{metadata}: says another identity than {CACHE_MANIFEST}; two caches were mixed")

@@ -1,0 +1,209 @@
+"""The append-only records of finished shards, one file for each writer, and the locks that writers hold."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from actcache.errors import CacheLocked, ManifestError
+from actcache.format.manifest import MALFORMED, ShardRecord, seal, shard_record, unseal
+from actcache.store.zarr_metadata import make_folder, naming, sync_folder, write_atomically
+
+MANIFEST = "manifest"
+SETTLING = "manifest/settling.lock"
+PROBE_SECONDS = 0.5  # a probe of another process holds a slot for microseconds
+
+
+class Journal:
+    """manifest/writer-NN.jsonl, open for appending under an exclusive flock; one sealed line per finished shard."""
+
+    def __init__(self, root: Path, slot: int = 0):
+        """Take the slot's lock; a torn last line is cut off.
+
+        Raises CacheLocked if another process holds it, ManifestError if a line other than the last is damaged.
+        """
+        self.path = root / MANIFEST / f"writer-{slot:02d}.jsonl"
+        make_folder(self.path.parent)
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by close(), with the lock
+        try:
+            if not _locked(self._file.fileno(), fcntl.LOCK_EX) or not _is_at(self.path, self._file.fileno()):
+                raise _held_by_another(root, slot)
+            sync_folder(self.path.parent)
+            _, n_bytes = _read(self.path)
+            if n_bytes < self.path.stat().st_size:
+                self._file.truncate(n_bytes)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, record: ShardRecord) -> None:
+        """Make one line durable. A failing write or fsync (OSError) leaves the journal as it was."""
+        line, end = memoryview(seal(asdict(record))), self._file.seek(0, os.SEEK_END)
+        try:
+            with naming(self.path):
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(end)  # or the line of the next shard, which is on its way, would follow half a line
+            raise
+
+    def discard(self) -> None:
+        """Remove what making this journal left in a folder where nothing else was begun; for who is settling there."""
+        folder = self.path.parent
+        lock = folder.parent / SETTLING
+        if {*folder.iterdir()} == {self.path, lock} and [*folder.parent.iterdir()] == [folder]:
+            self.path.unlink()
+            lock.unlink()
+            with suppress(OSError):  # others may begin here
+                folder.rmdir()
+                folder.parent.rmdir()
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+@contextmanager
+def settling(root: Path) -> Iterator[None]:
+    """The one process that settles the plan, or finalises, at a time; others wait here."""
+    path = root / SETTLING
+    while True:
+        make_folder(path.parent)
+        with open(path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(path, file.fileno()):
+                yield
+                return
+
+
+def read_journals(root: Path) -> list[ShardRecord]:
+    """Every finished shard that any writer has recorded; a line that is still being written is left out."""
+    return [record for path in _journals(root) for record in _read(path)[0]]
+
+
+def hook_computes(root: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """(split, index, hook name) -> how those arrays were computed; a shard's record keeps only what came last."""
+    return {
+        (record.split, record.index, hook.hook_name): record.compute
+        for record in sorted(read_journals(root), key=lambda record: record.attempt)
+        for hook in record.hooks
+        if any(path.startswith(f"{hook.hook_name}/") for path in record.arrays)
+    }
+
+
+def damaged_lines(root: Path) -> dict[Path, list[int]]:
+    """Journal -> the numbers, from 1, of its lines that cannot be read; a torn last line is none of them."""
+    found = {path: _damaged(_parsed(path)) for path in _journals(root)}
+    return {path: numbers for path, numbers in found.items() if numbers}
+
+
+def salvage(root: Path) -> dict[Path, list[int]]:
+    """Rewrite every journal that has damaged lines without them; returns what `damaged_lines` found.
+
+    Raises CacheLocked if a process writes one of them.
+    """
+    found = damaged_lines(root)
+    for path in found:
+        with open(path, "rb") as file:
+            if not _locked(file.fileno(), fcntl.LOCK_EX):
+                raise CacheLocked(f"{path}: another process writes this damaged journal; wait for it")
+            write_atomically(path, [line for line, record in _parsed(path) if record is not None])
+    return found
+
+
+def refuse_held(root: Path, slot: int) -> None:
+    """Raise CacheLocked if a process holds the slot."""
+    if slot in active_writers(root):
+        raise _held_by_another(root, slot)
+
+
+def active_writers(root: Path) -> set[int]:
+    """The slots that a process holds, this one's included; who waits to settle holds none yet."""
+    return {slot for path, slot in _journals(root).items() if _is_held(path)}
+
+
+def was_begun(root: Path) -> bool:
+    """Whether a harvest was ever begun here; one killed at once leaves the folder for journals alone, without one."""
+    folder = root / MANIFEST
+    if [*root.iterdir()] == [folder] and folder.is_dir():
+        return set(folder.iterdir()) <= {root / SETTLING} or bool(_journals(root))
+    return bool(_journals(root))
+
+
+def _journals(root: Path) -> dict[Path, int]:
+    paths = sorted((root / MANIFEST).glob("writer-*.jsonl"))
+    return {path: int(path.stem.removeprefix("writer-")) for path in paths}
+
+
+def _held_by_another(root: Path, slot: int) -> CacheLocked:
+    return CacheLocked(f"{root}: another process is writing this cache as worker {slot}; wait for it")
+
+
+def _is_held(path: Path) -> bool:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    """Whether the lock was got; tried for as long as another process's probe may hold it."""
+    deadline = time.monotonic() + PROBE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one of that name: whoever held its lock may have replaced or removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _read(path: Path) -> tuple[list[ShardRecord], int]:
+    """The records of a journal, and the bytes that they take: what lies behind is a torn line."""
+    parsed = _parsed(path)
+    if damaged := _damaged(parsed):
+        raise ManifestError(f"{path}: line {damaged[0]} is damaged; restore it with `actcache repair`")
+    whole = [(line, record) for line, record in parsed if record is not None]
+    return [record for _, record in whole], sum(len(line) for line, _ in whole)
+
+
+def _damaged(parsed: Sequence[tuple[bytes, ShardRecord | None]]) -> list[int]:
+    return [number for number, (_, record) in enumerate(parsed[:-1], 1) if record is None]
+
+
+def _parsed(path: Path) -> list[tuple[bytes, ShardRecord | None]]:
+    """Every line of a journal, with its record if it can be read."""
+    return [(line, _record(line, path)) for line in path.read_bytes().splitlines(keepends=True)]
+
+
+def _record(line: bytes, path: Path) -> ShardRecord | None:
+    try:
+        return shard_record(unseal(line, path)) if line.endswith(b"\n") else None
+    except (ManifestError, *MALFORMED):
+        return None

@@ -1,0 +1,242 @@
+"""What commands say: facts for machines, and lines for people. Nothing here prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from actcache.flow import SPLITS
+from actcache.store.cache import Cache, stored_files
+from trainer.features.attribution import LogitAttribution, SimilarFeatures, TokenFeatures
+from trainer.features.features import Context, Features
+from trainer.features.token_strings import Labels, Lens
+from trainer.training.plan import SweepPlan
+
+if TYPE_CHECKING:
+    from actcache.harvesting.estimate import Estimate
+
+TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
+FEATURE_COLUMNS = ("feature", "density", "max_act", "top_token")
+BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def estimate_line(found: Estimate) -> str:
+    """What a harvest would take: rows, bytes, and the seconds in the model where they are known."""
+    time_left = "" if found.seconds is None else f", about {found.seconds:,.0f} s in the model"
+    room = f"{found.free_bytes / 1e9:,.3g} GB free"
+    return f"to harvest: {found.n_rows:,} rows, at most about {found.n_bytes / 1e9:,.3g} GB ({room}){time_left}"
+
+
+def plan_lines(planned: SweepPlan) -> str:
+    """A line for the sweep and, where there are several, one for each pass."""
+    n_passes, room = len(planned.passes), f"{planned.needed_bytes / 1e9:.2g} of {planned.memory_bytes / 1e9:.2g} GB"
+    lines = [
+        f"to train: {len(planned.configs)} SAEs of {planned.n_parameters:,} parameters in {n_passes} pass(es) over the "
+        f"cache, at most about {room} of memory, {planned.flops:.2g} FLOPs"
+    ]
+    names = [", ".join(config.name for config in each) for each in planned.passes]
+    return "\n".join(lines + ([f"pass {i}: {text}" for i, text in enumerate(names, 1)] if n_passes > 1 else []))
+
+
+def cache_facts(cache: Cache) -> dict[str, Any]:
+    """What a cache holds, of what, and where it is from."""
+    identity = cache.identity
+    return {
+        "path": str(cache.path),
+        "fingerprint": cache.fingerprint,
+        "model": identity["model"],
+        "dataset": identity["dataset"],
+        "hooks": {name: cache.hook(name).d_in for name in cache.hook_names},
+        "rows": {split: cache.n_rows(split) for split in SPLITS},
+        "context_size": cache.context_size,
+        "dtype": identity["dtype"],
+        "codec": identity["codec"],
+        "shard_rows": cache.manifest.shard_rows,
+        "stored_bytes": sum(stored_files(cache.manifest).values()),
+        "origin": cache.origin,
+    }
+
+
+def cache_lines(cache: Cache) -> str:
+    """The same for a person."""
+    facts = cache_facts(cache)
+    rows = ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())
+    hooks = ", ".join(f"{name} [{d_in}]" for name, d_in in facts["hooks"].items())
+    return "\n".join(
+        [
+            f"cache        {facts['path']} ({facts['fingerprint']})",
+            f"model        {facts['model']['name']}",
+            f"dataset      {facts['dataset']['name']}",
+            f"hooks        {hooks}",
+            f"rows         {rows}; {facts['context_size']} tokens a sequence",
+            f"stored       {facts['stored_bytes']:,} bytes, {facts['dtype']}, {facts['codec']}",
+        ]
+    )
+
+
+def evaluation_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a run, columns aligned; a dash where something was not computed."""
+    return _aligned([TABLE_COLUMNS, *([_cell(row[column]) for column in TABLE_COLUMNS] for row in rows)])
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def similar_facts(found: SimilarFeatures, feature: int | None) -> dict[str, Any]:
+    """The nearest of one feature, or for every feature the nearest, with the mean of their cosines."""
+    latents, cosines = found.latents.tolist(), found.cosines.tolist()
+    if feature is None:
+        best = [{"feature": ids[0], "cosine": values[0]} for ids, values in zip(latents, cosines, strict=True)]
+        return {"mean_max_cosine": float(found.cosines[:, 0].double().mean()), "features": best}
+    pairs = zip(latents[0], cosines[0], strict=True)
+    return {"feature": feature, "similar": [{"feature": i, "cosine": cosine} for i, cosine in pairs]}
+
+
+def similar_lines(found: SimilarFeatures, feature: int | None) -> str:
+    """The nearest of one feature; or how many of all have one that is near."""
+    if feature is not None:
+        near = similar_facts(found, feature)["similar"]
+        return "\n".join(f"{each['feature']:>8}  {each['cosine']:.4f}" for each in near)
+    return f"largest cosine of {_spread(found.cosines[:, 0])}"
+
+
+def stability_facts(found: Float[Tensor, " d_sae"], feature: int | None) -> dict[str, Any]:
+    """What `trainer.stability` found, of one feature or of all with their mean."""
+    if feature is not None:
+        return {"feature": feature, "stability": float(found[feature])}
+    return {"mean_stability": float(found.double().mean()), "features": found.tolist()}
+
+
+def stability_lines(found: Float[Tensor, " d_sae"], n_others: int, feature: int | None) -> str:
+    """Of all features, or of one."""
+    if feature is not None:
+        return f"{feature:>8}  {float(found[feature]):.4f}"
+    return f"largest cosine, the mean of {n_others} SAEs, of {_spread(found)}"
+
+
+def features_facts(features: Features, n: int, labels: Labels, rate: float | None) -> dict[str, Any]:
+    """Of all features, and the n that fire most often."""
+    often = sorted(range(features.d_sae), key=lambda latent: -features.n_fired[latent])[:n]
+    return {
+        "d_sae": features.d_sae,
+        "n_tokens": features.n_tokens,
+        "never_fired": int((features.n_fired == 0).sum()),
+        "cache_fingerprint": features.cache_fingerprint,
+        "rows_per_second": rate,
+        "features": [_feature_row(features, latent, labels) for latent in often if features.n_fired[latent] > 0],
+    }
+
+
+def _feature_row(features: Features, latent: int, labels: Labels) -> dict[str, Any]:
+    """Density, largest activation, and the token that it was on; None where it never fires."""
+    best = features.top(latent, 1)
+    return {
+        "feature": latent,
+        "density": int(features.n_fired[latent]) / features.n_tokens,
+        "max_act": float(features.max_act[latent]),
+        "top_token": labels.text(best[0].token_ids[best[0].peak]) if best else None,
+    }
+
+
+def feature_facts(features: Features, latent: int, n: int, labels: Labels) -> dict[str, Any]:
+    """Of one feature: its n top contexts, histogram, what fires with it, and its logit lens where there is one."""
+    counts, edges = features.histogram(latent)
+    contexts = [_context_facts(context, labels) for context in features.top(latent, n)]
+    together = [{"feature": other, "n_tokens": count} for other, count in features.coactive(latent)]
+    return {
+        **_feature_row(features, latent, labels),
+        "n_fired": int(features.n_fired[latent]),
+        "contexts": contexts,
+        "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+        "coactive": together,
+        "logit_lens": None if labels.lens is None else _lens_facts(labels.lens[latent], labels),
+    }
+
+
+def _lens_facts(lens: Lens, labels: Labels) -> dict[str, list[dict[str, Any]]]:
+    ends = {"promoted": lens.promoted, "suppressed": lens.suppressed}
+    return {end: [{"token": labels.text(i), "logit": logit} for i, logit in ranked] for end, ranked in ends.items()}
+
+
+def _context_facts(context: Context, labels: Labels) -> dict[str, Any]:
+    return {**asdict(context), "tokens": [labels.text(token_id) for token_id in context.token_ids]}
+
+
+def features_lines(facts: Mapping[str, Any]) -> str:
+    """How many there are, how many never fired, and a table of those that fire most often."""
+    rate = facts["rows_per_second"]
+    lines = [
+        f"{facts['d_sae']:,} features on {facts['n_tokens']:,} held-out tokens, {facts['never_fired']:,} never fired"
+        + ("" if rate is None else f"; {rate:,.0f} tokens/s"),
+        "those that fire most often:",
+        _aligned([FEATURE_COLUMNS, *map(_feature_cells, facts["features"])]),
+    ]
+    return "\n".join(lines)
+
+
+def _feature_cells(row: Mapping[str, Any]) -> list[str]:
+    return [str(row["feature"]), f"{row['density']:.3g}", f"{row['max_act']:.4g}", _visible(row["top_token"])]
+
+
+def feature_lines(facts: Mapping[str, Any]) -> str:
+    """Contexts with the peak in brackets, the histogram as a line of blocks, what fires with it, its logit lens."""
+    lines = [f"feature {facts['feature']}: density {facts['density']:.3g}, largest activation {facts['max_act']:.4g}"]
+    for context in facts["contexts"]:
+        lines.append(f"{context['act']:>10.4g}  {context_line(context['tokens'], context['peak'])}")
+    counts, edges = facts["histogram"]["counts"], facts["histogram"]["edges"]
+    lines.append(f"activations from {edges[0]:.4g} to {edges[-1]:.4g}: {_blocks(counts)}")
+    together = ", ".join(f"{each['feature']} ({each['n_tokens']:,} tokens)" for each in facts["coactive"])
+    lines.append(f"fires together with: {together or 'none'}")
+    for end, tokens in (facts["logit_lens"] or {}).items():
+        lines.append(f"{end}: " + ", ".join(f"{_visible(each['token'])!r} {each['logit']:+.3g}" for each in tokens))
+    return "\n".join(lines)
+
+
+def context_line(tokens: Sequence[str], peak: int) -> str:
+    """The tokens of a context on one line, the one at `peak` in brackets."""
+    return _visible(f"{''.join(tokens[:peak])}[{tokens[peak]}]{''.join(tokens[peak + 1 :])}")
+
+
+def text_lines(tokens: Sequence[TokenFeatures]) -> str:
+    """A line for each token, with the latents that fire on it."""
+    firing = ["  ".join(f"{latent} ({act:.4g})" for latent, act in token.features) for token in tokens]
+    return "\n".join(f"{_visible(token.token):>16}  {each}" for token, each in zip(tokens, firing, strict=True))
+
+
+def attribution_lines(found: LogitAttribution, n: int) -> str:
+    """A logit as a sum, and the n latents with the largest parts of it."""
+    of_features = sum(each.logit for each in found.features)
+    lines = [
+        f"logit of {_visible(found.token)!r} as the next token, less the mean of all: {found.logit:.4g} = "
+        f"{of_features:.4g} of the features {found.bias:+.4g} of the bias {found.error:+.4g} of what the SAE leaves "
+        f"{found.rest:+.4g} of the rest"
+    ]
+    rows = [[str(each.latent), f"{each.activation:.4g}", f"{each.logit:+.4g}"] for each in found.features[:n]]
+    return "\n".join([*lines, _aligned([("feature", "activation", "logit"), *rows])])
+
+
+def _spread(cosines: Float[Tensor, " latent"]) -> str:
+    cosines = cosines.double()
+    shares = ", ".join(f"{float((cosines >= cut).double().mean()):.1%} at {cut} or more" for cut in (0.7, 0.9))
+    return f"{len(cosines):,} features: {float(cosines.mean()):.4f} on average; {shares}"
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
+
+
+def _blocks(counts: Sequence[int]) -> str:
+    """A character for each count; an empty bin is a space, one with anything in it is not."""
+    return "".join(BLOCKS[-(-count * (len(BLOCKS) - 1) // max(*counts, 1))] for count in counts)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,434 @@
+"""The YAML file of a sweep: `base` with a `grid` or with `runs`, checked, and resolved against a cache.
+
+A file names runs by the settings that the user cares about; `SweepConfig.expand` is the only place where the cache's
+facts (widths, input scales, variance), the length of training and every default enter. Nothing is assigned later.
+"""
+
+import difflib
+import itertools
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import yaml
+
+from actcache.errors import CacheMismatch, ConfigError
+from trainer.config.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
+from trainer.config.settings import (
+    PENALISED,
+    TOPK_FAMILY,
+    TRANSCODERS,
+    RowFilter,
+    SAEConfig,
+    TrainConfig,
+    check_settings,
+)
+
+_FROM_CACHE = (
+    *("d_in", "d_out", "hook_widths", "input_scale", "output_scale", "hook_scales"),
+    *("total_variance", "training_tokens", "n_steps"),
+)
+_NEEDED = ("name", "architecture", "hook_name", "d_sae")
+_USED_BY = {
+    "hook_names": ("crosscoder",),
+    "hook_name_out": TRANSCODERS,
+    "k": TOPK_FAMILY,
+    "k_anneal_start": TOPK_FAMILY,
+    "k_anneal_steps": TOPK_FAMILY,
+    "aux_coefficient": TOPK_FAMILY,
+    "k_aux": TOPK_FAMILY,
+    "encoder_dtype": TOPK_FAMILY,
+    "matryoshka_widths": ("matryoshka_batchtopk",),
+    "sparsity_coefficient": PENALISED,
+    "sparsity_warm_up_steps": PENALISED,
+    "jumprelu_bandwidth": ("jumprelu",),
+    "jumprelu_init_threshold": ("jumprelu",),
+    "jumprelu_sparsity_loss_mode": ("jumprelu",),
+    "jumprelu_tanh_scale": ("jumprelu",),
+    "pre_act_loss_coefficient": ("jumprelu",),
+    "target_l0": ("jumprelu",),
+}
+
+
+@runtime_checkable
+class InputStatistics(Protocol):
+    """What a config needs of a hook's statistics (`actcache.stats.HookStatistics` has more)."""
+
+    @property
+    def mean_norm(self) -> float: ...
+    @property
+    def mean_square_norm(self) -> float: ...
+    @property
+    def total_variance(self) -> float: ...
+
+
+@runtime_checkable
+class DescribesHooks(Protocol):
+    """What a config needs of a cache (`actcache.store.cache.Cache` has more)."""
+
+    def hook(self, hook_name: str) -> Any: ...
+    def statistics(
+        self, hook_name: str, *, split: str = "train", row_filter: RowFilter = "no_special_tokens"
+    ) -> InputStatistics: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepConfig:
+    """A sweep file after `base` + `grid`/`runs` expansion: raw settings of each SAE, `name` included."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    runs: tuple[dict[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ConfigError("sweep: names no run; give base: {...}, a grid: {...} or runs: [...]")
+        for run in self.runs:
+            _check_run(run)
+        _check_names([str(run["name"]) for run in self.runs])
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "SweepConfig":
+        """Read a sweep file. Raises ConfigError naming the file for anything wrong in it."""
+        try:
+            loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_SweepLoader)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing sweep file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+        try:
+            return cls.from_dict(loaded)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, mapping: object) -> "SweepConfig":
+        """Build from what the YAML file holds: TrainConfig's keys, `base`, and `grid` or `runs`."""
+        sweep = _mapping("sweep", mapping)
+        shared = _field_types(TrainConfig)
+        _check_keys("sweep", sweep, [*shared, "base", "grid", "runs"])
+        train = {key: _typed("sweep", key, value, shared[key]) for key, value in sweep.items() if key in shared}
+        return cls(train=TrainConfig(**train), runs=tuple(_named(_expanded(sweep))))
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """Hooks that the runs read, each once, in order of first use."""
+        return tuple(dict.fromkeys(name for run in self.runs for name in _run_hooks(run)))
+
+    def expand(self, cache: DescribesHooks, training_tokens: int) -> tuple[SAEConfig, ...]:
+        """Resolve every run against a cache: the only place where d_in, input scale, variance and defaults enter.
+
+        Raises ConfigError for a wrong setting, CacheMismatch (from the cache) for a hook that it does not hold.
+        """
+        return tuple(_resolve(run, self._facts(cache, run, training_tokens)) for run in self.runs)
+
+    def _facts(self, cache: DescribesHooks, run: Mapping[str, Any], training_tokens: int) -> Facts:
+        return Facts(
+            inputs=tuple(self._hook_facts(cache, name) for name in _input_hooks(run)),
+            outputs=tuple(self._hook_facts(cache, name) for name in _output_hooks(run)),
+            training_tokens=training_tokens,
+            n_steps=math.ceil(training_tokens / self.train.batch_tokens),
+        )
+
+    def _hook_facts(self, cache: DescribesHooks, hook_name: str) -> HookFacts:
+        statistics = cache.statistics(hook_name, split="train", row_filter=self.train.row_filter)
+        if not statistics.total_variance > 0:
+            raise CacheMismatch(
+                f"{hook_name}: training rows must differ from each other, got variance {statistics.total_variance} "
+                f"over the rows of filter {self.train.row_filter!r}; harvest more text or keep special tokens"
+            )
+        return HookFacts(
+            d_in=cache.hook(hook_name).d_in,
+            mean_norm=statistics.mean_norm,
+            mean_square_norm=statistics.mean_square_norm,
+            total_variance=statistics.total_variance,
+        )
+
+
+def _run_hooks(run: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*_input_hooks(run), *_output_hooks(run))
+
+
+def _input_hooks(run: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(run["hook_names"]) if run.get("hook_names") else (run["hook_name"],)
+
+
+def _output_hooks(run: Mapping[str, Any]) -> tuple[str, ...]:
+    return (run["hook_name_out"],) if run.get("hook_name_out") else _input_hooks(run)
+
+
+# Stands in for the cache while a sweep file is checked before any cache is open: no rule depends on these values.
+_ANY_HOOK = HookFacts(d_in=2, mean_norm=1.0, mean_square_norm=1.0, total_variance=1.0)
+
+
+def _any_facts(run: Mapping[str, Any]) -> Facts:
+    n_inputs = len(run.get("hook_names") or "x")
+    return Facts(inputs=(_ANY_HOOK,) * n_inputs, outputs=(_ANY_HOOK,) * n_inputs, training_tokens=1, n_steps=1)
+
+
+def _check_run(run: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what the settings alone show to be wrong."""
+    _resolve(run, _any_facts(_checked_run(run)))
+
+
+def _resolve(run: Mapping[str, Any], facts: Facts) -> SAEConfig:
+    """One run's settings + the preset's + the cache's facts."""
+    given = _checked_run(run)
+    name, usual = given["name"], preset_settings(given.pop("preset"), given["d_sae"], facts)
+    settings = usual | {key: v for key, v in given.items() if v is not None or key not in _USED_BY}
+    _check_sparsity_is_given(name, settings)
+    _check_optimizer(name, given, settings, usual)
+    _check_schedules(name, settings)
+    if settings["architecture"] == "jumprelu":
+        _check_jumprelu_scale(name, given, settings, usual)
+        _check_jumprelu_mode(name, settings)
+    return SAEConfig(
+        **settings, **_scales(settings, facts), training_tokens=facts.training_tokens, n_steps=facts.n_steps
+    )
+
+
+def _scales(settings: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """Widths, scales and variance of the hooks."""
+    inputs, outputs = (
+        [h.scale(settings["normalize_activations"]) for h in side] for side in (facts.inputs, facts.outputs)
+    )
+    is_crosscoder = settings["hook_names"] is not None
+    return {
+        "d_in": facts.d_in,
+        "d_out": sum(hook.d_in for hook in facts.outputs),
+        "hook_widths": tuple(hook.d_in for hook in facts.inputs) if is_crosscoder else None,
+        "input_scale": 1.0 if is_crosscoder else inputs[0],
+        "output_scale": 1.0 if is_crosscoder else outputs[0],
+        "hook_scales": tuple(inputs) if is_crosscoder else None,
+        "total_variance": sum(h.total_variance * scale**2 for h, scale in zip(facts.outputs, outputs, strict=True)),
+    }
+
+
+def _checked_run(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's settings with every key known, every value of its type, and none that its architecture ignores.
+
+    Architecture and preset are both there: either gives the other.
+    """
+    who = str(run.get("name", "run"))
+    settable = {key: kind for key, kind in _field_types(SAEConfig).items() if key not in _FROM_CACHE}
+    settable["preset"] = str | None
+    _check_keys(who, run, settable)
+    present = {key: value for key, value in run.items() if value is not None or key not in _NEEDED}
+    typed = {key: _typed(who, key, value, settable[key]) for key, value in present.items()}
+    given = _with_hook_name(who, _with_preset(who, typed))
+    missing = [key for key in _NEEDED if key not in given]
+    if missing:
+        raise ConfigError(f"{who}: needs {', '.join(missing)}; add them to base or to the run")
+    check_settings(who, given)  # before the defaults, which depend on architecture and d_sae
+    for key, users in _USED_BY.items():
+        if given.get(key) is not None and given["architecture"] not in users:
+            raise ConfigError(
+                f"{who}: {key} is a setting of {', '.join(users)}, got {key}={given[key]} for "
+                f"{given['architecture']}; take it out or give it to those runs only"
+            )
+    return given
+
+
+def _with_preset(who: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The run with the architecture of its preset, or the preset of its architecture."""
+    architecture, preset = given.get("architecture"), given.get("preset")
+    if preset is None:
+        check_settings(who, {"architecture": architecture})
+        return given if architecture is None else {**given, "preset": default_preset(architecture)}
+    if preset not in PRESETS:
+        raise ConfigError(f"{who}: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    may_be = PRESETS[preset].architectures
+    if architecture is not None and architecture not in may_be:
+        raise ConfigError(f"{who}: preset {preset} is one of {', '.join(may_be)}, got architecture {architecture!r}")
+    return {**given, "architecture": architecture or may_be[0]}
+
+
+def _with_hook_name(who: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A crosscoder's hook_name is the first of its hooks; a transcoder has a second hook."""
+    architecture = given.get("architecture")
+    needed = "hook_names" if architecture == "crosscoder" else "hook_name_out"
+    if architecture in ("crosscoder", *TRANSCODERS) and given.get(needed) is None:
+        raise ConfigError(f"{who}: {architecture} needs {needed}; add it to base or to the run")
+    if architecture != "crosscoder":
+        return given
+    if given.get("hook_name") is not None:
+        raise ConfigError(f"{who}: crosscoder takes hook_names, got hook_name={given['hook_name']} too; leave it out")
+    return {**given, "hook_name": given["hook_names"][0]}
+
+
+def _check_sparsity_is_given(name: str, settings: Mapping[str, Any]) -> None:
+    needed = "k" if settings["architecture"] in TOPK_FAMILY else "sparsity_coefficient"
+    if settings[needed] is None:
+        raise ConfigError(f"{name}: {settings['architecture']} needs {needed}; add it to base or to the run")
+
+
+_MOMENTUM_OF = ("signum", "muon")
+_DECAY_OF = ("adamw", "signum", "muon", "schedule_free")
+
+
+def _check_optimizer(
+    name: str, given: Mapping[str, Any], settings: Mapping[str, Any], usual: Mapping[str, Any]
+) -> None:
+    """A preset's lr holds for its own optimizer; momentum and weight decay for those that have them."""
+    optimizer = settings["optimizer"]
+    if given.get("lr") is None and optimizer != usual["optimizer"]:
+        raise ConfigError(f"{name}: the default lr={settings['lr']} is not of optimizer={optimizer}; give lr")
+    if (settings["momentum"] is not None) != (optimizer in _MOMENTUM_OF):
+        raise ConfigError(
+            f"{name}: momentum is a setting of {' and '.join(_MOMENTUM_OF)}, which need it, got "
+            f"momentum={settings['momentum']} for {optimizer}; 0.95 is usual"
+        )
+    if settings["weight_decay"] and optimizer not in _DECAY_OF:
+        raise ConfigError(f"{name}: weight_decay is a setting of {', '.join(_DECAY_OF)}, got it for {optimizer}")
+
+
+def _check_schedules(name: str, settings: Mapping[str, Any]) -> None:
+    if (settings["lr_end"] is not None) != (settings["lr_scheduler_name"] == "cosineannealing"):
+        raise ConfigError(
+            f"{name}: lr_end is where lr_scheduler_name=cosineannealing ends and must be given with it, got "
+            f"lr_end={settings['lr_end']} for {settings['lr_scheduler_name']}; a tenth of lr is usual"
+        )
+    if (settings["k_anneal_start"] is not None) != (settings["k_anneal_steps"] > 0):
+        raise ConfigError(
+            f"{name}: k_anneal_start and k_anneal_steps go together, got {settings['k_anneal_start']} and "
+            f"{settings['k_anneal_steps']}"
+        )
+
+
+def _check_jumprelu_scale(
+    name: str, given: Mapping[str, Any], settings: Mapping[str, Any], usual: Mapping[str, Any]
+) -> None:
+    """A preset's bandwidth and threshold presume its own scale: with another they must be given."""
+    unasked = [key for key in ("jumprelu_bandwidth", "jumprelu_init_threshold") if given.get(key) is None]
+    scale = usual["normalize_activations"]
+    if settings["normalize_activations"] != scale and unasked:
+        raise ConfigError(
+            f"{name}: the default {' and '.join(unasked)} hold for normalize_activations={scale} only, got "
+            f"{settings['normalize_activations']}; use that scale or give {' and '.join(unasked)}"
+        )
+
+
+_MODE_NEEDS = {"step": (), "tanh": ("jumprelu_tanh_scale", "pre_act_loss_coefficient"), "quadratic": ("target_l0",)}
+
+
+def _check_jumprelu_mode(name: str, settings: Mapping[str, Any]) -> None:
+    """Every setting of the penalty must be there, and none of another."""
+    mode = settings["jumprelu_sparsity_loss_mode"]
+    for setting in sorted({setting for needed in _MODE_NEEDS.values() for setting in needed}):
+        if (settings[setting] is not None) != (setting in _MODE_NEEDS[mode]):
+            wrong = "needs" if setting in _MODE_NEEDS[mode] else "ignores"
+            raise ConfigError(f"{name}: jumprelu_sparsity_loss_mode={mode} {wrong} {setting}, got {settings[setting]}")
+
+
+def _expanded(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`base` joined with each point of `grid` (first key slowest), with each of `runs`, or alone."""
+    base = _mapping("base", sweep.get("base", {}))
+    if "grid" in sweep and "runs" in sweep:
+        raise ConfigError("sweep: give grid or runs, not both")
+    if "runs" in sweep:
+        runs = _sequence("runs", sweep["runs"])
+        return [base | _mapping(f"runs[{i}]", run) for i, run in enumerate(runs)]
+    if "grid" in sweep:
+        grid = {key: _sequence(f"grid.{key}", values) for key, values in _mapping("grid", sweep["grid"]).items()}
+        if not grid:
+            raise ConfigError("sweep: grid is empty; name at least one setting and its values")
+        return [base | dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
+    return [base] if base else []
+
+
+def _named(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs, each with a name: its own, or one made of its architecture, sparsity, width and what varies."""
+    settings = [key for key in _field_types(SAEConfig) if key not in ("name", "architecture", "d_sae", "k")]
+    settings.remove("sparsity_coefficient")
+    unnamed = [run for run in runs if run.get("name") is None]
+    varying = [key for key in settings if len({repr(run.get(key)) for run in unnamed}) > 1]
+    return [{**run, "name": _default_name(run, varying)} if run in unnamed else run for run in runs]
+
+
+def _default_name(run: Mapping[str, Any], varying: Iterable[str]) -> str:
+    """For example `topk-k16-d1024-lr0.001`."""
+    parts = [str(run.get("preset") or run.get("architecture") or "sae")]
+    parts += [f"k{run['k']}"] if run.get("k") is not None else []
+    parts += [f"l{run['sparsity_coefficient']}"] if run.get("sparsity_coefficient") is not None else []
+    parts += [f"d{run.get('d_sae')}"]
+    for key in varying:
+        if run.get(key) is not None:
+            value = "+".join(map(str, run[key])) if isinstance(run[key], list) else str(run[key])
+            parts.append(value if key.startswith("hook_name") else f"{key}{value}")
+    return re.sub(r"[^A-Za-z0-9._+=-]", "-", "-".join(parts))
+
+
+def _check_names(names: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:  # compared without case: two such folders are one on some file systems
+        if name.lower() in seen:
+            raise ConfigError(
+                f"sweep: run names must differ, got {name!r} twice; give each run its own name or another setting"
+            )
+        seen[name.lower()] = name
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {each.name: hints[each.name] for each in fields(cls) if each.init or each.default is not MISSING}
+
+
+def _typed(who: str, key: str, value: object, kind: Any) -> Any:
+    """`value` as the field's type (an int serves as a float), or ConfigError."""
+    options = (
+        typing.get_args(kind) if isinstance(kind, types.UnionType) or type(None) in typing.get_args(kind) else (kind,)
+    )
+    if value is None and type(None) in options:
+        return None
+    accepted = next(option for option in options if option is not type(None))
+    if typing.get_origin(accepted) is Sequence:
+        return tuple(_typed(who, key, each, typing.get_args(accepted)[0]) for each in _sequence(f"{who}: {key}", value))
+    accepted = str if typing.get_origin(accepted) is Literal else accepted
+    if type(value) is accepted:
+        return value
+    if accepted is float and type(value) is int:
+        return float(value)
+    raise ConfigError(f"{who}: {key} must be {accepted.__name__}, got {value!r} ({type(value).__name__})")
+
+
+def _check_keys(who: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.7)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+            raise ConfigError(f"{who}: unknown setting {key!r}; {hint}")
+
+
+def _mapping(who: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{who}: must be a mapping of settings, got {value!r}")
+    return {str(key): item for key, item in value.items()}
+
+
+def _sequence(who: str, value: object) -> list[Any]:
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f"{who}: must be a list of at least one entry, got {value!r}")
+    return list(value)
+
+
+class _SweepLoader(yaml.SafeLoader):
+    """YAML 1.2 floats (`3e-4` is a number, not a string) and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_SweepLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)

@@ -1,0 +1,339 @@
+"""Held-out evaluation: every metric of every SAE from one pass over the cache, and one over the language model.
+
+Rows are the validation split's, without special tokens unless they are asked for. The metrics and their formulas are in
+`trainer.sae.metrics`; the losses with the model, in `downstream_loss`, follow SAELens: the SAE's reconstruction
+replaces the hook's activation except at special tokens, zero ablation replaces all of them, and tokens that are special
+leave the means.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from actcache.errors import CacheMismatch, DatasetError, ManifestError
+from actcache.flow import Batch
+from actcache.loading.loader import Loader
+from actcache.store.cache import Cache
+from trainer.evaluation.downstream_loss import BATCH_TOKENS, MODEL_METRICS, Model, model_metrics, piece_rows
+from trainer.evaluation.pca import PCA, fit_pca
+from trainer.formats.saelens import SAE, load_sae
+from trainer.sae.metrics import ReconstructionSums
+from trainer.training.run import read_json, write_json
+
+MODEL_TOKENS = 32_768  # of the validation split run through the model
+PCA_ROWS = 131_072  # training rows that a baseline is fitted on, at most
+DENSITY_EDGES = np.linspace(-8.0, 0.0, 33)  # log10 of feature density, quarter decades
+
+Progress = Callable[[int, int], None]  # rows and model tokens done, both in all
+
+
+def evaluate(
+    run: Path | str | SAE | PCA,
+    cache: Cache,
+    model: Model | None = None,
+    *,
+    exclude_special_tokens: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The metrics of one SAE, a loaded one or a path that `load_sae` takes; as `evaluate_all`, for one."""
+    how: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "progress": progress}
+    if isinstance(run, SAE | PCA):
+        return evaluate_all([run], cache, model, **how)[0]
+    _check_run(Path(run), cache)
+    return evaluate_all([load_sae(run, device=_device(model))], cache, model, **how)[0]
+
+
+def evaluate_all(
+    saes: Sequence[SAE | PCA],
+    cache: Cache,
+    model: Model | None = None,
+    *,
+    model_tokens: int = MODEL_TOKENS,
+    exclude_special_tokens: bool = True,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """The metrics of several SAEs on the validation split, in the order given, reading it once.
+
+    With a model, the first `model_tokens` tokens of the split (in whole sequences, at least one) run through it: once
+    as it is and once for each SAE, and once with zeros at a hook where no earlier call has kept the losses of that
+    below the cache. Without, those metrics are None; so is a metric that is not finite.
+
+    Args:
+        saes: at least one, all on one device; of any hooks of the cache.
+        exclude_special_tokens: leave BOS, EOS and other special tokens out of every mean, and their activations as they
+            are in the model's passes.
+
+    Returns:
+        One dict an SAE of plain JSON values, all finite: architecture, hook_name, d_in, d_sae; split, n_tokens,
+        exclude_special_tokens, l0, l1, explained_variance, mse, cossim, l2_ratio, relative_reconstruction_bias,
+        dead_fraction, feature_density (a histogram of log10 with the number of latents that never fired);
+        n_model_tokens, ce_loss_score, kl_div_score and the losses (nats per token) they are made of;
+        ce_loss_by_position, lists with a value for each position p but the last: n_sequences (in how many the token at
+        p counts) and the mean over these of the cross entropy of predicting the token after it, without_sae, with_sae
+        and with_ablation, None where n_sequences is 0; cache_fingerprint and model.
+
+    Raises:
+        CacheMismatch: the cache lacks a hook, holds it with another width, or was harvested from another model.
+        DatasetError: the validation split is empty.
+    """
+    _check_widths(saes, cache)
+    _check_validation(cache)
+    if model is not None:
+        _check_model(model.identity, cache)
+    with torch.no_grad():
+        spliced = model is not None and any(len(sae.output_hooks) == 1 for sae in saes)
+        sequences = _sequences(cache, model_tokens if spliced else 0)
+        sums = _reconstructions(saes, cache, exclude_special_tokens, sequences.size, progress)
+        losses: list[dict[str, Any]] = [dict.fromkeys(MODEL_METRICS) for _ in saes]
+        if model is not None:
+            later = None if progress is None else _later(progress, sums[0].n_rows, sequences.size)
+            how: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "progress": later}
+            losses = model_metrics(saes, cache, model, sequences, **how)
+    source = {
+        "split": "validation",
+        "exclude_special_tokens": exclude_special_tokens,
+        "cache_fingerprint": cache.fingerprint,
+        "model": cache.identity["model"]["name"],
+    }
+    return [_row(sae, _cache_metrics(part) | loss | source) for sae, part, loss in zip(saes, sums, losses, strict=True)]
+
+
+def evaluate_runs(
+    runs: Path | str,
+    cache: Cache,
+    model: Model | None = None,
+    *,
+    model_tokens: int = MODEL_TOKENS,
+    exclude_special_tokens: bool = True,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate one RUN folder, or every run below RUNS with its PCA baselines, and write each eval.json.
+
+    The SAEs are put on the model's device, on the CPU without one. Runs that diverged (failed.json) have nothing to
+    evaluate and are left out.
+
+    A baseline is made for every distinct (hook_name, k) of the runs that have a k up to d_in:
+    RUNS/pca-k{k}-{hook_name}, with a config.json of architecture "pca", k components fitted on training rows.
+
+    Returns:
+        What each eval.json says, with the `name` of its folder; runs first, by name, then baselines.
+
+    Raises:
+        ManifestError: there is no run, or one has not finished training.
+        CacheMismatch, DatasetError: as `evaluate_all`, or a run was trained on another model than the cache's.
+    """
+    runs = Path(runs)
+    folders = _finished(runs)
+    configs = [_check_run(folder, cache) for folder in folders]
+    saes: list[SAE | PCA] = [load_sae(folder, device=_device(model)) for folder in folders]
+    if runs not in folders:
+        for baseline in _baselines(configs, cache, _device(model)):
+            folders.append(_write_baseline(runs, baseline, cache))
+            saes.append(baseline)
+    how: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "progress": progress}
+    rows = evaluate_all(saes, cache, model, model_tokens=model_tokens, **how)
+    for folder, row in zip(folders, rows, strict=True):
+        write_json(folder / "eval.json", row)
+    return [{"name": folder.name, **row} for folder, row in zip(folders, rows, strict=True)]
+
+
+def _later(progress: Progress, n_before: int, n_here: int) -> Callable[[int], None]:
+    """Progress of what comes after n_before rows."""
+    return lambda n_done: progress(n_before + n_done, n_before + n_here)
+
+
+def _device(model: Model | None) -> torch.device:
+    return torch.device("cpu") if model is None else model.device
+
+
+def _row(sae: SAE | PCA, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    # a batchtopk SAE is saved as the jumprelu that it is at inference; what it was trained as is what tells runs apart
+    trained_as = sae.metadata.get("training_architecture", sae.architecture) if isinstance(sae, SAE) else "pca"
+    row = {"architecture": trained_as, "hook_name": sae.hook_name, "d_in": sae.d_in, "d_sae": sae.d_sae, **metrics}
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+
+
+def _reconstructions(
+    saes: Sequence[SAE | PCA], cache: Cache, exclude_special_tokens: bool, n_later: int, progress: Progress | None
+) -> list[ReconstructionSums]:
+    """The sums of every SAE over the validation split, which is read once for all of them."""
+    hook_names = list(dict.fromkeys(name for sae in saes for name in (*sae.input_hooks, *sae.output_hooks)))
+    sums: list[ReconstructionSums] = []
+    n_done = 0
+    how: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "device": saes[0].device}
+    with Loader(cache, hook_names, split="validation", batch_tokens=BATCH_TOKENS, **how) as loader:
+        for batch in loader:
+            parts = [_reconstruction(sae, batch) for sae in saes]
+            sums = [old.merge(new) for old, new in zip(sums, parts, strict=True)] if sums else parts
+            n_done += len(batch.row)
+            if progress is not None:
+                progress(n_done, loader.n_rows + n_later)
+    if not sums:
+        raise DatasetError(f"evaluate: {cache.path} holds only special tokens in its validation split; harvest more")
+    return sums
+
+
+def _reconstruction(sae: SAE | PCA, batch: Batch) -> ReconstructionSums:
+    """The sums of a batch, piece by piece: [batch, d_sae] of a wide SAE is more than there may be room for."""
+    pieces = (
+        _side_by_side(batch, hook_names).split(piece_rows(sae.d_sae))
+        for hook_names in (sae.input_hooks, sae.output_hooks)
+    )
+    return reduce(
+        ReconstructionSums.merge, (ReconstructionSums.of(y, *sae.reconstruct(x)) for x, y in zip(*pieces, strict=True))
+    )
+
+
+def _side_by_side(batch: Batch, hook_names: Sequence[str]) -> Float[Tensor, "batch width"]:
+    return batch.x[hook_names[0]] if len(hook_names) == 1 else torch.cat([batch.x[name] for name in hook_names], dim=1)
+
+
+def _cache_metrics(sums: ReconstructionSums) -> dict[str, Any]:
+    density = sums.feature_density.numpy()
+    fired = np.maximum(density[density > 0], 10.0 ** DENSITY_EDGES[0])
+    counts, _ = np.histogram(np.log10(fired), bins=DENSITY_EDGES)
+    return {
+        "n_tokens": sums.n_rows,
+        "l0": sums.l0,
+        "l1": sums.l1,
+        "explained_variance": sums.explained_variance,
+        "mse": sums.mse,
+        "cossim": sums.cossim,
+        "l2_ratio": sums.l2_ratio,
+        "relative_reconstruction_bias": sums.relative_reconstruction_bias,
+        "dead_fraction": sums.dead_fraction,
+        "feature_density": {
+            "log10_edges": DENSITY_EDGES.tolist(),
+            "counts": counts.tolist(),
+            "never_fired": int((density == 0).sum()),
+        },
+    }
+
+
+def _sequences(cache: Cache, model_tokens: int) -> Int32[np.ndarray, "sequence position"]:
+    """The first whole validation sequences of `model_tokens` tokens; at least one unless that is 0."""
+    return cache.sequences("validation")[: -(-model_tokens // cache.context_size)]
+
+
+def _finished(runs: Path) -> list[Path]:
+    """The folder itself if it is a run, else the runs below it by name, without baselines and diverged ones."""
+    folders = sorted(path.parent for path in runs.glob("*/config.json") if not (path.parent / "failed.json").exists())
+    folders = [folder for folder in folders if not _is_baseline(folder)]
+    if (runs / "config.json").is_file():
+        folders = [runs]
+    if not folders:
+        raise ManifestError(f"evaluate: {runs} must be a RUN or a folder of runs, it holds no config.json; train first")
+    unfinished = [folder.name for folder in folders if not (folder / "sae").is_dir()]
+    if unfinished:
+        raise ManifestError(
+            f"evaluate: every run must have finished training, {', '.join(unfinished)} of {runs} has no sae/; "
+            "give the same train command again, or evaluate a finished RUN alone"
+        )
+    return folders
+
+
+def _is_baseline(folder: Path) -> bool:
+    return read_json(folder / "config.json").get("architecture") == "pca"
+
+
+def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch.device) -> list[PCA]:
+    """One for every distinct (hook_name, k) up to d_in: fitted once a hook with the largest k, of which the others are
+    part.
+    """
+    wanted: dict[str, set[int]] = {}
+    for sae in (config["sae"] for config in configs):
+        if sae["k"] is not None and sae["k"] <= cache.hook(sae["hook_name"]).d_in:
+            wanted.setdefault(sae["hook_name"], set()).add(sae["k"])
+    baselines = []
+    for hook_name, counts in sorted(wanted.items()):
+        with Loader(cache, [hook_name], split="train", batch_tokens=BATCH_TOKENS, device=device) as loader:
+            widest = fit_pca(islice(loader, PCA_ROWS // BATCH_TOKENS), hook_name, max(counts))
+        baselines += [widest.leading(k) for k in sorted(counts)]
+    return baselines
+
+
+def _write_baseline(runs: Path, pca: PCA, cache: Cache) -> Path:
+    """Make the baseline's folder with its config.json. Raises CacheMismatch if a run has that name."""
+    folder = runs / f"pca-k{pca.d_sae}-{pca.hook_name}"
+    if (folder / "config.json").exists() and not _is_baseline(folder):
+        raise CacheMismatch(f"evaluate: a PCA baseline goes to {folder}, where a run is; give the run another name")
+    sizes = {"d_in": pca.d_in, "d_sae": pca.d_sae, "k": pca.d_sae, "n_rows": pca.n_rows}
+    source = {"cache_fingerprint": cache.fingerprint, "model": cache.identity["model"]["name"]}
+    config = {"architecture": "pca", "name": folder.name, "hook_name": pca.hook_name, **sizes, **source}
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def _check_widths(saes: Sequence[SAE | PCA], cache: Cache) -> None:
+    for sae in saes:
+        for hook_names, width in ((sae.input_hooks, sae.d_in), (sae.output_hooks, sae.d_out)):
+            held = sum(cache.hook(name).d_in for name in hook_names)
+            if held != width:
+                raise CacheMismatch(
+                    f"evaluate: the SAE takes {' + '.join(hook_names)} of width {width}, {cache.path} holds {held}; "
+                    "pass the cache that it was trained on"
+                )
+
+
+def _check_validation(cache: Cache) -> None:
+    if cache.n_rows("validation") == 0:
+        raise DatasetError(
+            f"evaluate: {cache.path} has an empty validation split (holdout {cache.identity['holdout']}); "
+            "harvest with a larger --holdout or more documents"
+        )
+
+
+def _check_model(got: Mapping[str, Any], cache: Cache) -> None:
+    """The model must be the one harvested: equal hashes where both have them, else equal name and revision.
+
+    An imported cache knows nothing but the name that it was given.
+    """
+    wanted = cache.identity["model"]
+    is_imported = wanted.get("weights_sha256") is None
+    if is_imported and got.get("name") != wanted["name"]:
+        raise CacheMismatch(
+            f"evaluate: {cache.path} was imported and knows no weights and no tokenizer of its model, only the name "
+            f"{wanted['name']!r}, the model is {got.get('name')!r}; pass the model that it was made with, or import "
+            f"the cache again with --model {got.get('name')}"
+        )
+    hashes = [key for key in ("config_sha256", "weights_sha256") if got.get(key) and wanted.get(key)]
+    keys = hashes or (["name"] if is_imported else ["name", "revision"])
+    differing = [key for key in keys if got.get(key) != wanted.get(key)]
+    if differing:
+        raise CacheMismatch(
+            f"evaluate: {cache.path} was harvested from {_described(wanted, differing)}, the model is "
+            f"{_described(got, differing)}; pass that model, loaded in the same dtype"
+        )
+
+
+def _described(model: Mapping[str, Any], differing: Sequence[str]) -> str:
+    parts = [f"{key} {str(model.get(key))[:12]}" for key in differing if key != "name"]
+    return f"{model.get('name')!r}" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _check_run(run: Path, cache: Cache) -> dict[str, Any]:
+    """config.json of a run, whose model must be the cache's; {} for a SAELens directory, which has none."""
+    if not (run / "config.json").is_file():
+        return {}
+    config = read_json(run / "config.json")
+    try:
+        trained, cached = config["model"]["name"], cache.identity["model"]["name"]
+        _ = config["sae"]["k"], config["sae"]["hook_name"]
+    except (KeyError, TypeError) as error:
+        raise ManifestError(f"evaluate: {run}/config.json is not that of a run, it lacks {error}") from error
+    revisions = {config["model"]["revision"], cache.identity["model"]["revision"]}
+    if trained != cached or (len(revisions) > 1 and "imported" not in config):
+        way_out = f"import it again with --model-name {cached} if that is it, or " if "imported" in config else ""
+        raise CacheMismatch(
+            f"evaluate: {run} was trained on activations of {trained!r}, {cache.path} holds those of {cached!r}; "
+            f"{way_out}pass the cache that it was trained on"
+        )
+    return config

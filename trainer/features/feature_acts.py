@@ -1,0 +1,182 @@
+"""Sparse codes: what fires in a batch of rows, never kept as [rows, d_sae], and the codes of many tokens in one file.
+
+The file is plain safetensors with the fields of `Codes`, mapped when it is read: nothing is loaded but what is looked
+at. Both orders are in it, for a latent's tokens are asked as often as a token's latents.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+from jaxtyping import Float, Float32, Int, Int32, Int64
+from torch import Tensor
+
+from actcache.errors import ManifestError, NonFiniteActivations
+from actcache.store.zarr_metadata import write_atomically
+from trainer.formats.saelens import SAE
+from trainer.kernels.sparse import KeptEntries, Workspace, encoder_pre_acts, topk_chunk_rows, topk_pre_acts
+from trainer.sae.activations import above
+
+MAX_ROWS = 4096  # encoded at a time: more make the product no faster
+STORED = {"I64": "<i8", "I32": "<i4", "F32": "<f4"}  # safetensors' names
+HEADER_LENGTH_BYTES = 8
+
+Entries = tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]  # row, latent, activation
+
+
+class SparseEncoder:
+    """`SAE.encode` without its zeros, to within the rounding of the weights' dtype.
+
+    The pre-activations of a batch lie in one buffer that is used again: [batch, d_sae] of the weights' dtype, and as
+    many bytes for what fires. What has no b_enc, such as gated, is encoded densely, in five such buffers.
+    """
+
+    def __init__(self, sae: SAE):
+        self._sae, self._workspace = sae, Workspace()
+        self._is_signed = sae.architecture == "abstopk"
+        b_enc = sae.W_enc.new_zeros(sae.d_sae) if sae.b_enc is None else sae.b_enc
+        scale = sae.W_dec.norm(dim=-1) if sae.rescale_acts_by_decoder_norm else None
+        self._W_enc = (sae.W_enc if scale is None else sae.W_enc * scale).T
+        self._b_enc = b_enc if scale is None else b_enc * scale
+        self._cut = b_enc.new_zeros(()) if sae.threshold is None else sae.threshold.clamp_min(0)
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows to encode at a time."""
+        return min(MAX_ROWS, topk_chunk_rows(self._sae.d_sae, is_cuda=self._sae.device.type == "cuda"))
+
+    @torch.no_grad()
+    def entries(self, x: Float[Tensor, "batch d_in"]) -> Entries:
+        """(row, latent, activation) of all that is not zero, rows ascending, on the SAE's device.
+
+        x: raw activations of any float dtype, on any device.
+
+        Raises:
+            NonFiniteActivations: an activation is NaN or infinite.
+        """
+        sae = self._sae
+        x = x.to(sae.device, sae.W_enc.dtype)
+        if sae.b_enc is None:
+            row, latent, act = _nonzero(sae.encode(x))
+        else:
+            row, latent, act = self._fired(x - sae.b_dec if sae.subtracts_b_dec else x)
+        if not act.isfinite().all():
+            raise NonFiniteActivations(
+                f"{sae.hook_name}: activations of latents must be finite, got NaN or infinity from {sae.W_enc.dtype} "
+                "weights; is the SAE of this hook, and its dtype wide enough?"
+            )
+        return row, latent, act
+
+    def _fired(self, x: Float[Tensor, "batch d_in"]) -> Entries:
+        if self._sae.k is None:
+            pre_acts = encoder_pre_acts(x, self._W_enc, self._b_enc, self._workspace)
+            row, latent = above(pre_acts, self._cut).nonzero(as_tuple=True)
+            return row, latent, pre_acts[row, latent]
+        values, latents = topk_pre_acts(
+            x, self._W_enc, self._b_enc, self._sae.k, self._workspace, by_magnitude=self._is_signed
+        )
+        row, place = (values != 0 if self._is_signed else above(values, self._cut)).nonzero(as_tuple=True)
+        return row, latents[row, place], values[row, place]
+
+
+def _nonzero(feature_acts: Float[Tensor, "batch d_sae"]) -> Entries:
+    row, latent = feature_acts.nonzero(as_tuple=True)
+    return row, latent, feature_acts[row, latent]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Codes:
+    """What fires on tokens first_token, first_token + 1, ... of a split; token t here is the t-th of them.
+
+    token_id: of each token. Its entries, in no order: token_start[t] : token_start[t + 1] of latent and act. Those of
+    latent i, tokens ascending: latent_start[i] : latent_start[i + 1] of token_by_latent and act_by_latent.
+    """
+
+    first_token: int
+    token_id: Int32[np.ndarray, " token"]
+    token_start: Int64[np.ndarray, " token_plus_1"]
+    latent: Int32[np.ndarray, " entry"]
+    act: Float32[np.ndarray, " entry"]
+    latent_start: Int64[np.ndarray, " d_sae_plus_1"]
+    token_by_latent: Int32[np.ndarray, " entry"]
+    act_by_latent: Float32[np.ndarray, " entry"]
+
+    @property
+    def stop(self) -> int:
+        """One past the last token."""
+        return self.first_token + len(self.token_id)
+
+    def of_latent(self, latent: int) -> slice:
+        """Where its entries are in token_by_latent and act_by_latent."""
+        return slice(int(self.latent_start[latent]), int(self.latent_start[latent + 1]))
+
+    def latents_at(self, tokens: Int32[np.ndarray, " chosen"]) -> Int32[np.ndarray, " entry_of_chosen"]:
+        """The latents that fire on the chosen tokens, one after the other."""
+        start = self.token_start[tokens]
+        counts = self.token_start[tokens + 1] - start
+        first = np.cumsum(counts) - counts  # of each token, among those returned
+        return self.latent[np.repeat(start - first, counts) + np.arange(counts.sum())]
+
+
+def write_codes(
+    path: Path,
+    token_id: Int32[np.ndarray, " token"],
+    token: Int[Tensor, " entry"],
+    latent: Int[Tensor, " entry"],
+    act: Float[Tensor, " entry"],
+    d_sae: int,
+) -> None:
+    """Write the codes of consecutive tokens, whole or not at all; entries come with tokens ascending, from 0."""
+    kept = KeptEntries.of(token, latent, batch=len(token_id), d_sae=d_sae)
+    tensors = {
+        "token_id": token_id,
+        "token_start": kept.row_start,
+        "latent": latent.int(),
+        "act": act,
+        "latent_start": kept.latent_start,
+        "token_by_latent": kept.row_by_latent.int(),
+        "act_by_latent": act.index_select(0, kept.by_latent),
+    }
+    write_atomically(path, [safetensors.numpy.save({name: np.asarray(tensor) for name, tensor in tensors.items()})])
+
+
+def map_codes(path: Path, first_token: int) -> Codes:
+    """Map what `write_codes` wrote. Raises ManifestError if it is not that."""
+    arrays = map_arrays(path)
+    names = [name for name in Codes.__slots__ if name != "first_token"]
+    try:
+        codes = Codes(first_token=first_token, **{name: arrays[name] for name in names})
+        n_entries = {int(codes.token_start[-1]), int(codes.latent_start[-1]), *map(len, (codes.latent, codes.act))}
+        whole = n_entries == {len(codes.token_by_latent)} == {len(codes.act_by_latent)}
+        if not whole or len(codes.token_start) != len(codes.token_id) + 1:
+            raise ValueError("the lengths of its arrays differ")
+    except (KeyError, IndexError, ValueError) as error:
+        raise damaged(path, error) from error
+    return codes
+
+
+def map_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, read-only and mapped. Raises ManifestError."""
+    try:
+        mapped = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        start = HEADER_LENGTH_BYTES + int.from_bytes(mapped[:HEADER_LENGTH_BYTES].tobytes(), "little")
+        header = json.loads(mapped[HEADER_LENGTH_BYTES:start].tobytes())
+        return {
+            name: mapped[start + about["data_offsets"][0] : start + about["data_offsets"][1]]
+            .view(STORED[about["dtype"]])
+            .reshape(about["shape"])
+            for name, about in header.items()
+        }
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> ManifestError:
+    """The error of a file that `build_features` wrote and that is something else now."""
+    return ManifestError(
+        f"{path}: must be as the features were written, got {type(error).__name__}: {error}; remove {path.parent} and "
+        "build them anew"
+    )

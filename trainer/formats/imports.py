@@ -1,0 +1,138 @@
+"""SAEs that others trained become RUN folders: config.json and sae/, as a finished run of ours has them.
+
+What only training knows (learning rate, tokens, ...) is null in config.json, which says in `imported` where the SAE
+came from, and names no cache.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from actcache.errors import CacheMismatch, ConfigError, ManifestError
+from trainer.config.settings import SAEConfig
+from trainer.formats.saelens import CONFIG_FILE, SAE, SAE_LENS_VERSION, WEIGHTS_FILE, sae_files, write_directory
+from trainer.formats.sparsify import (
+    DICTIONARY_LEARNING_FILES,
+    SPARSIFY_FILES,
+    Names,
+    dictionary_learning_sae,
+    saelens_sae,
+    saelens_sae_of,
+    sparsify_sae,
+)
+from trainer.training.run import CONFIG_FILE as RUN_CONFIG
+from trainer.training.run import SAE_FOLDER
+
+READERS: dict[str, tuple[tuple[str, str], Callable[[Path, Names], SAE]]] = {  # format -> the files of a folder, reader
+    "saelens": ((CONFIG_FILE, WEIGHTS_FILE), saelens_sae),
+    "sparsify": (SPARSIFY_FILES, sparsify_sae),
+    "dictionary_learning": (DICTIONARY_LEARNING_FILES, dictionary_learning_sae),
+}
+
+
+def import_sae(folder: Path | str, out: Path | str, names: Names | None = None) -> Path:
+    """Make a RUN folder at `out` of an SAE saved by SAELens, sparsify or dictionary_learning; returns `out`.
+
+    The SAE computes what theirs computes, within the rounding of its dtype. The same call again does nothing.
+
+    Args:
+        folder: holds the two files of one of READERS; of a sparsify run, the folder of one hookpoint.
+        names: of model and hooks, where the folder does not say them, or calls them by other names than the cache.
+
+    Raises:
+        ManifestError: there is no such SAE, it is malformed, or is one that `SAE` cannot compute.
+        CacheMismatch: it was trained on a centred stream; or `out` holds something else.
+        ConfigError: the folder does not say the model or the hook, and `names` does not either.
+    """
+    folder = Path(folder)
+    layout, read = _reader(folder)
+    source = {"format": layout, "path": str(folder.absolute())}
+    return _write_run(read(folder, names or Names()), Path(out), source)
+
+
+def import_release(release: str, sae_id: str, out: Path | str, names: Names | None = None) -> Path:
+    """Make a RUN folder at `out` of a pretrained SAE, as `sae_lens.SAE.from_pretrained` finds and loads it.
+
+    Weights come in float32, with the scale of their inputs folded in where SAELens' registry knows it.
+
+    Raises:
+        ConfigError: sae_lens is not installed, or there is no such release or id.
+        ManifestError, CacheMismatch: as `import_sae`; or the files cannot be had.
+    """
+    try:
+        from sae_lens import SAE as TheirSAE
+    except ImportError as error:
+        raise ConfigError("import: --release needs sae_lens; pip install 'actcache[saelens]'") from error
+    try:
+        theirs = TheirSAE.from_pretrained(release, sae_id)
+    except (OSError, RuntimeError) as error:  # some of the hub's are ValueErrors too
+        raise ManifestError(
+            f"import: {release} {sae_id} cannot be loaded by sae_lens ({type(error).__name__}: {error})"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"import: no SAE {sae_id!r} of release {release!r}: {error}") from error
+    cfg = theirs.cfg.to_dict()
+    cfg["metadata"] |= {"sae_lens_version": SAE_LENS_VERSION}  # an older cfg.json has been brought up to date
+    tensors = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
+    sae = saelens_sae_of(cfg, tensors, Path(release, sae_id), names or Names())
+    return _write_run(sae, Path(out), {"format": "saelens", "release": release, "sae_id": sae_id})
+
+
+def _reader(folder: Path) -> tuple[str, Callable[[Path, Names], SAE]]:
+    """(format, reader) of the folder. Raises ManifestError, naming the folders below it that are one."""
+    found = _layout(folder)
+    if found is not None:
+        return found, READERS[found][1]
+    below = sorted(str(path.parent.relative_to(folder)) for path in folder.rglob("*") if path.name in _weights_files())
+    wanted = "; ".join(f"{' and '.join(files)} ({layout})" for layout, (files, _) in READERS.items())
+    way_out = f"one of the folders in it: {', '.join(below[:5])}" if below else "a folder that an SAE was saved in"
+    raise ManifestError(f"import: {folder} must hold {wanted}; pass {way_out}")
+
+
+def _layout(folder: Path) -> str | None:
+    held = (layout for layout, (files, _) in READERS.items() if all((folder / name).is_file() for name in files))
+    return next(held, None)
+
+
+def _weights_files() -> set[str]:
+    return {weights for (_, weights), _ in READERS.values()}
+
+
+def _write_run(sae: SAE, out: Path, source: dict[str, Any]) -> Path:
+    """Write the RUN folder, whole or not at all, unless it is there already."""
+    if not sae.metadata.get("model_name"):
+        raise ConfigError(f"import: {_said(source)} does not say which model it is of; pass --model-name")
+    files = {f"{SAE_FOLDER}/{name}": data for name, data in sae_files(sae).items()}
+    description = json.dumps(_description(sae, out, source), indent=1, sort_keys=True, allow_nan=False)
+    files[RUN_CONFIG] = f"{description}\n".encode()
+    if out.exists() and not out.is_dir():
+        raise CacheMismatch(f"import: {out} must be a folder, is a file; choose another --out")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if held and all((out / name).is_file() and (out / name).read_bytes() == data for name, data in files.items()):
+        return out
+    if held:
+        raise CacheMismatch(f"import: {out} must be new or empty, it holds {', '.join(held[:5])}; choose another --out")
+    return write_directory(out, files)
+
+
+def _description(sae: SAE, out: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the run: every setting of an SAEConfig, null where an SAE alone does not tell."""
+    details = sae.metadata.get("training_architecture_details")
+    k = sae.k if sae.k is not None else details.get("k") if isinstance(details, dict) else None
+    known = {
+        "name": out.resolve().name,
+        "architecture": sae.metadata.get("training_architecture") or sae.architecture,
+        **{name: getattr(sae, name) for name in ("hook_name", "hook_name_out", "d_in", "d_out", "d_sae")},
+        "k": k if type(k) is int else None,
+    }
+    return {
+        "sae": {**dict.fromkeys(field.name for field in fields(SAEConfig)), **known},
+        "model": {"name": sae.metadata["model_name"], "revision": None},
+        "imported": source,
+    }
+
+
+def _said(source: dict[str, Any]) -> str:
+    return source.get("path") or f"{source['release']} {source['sae_id']}"

@@ -1,0 +1,478 @@
+"""Inference SAEs in SAELens' directory format: cfg.json beside sae_weights.safetensors, written and read without
+sae_lens.
+
+What is written takes raw activations: the input scale is folded into the weights. With s the scale of training,
+h = (s x - b_dec) W_enc + b_enc = (x - b_dec / s) (s W_enc) + b_enc, so W_enc *= s, W_dec /= s, b_dec /= s;
+pre-activations, b_enc and thresholds stay as they are.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from actcache.errors import CacheMismatch, ManifestError
+from actcache.store.zarr_metadata import sync_folder, write_atomically
+from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
+from trainer.sae.activations import matching_pursuit
+
+SAE_LENS_VERSION = "6.54.12"  # whose format is written; a reader drops the metadata of anything under 6.0.0
+CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+SAELENS_ARCHITECTURES = (
+    *("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit"),
+    *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
+)
+# the last three in the same two files, which SAELens cannot read
+ARCHITECTURES = (*SAELENS_ARCHITECTURES, "crosscoder", "topk_transcoder", "topk_skip_transcoder")
+RESCALED = ("topk", "abstopk")  # whose cfg.json has rescale_acts_by_decoder_norm
+RANKED = (*RESCALED, "topk_transcoder", "topk_skip_transcoder")  # whose cfg.json has k
+PURSUIT = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")  # settings of matching_pursuit
+PURSUIT_THRESHOLD = 1e-2  # SAELens' default of the first
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SAE:
+    """A sparse autoencoder for inference on raw activations, as SAELens defines its architectures.
+
+    h = (x - b_dec if subtracts_b_dec else x) W_enc + b_enc; feature_acts are ReLU(h) (standard), ReLU of the k largest
+    h of a row (topk), the k of largest |h| (abstopk; both ranked and scaled by ||d_i|| where
+    rescale_acts_by_decoder_norm), or ReLU(h) where h > threshold (jumprelu). gated has no b_enc: feature_acts are
+    ReLU(exp(r_mag) h + b_mag) where h + b_gate > 0. x_hat = feature_acts W_dec + b_dec. Everything is computed in the
+    weights' dtype, on their device.
+
+    transcoder is as standard, but x_hat is of the activation at hook_name_out; jumprelu_transcoder and topk_transcoder
+    are as jumprelu and topk in the same way; where the name has `skip` in it, W_skip x is added. A crosscoder is as
+    standard for the activations at all of its hook_names side by side. matching_pursuit has no encoder of its own: its
+    W_enc is W_dec transposed, and b_dec is added to x_hat only where it is subtracted from x.
+    """
+
+    architecture: str
+    hook_name: str
+    W_enc: Float[Tensor, "d_in d_sae"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, " d_out"]
+    hook_name_out: str | None = None
+    hook_names: tuple[str, ...] | None = None
+    hook_widths: tuple[int, ...] | None = None
+    W_skip: Float[Tensor, "d_out d_in"] | None = None
+    b_enc: Float[Tensor, " d_sae"] | None = None
+    threshold: Float[Tensor, " d_sae"] | None = None
+    b_gate: Float[Tensor, " d_sae"] | None = None
+    b_mag: Float[Tensor, " d_sae"] | None = None
+    r_mag: Float[Tensor, " d_sae"] | None = None
+    k: int | None = None
+    rescale_acts_by_decoder_norm: bool = False
+    residual_threshold: float = 0.0
+    max_iterations: int | None = None
+    stop_on_duplicate_support: bool = False
+    subtracts_b_dec: bool
+    metadata: Mapping[str, Any]
+
+    @property
+    def input_hooks(self) -> tuple[str, ...]:
+        """Whose activations x is, side by side."""
+        return self.hook_names or (self.hook_name,)
+
+    @property
+    def output_hooks(self) -> tuple[str, ...]:
+        """Whose activations x_hat is."""
+        return self.input_hooks if self.hook_name_out is None else (self.hook_name_out,)
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations it takes."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_out(self) -> int:
+        """Width of x_hat."""
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and so where x must be."""
+        return self.W_enc.device
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """Feature activations of raw activations of any float dtype; the result has the weights' dtype."""
+        x = x.to(self.W_enc.dtype)
+        centred = x - self.b_dec if self.subtracts_b_dec else x
+        if self.architecture == "matching_pursuit":
+            return matching_pursuit(centred, self.W_dec, **{name: getattr(self, name) for name in PURSUIT})
+        pre_acts = centred @ self.W_enc
+        if self.b_gate is not None and self.b_mag is not None and self.r_mag is not None:
+            magnitude = centred @ (self.W_enc * self.r_mag.exp()) + self.b_mag  # rounded as SAELens rounds it
+            return (pre_acts + self.b_gate > 0) * magnitude.relu()
+        if self.b_enc is not None:
+            pre_acts = pre_acts + self.b_enc
+        if self.rescale_acts_by_decoder_norm:
+            pre_acts = pre_acts * self.W_dec.norm(dim=-1)
+        if self.k is not None:
+            signed = self.architecture == "abstopk"
+            top = (pre_acts.abs() if signed else pre_acts).topk(self.k, dim=-1, sorted=False).indices
+            kept = pre_acts.gather(-1, top)
+            return torch.zeros_like(pre_acts).scatter_(-1, top, kept if signed else kept.relu())
+        if self.threshold is not None:
+            return pre_acts.relu() * (pre_acts > self.threshold)
+        return pre_acts.relu()
+
+    def reconstruct(
+        self, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_out"]]:
+        """(feature_acts, x_hat) of raw activations, in the weights' dtype."""
+        feature_acts = self.encode(x)
+        x_hat = self.decode(feature_acts)
+        return feature_acts, x_hat if self.W_skip is None else x_hat + x.to(self.W_skip.dtype) @ self.W_skip.T
+
+    def decode(self, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
+        """What the latents give of x_hat, in the weights' dtype: all of it, but where there is a W_skip."""
+        if self.rescale_acts_by_decoder_norm:
+            feature_acts = feature_acts * (1 / self.W_dec.norm(dim=-1))
+        x_hat = feature_acts @ self.W_dec
+        has_bias = self.subtracts_b_dec or self.architecture != "matching_pursuit"
+        return x_hat + self.b_dec if has_bias else x_hat
+
+
+def save_inference_sae(
+    config: SAEConfig, weights: Mapping[str, Tensor], out: Path | str, *, metadata: Mapping[str, Any]
+) -> Path:
+    """Write a trained SAE as a SAELens directory at `out`, whole or not at all; one that is there is replaced.
+
+    Args:
+        config: the SAE's config; `input_scale` is folded, the rest goes into cfg.json under metadata.actcache.
+        weights: the training weights, which see scaled activations: W_enc [d_sae, d_in] (transposed here), W_dec
+            [d_sae, d_in], b_enc [d_sae] (gated: b_gate, b_mag and r_mag), b_dec [d_in]; threshold on pre-activations,
+            [d_sae] or a scalar, for jumprelu, batchtopk and matryoshka_batchtopk, all written as jumprelu.
+        metadata: what else cfg.json's metadata should say (model_name, context_size, ...), plain JSON values.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: the weights are not those of the config, or not finite.
+    """
+    architecture = "jumprelu" if config.architecture in BATCH_FAMILY else config.architecture
+    tensors: dict[str, Any] = _folded(config, architecture, weights)
+    sae = SAE(
+        architecture=architecture,
+        hook_name=config.hook_name,
+        hook_name_out=config.hook_name_out,
+        hook_names=None if config.hook_names is None else tuple(config.hook_names),
+        hook_widths=None if config.hook_widths is None else tuple(config.hook_widths),
+        k=config.k if architecture in RANKED else None,
+        subtracts_b_dec=subtracts_b_dec(config.architecture),
+        metadata={
+            "model_from_pretrained_kwargs": {"center_writing_weights": False},
+            **metadata,
+            "sae_lens_training_version": None,
+            "training_architecture": config.architecture,
+            "actcache": asdict(config),
+        },
+        **tensors,
+    )
+    return write_directory(Path(out), sae_files(sae))
+
+
+def sae_files(sae: SAE) -> dict[str, bytes]:
+    """Name -> bytes of the two files of a SAELens directory, in the dtype of the weights."""
+    hook_out = {} if sae.hook_name_out is None else {"hook_name_out": sae.hook_name_out}
+    cfg: dict[str, Any] = {
+        "architecture": sae.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.subtracts_b_dec,
+        "normalize_activations": "none",
+        # SAELens gets [..., head, d_head] there and flattens it, if it is told to
+        "reshape_activations": "hook_z" if sae.hook_name.endswith("hook_z") and not hook_out else "none",
+        "metadata": {**sae.metadata, "sae_lens_version": SAE_LENS_VERSION, "hook_name": sae.hook_name, **hook_out},
+    }
+    if sae.architecture in RANKED:
+        cfg |= {"k": sae.k}
+    if sae.architecture in RESCALED:
+        cfg |= {"rescale_acts_by_decoder_norm": sae.rescale_acts_by_decoder_norm}
+    if sae.architecture == "matching_pursuit":
+        cfg |= {name: getattr(sae, name) for name in PURSUIT}
+    if _is_transcoder(sae.architecture):
+        cfg |= {"d_out": sae.d_out}
+    if sae.hook_names is not None:
+        cfg |= {"hook_names": list(sae.hook_names), "hook_widths": list(sae.hook_widths or ())}
+    names = _shapes(sae.architecture, sae.d_in, sae.d_sae, sae.d_out)
+    tensors = {name: getattr(sae, name).detach().cpu().contiguous() for name in names}
+    return {CONFIG_FILE: _json_bytes(cfg), WEIGHTS_FILE: save(tensors)}
+
+
+def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
+    """Read a RUN folder, its sae/, or any SAELens (6.0 or later) directory of one of ARCHITECTURES.
+
+    Raises:
+        ManifestError: a file is missing or malformed, a tensor is missing, too many, of a wrong shape or not finite, or
+        the
+            directory asks for what is not supported (another architecture, normalize_activations, a single head).
+        CacheMismatch: the SAE was trained on a centred stream (center_writing_weights), which a raw one is not.
+    """
+    folder = _sae_folder(Path(path))
+    return sae_of(read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE), folder, device=device)
+
+
+def sae_of(
+    cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, *, device: torch.device | str = "cpu"
+) -> SAE:
+    """The SAE of a cfg.json and its tensors, in cfg's dtype; `folder` is who errors name. Raises as `load_sae`."""
+    cfg = _checked_config(folder / CONFIG_FILE, cfg)
+    architecture, metadata = cfg["architecture"], cfg["metadata"]
+    known: dict[str, Any] = {**_checked_tensors(folder / WEIGHTS_FILE, cfg, tensors, device)}
+    if architecture == "matching_pursuit":
+        known |= {"W_enc": known["W_dec"].T, **{name: cfg[name] for name in PURSUIT}}
+    return SAE(
+        architecture=architecture,
+        hook_name=metadata["hook_name"],
+        hook_name_out=metadata["hook_name_out"] if _is_transcoder(architecture) else None,
+        hook_names=tuple(cfg["hook_names"]) if architecture == "crosscoder" else None,
+        hook_widths=tuple(cfg["hook_widths"]) if architecture == "crosscoder" else None,
+        k=cfg["k"] if architecture in RANKED else None,
+        rescale_acts_by_decoder_norm=architecture in RESCALED and cfg.get("rescale_acts_by_decoder_norm", False),
+        subtracts_b_dec=cfg.get("apply_b_dec_to_input", not _is_transcoder(architecture)),
+        metadata=metadata,
+        **known,
+    )
+
+
+def export_sae(run: Path | str, out: Path | str) -> Path:
+    """Copy the SAE of a RUN folder (or of a SAELens directory) to `out`, where SAELens can load it; returns `out`.
+
+    Raises:
+        ManifestError: there is no SAE at `run` that `load_sae` takes, or one of an architecture that SAELens has not.
+        CacheMismatch: `out` is there and holds something else than the same SAE.
+    """
+    if (architecture := load_sae(run).architecture) not in SAELENS_ARCHITECTURES:
+        raise ManifestError(
+            f"export: SAELens has {', '.join(SAELENS_ARCHITECTURES)}, {run} is a {architecture}; load it with load_sae"
+        )
+    source, out = _sae_folder(Path(run)), Path(out).absolute()
+    files = {name: (source / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    if out.exists() and not out.is_dir():
+        raise CacheMismatch(f"export: {out} must be a directory, got a file; choose another --out")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if held == sorted(files) and all((out / name).read_bytes() == data for name, data in files.items()):
+        return out
+    if held:
+        raise CacheMismatch(f"export: {out} must be new or empty, it holds {_some(held)}; choose another --out")
+    return write_directory(out, files)
+
+
+def _folded(config: SAEConfig, architecture: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the file: checked, scale folded in float64, W_enc transposed, contiguous, on the CPU."""
+    shapes = _shapes(architecture, config.d_in, config.d_sae, config.d_out)
+    names = [name for name in shapes if name != "W_enc"]
+    if set(weights) != {"W_enc", *names}:
+        raise ValueError(f"save_inference_sae: {config.architecture} has W_enc, {', '.join(names)}; got {[*weights]}")
+    x, y = _per_channel(config.inputs, config), 1 / _per_channel(config.outputs, config)
+    scale = {"W_enc": x[:, None], "W_dec": y, "b_dec": y, "W_skip": y[:, None] * x}
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = weights[name].detach().to("cpu")
+        tensor = tensor.T if name == "W_enc" else tensor.expand(shape) if name == "threshold" else tensor
+        if tuple(tensor.shape) != shape or not bool(tensor.isfinite().all()):
+            raise ValueError(f"save_inference_sae: {name} must be finite of shape {shape}, got {tuple(tensor.shape)}")
+        tensors[name] = (tensor.double() * scale.get(name, 1.0)).to(tensor.dtype).contiguous()
+    return tensors
+
+
+def _per_channel(hooks: Sequence[ScaledHook], config: SAEConfig) -> Float[Tensor, " #width"]:
+    """What each channel of the hooks side by side is multiplied by, float64; one number where they are one hook."""
+    widths = config.hook_widths or (1,)
+    scales = torch.tensor([hook.scale for hook in hooks], dtype=torch.float64)
+    return scales.repeat_interleave(torch.tensor(widths))
+
+
+def _is_transcoder(architecture: str) -> bool:
+    return architecture.endswith("transcoder")
+
+
+def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a SAELens directory, exactly."""
+    decoder: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    if architecture == "matching_pursuit":
+        return decoder
+    per_latent = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
+    if architecture.startswith("jumprelu"):
+        per_latent = (*per_latent, "threshold")
+    skip = {"W_skip": (d_out, d_in)} if "skip" in architecture else {}
+    return {"W_enc": (d_in, d_sae), **decoder, **skip, **dict.fromkeys(per_latent, (d_sae,))}
+
+
+def _sae_folder(path: Path) -> Path:
+    for folder in (path, path / "sae"):
+        if (folder / CONFIG_FILE).is_file():
+            return folder
+    raise ManifestError(
+        f"load_sae: {path} must be a RUN folder or a SAELens directory, it has neither {CONFIG_FILE} nor "
+        f"sae/{CONFIG_FILE}; finish the training of that run or pass another path"
+    )
+
+
+def read_sae_config(folder: Path) -> dict[str, Any]:
+    """cfg.json of a SAELens directory, unchecked but for being an object with an object `metadata`."""
+    path = folder / CONFIG_FILE
+    try:
+        cfg = json.loads(path.read_bytes(), parse_constant=lambda _: None)  # SAELens writes the L0 of no step as NaN
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"load_sae: {path} must be readable JSON, got {type(error).__name__}: {error}") from error
+    if not isinstance(cfg, dict) or not isinstance(cfg.get("metadata", {}), dict):
+        raise ManifestError(f"load_sae: {path} must be a JSON object with an object `metadata`")
+    return {**cfg, "metadata": cfg.get("metadata", {})}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file. Raises ManifestError for anything else."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ManifestError(f"load_sae: {path} must be safetensors, got {type(error).__name__}: {error}") from error
+
+
+def _checked_config(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """cfg.json, checked to be of an SAE that `SAE` computes; settings of matching_pursuit default as in SAELens."""
+    if cfg.get("architecture") == "matching_pursuit":
+        cfg = {**dict(zip(PURSUIT, (PURSUIT_THRESHOLD, None, True), strict=True)), **cfg}
+    cfg = dict(cfg)
+    _check_version(path, cfg)
+    _check_fields(path, cfg)
+    _check_stream(path, cfg)
+    return cfg
+
+
+def _check_version(path: Path, cfg: dict[str, Any]) -> None:
+    version = cfg.get("sae_lens_version") or cfg["metadata"].get("sae_lens_version")
+    major = str(version).partition(".")[0]
+    if not major.isdecimal() or int(major) < 6:
+        raise ManifestError(
+            f"load_sae: {path} must be written by SAELens 6.0.0 or later, got sae_lens_version={version!r}; "
+            "load it with sae_lens and save it again with save_model"
+        )
+
+
+def _check_fields(path: Path, cfg: dict[str, Any]) -> None:
+    if cfg.get("architecture") not in ARCHITECTURES:
+        raise ManifestError(
+            f"load_sae: {path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {cfg.get('architecture')!r}"
+        )
+    names = ["d_in", "d_sae"]
+    names += ["k"] if cfg["architecture"] in RANKED else []
+    names += ["d_out"] if _is_transcoder(cfg["architecture"]) else []
+    names += ["max_iterations"] if cfg.get("max_iterations") is not None else []
+    for name in names:
+        if type(cfg.get(name)) is not int or cfg[name] < 1:
+            raise ManifestError(f"load_sae: {path}: {name} must be a positive integer, got {cfg.get(name)!r}")
+    if cfg["architecture"] in RANKED and cfg["k"] > cfg["d_sae"]:
+        raise ManifestError(f"load_sae: {path}: k must be at most d_sae={cfg['d_sae']}, got k={cfg['k']}")
+    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "stop_on_duplicate_support"):
+        if type(cfg.get(name, False)) is not bool:
+            raise ManifestError(f"load_sae: {path}: {name} must be true or false, got {cfg[name]!r}")
+    rest = cfg.get("residual_threshold", 0.0)
+    if type(rest) not in (int, float) or not 0 <= rest < math.inf:
+        raise ManifestError(f"load_sae: {path}: residual_threshold must be at least 0, got {rest!r}")
+    if cfg.get("apply_b_dec_to_input", False) and cfg.get("d_out", cfg["d_in"]) != cfg["d_in"]:
+        raise ManifestError(f"load_sae: {path}: b_dec is {cfg['d_out']} wide, x {cfg['d_in']}: it cannot be subtracted")
+    if _dtype_name(cfg) not in DTYPES:
+        raise ManifestError(f"load_sae: {path}: dtype must be one of {', '.join(DTYPES)}, got {cfg.get('dtype')!r}")
+    if not isinstance(cfg["metadata"].get("hook_name"), str):
+        raise ManifestError(f"load_sae: {path}: metadata.hook_name must say where x comes from, got none")
+    _check_hooks(path, cfg)
+
+
+def _check_hooks(path: Path, cfg: dict[str, Any]) -> None:
+    if _is_transcoder(cfg["architecture"]) and not isinstance(cfg["metadata"].get("hook_name_out"), str):
+        raise ManifestError(f"load_sae: {path}: metadata.hook_name_out must say what x_hat is of, got none")
+    names, widths = cfg.get("hook_names"), cfg.get("hook_widths")
+    if cfg["architecture"] == "crosscoder" and not (
+        isinstance(names, list)
+        and isinstance(widths, list)
+        and len(names) == len(widths)
+        and all(isinstance(name, str) for name in names)
+        and all(type(width) is int and width > 0 for width in widths)
+        and sum(widths) == cfg["d_in"]
+    ):
+        raise ManifestError(
+            f"load_sae: {path}: hook_names and hook_widths must say what x is of, d_in={cfg['d_in']} in all, got "
+            f"{names} and {widths}"
+        )
+
+
+def _check_stream(path: Path, cfg: dict[str, Any]) -> None:
+    """Refuse an SAE whose x is not the raw activation of one whole hook."""
+    normalisation = cfg.get("normalize_activations", "none")
+    if normalisation != "none":
+        raise ManifestError(
+            f"load_sae: {path}: normalize_activations must be 'none', got {normalisation!r}; "
+            "fold the scale into the weights with sae_lens (fold_activation_norm_scaling_factor) and save again"
+        )
+    head = cfg["metadata"].get("hook_head_index")
+    if head is not None:
+        raise ManifestError(f"load_sae: {path}: the SAE must read a whole hook, got hook_head_index={head!r}")
+    loading = cfg["metadata"].get("model_from_pretrained_kwargs") or {}
+    if not isinstance(loading, dict) or loading.get("center_writing_weights", False):
+        raise CacheMismatch(
+            f"load_sae: {path} was trained on a centred residual stream (model_from_pretrained_kwargs={loading!r}), "
+            "a cache holds the raw one; train an SAE on the cache"
+        )
+
+
+def _dtype_name(cfg: Mapping[str, Any]) -> str:
+    return str(cfg.get("dtype")).removeprefix("torch.")
+
+
+def _checked_tensors(
+    path: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str
+) -> dict[str, Tensor]:
+    """The tensors in cfg's dtype, if they are those of its architecture, of its shapes, and finite."""
+    d_out = cfg["d_out"] if _is_transcoder(cfg["architecture"]) else cfg["d_in"]
+    shapes = _shapes(cfg["architecture"], cfg["d_in"], cfg["d_sae"], d_out)
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if got != shapes:
+        raise ManifestError(f"load_sae: {path} of a {cfg['architecture']} SAE must hold {shapes}, got {got}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not math.isfinite(float(tensor.double().abs().max())):
+            raise ManifestError(f"load_sae: {path}: {name} must be finite floats, got NaN, infinity or {tensor.dtype}")
+    return {name: tensor.to(device, DTYPES[_dtype_name(cfg)]) for name, tensor in tensors.items()}
+
+
+def _json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def write_directory(out: Path, files: Mapping[str, bytes]) -> Path:
+    """Write the files aside, fsync, and rename the folder to `out`; a kill leaves either no `out` or a whole one."""
+    aside, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for name, data in files.items():
+        write_atomically(aside / name, [data])
+    if out.exists():
+        out.rename(old)
+    aside.rename(out)
+    sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return out
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

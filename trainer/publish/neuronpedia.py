@@ -1,0 +1,221 @@
+"""The features of a run in the layout of Neuronpedia's bulk import, as SAEDashboard 0.8 writes it.
+
+OUT/{model}/{layer}-{set}/ holds release.jsonl, model.jsonl, sourceset.jsonl and source.jsonl of one row each, and
+features/batch-{i}.jsonl.gz with activations/batch-{i}.jsonl.gz. A key of a row is a column of Neuronpedia's database; a
+column that is left out takes the database's default. Equal features give equal bytes.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actcache.errors import ManifestError
+from actcache.store.zarr_metadata import write_atomically
+from trainer.features.features import Context, Features, open_features
+from trainer.features.token_strings import Labels, Weighed, read_labels
+from trainer.formats.saelens import SAE, load_sae
+
+CREATOR_ID = "clkht01d40000jv08hvalcvly"  # the user that every Neuronpedia database begins with
+CREATOR = "actcache"
+BATCH_LATENTS = 256  # of one file, and in memory at a time
+N_TOP = 20
+N_BANDS, N_EACH = 10, 5
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where the rows belong: the ids that tie the tables together."""
+
+    model: str
+    set_name: str
+    layer: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.layer}-{self.set_name}"
+
+    @property
+    def release(self) -> str:
+        return f"{self.model}-{self.set_name}"
+
+
+def export_neuronpedia(run: Path | str, out: Path | str) -> Path:
+    """Write the features of a run for Neuronpedia; returns OUT/{model}/{layer}-{set}.
+
+    The model's id is the last part of its name, the set's is the run's name, both in lower case and with - for what an
+    id may not hold. Latents that never fired are left out. The strongest contexts come under binMin -1, as SAEDashboard
+    marks them; those of a band under its edges.
+
+    Raises:
+        ManifestError: `run` has no features built, or its hook is of no layer.
+    """
+    run = Path(run).resolve()
+    features, labels, sae = open_features(run), read_labels(run), load_sae(run)
+    source = _source(run, sae)
+    folder = Path(out) / source.model / source.id
+    for name, row in _tables(source, sae).items():
+        write_atomically(folder / f"{name}.jsonl", [_line(row)])
+    fired = np.flatnonzero(features.n_fired > 0)
+    for number, first in enumerate(range(0, len(fired), BATCH_LATENTS)):
+        latents = fired[first : first + BATCH_LATENTS].tolist()
+        rows = {
+            "features": (_feature(source, features, labels, latent) for latent in latents),
+            "activations": (row for latent in latents for row in _activations(source, features, labels, latent)),
+        }
+        for name, lines in rows.items():
+            write_atomically(folder / name / f"batch-{number}.jsonl.gz", [_compressed(lines)])
+    return folder
+
+
+def _source(run: Path, sae: SAE) -> _Source:
+    layer = re.match(r"blocks\.(\d+)\.", sae.hook_name)
+    if layer is None:
+        raise ManifestError(f"export: a source of Neuronpedia belongs to a layer, {run} reads {sae.hook_name}, of none")
+    model = str(sae.metadata.get("model_name", "model")).rstrip("/").rpartition("/")[2]
+    return _Source(model=_id(model), set_name=_id(run.name), layer=int(layer[1]))
+
+
+def _id(name: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower())
+
+
+def _tables(source: _Source, sae: SAE) -> dict[str, Row]:
+    """File -> its one row: the release, the model, the set of sources, and this source."""
+    title = f"{source.set_name} on {source.model}"
+    owned = {"creatorId": CREATOR_ID, "visibility": "PUBLIC"}
+    return {
+        "release": {
+            "name": source.release,
+            "description": title,
+            "descriptionShort": title,
+            "urls": [],
+            "creatorName": CREATOR,
+            "creatorNameShort": CREATOR,
+            **owned,
+        },
+        "model": {
+            "id": source.model,
+            "displayName": source.model,
+            "displayNameShort": source.model,
+            "instruct": False,
+            "inferenceEnabled": False,
+            "layers": 0,  # unknown here; the import leaves a model that is there as it is
+            "neuronsPerLayer": 0,
+            "owner": "",
+            **owned,
+        },
+        "sourceset": {
+            "modelId": source.model,
+            "name": source.set_name,
+            "description": f"{sae.metadata.get('training_architecture', sae.architecture)}, {sae.d_sae} latents",
+            "type": "",
+            "urls": [],
+            "creatorName": CREATOR,
+            "releaseName": source.release,
+            "hasDashboards": True,
+            **owned,
+        },
+        "source": {
+            "id": source.id,
+            "modelId": source.model,
+            "setName": source.set_name,
+            "hasDashboards": True,
+            "inferenceEnabled": False,
+            "num_tokens_in_prompt": sae.metadata.get("context_size"),
+            "dataset": sae.metadata.get("dataset_path"),
+            **owned,
+        },
+    }
+
+
+def _feature(source: _Source, features: Features, labels: Labels, latent: int) -> Row:
+    counts, edges = features.histogram(latent)
+    lens = None if labels.lens is None else labels.lens[latent]
+    return {
+        **_address(source, latent),
+        "sourceSetName": source.set_name,
+        "maxActApprox": float(features.max_act[latent]),
+        "frac_nonzero": float(features.n_fired[latent] / features.n_tokens),
+        "freq_hist_data_bar_heights": counts.tolist(),
+        "freq_hist_data_bar_values": ((edges[:-1] + edges[1:]) / 2).tolist(),  # the middle of each bar
+        **_logits("pos", lens.promoted if lens else (), labels),
+        **_logits("neg", lens.suppressed if lens else (), labels),
+        "hasVector": False,
+    }
+
+
+def _logits(which: str, tokens: Iterable[Weighed], labels: Labels) -> Row:
+    pairs = list(tokens)
+    return {f"{which}_str": [labels.text(i) for i, _ in pairs], f"{which}_values": [logit for _, logit in pairs]}
+
+
+def _activations(source: _Source, features: Features, labels: Labels, latent: int) -> Iterator[Row]:
+    """The strongest contexts, then some from each band of the activation's range."""
+    top_bin = {"binMin": -1.0, "binMax": float(features.max_act[latent]), "binContains": -1.0}
+    for context in features.top(latent, N_TOP):
+        yield _activation(source, latent, context, labels, top_bin)
+    bands = features.bands(latent, n_bands=N_BANDS, n_each=N_EACH)
+    for band, edges in zip(bands, _bins(features, latent), strict=True):
+        for context in band:
+            yield _activation(source, latent, context, labels, edges)
+
+
+def _bins(features: Features, latent: int) -> list[Row]:
+    """The edges of each band of (0, max_act], the strongest first, and what share of the firing tokens is in it.
+
+    The share is to the width of a bar of the histogram.
+    """
+    counts, edges = features.histogram(latent)
+    sizes = np.abs(edges[:-1] + edges[1:]) / 2
+    limits = np.linspace(0.0, float(features.max_act[latent]), N_BANDS + 1)[::-1]
+    return [
+        {
+            "binMin": float(low),
+            "binMax": float(high),
+            "binContains": float(counts[(sizes > low) & (sizes <= high)].sum() / counts.sum()),
+        }
+        for high, low in pairwise(limits)
+    ]
+
+
+def _activation(source: _Source, latent: int, context: Context, labels: Labels, bin: Row) -> Row:
+    values = [float(f"{act:.5g}") for act in context.acts]
+    row = {
+        **_address(source, latent),
+        "tokens": [labels.text(token_id) for token_id in context.token_ids],
+        "values": values,
+        "maxValue": max(values),
+        "maxValueTokenIndex": values.index(max(values)),
+        "minValue": min(values),
+        "qualifyingTokenIndex": context.peak,
+        **bin,
+    }
+    return {"id": _activation_id(row, context), **row}
+
+
+def _activation_id(row: Row, context: Context) -> str:
+    """25 characters, as Neuronpedia's own ids; of equal contexts in equal places equal."""
+    place = [row["modelId"], row["layer"], row["index"], context.sequence, context.position, row["binMin"]]
+    return "c" + hashlib.sha256(json.dumps(place).encode()).hexdigest()[:24]
+
+
+def _address(source: _Source, latent: int) -> Row:
+    return {"modelId": source.model, "layer": source.id, "index": str(latent), "creatorId": CREATOR_ID}
+
+
+def _compressed(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return gzip.compress(b"".join(map(_line, rows)), mtime=0)  # no time, so that equal rows give equal bytes
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -1,0 +1,120 @@
+"""What the report shows of a run's features, as plain JSON values: for each chosen latent its contexts and counts."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from trainer.features.features import Context, Features
+from trainer.features.token_strings import Labels, Lens
+
+N_TOP = 10  # contexts with the largest activations
+N_BANDS, N_EACH = 5, 3  # bands of the activation's range below its maximum, and contexts from each
+N_COACTIVE = 8
+MIN_FIRED = 10  # tokens; what fired more rarely has too few contexts to judge by
+DIGITS = 3  # of an activation that is shown
+
+
+def feature_pages(features: Features, labels: Labels, n_features: int) -> dict[str, Any]:
+    """The pages of the `n_features` most informative latents, in that order.
+
+    Tokens are given once, in `tokens`; a context names them by their place there. Activations keep three digits.
+    """
+    vocabulary = _Vocabulary(labels)
+    chosen = most_informative(features, n_features)
+    pages = [_page(features, latent, labels, vocabulary) for latent in chosen]
+    return {
+        "n_tokens": features.n_tokens,
+        "d_sae": features.d_sae,
+        "n_dead": int((features.n_fired == 0).sum()),
+        "tokens": vocabulary.strings,
+        "latents": pages,
+    }
+
+
+def most_informative(features: Features, n: int) -> list[int]:
+    """Up to n latents of those that fired on at least MIN_FIRED tokens: the largest max_act * log2(n_tokens / n_fired).
+
+    That is how far a latent moves the reconstruction at its strongest, times the bits that its firing tells: what fires
+    nearly everywhere tells nothing, what is always weak moves nothing. Decoder rows are taken to be of equal length.
+    """
+    informs = information(features)
+    ranked = np.argsort(-informs, kind="stable")[:n]
+    return [int(latent) for latent in ranked if informs[latent] > 0]
+
+
+def information(features: Features) -> Float64[np.ndarray, " d_sae"]:
+    """max_act * log2(n_tokens / n_fired) of each latent, in bits times the unit of activations; 0 under MIN_FIRED."""
+    fired = np.maximum(features.n_fired, 1)
+    bits = np.log2(np.maximum(features.n_tokens / fired, 1.0))
+    return np.where(features.n_fired >= MIN_FIRED, features.max_act.astype(np.float64) * bits, 0.0)
+
+
+class _Vocabulary:
+    """The strings that contexts use, each once, in the order of their first use."""
+
+    def __init__(self, labels: Labels):
+        self._labels, self._places = labels, dict[int, int]()
+        self.strings: list[str] = []
+
+    def places(self, token_ids: Iterable[int]) -> list[int]:
+        """Where the strings of the tokens are."""
+        return [self._place(token_id) for token_id in token_ids]
+
+    def _place(self, token_id: int) -> int:
+        if token_id not in self._places:
+            self._places[token_id] = len(self.strings)
+            self.strings.append(self._labels.text(token_id))
+        return self._places[token_id]
+
+
+def _page(features: Features, latent: int, labels: Labels, vocabulary: _Vocabulary) -> dict[str, Any]:
+    counts, edges = features.histogram(latent)
+    return {
+        "latent": latent,
+        "n_fired": int(features.n_fired[latent]),
+        "max_act": _short(float(features.max_act[latent])),
+        "histogram": {"counts": counts.tolist(), "edges": [_short(edge) for edge in edges.tolist()]},
+        "top": _contexts(features.top(latent, N_TOP), vocabulary),
+        "bands": _bands(features, latent, vocabulary),
+        "coactive": [list(pair) for pair in features.coactive(latent, N_COACTIVE)],
+        "lens": None if labels.lens is None else _weighed(labels.lens[latent], labels),
+    }
+
+
+def _bands(features: Features, latent: int, vocabulary: _Vocabulary) -> list[dict[str, Any]]:
+    """The bands of (0, max_act] in which it fires, the strongest first."""
+    bands = features.bands(latent, n_bands=N_BANDS, n_each=N_EACH)
+    limits = np.linspace(float(features.max_act[latent]), 0.0, N_BANDS + 1).tolist()
+    return [
+        {"from": _short(low), "to": _short(high), "contexts": _contexts(band, vocabulary)}
+        for band, (high, low) in zip(bands, pairwise(limits), strict=True)
+        if band
+    ]
+
+
+def _contexts(contexts: Sequence[Context], vocabulary: _Vocabulary) -> list[dict[str, Any]]:
+    return [
+        {
+            "at": [context.sequence, context.position],
+            "peak": context.peak,
+            "tokens": vocabulary.places(context.token_ids),
+            "acts": [_short(act) for act in context.acts],
+        }
+        for context in contexts
+    ]
+
+
+def _weighed(lens: Lens, labels: Labels) -> dict[str, list[list[Any]]]:
+    return {
+        "promoted": [[labels.text(token_id), _short(logit)] for token_id, logit in lens.promoted],
+        "suppressed": [[labels.text(token_id), _short(logit)] for token_id, logit in lens.suppressed],
+    }
+
+
+def _short(value: float) -> float | int:
+    """To DIGITS digits; a whole number without its point."""
+    rounded = float(f"{value:.{DIGITS}g}")
+    return int(rounded) if rounded.is_integer() else rounded

@@ -1,0 +1,306 @@
+"""The SAEs side by side: initial weights, and the forward pass of training from x to feature_acts and x_hat.
+
+Weights are a dict of leaf tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and for
+jumprelu threshold [d_sae]; gated has b_gate, b_mag and r_mag, all [d_sae], instead of b_enc. x is already
+multiplied by the config's input_scale. A transcoder's W_dec is [d_sae, d_out] and its b_dec [d_out]; skip_transcoder
+has W_skip [d_out, d_in] too. A crosscoder's x is that of all its hooks side by side.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trainer.config.settings import TRANSCODERS, SAEConfig, subtracts_b_dec
+from trainer.kernels import sparse
+from trainer.kernels.sparse import KeptEntries, Workspace
+from trainer.sae import activations
+
+Weights = Mapping[str, Tensor]
+LATENTS_AT_ONCE = 512  # whose pre-activations on the whole sample are in memory together
+DENSEST_SPARSE = 1 / 8  # share of kept entries above which gathering costs more than the dense products
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SAEOutput:
+    """What the forward pass of training hands to the losses.
+
+    pre_acts, feature_acts: of the kept entries, one after another, or of all entries [batch, d_sae] where kept is None;
+    pre_acts of gated are those of its gate. encoder_input: what W_enc multiplied, x or x - b_dec. prefix_x_hats: of
+    matryoshka_batchtopk, x_hat from each prefix of the latents; the last is x_hat.
+    """
+
+    pre_acts: Float[Tensor, "*entries"]
+    feature_acts: Float[Tensor, "*entries"]
+    kept: KeptEntries | None
+    encoder_input: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_out"]
+    prefix_x_hats: Float[Tensor, "prefix batch d_in"] | None = None
+
+    def firing_counts(self) -> Int[Tensor, " d_sae"]:
+        """How many rows of the batch each latent is active in."""
+        if self.kept is None:
+            return torch.count_nonzero(self.feature_acts, dim=0)
+        return sparse.firing_counts(self.feature_acts, self.kept)
+
+
+def initial_weights(
+    config: SAEConfig,
+    b_dec: Float[Tensor, " d_out"],
+    *,
+    x_mean: Float[Tensor, " d_in"] | None = None,
+    sample: Float[Tensor, "row d_in"] | None = None,
+) -> dict[str, Tensor]:
+    """Random decoder directions, the encoder their transpose, b_enc 0 and b_dec as given: float32 leaves.
+
+    A transcoder's encoder has random directions of its own; its decoder and W_skip begin at 0.
+
+    Drawn on the CPU from a generator seeded with `config.seed`, then moved to b_dec's device. b_dec is in units of the
+    scaled rows that are reconstructed. x_mean: of the scaled rows of x, for a transcoder's b_enc = -W_enc E x. sample:
+    scaled rows of x, for the b_enc of a config with init_firing_rate: each latent fires on that share of them.
+    """
+    directions = _random_directions(config)
+    b_enc = torch.zeros(config.d_sae)
+    W_enc = directions * config.encoder_init_scale
+    if x_mean is not None:
+        b_enc = -(W_enc @ x_mean.float().cpu())
+    if sample is not None and config.init_firing_rate is not None:
+        b_enc = _firing_b_enc(config, config.init_firing_rate, W_enc, sample.float().cpu())
+    biases = ("b_gate", "b_mag", "r_mag") if config.architecture == "gated" else ("b_enc",)
+    is_transcoder = config.architecture in TRANSCODERS
+    weights = {
+        "W_enc": W_enc.clone(),
+        **{name: b_enc.clone() for name in biases},
+        "W_dec": torch.zeros(config.d_sae, config.d_out) if is_transcoder else directions,
+        "b_dec": b_dec.float().clone(),
+    }
+    if config.architecture == "skip_transcoder":
+        weights["W_skip"] = torch.zeros(config.d_out, config.d_in)
+    if config.jumprelu_init_threshold is not None:
+        weights["threshold"] = torch.full((config.d_sae,), config.jumprelu_init_threshold)
+    return {name: weight.to(b_dec.device).requires_grad_() for name, weight in weights.items()}
+
+
+def _random_directions(config: SAEConfig) -> Float[Tensor, "d_sae d_in"]:
+    """Rows of norm `decoder_init_norm`, or where that is None entries uniform within 1 / sqrt(d_in) of 0."""
+    generator, shape = torch.Generator().manual_seed(config.seed), (config.d_sae, config.d_in)
+    if config.decoder_init_norm is None:
+        return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(config.d_in)
+    directions = torch.randn(shape, generator=generator)
+    return directions * (config.decoder_init_norm / directions.norm(dim=1, keepdim=True))
+
+
+def _firing_b_enc(
+    config: SAEConfig, rate: float, W_enc: Float[Tensor, "d_sae d_in"], sample: Float[Tensor, "row d_in"]
+) -> Float[Tensor, " d_sae"]:
+    """What brings the threshold to the quantile of each latent over the sample that `rate` of the rows exceed."""
+    n_silent = max(1, len(sample) - max(1, round(rate * len(sample))))
+    quantiles = [(sample @ rows.T).kthvalue(n_silent, dim=0).values for rows in W_enc.split(LATENTS_AT_ONCE)]
+    return (config.jumprelu_init_threshold or 0.0) - torch.cat(quantiles)
+
+
+def forward(
+    config: SAEConfig,
+    weights: Weights,
+    x: Float[Tensor, "batch d_in"],
+    workspace: Workspace,
+    *,
+    k: int | None = None,
+) -> SAEOutput:
+    """One training forward pass; gradients go to the weights, none to x. k: active latents now, config.k if None."""
+    return _FORWARD[config.architecture](config, weights, x, k or config.k or 0, workspace)
+
+
+def _standard(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
+    """f = ReLU(x W_enc^T + b_enc); x_hat = f W_dec + b_dec (Anthropic, "Circuits Updates - April 2024")."""
+    all_pre_acts = sparse.encoder_pre_acts(x, weights["W_enc"], weights["b_enc"], workspace)
+    pre_acts, kept = _sparse_if_few(all_pre_acts, all_pre_acts.new_zeros(()), x, weights["W_enc"], weights["b_enc"])
+    return _decoded(pre_acts, activations.relu(pre_acts), kept, weights, x)
+
+
+def _skip_transcoder(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
+    """x_hat of standard + W_skip x (Paulo et al. 2025, arXiv:2501.18823)."""
+    output = _standard(config, weights, x, k, workspace)
+    return replace(output, x_hat=output.x_hat + x @ weights["W_skip"].T)
+
+
+def _topk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
+    """f = ReLU(TopK_k((x - b_dec) W_enc^T + b_enc)) (Gao et al. 2024, arXiv:2406.04093)."""
+    encoder_input = x - weights["b_dec"].detach()
+    pre_acts, kept = _topk_kept(config, weights, encoder_input, k, workspace, by_magnitude=False)
+    return _decoded(pre_acts, activations.relu(pre_acts), kept, weights, encoder_input)
+
+
+def _abstopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
+    """f = the k entries of (x - b_dec) W_enc^T + b_enc of largest magnitude, with their sign (arXiv:2510.00404)."""
+    encoder_input = x - weights["b_dec"].detach()
+    pre_acts, kept = _topk_kept(config, weights, encoder_input, k, workspace, by_magnitude=True)
+    return _decoded(pre_acts, pre_acts, kept, weights, encoder_input)
+
+
+def _topk_kept(
+    config: SAEConfig, weights: Weights, encoder_input: Tensor, k: int, workspace: Workspace, *, by_magnitude: bool
+) -> tuple[Tensor, KeptEntries]:
+    """(pre-activations of the kept entries, which they are)."""
+    ranked = _to_be_ranked(config, encoder_input, weights)
+    values, latents = sparse.topk_pre_acts(*ranked, k, workspace, by_magnitude=by_magnitude)
+    kept = kept_topk(latents, config.d_sae)
+    return _exact_pre_acts(config, values.flatten(), kept, weights, encoder_input), kept
+
+
+def _batchtopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
+    """f = BatchTopK_k((x - b_dec) W_enc^T + b_enc) (Bussmann et al. 2024, arXiv:2412.06410)."""
+    encoder_input, feature_acts, kept = _batchtopk_kept(config, weights, x, k, workspace)
+    return _decoded(feature_acts, feature_acts, kept, weights, encoder_input)
+
+
+def _matryoshka(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
+    """f as batchtopk; x_hat_g = b_dec + sum_{i < width_g} f_i d_i for each prefix g (Bussmann et al. 2025, 2503.17547).
+
+    What the latents between two prefixes add is decoded as rows of its own: each entry is gathered once.
+    """
+    assert config.matryoshka_widths is not None
+    encoder_input, feature_acts, kept = _batchtopk_kept(config, weights, x, k, workspace)
+    widths, batch = config.matryoshka_widths, len(x)
+    n_parts = len(widths)
+    # compared with numbers: a tensor of the widths would be copied to the device at each step
+    part = torch.stack([kept.latent >= width for width in widths]).sum(0)
+    by_part = part.argsort(stable=True)
+    parted = KeptEntries.of(
+        (part * batch + kept.row)[by_part], kept.latent[by_part], batch=n_parts * batch, d_sae=config.d_sae
+    )
+    added = sparse.sparse_decode(feature_acts[by_part], parted, weights["W_dec"]).view(n_parts, batch, -1)
+    prefix_x_hats = weights["b_dec"] + added.cumsum(0)
+    return SAEOutput(
+        pre_acts=feature_acts,
+        feature_acts=feature_acts,
+        kept=kept,
+        encoder_input=encoder_input,
+        x_hat=prefix_x_hats[-1],
+        prefix_x_hats=prefix_x_hats,
+    )
+
+
+def _batchtopk_kept(
+    config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace
+) -> tuple[Tensor, Tensor, KeptEntries]:
+    """(encoder input, feature_acts of the kept entries, which they are)."""
+    encoder_input = x - weights["b_dec"].detach()
+    ranked = _to_be_ranked(config, encoder_input, weights)
+    all_pre_acts = sparse.encoder_pre_acts(*ranked, workspace)
+    row, latent = sparse.batch_topk_entries(all_pre_acts, k)
+    kept = KeptEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
+    pre_acts = _exact_pre_acts(config, all_pre_acts[row, latent], kept, weights, encoder_input)
+    return encoder_input, activations.relu(pre_acts), kept
+
+
+def _to_be_ranked(config: SAEConfig, encoder_input: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, W_enc, b_enc) in the type in which pre-activations are compared; what is kept is computed anew in full."""
+    x, W_enc, b_enc = encoder_input, weights["W_enc"], weights["b_enc"]
+    return (
+        (x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16()) if config.encoder_dtype == "bfloat16" else (x, W_enc, b_enc)
+    )
+
+
+def _exact_pre_acts(
+    config: SAEConfig, values: Tensor, kept: KeptEntries, weights: Weights, encoder_input: Tensor
+) -> Float[Tensor, " kept"]:
+    """Of the kept entries, with gradient; values: as they were compared."""
+    if config.encoder_dtype == "bfloat16":
+        values = sparse.entry_pre_acts(kept, encoder_input, weights["W_enc"], weights["b_enc"])
+    return kept_pre_acts(values, kept, weights, encoder_input, config)
+
+
+def _gated(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
+    """f = 1[pi > 0] ReLU(exp(r_mag) u + b_mag), u = (x - b_dec) W_enc^T, pi = u + b_gate (arXiv:2404.16014)."""
+    W_enc, b_gate, encoder_input = weights["W_enc"], weights["b_gate"], x - weights["b_dec"].detach()
+    all_gates = sparse.encoder_pre_acts(encoder_input, W_enc, b_gate, workspace)
+    gate, kept = _sparse_if_few(all_gates, all_gates.new_zeros(()), encoder_input, W_enc, b_gate, weights["b_dec"])
+    u = gate - per_entry(b_gate, kept)
+    magnitude = u * per_entry(weights["r_mag"].exp(), kept) + per_entry(weights["b_mag"], kept)
+    return _decoded(gate, activations.relu(magnitude) * (gate > 0), kept, weights, encoder_input)
+
+
+def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
+    """f = h * H(h - theta), h = x W_enc^T + b_enc, theta = threshold (arXiv:2407.14435).
+
+    The paper learns log theta. theta itself, kept at 0 or above, answers the penalty in short runs too: Adam moves
+    either by about lr a step, which of the logarithm of a small theta is next to nothing. Entries down to a bandwidth
+    below theta are kept too: the straight-through window, where f is 0 but theta learns.
+    """
+    assert config.jumprelu_bandwidth is not None
+    W_enc, b_enc = weights["W_enc"], weights["b_enc"]
+    bandwidth, threshold = config.jumprelu_bandwidth, weights["threshold"]
+    all_pre_acts = sparse.encoder_pre_acts(x, W_enc, b_enc, workspace)
+    if config.pre_act_loss_coefficient:  # reaches every latent below its threshold
+        pre_acts, kept = sparse.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, None), None
+    else:
+        pre_acts, kept = _sparse_if_few(all_pre_acts, threshold.detach() - bandwidth, x, W_enc, b_enc)
+    feature_acts = activations.jumprelu(pre_acts, per_entry(threshold, kept), bandwidth)
+    return _decoded(pre_acts, feature_acts, kept, weights, x)
+
+
+_FORWARD: dict[str, Callable[[SAEConfig, Weights, Tensor, int, Workspace], SAEOutput]] = {
+    "standard": _standard,
+    "topk": _topk,
+    "abstopk": _abstopk,
+    "batchtopk": _batchtopk,
+    "matryoshka_batchtopk": _matryoshka,
+    "jumprelu": _jumprelu,
+    "gated": _gated,
+    "transcoder": _standard,
+    "skip_transcoder": _skip_transcoder,
+    "crosscoder": _standard,
+}
+
+
+def per_entry(per_latent: Float[Tensor, " d_sae"], kept: KeptEntries | None) -> Float[Tensor, "..."]:
+    """A value of each latent, to go with each entry of pre_acts or feature_acts."""
+    return per_latent if kept is None else per_latent.index_select(0, kept.latent)
+
+
+def kept_topk(latents: Int[Tensor, "batch k"], d_sae: int) -> KeptEntries:
+    """k entries in every row, given their latents."""
+    batch, k = latents.shape
+    row = torch.arange(batch, device=latents.device).repeat_interleave(k)
+    return KeptEntries.of(row, latents.flatten(), batch=batch, d_sae=d_sae)
+
+
+def kept_pre_acts(
+    values: Float[Tensor, " kept"],
+    kept: KeptEntries,
+    weights: Weights,
+    encoder_input: Float[Tensor, "batch d_in"],
+    config: SAEConfig,
+) -> Float[Tensor, " kept"]:
+    """Pre-activations of the kept entries with their gradient to W_enc, b_enc and, where it is subtracted, b_dec."""
+    b_dec = weights["b_dec"] if subtracts_b_dec(config.architecture) else None
+    return sparse.kept_pre_acts(values, kept, encoder_input, weights["W_enc"], weights["b_enc"], b_dec)
+
+
+def _sparse_if_few(
+    all_pre_acts: Tensor, cut: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None
+) -> tuple[Tensor, KeptEntries | None]:
+    """The pre-activations above `cut` where they are few, else all of them; with gradients, as `kernels` gives them."""
+    batch, d_sae = all_pre_acts.shape
+    is_kept = activations.above(all_pre_acts, cut)
+    n_kept = sparse.n_true(is_kept)  # worth CUDA's wait: without it every step would be dense, five times the FLOPs
+    if n_kept > DENSEST_SPARSE * batch * d_sae:
+        return sparse.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, b_dec), None
+    row, latent = sparse.true_entries(is_kept, n_kept)
+    kept = KeptEntries.of(row, latent, batch=batch, d_sae=d_sae)
+    values = all_pre_acts[row, latent]
+    return sparse.kept_pre_acts(values, kept, x, W_enc, b_enc, b_dec), kept
+
+
+def _decoded(
+    pre_acts: Tensor, feature_acts: Tensor, kept: KeptEntries | None, weights: Weights, encoder_input: Tensor
+) -> SAEOutput:
+    if kept is None:
+        x_hat = torch.addmm(weights["b_dec"], feature_acts, weights["W_dec"])
+    else:
+        x_hat = sparse.sparse_decode(feature_acts, kept, weights["W_dec"]) + weights["b_dec"]
+    return SAEOutput(pre_acts=pre_acts, feature_acts=feature_acts, kept=kept, encoder_input=encoder_input, x_hat=x_hat)

@@ -1,0 +1,125 @@
+"""A `TrainState` as one safetensors file: written aside, fsynced, renamed; older ones are removed after.
+
+Tensors: weights/<name>, optimizer/<name>/<what> (Adam's exp_avg, say), average/<name>, tokens_since_fired. String
+metadata `state`: the JSON object {step, n_tokens, config_sha256, optimizer}, the last with the numbers of each of the
+optimizer's parameter groups; one key, for safetensors writes several in no fixed order. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from actcache.errors import CacheMismatch, ManifestError
+from actcache.store.zarr_metadata import remove_partials, write_atomically
+from trainer.config.settings import SAEConfig
+from trainer.training.step import TrainState, initial_state
+
+_FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The file of the highest step in a checkpoint folder; None if there is none, or no folder."""
+    return max(_checkpoints(folder), key=checkpoint_step, default=None)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in the name of a checkpoint file."""
+    named = _FILE_NAME.fullmatch(path.name)
+    if named is None:
+        raise ManifestError(f"{path}: a checkpoint is named step-XXXXXXXX.safetensors")
+    return int(named[1])
+
+
+def save_checkpoint(state: TrainState, folder: Path, *, keep: int = 1) -> Path:
+    """Write the state; once it is durable, remove all but the last `keep`. A failed write (OSError) removes none."""
+    path = folder / f"step-{state.step:08d}.safetensors"
+    counters = {
+        "step": state.step,
+        "n_tokens": state.n_tokens,
+        "config_sha256": config_sha256(state.config),
+        "optimizer": [_numbers(group) for group in state.optimiser.param_groups],
+    }
+    write_atomically(path, [save(_tensors(state), {"state": json.dumps(counters)})])
+    others = [other for other in _checkpoints(folder) if other != path]
+    for older in sorted(others, key=checkpoint_step, reverse=True)[keep - 1 :]:
+        older.unlink()
+    return path
+
+
+def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = "cpu") -> TrainState:
+    """The state in a checkpoint of this config, bit for bit; leftovers of killed writers beside it are removed.
+
+    Raises ManifestError for a damaged file, CacheMismatch for a checkpoint of another config.
+    """
+    remove_partials(path.parent)
+    state = initial_state(config, torch.zeros(config.d_out, device=device))
+    try:
+        with safe_open(path, framework="pt") as file:
+            counters = json.loads((file.metadata() or {})["state"])
+            if counters["config_sha256"] != config_sha256(config):
+                raise CacheMismatch(f"{path}: is a checkpoint of another config; remove {path.parent} or change --out")
+            state.step, state.n_tokens = int(counters["step"]), int(counters["n_tokens"])
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            _fill(state, stored, counters["optimizer"])
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise ManifestError(
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error}); remove it to go on from the "
+            "one before it, or from the start"
+        ) from error
+    return state
+
+
+def config_sha256(config: SAEConfig) -> str:
+    """Hash of the config's canonical JSON."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*.safetensors") if _FILE_NAME.fullmatch(path.name)]
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, float | int | bool]:
+    """What an optimizer counts in a parameter group."""
+    return {name: value for name, value in group.items() if isinstance(value, float | int)}
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    tensors = {"tokens_since_fired": state.tokens_since_fired}
+    for name, weight in state.weights.items():
+        tensors[f"weights/{name}"] = weight.detach()
+        for what, tensor in state.optimiser.state[weight].items():
+            tensors[f"optimizer/{name}/{what}"] = tensor
+    return tensors | {f"average/{name}": average for name, average in state.average.items()}
+
+
+def _fill(state: TrainState, stored: dict[str, Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Copy the stored tensors into a fresh state, whose shapes they must have."""
+    state.tokens_since_fired.copy_(stored["tokens_since_fired"])
+    for name, weight in state.weights.items():
+        with torch.no_grad():
+            weight.copy_(stored[f"weights/{name}"])
+        state.optimiser.state[weight] = {
+            key.removeprefix(f"optimizer/{name}/"): _fitting(tensor, weight, key)
+            for key, tensor in stored.items()
+            if key.startswith(f"optimizer/{name}/")
+        }
+        if f"average/{name}" in stored:
+            state.average[name] = _fitting(stored[f"average/{name}"], weight, f"average/{name}")
+    for group, numbers in zip(state.optimiser.param_groups, groups, strict=True):
+        group.update(numbers)
+
+
+def _fitting(tensor: Tensor, weight: Tensor, name: str) -> Tensor:
+    """On the weight's device; of its shape, unless it is a counter."""
+    if tensor.ndim > 0 and tensor.shape != weight.shape:
+        raise ValueError(f"{name} must have shape {tuple(weight.shape)}, got {tuple(tensor.shape)}")
+    return tensor.to(weight.device, copy=True)

@@ -1,0 +1,286 @@
+"""One SAE of a sweep and its folder RUNS/<name>/: what it holds, and that it is written whole and only once.
+
+config.json, metrics.jsonl (deterministic), timing.jsonl, checkpoint/, and at the end sae/, or failed.json where the SAE
+diverged.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actcache.errors import CacheMismatch, ManifestError, TrainingDiverged
+from actcache.store.zarr_metadata import write_atomically
+from trainer.config.settings import SAEConfig, TrainConfig
+from trainer.kernels import sparse
+from trainer.kernels.sparse import Workspace
+from trainer.training.checkpoint import checkpoint_step, latest_checkpoint, save_checkpoint
+from trainer.training.loggers import MetricLogger
+from trainer.training.step import TrainState, check_losses_are_finite, check_weights_are_finite, log_record, train_step
+
+CONFIG_FILE, METRICS_FILE, TIMING_FILE, FAILED_FILE = "config.json", "metrics.jsonl", "timing.jsonl", "failed.json"
+CHECKPOINTS, SAE_FOLDER = "checkpoint", "sae"
+LOOK_EVERY = 100  # steps on CUDA, at most, before their losses are looked at: whoever looks waits for the device
+Moment = float | torch.cuda.Event
+# between two calls on one folder: they change no result
+_MAY_DIFFER = ("cache.path", "train.checkpoint_every", "train.keep_checkpoints")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What became of one SAE.
+
+    metrics: its last line of metrics.jsonl, {} if there is none. seconds: spent stepping it in this call, by the device
+    where that is CUDA. error: why it was stopped, None if it was not.
+    """
+
+    config: SAEConfig
+    folder: Path
+    metrics: dict[str, Any]
+    seconds: float
+    error: str | None
+
+
+class Run:
+    """One SAE of a sweep: its state, and the files that it writes. A context manager that closes them."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        folder: Path,
+        train_config: TrainConfig,
+        workspace: Workspace,
+        loggers: Sequence[MetricLogger],
+    ):
+        self.state, self.folder, self._workspace = state, folder, workspace
+        self.config, self._train_config, self._loggers = state.config, train_config, loggers
+        self.error: str | None = None
+        self.seconds = 0.0
+        self._unseen: list[tuple[Tensor, Moment, Moment]] = []  # steps since the last look: loss, beginning, end
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [_cut_back(folder / name, state.step) for name in (METRICS_FILE, TIMING_FILE)]
+        self.metrics: dict[str, Any] = kept[0][-1] if kept[0] else {}
+        self._line: dict[str, Any] | None = None  # of the step just done, until it is written
+        self._metrics_file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
+        self._timing_file = open(folder / TIMING_FILE, "a", encoding="utf-8")  # noqa: SIM115
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._metrics_file.close()
+        self._timing_file.close()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it diverged or did its last step."""
+        return self.error is not None or self.state.step >= self.config.n_steps
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether the step just done is one of every so many, or the last; None: never."""
+        is_last = self.state.step == self.config.n_steps
+        return every is not None and (is_last or self.state.step % every == 0)
+
+    def step(self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]) -> None:
+        """One step, and its line for the log when due. Divergence ends this run alone.
+
+        On CUDA a run may take `LOOK_EVERY` steps more before that is seen, but then writes nothing of them.
+        """
+        started = _moment(x.device)
+        try:
+            outcome = train_step(self.state, x, self._workspace, y=y)
+        except TrainingDiverged as error:
+            self._fail(error)
+            return
+        self._unseen.append((outcome.loss.total, started, _moment(x.device)))
+        is_logged = self.is_due(self._train_config.log_every) or self.is_due(self._train_config.eval_every)
+        if is_logged or len(self._unseen) == LOOK_EVERY or not sparse.on_cuda(x):
+            self._look()
+        if is_logged and self.error is None:
+            self._line = log_record(self.state, y, outcome)
+
+    def _look(self) -> None:
+        """Add up the times of the steps since the last look; the first whose loss is not finite ends this run."""
+        unseen, self._unseen = self._unseen, []
+        if not unseen:
+            return
+        losses = torch.stack([loss for loss, _, _ in unseen])
+        try:
+            check_losses_are_finite(self.config, losses, first_step=self.state.step - len(unseen))
+        except TrainingDiverged as error:
+            self._fail(error)
+        self.seconds += sum(_seconds(started, ended) for _, started, ended in unseen)
+
+    def add_to_line(self, metrics: Mapping[str, float]) -> None:
+        """Add held-out metrics to the line of this step. What is not finite ends this run, as in training."""
+        assert self._line is not None, "an evaluation is logged"
+        wild = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if wild:
+            self._fail(
+                TrainingDiverged(
+                    f"{self.config.name}: held-out metrics must stay finite, got {metrics[wild[0]]} for {wild[0]} "
+                    f"after step {self.state.step}; lower lr={self.config.lr}"
+                )
+            )
+        self._line |= metrics
+
+    def write(self, rates: Callable[[], dict[str, float]]) -> None:
+        """What is due after a step, unless this run is stopped: a line in each log, a checkpoint.
+
+        rates: of the sweep so far, for timing.jsonl.
+        """
+        line, self._line = self._line, None
+        if line is not None and self.error is None:
+            self._log(line, rates())
+        if self.error is None and self.is_due(self._train_config.checkpoint_every):
+            self.save()
+
+    def save(self) -> None:
+        """A checkpoint, once the log up to it is durable. What is not finite ends this run instead."""
+        self._look()
+        if self.error is not None:
+            return
+        try:
+            check_weights_are_finite(self.state)
+        except TrainingDiverged as error:
+            self._fail(error)
+            return
+        for file in (self._metrics_file, self._timing_file):
+            os.fsync(file.fileno())
+        save_checkpoint(self.state, self.folder / CHECKPOINTS, keep=self._train_config.keep_checkpoints)
+
+    def record(self) -> RunRecord:
+        """What became of it."""
+        return RunRecord(
+            config=self.config, folder=self.folder, metrics=self.metrics, seconds=self.seconds, error=self.error
+        )
+
+    def _fail(self, error: TrainingDiverged) -> None:
+        self.error = str(error)
+        write_json(self.folder / FAILED_FILE, {"step": self.state.step, "error": self.error})
+
+    def _log(self, metrics: dict[str, Any], rates: dict[str, float]) -> None:
+        self.metrics = metrics
+        timing = {"step": self.state.step, "step_seconds": self.seconds, **rates}
+        for file, record in ((self._metrics_file, metrics), (self._timing_file, timing)):
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+        for logger in self._loggers:
+            logger.log(self.config.name, metrics)
+
+
+def _moment(device: torch.device) -> Moment:
+    """Now; on CUDA where the device is in its work, for the clock says only when that was asked for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(started: Moment, ended: Moment) -> float:
+    """Between two moments of one device, which has reached the second."""
+    if isinstance(started, torch.cuda.Event):
+        assert isinstance(ended, torch.cuda.Event)
+        return started.elapsed_time(ended) / 1000
+    assert not isinstance(ended, torch.cuda.Event)
+    return ended - started
+
+
+def check_out(out: Path, names: set[str]) -> None:
+    """Raises CacheMismatch for a file, and for a folder with things in it of which none is a run."""
+    if out.is_file():
+        raise CacheMismatch(f"{out}: must be a folder for runs, is a file; pass another --out")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if held and not names.intersection(held) and not any(out.glob(f"*/{CONFIG_FILE}")):
+        raise CacheMismatch(f"{out}: must be empty or hold runs, holds {', '.join(held[:5])}; pass another --out")
+
+
+def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
+    """Raises CacheMismatch unless the folder is absent, empty, or of this very run."""
+    if not folder.exists():
+        return
+    if not (folder / CONFIG_FILE).is_file():
+        if not folder.is_dir() or any(not path.name.endswith(".partial") for path in folder.iterdir()):
+            raise CacheMismatch(f"{folder}: must be a run or absent, it has no {CONFIG_FILE}; pass another --out")
+        return
+    held, wanted = _flat(read_json(folder / CONFIG_FILE)), _flat(description)
+    differences = [
+        f"{key} is {held.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in sorted({*held, *wanted} - set(_MAY_DIFFER))
+        if held.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise CacheMismatch(f"{folder}: holds another run: {'; '.join(differences)}; pass another --out or name")
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"sae": {"lr": 1}} -> {"sae.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def is_over(folder: Path) -> bool:
+    """Whether an earlier call finished this run, or saw it diverge (it would again)."""
+    return (folder / SAE_FOLDER).is_dir() or (folder / FAILED_FILE).is_file()
+
+
+def saved_step(folder: Path) -> int:
+    """Steps done at the latest checkpoint of a run; 0 without one."""
+    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
+    return 0 if checkpoint is None else checkpoint_step(checkpoint)
+
+
+def stored_record(config: SAEConfig, folder: Path) -> RunRecord:
+    """The record of a run that an earlier call ended."""
+    lines = _lines(folder / METRICS_FILE)
+    failed = folder / FAILED_FILE
+    error = str(read_json(failed).get("error")) if failed.is_file() else None
+    return RunRecord(config=config, folder=folder, metrics=lines[-1] if lines else {}, seconds=0.0, error=error)
+
+
+def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
+    """Remove the lines after `step`, and a torn one, which a resumed run writes again; returns those that stay."""
+    kept = [line for line in _lines(path) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept).encode()
+    if path.exists() and path.read_bytes() != text:
+        write_atomically(path, [text])
+    return kept
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log, up to the first that a kill has torn; [] without a file."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ManifestError for anything else."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: must be readable JSON, got {type(error).__name__}: {error}") from error
+    if not isinstance(values, dict):
+        raise ManifestError(f"{path}: must be a JSON object, got {type(values).__name__}")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write canonical JSON (sorted keys, finite numbers, one newline at the end), whole or not at all."""
+    write_atomically(path, [(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()])

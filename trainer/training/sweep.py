@@ -1,0 +1,402 @@
+"""Each batch is read once and every SAE is stepped on it; `train` does that for a cache and a sweep file.
+
+`trainer.runs` says what RUNS/<name>/ of each SAE holds. The same call again goes on where the last one stopped, bit for
+bit.
+"""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actcache.errors import DatasetError
+from actcache.flow import Batch
+from actcache.loading.loader import Loader
+from actcache.store.cache import Cache
+from trainer.config.settings import BATCH_FAMILY, TRANSCODERS, DecoderBiasInit, SAEConfig, ScaledHook, TrainConfig
+from trainer.config.sweep import SweepConfig
+from trainer.formats.saelens import save_inference_sae
+from trainer.kernels.sparse import Workspace
+from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
+from trainer.training.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
+from trainer.training.optimiser import check_optimizer
+from trainer.training.plan import SweepPlan, free_memory, plan_passes
+from trainer.training.run import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    SAE_FOLDER,
+    Run,
+    RunRecord,
+    check_folder,
+    check_out,
+    is_over,
+    saved_step,
+    stored_record,
+    write_json,
+)
+from trainer.training.step import TrainState, calibrated_threshold, inference_weights, initial_state, scaled_rows
+from trainer.training.validation import check_validation, validation_batches, validation_metrics
+
+CALIBRATION_BATCHES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepProgress:
+    """How far a sweep is.
+
+    n_tokens, n_sae_tokens (summed over SAEs), seconds and wait_seconds (spent waiting for data) count from the start of
+    this call. n_saes: still training. metrics: of each SAE that logged at this step, by name.
+    """
+
+    step: int
+    n_steps: int
+    n_tokens: int
+    n_sae_tokens: int
+    n_saes: int
+    seconds: float
+    wait_seconds: float
+    metrics: dict[str, dict[str, Any]]
+
+
+Progress = Callable[[SweepProgress], None]
+Validation = Callable[[Sequence[str]], Iterable[Batch]]  # hook names -> the rows to evaluate on, the same at every call
+
+
+def train(
+    cache: Cache,
+    config: SweepConfig,
+    out: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    memory_bytes: int | None = None,
+    loggers: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> tuple[RunRecord, ...]:
+    """Train every run of a sweep on a cache into `out`/<name>; finished ones are left alone, others go on.
+
+    Returns one record a run, in order; an SAE that diverged says so in its record while the others went on.
+    memory_bytes: what training may take, most of what is free if None; SAEs that do not fit together are trained in
+    several passes over the cache, as `plan` says. loggers: of "wandb", "trackio" and "tensorboard", where the lines of
+    metrics.jsonl go besides (`trainer.loggers`).
+
+    Raises:
+        ConfigError: more tokens asked than the epochs serve, a setting that does not fit the cache, an SAE that does
+            not fit into the memory, or a logger or an optimizer whose package is not installed.
+        DatasetError: `eval_every` is given and the validation split has no rows.
+        CacheMismatch: `out` holds something else than runs, or a folder of it a different run (the message lists the
+            differences).
+        KeyboardInterrupt: SIGINT or SIGTERM came; every SAE was saved at the same step before.
+    """
+    out, records = Path(out), dict[str, RunRecord]()
+    check_loggers(loggers)
+    configs = _checked_configs(cache, config, out)
+    for each in _plan(configs, config, out, device, memory_bytes).passes:
+        records |= _train_pass(cache, each, config.train, out, device, loggers, progress)
+    return tuple(records.get(each.name) or stored_record(each, out / each.name) for each in configs)
+
+
+def plan(
+    cache: Cache,
+    config: SweepConfig,
+    out: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    memory_bytes: int | None = None,
+) -> SweepPlan:
+    """What `train` with the same arguments has still to do; nothing is written. Raises as `train` does."""
+    return _plan(_checked_configs(cache, config, Path(out)), config, Path(out), device, memory_bytes)
+
+
+def _plan(
+    configs: Sequence[SAEConfig], config: SweepConfig, out: Path, device: torch.device | str, memory_bytes: int | None
+) -> SweepPlan:
+    pending = [each for each in configs if not is_over(out / each.name)]
+    return plan_passes(pending, config.train.batch_tokens, memory_bytes or free_memory(device))
+
+
+def _checked_configs(cache: Cache, config: SweepConfig, out: Path) -> tuple[SAEConfig, ...]:
+    """Every run resolved, none of them in a folder that holds something else."""
+    if config.train.eval_every is not None:
+        check_validation(cache, config.train)
+    check_out(out, {run["name"] for run in config.runs})
+    with _loader(cache, config.hook_names[:1], config.train, 0, "cpu") as loader:
+        configs = config.expand(cache, config.train.training_tokens(loader.n_rows))
+    for each in configs:
+        check_optimizer(each)
+        check_folder(out / each.name, _description(each, config.train, cache))
+    return configs
+
+
+def _train_pass(
+    cache: Cache,
+    configs: Sequence[SAEConfig],
+    train_config: TrainConfig,
+    out: Path,
+    device: torch.device | str,
+    loggers: Sequence[str],
+    progress: Progress | None,
+) -> dict[str, RunRecord]:
+    """One reading of the cache for all of these SAEs, from the lowest step among them."""
+    hook_names = _hook_names(configs)
+    start = min(saved_step(out / each.name) for each in configs)
+    states = [_state(each, out / each.name, train_config, cache, device) for each in configs]
+    with _loader(cache, hook_names, train_config, start, device) as loader:
+        validation = partial(validation_batches, cache, train_config, device)
+        with open_loggers(loggers, [_logged(state, out) for state in states]) as opened:
+            records = sweep(loader, states, train_config, out, validation=validation, loggers=opened, progress=progress)
+    for state in states:
+        if records[state.config.name].error is None:
+            _save_sae(state, out / state.config.name, train_config, cache)
+    return records
+
+
+def _hook_names(configs: Sequence[SAEConfig]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(hook.hook_name for each in configs for hook in (*each.inputs, *each.outputs)))
+
+
+def sweep(
+    batches: Iterator[Batch],
+    states: Sequence[TrainState],
+    train_config: TrainConfig,
+    out: Path,
+    *,
+    validation: Validation | None = None,
+    loggers: Sequence[MetricLogger] = (),
+    progress: Progress | None = None,
+) -> dict[str, RunRecord]:
+    """Step every SAE on every batch until each has done its config's n_steps; records by name.
+
+    batches: the stream, from the lowest step among the states; an SAE that is further joins at its own step. Writes
+    metrics, timing, checkpoints and failed.json below out/<name>. An SAE ends bit for bit as if it was trained alone.
+    validation: needed where `train_config.eval_every` is given; it is called once an evaluation, for all SAEs.
+
+    Raises:
+        ValueError: there is no `validation` for `eval_every`. DatasetError: the stream ends too early.
+        KeyboardInterrupt: on SIGINT or SIGTERM, after the step, all saved.
+    """
+    if train_config.eval_every is not None and validation is None:
+        raise ValueError(f"sweep: eval_every={train_config.eval_every} needs rows to evaluate on; pass validation")
+    workspace, clock = Workspace(), _Clock()
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(Run(state, out / state.config.name, train_config, workspace, loggers))
+            for state in states
+        ]
+        stopped_by = stack.enter_context(_signals())
+        while active := [run for run in runs if not run.is_over]:
+            batch = clock.next_batch(batches)
+            if batch is None:
+                raise _ended_early(active)
+            stepped = _step_all(active, batch, clock)
+            if validation is not None:
+                _validate([run for run in stepped if run.is_due(train_config.eval_every)], validation, workspace)
+            for run in stepped:
+                run.write(clock.rates)
+            if progress is not None:
+                logged = {run.config.name: run.metrics for run in stepped if run.metrics.get("step") == batch.step + 1}
+                progress(clock.progress(runs, batch.step + 1, logged))
+            if stopped_by:
+                _save_all(active)
+                raise KeyboardInterrupt(f"{signal.Signals(stopped_by[0]).name}: all is saved; the same command goes on")
+    return {run.config.name: run.record() for run in runs}
+
+
+def _step_all(active: Sequence[Run], batch: Batch, clock: "_Clock") -> list[Run]:
+    """Step every SAE whose turn this batch is; returns those that did not diverge."""
+    assert all(run.state.step >= batch.step for run in active), "the stream starts at the lowest step"
+    due = [run for run in active if run.state.step == batch.step]
+    made: dict[tuple[ScaledHook, ...], Tensor] = {}  # equal inputs are made once
+    clock.n_tokens += len(batch.row)
+    for run in due:
+        n_rows = run.config.training_tokens - run.state.n_tokens
+        x, y = (scaled_rows(batch, hooks, made)[:n_rows] for hooks in (run.config.inputs, run.config.outputs))
+        clock.n_sae_tokens += len(x)
+        run.step(x, y)
+    return [run for run in due if run.error is None]
+
+
+def _validate(due: Sequence[Run], validation: Validation, workspace: Workspace) -> None:
+    """Measure every SAE on the held-out rows, which are read once for all of them."""
+    if due:
+        batches = validation(_hook_names([run.config for run in due]))
+        metrics = validation_metrics([run.state for run in due], batches, workspace)
+        for run, measured in zip(due, metrics, strict=True):
+            run.add_to_line(measured)
+
+
+def _save_all(active: Sequence[Run]) -> None:
+    for run in active:
+        if not run.is_over:
+            run.save()
+
+
+def _ended_early(active: Sequence[Run]) -> DatasetError:
+    return DatasetError(
+        f"sweep: the stream must serve {max(run.config.n_steps for run in active)} batches, it ended after "
+        f"{min(run.state.step for run in active)}; train on fewer tokens"
+    )
+
+
+@dataclass(slots=True)
+class _Clock:
+    """Wall time of a sweep since the call, the part of it spent waiting for data, and what was done in it."""
+
+    started: float = field(default_factory=time.perf_counter)
+    wait_seconds: float = 0.0
+    n_tokens: int = 0
+    n_sae_tokens: int = 0
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch, None at the end; its wait is counted."""
+        before = time.perf_counter()
+        batch = next(batches, None)
+        self.wait_seconds += time.perf_counter() - before
+        return batch
+
+    def rates(self) -> dict[str, float]:
+        """Averages since the call."""
+        seconds = time.perf_counter() - self.started
+        return {
+            "seconds": seconds,
+            "tokens_per_second": self.n_tokens / seconds,
+            "sae_tokens_per_second": self.n_sae_tokens / seconds,
+            "wait_share": self.wait_seconds / seconds,
+        }
+
+    def progress(self, runs: Sequence[Run], step: int, metrics: dict[str, dict[str, Any]]) -> SweepProgress:
+        """The public view."""
+        return SweepProgress(
+            step=step,
+            n_steps=max(run.config.n_steps for run in runs),
+            n_tokens=self.n_tokens,
+            n_sae_tokens=self.n_sae_tokens,
+            n_saes=sum(not run.is_over for run in runs),
+            seconds=time.perf_counter() - self.started,
+            wait_seconds=self.wait_seconds,
+            metrics=metrics,
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in the list instead of acting; a second one acts as usual. Main thread only."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        restore()
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+def _loader(
+    cache: Cache, hook_names: Sequence[str], train_config: TrainConfig, start_step: int, device: torch.device | str
+) -> Loader:
+    return Loader(
+        cache,
+        hook_names,
+        batch_tokens=train_config.batch_tokens,
+        seed=train_config.seed,
+        epochs=train_config.epochs,
+        start_step=start_step,
+        exclude_special_tokens=train_config.exclude_special_tokens,
+        device=device,
+    )
+
+
+def _state(
+    config: SAEConfig, folder: Path, train_config: TrainConfig, cache: Cache, device: torch.device | str
+) -> TrainState:
+    """The state of the latest checkpoint, or the initial one in a new folder with its config.json."""
+    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
+    if checkpoint is not None:
+        return load_checkpoint(config, checkpoint, device)
+    write_json(folder / CONFIG_FILE, _description(config, train_config, cache))
+    b_dec = torch.zeros(config.d_out)
+    if config.b_dec_init != "zeros":
+        b_dec = _centre(config.outputs, config.b_dec_init, train_config, cache)
+    x_mean = _centre(config.inputs, "mean", train_config, cache) if config.architecture in TRANSCODERS else None
+    if config.init_firing_rate is None:
+        return initial_state(config, b_dec.to(device), x_mean=x_mean)
+    with _first_inputs(config, train_config, cache, device) as inputs:
+        return initial_state(config, b_dec.to(device), x_mean=x_mean, sample=torch.cat(list(inputs)))
+
+
+def _logged(state: TrainState, out: Path) -> LoggedRun:
+    return LoggedRun(config=state.config, folder=out / state.config.name, step=state.step)
+
+
+def _centre(
+    hooks: Sequence[ScaledHook], which: DecoderBiasInit, train_config: TrainConfig, cache: Cache
+) -> Float[Tensor, " width"]:
+    """The mean, or the geometric median, of the rows that are trained on, of all hooks side by side and scaled."""
+    centres = []
+    for hook in hooks:
+        statistics = cache.statistics(hook.hook_name, split="train", row_filter=train_config.row_filter)
+        centre = statistics.mean if which == "mean" else statistics.geometric_median
+        centres.append((torch.from_numpy(centre) * hook.scale).float())
+    return torch.cat(centres)
+
+
+@contextmanager
+def _first_inputs(
+    config: SAEConfig, train_config: TrainConfig, cache: Cache, device: torch.device | str
+) -> Iterator[Iterator[Float[Tensor, "batch d_in"]]]:
+    """The first batches of training, as the SAE gets them: to begin with, or to calibrate on."""
+    with _loader(cache, [hook.hook_name for hook in config.inputs], train_config, 0, device) as loader:
+        n_batches = max(1, min(CALIBRATION_BATCHES, config.training_tokens // train_config.batch_tokens))
+        yield (scaled_rows(batch, config.inputs, {}) for batch in islice(loader, n_batches))
+
+
+def _save_sae(state: TrainState, folder: Path, train_config: TrainConfig, cache: Cache) -> None:
+    """sae/ of a trained SAE; a threshold over whole batches is calibrated on the first training batches."""
+    config, threshold = state.config, None
+    if config.architecture in BATCH_FAMILY:
+        with _first_inputs(config, train_config, cache, state.weights["b_dec"].device) as inputs:
+            threshold = calibrated_threshold(state, inputs, Workspace())
+    identity = cache.identity
+    metadata = {
+        "model_name": identity["model"]["name"],
+        "dataset_path": identity["dataset"]["name"],
+        "context_size": identity["context_size"],
+        "prepend_bos": identity["prepend_bos"],
+        "exclude_special_tokens": train_config.exclude_special_tokens,
+    }
+    save_inference_sae(config, inference_weights(state, threshold), folder / SAE_FOLDER, metadata=metadata)
+
+
+def _description(config: SAEConfig, train_config: TrainConfig, cache: Cache) -> dict[str, Any]:
+    """What config.json says: all that decides how the run ends."""
+    model = cache.identity["model"]
+    description = {
+        "sae": asdict(config),
+        "train": asdict(train_config),
+        "cache": {"path": str(cache.path.absolute()), "fingerprint": cache.fingerprint},
+        "model": {"name": model["name"], "revision": model["revision"]},
+    }
+    return json.loads(json.dumps(description))  # as it reads back, so that it compares equal
