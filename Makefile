@@ -19,7 +19,7 @@ test-long: .venv/.dev
 test-browser: .venv/.dev
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install --yes chromium; } \
 		|| { echo "no Chromium; install it: sudo apt-get update && sudo apt-get install chromium" >&2; exit 1; }
-	$(BIN)/python -m pytest tests/test_browser.py
+	$(BIN)/python -m pytest tests/trainer/report/test_browser.py
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

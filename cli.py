@@ -21,6 +21,7 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
+from actcache.commands.lines import cache_facts, cache_lines, estimate_line
 from actcache.errors import ActcacheError, ConfigError, ManifestError
 from actcache.flow import SPLITS
 from actcache.integrity.relabel import relabel as run_relabel
@@ -28,9 +29,6 @@ from actcache.integrity.verify import verify as audit
 from actcache.store.cache import Cache, open_cache, read_origin
 from trainer.commands.lines import (
     attribution_lines,
-    cache_facts,
-    cache_lines,
-    estimate_line,
     evaluation_lines,
     feature_facts,
     feature_lines,
@@ -47,25 +45,30 @@ from trainer.config.presets import PRESETS
 from trainer.config.settings import Architecture
 from trainer.config.sweep import SweepConfig
 from trainer.evaluation.evaluate import evaluate_runs
-from trainer.features.attribution import check_latents, encode_text, logit_attribution, similar_features
-from trainer.features.attribution import stability as measured_stability
-from trainer.features.features import Features, build_features
-from trainer.features.token_strings import Labels, has_labels, read_labels, write_labels
+from trainer.features.attribution import logit_attribution
+from trainer.features.build import build_features
+from trainer.features.logit_lens import check_latents
+from trainer.features.read import Features
+from trainer.features.similarity import similar_features
+from trainer.features.similarity import stability as measured_stability
+from trainer.features.text import encode_text
+from trainer.features.words import Labels, has_labels, read_labels, write_labels
+from trainer.formats.foreign import Names
 from trainer.formats.imports import import_release, import_sae
-from trainer.formats.saelens import SAE, export_sae, load_sae
-from trainer.formats.sparsify import Names
+from trainer.formats.saelens import export_sae, load_sae
 from trainer.interventions.steering import Add, Clamp, Scale
 from trainer.interventions.steering import steer as run_steer
 from trainer.publish.neuronpedia import export_neuronpedia
 from trainer.report.report import write_report
+from trainer.sae.sae import SAE
 from trainer.training.plan import measured_seconds
 from trainer.training.sweep import SweepProgress, plan
 from trainer.training.sweep import train as run_train
 
 if TYPE_CHECKING:
-    from actcache.harvesting.run import Worker
+    from actcache.harvesting.tasks import Worker
     from actcache.integrity.spot_check import SampleReport
-    from actcache.models.load import LanguageModel
+    from actcache.models.language_model import LanguageModel
 
 BENCHES = (
     "harvest",
@@ -176,10 +179,10 @@ def harvest(
 
     A finished cache that holds them is reused; a new hook is added over its tokens; more tokens make it grow.
     """
-    from actcache.harvesting.plan import HarvestConfig
+    from actcache.harvesting.config import HarvestConfig
     from actcache.harvesting.run import dry_run, harvest_share  # with transformers, which takes seconds to import
     from actcache.models.load import load_model
-    from actcache.text.tokenise import DatasetSource
+    from actcache.text.sources import DatasetSource
 
     config = HarvestConfig(
         hook_names=tuple(hook),
@@ -579,7 +582,7 @@ def export_arrow(
     split: Annotated[str, typer.Option(help="train or validation.")] = "train",
 ) -> None:
     """Write a split where SAELens trains from it, as `new_cached_activations_path` of CacheActivationsRunnerConfig."""
-    from actcache.interop.arrow_import import export_cache
+    from actcache.interop.arrow_export import export_cache
 
     if split not in SPLITS:
         raise ConfigError(f"export-cache: --split must be one of {', '.join(SPLITS)}, got {split!r}")
@@ -696,7 +699,7 @@ class _TrainBar:
 
 def _worker(share: str | None) -> Worker:
     """The worker that --worker i/n names, else the one that torchrun or srun made this process."""
-    from actcache.harvesting.run import Worker
+    from actcache.harvesting.tasks import Worker
 
     if share is None:
         index = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))

@@ -26,17 +26,10 @@ import torch
 from jaxtyping import Float, Float64, Shaped, UInt
 from torch import Tensor
 
-from actcache.format.codecs import (
-    ACTIVATION_DTYPES,
-    BLOCK_CHANNELS,
-    CODECS,
-    TORCH_DTYPE,
-    Codec,
-    storage_view,
-    stored_tensors,
-    values,
-)
-from actcache.format.manifest import MAX_SHARD_ROWS, chunk_rows
+from actcache.format.arrays import MAX_SHARD_ROWS, chunk_rows
+from actcache.format.codecs import CODECS, Codec, stored_tensors, values
+from actcache.format.dtypes import ACTIVATION_DTYPES, TORCH_DTYPE, storage_view
+from actcache.format.int8 import BLOCK_CHANNELS
 from benchmarks.measure import Say, interleaved_seconds, machine, one_torch_thread
 from benchmarks.stream import TrainedRows, bundled_rows, minilm_path, minilm_rows
 

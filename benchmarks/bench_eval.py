@@ -30,16 +30,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
-from actcache.models.load import LanguageModel, wrap_model
+from actcache.models.language_model import LanguageModel
+from actcache.models.load import wrap_model
 from actcache.store.cache import Cache
 from benchmarks.measure import Say, described, installed, interleaved_seconds, machine, ratios
 from benchmarks.peers import saelens_model
 from benchmarks.stream import CONTEXT_SIZE, random_documents, random_gpt2_module
 from trainer.evaluation.downstream_loss import BATCH_TOKENS, LOSSES
 from trainer.evaluation.evaluate import evaluate_all
-from trainer.formats.saelens import SAE
+from trainer.sae.sae import SAE
 
 N_LAYERS, D_MODEL, VOCAB, D_SAE, K = 12, 768, 50_257, 16_384, 32
 HOOK, SAELENS_HOOK = f"blocks.{N_LAYERS // 2}.hook_resid_pre", f"transformer.h.{N_LAYERS // 2 - 1}"

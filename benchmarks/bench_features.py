@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
 from actcache.models.load import wrap_model
 from actcache.store.cache import Cache, open_cache
@@ -39,9 +39,10 @@ from benchmarks.measure import Say, described, installed, interleaved_seconds, m
 from benchmarks.peers import PROMPTS, saelens_model
 from benchmarks.stream import CONTEXT_SIZE, D_MODEL, random_documents, random_gpt2_module
 from trainer.config.sweep import SweepConfig
-from trainer.features.features import FOLDER, Features, build_features
+from trainer.features.build import build_features
+from trainer.features.read import FOLDER, Features
 from trainer.formats.saelens import load_sae, save_inference_sae
-from trainer.training.run import SAE_FOLDER, write_json
+from trainer.run_folder import SAE_FOLDER, write_json
 from trainer.training.step import initial_state
 
 N_TOKENS, TUTORIAL_TOKENS, CHECKED_TOKENS = 1 << 20, 1 << 15, 1 << 14

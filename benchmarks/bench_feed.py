@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
 from actcache.loading.loader import GROUP_CHUNKS, Loader
 from actcache.store.cache import Cache

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
-from actcache.models.load import LanguageModel
+from actcache.models.language_model import LanguageModel
 from actcache.store.cache import Cache
 from benchmarks.measure import Cost, Say, described, installed, interleaved_costs, machine, ratios
 from benchmarks.stream import CONTEXT_SIZE, random_documents, random_gpt2, random_gpt2_module

@@ -26,7 +26,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from benchmarks.measure import Say, described, interleaved_seconds, machine, ratios
-from trainer.kernels.sparse import KeptEntries, Workspace, kept_pre_acts, sparse_decode, topk_pre_acts
+from trainer.kernels.active import KeptEntries, Workspace
+from trainer.kernels.select import topk_pre_acts
+from trainer.kernels.sparse import kept_pre_acts, sparse_decode
 from trainer.sae.architectures import kept_topk
 
 D_IN, D_SAE, K, BATCH, REPEATS = 512, 4096, 32, 4096, 9

@@ -30,12 +30,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actcache.bundled.documents import bundled_model_path, write_documents
-from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
 from actcache.loading.loader import Loader
-from actcache.models.load import LanguageModel, load_model
+from actcache.models.language_model import LanguageModel
+from actcache.models.load import load_model
 from actcache.store.cache import Cache
-from actcache.text.tokenise import DatasetSource
+from actcache.text.sources import DatasetSource
 from benchmarks.bench_train import checked, our_step
 from benchmarks.measure import Say, installed, machine
 from benchmarks.peers import comparable, saelens_inference_sae, saelens_step, saelens_trainer

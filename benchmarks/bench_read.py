@@ -23,12 +23,16 @@ import torch
 import zarr
 from torch import Tensor
 
-from actcache.format.codecs import codec, storage_view
-from actcache.format.manifest import HookSpec, chunk_rows, hook_arrays, shard_key
+from actcache.format.arrays import chunk_rows, hook_arrays
+from actcache.format.codecs import codec
+from actcache.format.dtypes import storage_view
+from actcache.format.paths import STORE, shard_key
+from actcache.format.records import HookSpec
 from actcache.loading.loader import Loader
-from actcache.store.cache import STORE, Cache
+from actcache.store.cache import Cache
 from actcache.store.reader import ArrayReader
-from actcache.store.zarr_metadata import write_metadata, write_shard
+from actcache.store.shard_file import write_shard
+from actcache.store.zarr_metadata import write_metadata
 from benchmarks.measure import (
     Cost,
     Say,

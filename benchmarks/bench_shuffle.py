@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from jaxtyping import Int, Int64
 
-from actcache.format.manifest import MAX_SHARD_ROWS, chunk_rows
+from actcache.format.arrays import MAX_SHARD_ROWS, chunk_rows
+from actcache.format.scatter import shard_permutation
 from actcache.loading.loader import GROUP_CHUNKS
-from actcache.loading.order import EpochOrder, shard_permutation
+from actcache.loading.order import EpochOrder
 from benchmarks.measure import Say, machine
 
 N_TOKENS, BATCH_TOKENS, SEED = 1 << 23, 4096, 0

@@ -26,10 +26,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from actcache.harvesting.plan import HarvestConfig
+from actcache.format.paths import STORE
+from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
-from actcache.models.load import LanguageModel, wrap_model
-from actcache.store.cache import STORE, Cache, open_cache
+from actcache.models.language_model import LanguageModel
+from actcache.models.load import wrap_model
+from actcache.store.cache import Cache, open_cache
 from benchmarks.bench_train import BATCH_TOKENS, D_SAE, K, fresh_state, our_step
 from benchmarks.measure import (
     Say,

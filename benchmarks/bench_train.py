@@ -50,7 +50,7 @@ from benchmarks.peers import (
 from benchmarks.stream import HOOK, random_stream
 from trainer.config.settings import SAEConfig
 from trainer.config.sweep import SweepConfig
-from trainer.kernels.sparse import Workspace
+from trainer.kernels.active import Workspace
 from trainer.sae import architectures
 from trainer.training.optimiser import remove_parallel_gradient_, unit_norm_rows_
 from trainer.training.step import TrainState, initial_state, train_step

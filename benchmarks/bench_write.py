@@ -25,9 +25,13 @@ import torch
 import zarr
 from torch import Tensor
 
-from actcache.format.codecs import CODECS, Codec, storage_view, stored_tensors
-from actcache.format.manifest import ArraySpec, HookSpec, chunk_rows, hook_arrays, shard_key
-from actcache.store.zarr_metadata import chunk_slices, write_metadata, write_shard
+from actcache.format.arrays import ArraySpec, chunk_rows, hook_arrays
+from actcache.format.codecs import CODECS, Codec, stored_tensors
+from actcache.format.dtypes import storage_view
+from actcache.format.paths import shard_key
+from actcache.format.records import HookSpec
+from actcache.store.shard_file import chunk_slices, write_shard
+from actcache.store.zarr_metadata import write_metadata
 from benchmarks.measure import Cost, Say, interleaved_costs, machine, one_torch_thread, ratios
 
 D_INS, N_SHARDS, SHARD_BYTES, REPEATS = (64, 512, 768, 4096), 2, 16 << 20, 3

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ConfigError
-from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
@@ -41,7 +41,7 @@ from benchmarks.roofline import PRECISIONS, REPEATS, Rates, Shape, measured_rate
 from benchmarks.stream import CONTEXT_SIZE, HOOK, random_documents, random_gpt2
 from trainer.config.settings import SAEConfig
 from trainer.config.sweep import SweepConfig
-from trainer.kernels.sparse import Workspace
+from trainer.kernels.active import Workspace
 from trainer.training.step import TrainState, initial_state, train_step
 
 STEPS, N_TOKENS, LR = 5, 131_072, 1e-4

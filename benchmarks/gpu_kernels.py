@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.measure import interleaved_seconds
 from benchmarks.roofline import REPEATS, Rates, Shape, kernel_bytes, step_flops, synchronised
-from trainer.kernels import sparse
-from trainer.kernels.sparse import KeptEntries, Workspace
+from trainer.kernels import select
+from trainer.kernels.active import KeptEntries, Workspace
 from trainer.sae.architectures import kept_topk
 
 
@@ -31,7 +31,7 @@ class _Step:
 def measured_kernels(shape: Shape, rates: Rates) -> dict[str, Any]:
     """Of each kernel the seconds, its bound and its share of that, once its answer is checked."""
     step = _random_step(shape)
-    some = step.x[: sparse.topk_chunk_rows(shape.d_sae, is_cuda=True)]
+    some = step.x[: select.topk_chunk_rows(shape.d_sae, is_cuda=True)]
     pre_acts = some @ step.W.T
     run = _kernels(shape, step, some, pre_acts)
     _check_kernels(run, step, pre_acts)
@@ -46,7 +46,7 @@ def _random_step(shape: Shape) -> _Step:
     generator = torch.Generator("cuda").manual_seed(0)
     x, W = (torch.randn(n, shape.d_in, device="cuda", generator=generator) for n in (shape.batch, shape.d_sae))
     no_bias = torch.zeros(shape.d_sae, device="cuda")
-    _, latents = sparse.topk_pre_acts(x, W, no_bias, shape.k, Workspace())
+    _, latents = select.topk_pre_acts(x, W, no_bias, shape.k, Workspace())
     values = torch.rand(latents.numel(), device="cuda", generator=generator)
     return _Step(x=x, W=W, values=values, latents=latents, kept=kept_topk(latents, shape.d_sae))
 
@@ -59,10 +59,10 @@ def _kernels(shape: Shape, step: _Step, some: Tensor, pre_acts: Tensor) -> dict[
     row, latent, by_latent = kept.row, kept.latent, kept.by_latent
     no_bias = torch.zeros(shape.d_sae, device="cuda")
     return {
-        "encoder": lambda: sparse.encoder_pre_acts(some, W, no_bias, workspace),
+        "encoder": lambda: select.encoder_pre_acts(some, W, no_bias, workspace),
         "top-k": lambda: triton_kernels.topk_latents(pre_acts, shape.k, by_magnitude=False),
         "torch.topk": lambda: pre_acts.topk(shape.k, sorted=False).indices,
-        "batch top-k": lambda: sparse.batch_topk_entries(pre_acts, shape.k),
+        "batch top-k": lambda: select.batch_topk_entries(pre_acts, shape.k),
         "index": lambda: kept_topk(step.latents, shape.d_sae),
         "decode": lambda: triton_kernels.segment_sums(values, latent, kept.row_start, W),
         "embedding_bag": lambda: _embedding_bag(values, kept, W),

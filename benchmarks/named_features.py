@@ -29,19 +29,22 @@ import torch
 from jaxtyping import Int64
 
 from actcache.bundled.documents import bundled_model_path, module_documents
-from actcache.harvesting.plan import HarvestConfig
+from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
 from actcache.loading.loader import Loader
-from actcache.models.load import LanguageModel, load_model
+from actcache.models.language_model import LanguageModel
+from actcache.models.load import load_model
 from actcache.store.cache import Cache, open_cache
-from actcache.text.tokenise import LoadedDataset
+from actcache.text.sources import LoadedDataset
 from benchmarks.measure import Say, machine
 from trainer.commands.lines import context_line
 from trainer.features.feature_acts import SparseEncoder
-from trainer.features.features import open_features
-from trainer.features.token_strings import read_labels, token_strings
-from trainer.formats.saelens import SAE, load_sae
+from trainer.features.read import open_features
+from trainer.features.token_strings import token_strings
+from trainer.features.words import read_labels
+from trainer.formats.saelens import load_sae
 from trainer.interventions.steering import Add, steer
+from trainer.sae.sae import SAE
 
 RUN = "topk-8"
 NUMPY_TOKENS = 200_000

@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from actcache.bundled.documents import bundled_model_path, standard_library_documents
-from actcache.harvesting.plan import HarvestConfig
+from actcache.format.scatter import shard_permutation
+from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
-from actcache.loading.order import shard_permutation
-from actcache.models.load import LanguageModel, load_model, wrap_model
+from actcache.models.language_model import LanguageModel
+from actcache.models.load import load_model, wrap_model
 from actcache.store.cache import Cache
-from actcache.text.tokenise import LoadedDataset
+from actcache.text.sources import LoadedDataset
 
 D_MODEL, CONTEXT_SIZE, HOOK = 512, 128, "blocks.0.hook_resid_post"
 

@@ -1,6 +1,6 @@
 """Train the language model that comes with the package, on text that comes with every Python.
 
-Trains a byte-level BPE tokenizer and a small GPT-2 from scratch on `actcache.bundled.standard_library_documents()`,
+Trains a byte-level BPE tokenizer and a small GPT-2 from scratch on `standard_library_documents()`,
 and compares its bits per byte on held-out documents with `xz -9`. Equal seed, steps, threads, text and versions give
 an equal file on the same machine. Last stdout line is one JSON object.
 

@@ -25,7 +25,7 @@ def _one_torch_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny Llama (grouped-query attention) and its tokenizer."""
-    from tiny_models import make_model_dir
+    from support.tiny_models import make_model_dir
 
     return make_model_dir("llama", tmp_path_factory.mktemp("tiny_llama"))
 
@@ -33,7 +33,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny GPT-2 and its tokenizer."""
-    from tiny_models import make_model_dir
+    from support.tiny_models import make_model_dir
 
     return make_model_dir("gpt2", tmp_path_factory.mktemp("tiny_gpt2"))
 
@@ -49,7 +49,7 @@ def tiny_model(tiny_llama_dir):
 @pytest.fixture(scope="session")
 def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file of sixty documents."""
-    from tiny_caches import write_texts
+    from support.tiny_caches import write_texts
 
     return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
 
@@ -57,7 +57,7 @@ def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_cache(tiny_model, tiny_texts, tmp_path_factory: pytest.TempPathFactory):
     """A lossless cache of three hooks, many shards and a partial tail in both splits; do not change it."""
-    from tiny_caches import harvest_tiny
+    from support.tiny_caches import harvest_tiny
 
     return harvest_tiny(tiny_model, tiny_texts, tmp_path_factory.mktemp("cache") / "cache")
 
@@ -65,8 +65,8 @@ def tiny_cache(tiny_model, tiny_texts, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def scenarios(tiny_llama_dir, tiny_texts, tmp_path_factory: pytest.TempPathFactory):
     """Caches on their way, in processes that a fault may befall."""
-    from fault_scenarios import Scenarios
-    from faulty_writers import shrink_sequence_shards
+    from support.fault_scenarios import Scenarios
+    from support.faulty_writers import shrink_sequence_shards
 
     with pytest.MonkeyPatch.context() as patch:
         shrink_sequence_shards(patch.setattr)

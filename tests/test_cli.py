@@ -1,18 +1,16 @@
 """The command line as a user types it: one path through every command, and every wrong use."""
 
-import io
 import json
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from unittest import mock
 
 import pytest
-from tiny_caches import HOOKS
+from support.command_line import actcache
+from support.places import ROOT
+from support.tiny_caches import HOOKS
 
-ROOT = Path(__file__).parent.parent
 SWEEP = """
 batch_tokens: 256
 tokens: 2000
@@ -29,20 +27,6 @@ runs:
 def in_a_process(*args: object) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
     return subprocess.run([sys.executable, "-m", "cli", *map(str, args)], capture_output=True, text=True, cwd=ROOT)
-
-
-def actcache(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command's `main` here, for a process spends seconds on imports; its exit code must be `code`."""
-    import cli
-
-    argv = ["actcache", *map(str, args)]
-    stdout, stderr = io.StringIO(), io.StringIO()
-    streams = redirect_stdout(stdout), redirect_stderr(stderr)
-    with mock.patch.object(sys, "argv", argv), streams[0], streams[1], pytest.raises(SystemExit) as ended:
-        cli.main()
-    done = subprocess.CompletedProcess(argv, ended.value.code or 0, stdout.getvalue(), stderr.getvalue())
-    assert done.returncode == code, done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")

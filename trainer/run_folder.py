@@ -5,14 +5,19 @@ A file that is not there yet is empty here; one that is there and damaged is an 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actcache.errors import ManifestError
+from actcache.errors import CacheMismatch, ManifestError
+from actcache.files import write_atomically
 
 Number = int | float
+CONFIG_FILE, METRICS_FILE, TIMING_FILE, FAILED_FILE = "config.json", "metrics.jsonl", "timing.jsonl", "failed.json"
+CHECKPOINTS, SAE_FOLDER = "checkpoint", "sae"
+# between two calls on one folder: they change no result
+_MAY_DIFFER = ("cache.path", "train.checkpoint_every", "train.keep_checkpoints")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +95,65 @@ def finite(value: object) -> Number | None:
     return value
 
 
+def check_out(out: Path, names: set[str]) -> None:
+    """Raises CacheMismatch for a file, and for a folder with things in it of which none is a run."""
+    if out.is_file():
+        raise CacheMismatch(f"{out}: must be a folder for runs, is a file; pass another --out")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if held and not names.intersection(held) and not any(out.glob(f"*/{CONFIG_FILE}")):
+        raise CacheMismatch(f"{out}: must be empty or hold runs, holds {', '.join(held[:5])}; pass another --out")
+
+
+def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
+    """Raises CacheMismatch unless the folder is absent, empty, or of this very run."""
+    if not folder.exists():
+        return
+    if not (folder / CONFIG_FILE).is_file():
+        if not folder.is_dir() or any(not path.name.endswith(".partial") for path in folder.iterdir()):
+            raise CacheMismatch(f"{folder}: must be a run or absent, it has no {CONFIG_FILE}; pass another --out")
+        return
+    held, wanted = _flat(read_json(folder / CONFIG_FILE)), _flat(description)
+    differences = [
+        f"{key} is {held.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in sorted({*held, *wanted} - set(_MAY_DIFFER))
+        if held.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise CacheMismatch(f"{folder}: holds another run: {'; '.join(differences)}; pass another --out or name")
+
+
+def is_over(folder: Path) -> bool:
+    """Whether an earlier call finished this run, or saw it diverge (it would again)."""
+    return (folder / SAE_FOLDER).is_dir() or (folder / FAILED_FILE).is_file()
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log, up to the first that a kill has torn; [] without a file."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ManifestError for anything else."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: must be readable JSON, got {type(error).__name__}: {error}") from error
+    if not isinstance(values, dict):
+        raise ManifestError(f"{path}: must be a JSON object, got {type(values).__name__}")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write canonical JSON (sorted keys, finite numbers, one newline at the end), whole or not at all."""
+    write_atomically(path, [(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()])
+
+
 def _read_run(folder: Path) -> RunFiles:
     return RunFiles(
         folder=folder,
@@ -134,3 +198,11 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ManifestError(f"report: {path} must hold JSON objects, got {type(values).__name__}")
     return values
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"sae": {"lr": 1}} -> {"sae.lr": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -19,40 +19,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import crc32c as castagnoli
-import ml_dtypes
 import numpy as np
-import torch
-from jaxtyping import BFloat16, Float, Float32, Int8, Shaped
+from jaxtyping import Float, Float32, Shaped
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]: a C extension without stubs
 from torch import Tensor
-from torch.nn.functional import pad
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actcache.errors import ConfigError, CorruptShard
+from actcache.format.dtypes import TORCH_DTYPE, widened
+from actcache.format.int8 import dequantise, float32_dequantised, quantise
 
 blosc.use_threads = False  # the threaded encoder's output differs from run to run, and equal caches must be equal bytes
 
 BLOCK_BYTES = 1 << 20
 CHECKSUM_BYTES = 4
-
-BLOCK_CHANNELS = 32
-SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: no block divides by zero or by a number without its precision
-
-STORAGE_DTYPE = {
-    "bfloat16": "uint16",
-    "float16": "float16",
-    "float32": "float32",
-    "int32": "int32",
-    "int8": "int8",
-}
-TORCH_DTYPE = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "int32": torch.int32,
-    "int8": torch.int8,
-}
-ACTIVATION_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def crc32c(payload: bytes | memoryview | np.ndarray) -> int:
@@ -143,46 +123,6 @@ def codec(name: str) -> Codec:
     return CODECS[name]
 
 
-def storage_view(x: torch.Tensor) -> np.ndarray:
-    """The stored form of a CPU tensor, sharing its memory: bfloat16 as uint16, every other dtype as itself."""
-    return x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
-
-
-def tensor_view(stored: np.ndarray, dtype: str) -> torch.Tensor:
-    """The logical form of stored elements, sharing their memory; the inverse of `storage_view`."""
-    x = torch.from_numpy(stored)
-    return x.view(torch.bfloat16) if dtype == "bfloat16" else x
-
-
-def quantise(
-    x: Float[Tensor, "row d_in"],
-) -> tuple[Int8[Tensor, "row d_in"], BFloat16[Tensor, "row block"]]:
-    """Signed integers of at most 127 and one scale for every block of 32 channels, the last of which may be short.
-
-    scale is the largest magnitude of the block over 127, rounded up to bfloat16 and at least 2^-126, so that
-    scale <= peak / 127 * (1 + 2^-7) and |q8 * scale - x| <= scale / 2. Blocks of a row rather than whole rows or
-    channels, because a few channels of a residual stream are hundreds of times larger than the rest.
-    """
-    d_in = x.shape[1]
-    blocks = pad(x.float(), (0, -d_in % BLOCK_CHANNELS)).unflatten(1, (-1, BLOCK_CHANNELS))  # (row, block, 32)
-    step = (blocks.abs().amax(dim=2) / 127).clamp_min(SMALLEST_SCALE)
-    scale = ((step.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)  # up: keep the upper half
-    q8 = (blocks / scale.float().unsqueeze(2)).round_().to(torch.int8)
-    return q8.flatten(1)[:, :d_in].contiguous(), scale
-
-
-def dequantise(
-    q8: Int8[Tensor, "row d_in"], scale: BFloat16[Tensor, "row block"], dtype: torch.dtype
-) -> Float[Tensor, "row d_in"]:
-    """q8 * scale, rounded once to `dtype` and held within its finite range; the inverse of `quantise` on any device."""
-    d_in = q8.shape[1]
-    wide = dtype if dtype == torch.bfloat16 else torch.float32  # bfloat16 holds q8 exactly and rounds the product once
-    blocks = pad(q8, (0, -d_in % BLOCK_CHANNELS)).unflatten(1, (-1, BLOCK_CHANNELS))
-    product = blocks.to(wide) * scale.to(wide).unsqueeze(2)
-    largest = torch.finfo(dtype).max
-    return product.clamp_(-largest, largest).flatten(1)[:, :d_in].to(dtype)
-
-
 def stored_tensors(x: Float[Tensor, "row d_in"], dtype: str, codec: Codec) -> tuple[Tensor, ...]:
     """What is stored of these rows, one tensor for each array of a hook: (values as `dtype`,) or (q8, scale)."""
     values = x.to(TORCH_DTYPE[dtype])
@@ -201,16 +141,5 @@ def float32_values(stored: Sequence[Shaped[np.ndarray, "row _"]], dtype: str) ->
     """`values` as float32, exactly, from the elements of a hook's arrays, without touching torch's threads."""
     x, *scale = stored
     if scale:
-        return _float32_dequantised(x, scale[0], dtype)
-    return _widened(x) if dtype == "bfloat16" else x.astype(np.float32, copy=False)
-
-
-def _widened(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _float32_dequantised(q8: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
-    product = q8 * np.repeat(_widened(scale), BLOCK_CHANNELS, axis=1)[:, : q8.shape[1]]
-    numpy_dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-    largest = float(ml_dtypes.finfo(numpy_dtype).max)
-    return product.clip(-largest, largest).astype(numpy_dtype).astype(np.float32)
+        return float32_dequantised(x, scale[0], dtype)
+    return widened(x) if dtype == "bfloat16" else x.astype(np.float32, copy=False)

@@ -6,16 +6,20 @@ Means and squared deviations merge by Chan, Golub and LeVeque (1983), "Algorithm
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64
+
+from actcache.format.codecs import float32_values
 
 ROW_FILTERS = ("all", "no_special_tokens")
 BINS_PER_OCTAVE = 8
 SMALLEST_OCTAVE, LARGEST_OCTAVE = -24, 40  # norms from 2^-24 to 2^40; the outer bins take what lies beyond
 MEDIAN_STEP = 1e-3
 N_BINS = (LARGEST_OCTAVE - SMALLEST_OCTAVE) * BINS_PER_OCTAVE
+MOMENT_VALUES = 1 << 18  # whose float64 squares take 2 MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,13 +176,6 @@ class HookStatistics:
         )
 
 
-def _numbers(values: list, kind: type, n: int) -> list:
-    """`values` if they are `n` finite numbers of that kind. Raises ValueError."""
-    if len(values) != n or not all(type(value) is kind and -math.inf < value < math.inf for value in values):
-        raise ValueError(f"need a list of {n} finite numbers of type {kind.__name__}")
-    return values
-
-
 def norm_bin(norms: Float64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
     """Number of the histogram bin of each norm: an eighth of an octave each, from 2^-24 to 2^40."""
     with np.errstate(divide="ignore"):  # a zero norm goes to the first bin
@@ -219,3 +216,22 @@ def geometric_median(
         if step <= MEDIAN_STEP * float(distance.mean()):
             break
     return mean + point
+
+
+def chunk_moments(stored: Sequence[np.ndarray], dtype: str, special: Bool[np.ndarray, " row"]) -> dict[str, Moments]:
+    """The moments of a chunk per row filter, some rows at a time so that they stay in a core's own cache."""
+    n_rows, width = stored[0].shape
+    moments = {row_filter: Moments.empty(width) for row_filter in ROW_FILTERS}
+    step = max(1, MOMENT_VALUES // width)
+    for start in range(0, n_rows, step):
+        rows = slice(start, start + step)
+        found = filtered_moments(float32_values([part[rows] for part in stored], dtype), special[rows])
+        moments = {row_filter: moments[row_filter].merge(found[row_filter]) for row_filter in ROW_FILTERS}
+    return moments
+
+
+def _numbers(values: list, kind: type, n: int) -> list:
+    """`values` if they are `n` finite numbers of that kind. Raises ValueError."""
+    if len(values) != n or not all(type(value) is kind and -math.inf < value < math.inf for value in values):
+        raise ValueError(f"need a list of {n} finite numbers of type {kind.__name__}")
+    return values

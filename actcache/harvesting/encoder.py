@@ -22,31 +22,19 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from actcache.errors import NonFiniteActivations
-from actcache.format.codecs import codec, crc32c, float32_values, storage_view
-from actcache.format.manifest import (
-    ArrayRecord,
-    ArraySpec,
-    HookSpec,
-    Plan,
-    ShardRecord,
-    hook_arrays,
-    shard_key,
-    token_arrays,
-)
-from actcache.format.stats import ROW_FILTERS, Moments, filtered_moments
-from actcache.harvesting.finalise import partials_key, partials_payload
-from actcache.harvesting.window import Shard, Window
-from actcache.store.cache import STORE
-from actcache.store.zarr_metadata import (
-    EncodedChunk,
-    chunk_slices,
-    encode_chunk,
-    write_atomically,
-    write_encoded_shard,
-    write_shard,
-)
+from actcache.files import write_atomically
+from actcache.format.arrays import ArraySpec, hook_arrays, token_arrays
+from actcache.format.codecs import codec, crc32c, float32_values
+from actcache.format.dtypes import storage_view
+from actcache.format.manifest import Plan
+from actcache.format.paths import STORE, partials_key, shard_key
+from actcache.format.records import ArrayRecord, HookSpec, ShardRecord
+from actcache.format.stats import ROW_FILTERS, Moments, chunk_moments
+from actcache.harvesting.window import Window
+from actcache.store.shard import Shard
+from actcache.store.shard_file import EncodedChunk, chunk_slices, encode_chunk, write_encoded_shard, write_shard
+from actcache.store.statistics import partials_payload
 
-MOMENT_VALUES = 1 << 18  # whose float64 squares take 2 MiB
 PART_ALIGNMENT = 16  # bytes, so that a view of any dtype may begin there
 
 
@@ -259,18 +247,6 @@ class _PinnedRing:
                 there.copy_(part, non_blocking=True)
             done.record()
         return _OnHost(host, (begun, done))
-
-
-def chunk_moments(stored: Sequence[np.ndarray], dtype: str, special: Bool[np.ndarray, " row"]) -> dict[str, Moments]:
-    """The moments of a chunk per row filter, some rows at a time so that they stay in a core's own cache."""
-    n_rows, width = stored[0].shape
-    moments = {row_filter: Moments.empty(width) for row_filter in ROW_FILTERS}
-    step = max(1, MOMENT_VALUES // width)
-    for start in range(0, n_rows, step):
-        rows = slice(start, start + step)
-        found = filtered_moments(float32_values([part[rows] for part in stored], dtype), special[rows])
-        moments = {row_filter: moments[row_filter].merge(found[row_filter]) for row_filter in ROW_FILTERS}
-    return moments
 
 
 def _finite_moments(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 
 from actcache.errors import DiskTooSmall
-from actcache.format.codecs import BLOCK_CHANNELS, CODECS, TORCH_DTYPE, codec, storage_view
-from actcache.format.manifest import HookSpec
-from actcache.models.load import LanguageModel
-from actcache.store.zarr_metadata import write_atomically
+from actcache.format.codecs import codec
+from actcache.format.dtypes import TORCH_DTYPE
+from actcache.format.int8 import BLOCK_CHANNELS
+from actcache.format.records import HookSpec
+from actcache.models.language_model import LanguageModel
 
 # How many times smaller a stream gets at least, as measured on trained models, Gaussians and streams with outliers.
 SMALLEST_RATIO = {
@@ -26,8 +26,6 @@ SMALLEST_RATIO = {
 }
 TOKEN_BYTES = 5 * 4  # id, sequence and position of the row, id and document of its sequence; before compression
 PROBE_TOKENS = 512
-PROBE_BYTES = 64 << 20
-TOLERATED = 0.95  # of the fastest codec's rate: a smaller cache is worth that much
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,39 +68,9 @@ def refuse_small_disk(root: Path, n_bytes: int) -> None:
 def tokens_per_second(model: LanguageModel, hook_names: Sequence[str], context_size: int, batch_size: int) -> float:
     """Rate of the second of two short forward passes, the first being slow; at most about 512 tokens each."""
     n_sequences = max(1, min(batch_size, PROBE_TOKENS // context_size))
-    token_ids = _some_tokens(model, n_sequences, context_size)
+    token_ids = probe_tokens(model, n_sequences, context_size)
     model.activations(token_ids, hook_names)
-    return token_ids.numel() / _seconds(lambda: _run(model, token_ids, hook_names))
-
-
-def favoured_codec(
-    model: LanguageModel, hook_names: Sequence[str], context_size: int, batch_size: int, dtype: str, root: Path
-) -> tuple[str, str]:
-    """(profile, why): of those without error the one with the smallest files that is within 5 % of the fastest.
-
-    A harvest is as fast as the slowest of model, encoder threads and disk; where the model leaves no core, it and the
-    encoder threads take turns.
-    """
-    rate = tokens_per_second(model, hook_names, context_size, batch_size)
-    x = model.activations(_some_tokens(model, PROBE_TOKENS // context_size or 1, context_size), hook_names)
-    sample = torch.cat([rows.flatten(0, 1) for rows in x.values()], dim=1).to("cpu", TORCH_DTYPE[dtype])
-    disk = _disk_bytes_per_second(root)
-    seconds = {
-        name: _seconds_per_token(sample, name, 1 / rate, disk, model.device)
-        for name in CODECS
-        if not codec(name).quantised
-    }
-    fastest = min(seconds.values())
-    chosen = next(name for name, s in seconds.items() if s * TOLERATED <= fastest)
-    rates = ", ".join(f"{name} {1 / s:,.0f}" for name, s in seconds.items())
-    return chosen, f"model {rate:,.0f} tokens/s, disk {disk / 1e9:.2g} GB/s; with encoding and writing: {rates}"
-
-
-def _seconds_per_token(sample: Tensor, name: str, model: float, disk: float, device: torch.device) -> float:
-    rows = storage_view(sample.contiguous())
-    encode = _seconds(lambda: codec(name).encode(rows)) / len(rows) / encoder_threads(device)
-    write = len(codec(name).encode(rows)[0]) / len(rows) / disk
-    return max(model, encode, write) if spare_cores(device) else max(model + encode, write)
+    return token_ids.numel() / seconds_of(lambda: _run(model, token_ids, hook_names))
 
 
 def spare_cores(device: torch.device) -> int:
@@ -116,13 +84,7 @@ def encoder_threads(device: torch.device) -> int:
     return min(8, spare_cores(device) or os.cpu_count() or 1)
 
 
-def _disk_bytes_per_second(root: Path) -> float:
-    with tempfile.TemporaryDirectory(dir=next(f for f in (root, *root.absolute().parents) if f.exists())) as folder:
-        payload = os.urandom(PROBE_BYTES)
-        return PROBE_BYTES / _seconds(lambda: write_atomically(Path(folder) / "probe", [payload]))
-
-
-def _some_tokens(model: LanguageModel, n_sequences: int, context_size: int) -> Tensor:
+def probe_tokens(model: LanguageModel, n_sequences: int, context_size: int) -> Tensor:
     ids = torch.arange(n_sequences * context_size) % len(model.tokenizer)
     return ids.view(n_sequences, context_size)
 
@@ -133,7 +95,7 @@ def _run(model: LanguageModel, token_ids: Tensor, hook_names: Sequence[str]) -> 
             torch.cuda.synchronize(x.device)
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

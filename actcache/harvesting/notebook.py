@@ -9,12 +9,12 @@ import datasets
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from actcache.harvesting.plan import HarvestConfig
-from actcache.harvesting.run import Progress
+from actcache.harvesting.config import HarvestConfig
+from actcache.harvesting.loop import Progress
 from actcache.harvesting.run import harvest as run_harvest
 from actcache.models.load import wrap_model
 from actcache.store.cache import Cache
-from actcache.text.tokenise import DatasetSource, LoadedDataset, Source
+from actcache.text.sources import DatasetSource, LoadedDataset, Source
 
 
 def harvest(

@@ -13,26 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheMismatch, ManifestError
+from actcache.files import contents, write_atomically
 from actcache.flow import SPLITS
+from actcache.format.arrays import hook_arrays, token_arrays
 from actcache.format.codecs import codec
-from actcache.format.manifest import (
-    ArrayRecord,
-    HookSpec,
-    Manifest,
-    Plan,
-    ShardRecord,
-    aligned_arrays,
-    hook_arrays,
-    merge_records,
-    shard_key,
-    token_arrays,
-    unseal,
-)
-from actcache.harvesting.finalise import partials_key
-from actcache.integrity.verify import Problem, agrees, stored_arrays
-from actcache.store.cache import CACHE_MANIFEST, PLAN, STORE, Cache, contents
+from actcache.format.manifest import Manifest, Plan, aligned_arrays
+from actcache.format.paths import CACHE_MANIFEST, PLAN, STORE, partials_key, shard_key
+from actcache.format.records import ArrayRecord, HookSpec, ShardRecord, merge_records
+from actcache.format.seal import unseal
+from actcache.integrity.problems import Problem, stored_arrays
+from actcache.integrity.verify import agrees
+from actcache.store.cache import Cache
 from actcache.store.journal import Journal, hook_computes, read_journals
-from actcache.store.zarr_metadata import write_atomically
 
 Key = tuple[str, int]  # split and index of a shard
 UNKNOWN = -1  # size and checksum of what no line speaks of: no file fits

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheMismatch, ManifestError
+from actcache.files import write_atomically
 from actcache.flow import SPLITS
+from actcache.format.arrays import ArraySpec
 from actcache.format.codecs import codec
-from actcache.format.manifest import ArraySpec, aligned_arrays
-from actcache.store.cache import STORE, Cache, open_cache
-from actcache.store.zarr_metadata import make_array, write_atomically
+from actcache.format.manifest import aligned_arrays
+from actcache.format.paths import STORE
+from actcache.store.cache import Cache, open_cache
+from actcache.store.zarr_metadata import make_array
 
 
 def relabel(path: str | Path, native: bool) -> int:

@@ -18,53 +18,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 
-from actcache.errors import CacheLocked, CacheMismatch, CorruptShard, DatasetError, ManifestError
+from actcache.errors import CacheLocked, CacheMismatch, ManifestError
+from actcache.files import remove_partials, write_atomically
 from actcache.flow import SPLITS
+from actcache.format.arrays import token_arrays
 from actcache.format.codecs import codec, crc32c
-from actcache.format.manifest import SEQUENCE_ARRAYS, HookSpec, Manifest, seal, sequence_arrays, token_arrays
-from actcache.format.stats import ROW_FILTERS, Moments
-from actcache.harvesting.encoder import chunk_moments
-from actcache.harvesting.finalise import finished_manifest, partials_key, partials_payload, statistics_payload
-from actcache.harvesting.plan import HarvestConfig, packing, refuse_other_model
-from actcache.harvesting.run import compute_of, other_compute, redo
-from actcache.harvesting.window import Shard
+from actcache.format.manifest import Manifest
+from actcache.format.paths import CACHE_MANIFEST, MANIFEST, PLAN, STORE, partials_key, statistics_key
+from actcache.format.records import HookSpec
+from actcache.format.seal import seal
+from actcache.format.stats import ROW_FILTERS, Moments, chunk_moments
+from actcache.harvesting.finalise import finished_manifest
+from actcache.harvesting.loop import redo
+from actcache.harvesting.provenance import compute_of, other_compute, refuse_other_model
 from actcache.integrity.expected import Key, Ledger, settled, twins
+from actcache.integrity.problems import Problem
+from actcache.integrity.rebuild_sequences import RebuiltSequences
 from actcache.integrity.verify import (
-    Problem,
-    StoredArray,
     audit,
     journal_problems,
     metadata_problems,
     partials_problems,
     statistics_problems,
-    stored_arrays,
     token_problems,
     verify,
     zarr_files,
 )
-from actcache.loading.order import shard_permutation
-from actcache.models.load import LanguageModel
-from actcache.store.cache import CACHE_MANIFEST, PLAN, STORE, Cache, read_origin, statistics_key
-from actcache.store.journal import MANIFEST, Journal, active_writers, salvage, settling
-from actcache.store.reader import ArrayReader
-from actcache.store.zarr_metadata import (
-    chunk_slices,
-    encode_chunk,
-    remove_partials,
-    write_atomically,
-    write_encoded_shard,
-    write_shard,
-)
-from actcache.text.tokenise import DatasetSource, Source, documents, pack
+from actcache.models.language_model import LanguageModel
+from actcache.store.cache import Cache
+from actcache.store.journal import Journal, active_writers, salvage
+from actcache.store.locks import settling
+from actcache.store.shard import Shard
+from actcache.store.shard_file import chunk_slices, write_shard
+from actcache.store.statistics import partials_payload, statistics_payload
+from actcache.text.sources import Source
 
 ModelLoader = Callable[[Mapping[str, Any]], LanguageModel]
 Progress = Callable[[str, int, int], None]
-Place = tuple[str, str, int]  # split, sequence array and shard
-IDS, DOCUMENTS = SEQUENCE_ARRAYS
-PACKING = ("context_size", "prepend_bos", "separator", "seed", "holdout")
-DATASET = ("config", "split", "revision", "column", "sample_by")
 
 logger = logging.getLogger("actcache")
 
@@ -129,7 +120,8 @@ class _Rebuilding:
         self, ledger: Ledger, load_model: ModelLoader, dataset: str | Source | None, progress: Progress | None
     ):
         self._ledger, self._root, self._plan = ledger, ledger.root, ledger.plan
-        self._load_model, self._dataset, self._progress = load_model, dataset, progress
+        self._load_model, self._progress = load_model, progress
+        self._sequences = RebuiltSequences(ledger, dataset, self._model)
         self._codec, self._shard_rows = codec(self._plan.identity["codec"]), self._plan.identity["shard_rows"]
         self._loaded: tuple[dict[str, Any], LanguageModel] | None = None
 
@@ -140,109 +132,15 @@ class _Rebuilding:
         damaged = {problem.path for problem in found}
         found += journal_problems(cache) if self._ledger.believed else []
         self._ledger.put(self._root / PLAN, seal(self._plan.to_json()))
-        self._restore_ids(damaged)
+        self._sequences.restore_ids(damaged)
         self._restore_tokens(damaged | {problem.path for problem in token_problems(self._ledger.cache())})
         self._restore_hooks(damaged)
         self._restore_partials()
         self._restore_manifest()
-        self._restore_from_dataset(self._damaged_sequences(DOCUMENTS, damaged))  # last: nothing is made from documents
+        self._sequences.restore_documents(damaged)  # last: nothing is made from documents
         return found
 
-    # --- sequences and tokens ---
-
-    def _damaged_sequences(self, array: str, damaged: set[str]) -> list[tuple[StoredArray, int]]:
-        """(array of a split, shard) of the damaged shards of a sequence array that have not been put back."""
-        lost = damaged - {*self._ledger.redone}
-        of_splits = [stored for stored in stored_arrays(self._ledger.cache()) if stored.array.path == array]
-        return [(s, shard) for s in of_splits for shard in range(s.n_shards) if str(s.path(shard)) in lost]
-
-    def _restore_ids(self, damaged: set[str]) -> None:
-        """From the token arrays; where these are damaged too, from the dataset, and documents with them."""
-        lost = self._damaged_sequences(IDS, damaged)
-        lost = [(stored, shard) for stored, shard in lost if not self._restored_from_tokens(stored, shard)]
-        if lost:
-            self._restore_from_dataset([*lost, *self._damaged_sequences(DOCUMENTS, damaged)])
-
-    def _restored_from_tokens(self, stored: StoredArray, shard: int) -> bool:
-        start, stop = (sequence * self._plan.identity["context_size"] for sequence in stored.rows(shard))
-        first, last = start // self._shard_rows, -(-stop // self._shard_rows)
-        reader = self._ledger.cache().token_reader(stored.split, "id")
-        try:
-            token_ids = np.concatenate([self._token_ids(reader, stored.split, index) for index in range(first, last)])
-        except CorruptShard:
-            return False
-        rows = token_ids[start - first * self._shard_rows : stop - first * self._shard_rows]
-        return self._put_sequences(stored, shard, rows.reshape(-1, self._plan.identity["context_size"]))
-
-    def _token_ids(self, reader: ArrayReader, split: str, index: int) -> Int32[np.ndarray, " token"]:
-        """The token ids of a shard in the order of its sequences. Raises CorruptShard."""
-        held = self._ledger.held[split, index]
-        permutation = shard_permutation(held.n_rows, seed=self._plan.identity["seed"], split=split, index=index)
-        return reader.read(held.first_token, held.first_token + held.n_rows)[permutation]
-
-    def _put_sequences(self, stored: StoredArray, shard: int, rows: Int32[np.ndarray, "sequence position"]) -> bool:
-        """Write a shard of a sequence array, which is one chunk, if it is the one that the plan speaks of."""
-        chunk = encode_chunk(rows, stored.array, self._codec)
-        if stored.reader.records[shard].checksums != (chunk[1],):
-            return False
-        write_encoded_shard(stored.path(shard), stored.array, [chunk], stored.shard_rows)
-        self._ledger.redone.append(str(stored.path(shard)))
-        return True
-
-    def _restore_from_dataset(self, lost: Sequence[tuple[StoredArray, int]]) -> None:
-        """Pack the dataset again, as far as shards of sequence arrays are lost.
-
-        Raises DatasetError if it is not known where the dataset is, CacheMismatch if it gives something else.
-        """
-        wanted = {(stored.split, stored.array.path, shard): stored for stored, shard in lost}
-        rows: dict[Place, list[np.ndarray]] = defaultdict(list)
-        for place, row in self._packed_again() if wanted else ():
-            if (stored := wanted.get(place)) is None:
-                continue
-            rows[place].append(row)
-            first, last = stored.rows(place[2])
-            if len(rows[place]) == last - first:
-                if not self._put_sequences(stored, place[2], np.stack(rows.pop(place))):
-                    break
-                del wanted[place]
-            if not wanted:
-                break
-        if wanted:
-            stored, shard = lost[0]
-            raise CacheMismatch(
-                f"{stored.path(shard)}: lost, and the dataset does not give it again; pass its former revision as "
-                "--dataset, or harvest again elsewhere"
-            )
-
-    def _packed_again(self) -> Iterator[tuple[Place, Int32[np.ndarray, " position"]]]:
-        """((split, sequence array, shard), row) of every sequence of the dataset, in order."""
-        identity, source = self._plan.identity, self._source()
-        model = self._model(next(iter(self._ledger.held.values())).compute)
-        config = HarvestConfig(hook_names=(self._ledger.hooks[0].hook_name,), **{key: identity[key] for key in PACKING})
-        texts = documents(source, model.tokenizer)
-        counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        chunk_rows = sequence_arrays(config.context_size)[0].chunk_rows
-        for sequence in pack(texts, packing(model, config), seed=config.seed, holdout=config.holdout):
-            shard = counts[sequence.split] // chunk_rows
-            yield (sequence.split, IDS, shard), sequence.token_ids
-            yield (sequence.split, DOCUMENTS, shard), sequence.documents
-            counts[sequence.split] += 1
-
-    def _source(self) -> Source:
-        if isinstance(self._dataset, str):
-            known = {key: self._plan.identity["dataset"].get(key) for key in DATASET}
-            return DatasetSource(
-                path=self._dataset, **{key: value for key, value in known.items() if value is not None}
-            )
-        if self._dataset is not None:
-            return self._dataset
-        try:
-            return DatasetSource(**read_origin(self._root)["dataset"])
-        except (KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{self._root}: its documents have to be packed again, and where the dataset is was not remembered; "
-                "pass --dataset"
-            ) from error
+    # --- tokens ---
 
     def _restore_tokens(self, damaged: set[str]) -> None:
         """From the sequences."""

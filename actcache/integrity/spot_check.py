@@ -16,16 +16,18 @@ from torch import Tensor
 
 from actcache.errors import ConfigError
 from actcache.flow import SPLITS
-from actcache.format.codecs import BLOCK_CHANNELS, TORCH_DTYPE, codec, storage_view, stored_tensors
-from actcache.format.manifest import HookSpec, shard_key
-from actcache.harvesting.plan import refuse_other_model
-from actcache.harvesting.run import compute_of, other_compute
-from actcache.harvesting.window import Shard
-from actcache.integrity.verify import Problem
-from actcache.models.load import LanguageModel
-from actcache.store.cache import STORE, Cache
+from actcache.format.codecs import codec, stored_tensors
+from actcache.format.dtypes import TORCH_DTYPE, storage_view
+from actcache.format.int8 import BLOCK_CHANNELS
+from actcache.format.paths import STORE, shard_key
+from actcache.format.records import HookSpec
+from actcache.harvesting.provenance import compute_of, other_compute, refuse_other_model
+from actcache.integrity.problems import Problem
+from actcache.models.language_model import LanguageModel
+from actcache.store.cache import Cache
 from actcache.store.journal import hook_computes
 from actcache.store.reader import HookReader
+from actcache.store.shard import Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

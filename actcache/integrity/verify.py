@@ -13,66 +13,23 @@ import zarr
 from zarr.storage import MemoryStore, StoreLike
 
 from actcache.errors import CorruptShard, ManifestError
+from actcache.files import PARTIAL_SUFFIX, contents
 from actcache.flow import SPLITS
+from actcache.format.arrays import hook_arrays, token_arrays
 from actcache.format.codecs import codec, crc32c
-from actcache.format.manifest import (
-    ArraySpec,
-    HookSpec,
-    Plan,
-    ShardRecord,
-    aligned_arrays,
-    hook_arrays,
-    merge_records,
-    sequence_arrays,
-    shard_key,
-    token_arrays,
-    unseal,
-)
+from actcache.format.manifest import Plan, store_arrays, stored_files
+from actcache.format.paths import CACHE_MANIFEST, MANIFEST, PLAN, STORE, partials_key, shard_key, statistics_key
+from actcache.format.records import HookSpec, ShardRecord, merge_records
+from actcache.format.seal import unseal
 from actcache.format.stats import ROW_FILTERS, HookStatistics
-from actcache.harvesting.finalise import merged_moments, partials_key, store_arrays
-from actcache.harvesting.window import Shard
-from actcache.store.cache import (
-    CACHE_MANIFEST,
-    PLAN,
-    STORE,
-    Cache,
-    contents,
-    file_bytes,
-    read_manifest,
-    sequence_reader,
-    statistics_key,
-    stored_files,
-)
-from actcache.store.journal import MANIFEST, active_writers, damaged_lines, read_journals
-from actcache.store.reader import ArrayReader, ShardFile
-from actcache.store.zarr_metadata import PARTIAL_SUFFIX, make_store
+from actcache.integrity.problems import Problem, StoredArray, stored_arrays, without_path
+from actcache.store.cache import Cache, read_manifest
+from actcache.store.journal import active_writers, damaged_lines, read_journals
+from actcache.store.shard import Shard
+from actcache.store.statistics import merged_moments
+from actcache.store.zarr_metadata import make_store
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """One thing that is wrong, and where.
-
-    path: the file. split, array, shard: what of the cache it holds; array is a path below the split, of statistics the
-    hook's name. chunk: the inner chunk within the shard, None if it is the whole file. rows: start and stop within the
-    split; of sequence arrays they are sequences.
-    """
-
-    path: str
-    split: str | None = None
-    array: str | None = None
-    shard: int | None = None
-    chunk: int | None = None
-    rows: tuple[int, int] | None = None
-    message: str
-
-    def __str__(self) -> str:
-        shard = [] if self.shard is None else [f"shard {self.shard}"]
-        chunk = [] if self.chunk is None else [f"chunk {self.chunk}"]
-        rows = [] if self.rows is None else [f"rows {self.rows[0]} to {self.rows[1]}"]
-        where = ", ".join([*shard, *chunk, *rows])
-        return ": ".join([self.path, *([where] if where else []), self.message])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,69 +41,6 @@ class VerifyReport:
     n_rows: int
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredArray:
-    """One sharded array of a split, and how its shards are read."""
-
-    folder: Path
-    split: str
-    array: ArraySpec
-    shard_rows: int
-    reader: ArrayReader
-
-    @property
-    def n_shards(self) -> int:
-        """Number of its shards."""
-        return len(self.reader.records)
-
-    def path(self, shard: int) -> Path:
-        """The file of a shard."""
-        return self.folder / shard_key(self.array, shard)
-
-    def rows(self, shard: int) -> tuple[int, int]:
-        """Start and stop, within the split, of a shard's rows."""
-        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.reader.n_rows)
-
-    def problems(self, shard: int) -> Iterator[Problem | None]:
-        """For each chunk of a shard what is wrong with it, or None; with the first one what is wrong with the file."""
-        n_chunks = len(self.reader.records[shard].checksums)
-        problem = functools.partial(
-            Problem, path=str(self.path(shard)), split=self.split, array=self.array.path, shard=shard
-        )
-        if wrong := self._wrong_file(shard):
-            yield problem(rows=self.rows(shard), message=wrong)
-            yield from [None] * (n_chunks - 1)
-            return
-        buffer = self.reader.empty(1)
-        for number in range(n_chunks):
-            chunk = shard * self._chunks_per_shard + number
-            try:
-                self.reader.decode_into(chunk, buffer)
-            except CorruptShard as error:
-                start = chunk * self.array.chunk_rows
-                rows = (start, start + self.reader.rows_of(chunk))
-                message = _without_path(error, self.path(shard)).removeprefix(f"chunk {number}")
-                message = message.removeprefix(f" (rows {rows[0]} to {rows[1]})").lstrip(": ")
-                yield problem(chunk=number, rows=rows, message=message)
-            else:
-                yield None
-
-    @property
-    def _chunks_per_shard(self) -> int:
-        return self.shard_rows // self.array.chunk_rows
-
-    def _wrong_file(self, shard: int) -> str | None:
-        path, n_bytes = self.path(shard), self.reader.records[shard].n_bytes
-        size = file_bytes(path)
-        if size is None:
-            return "is missing, or no file"
-        try:
-            ShardFile(path, self._chunks_per_shard, n_bytes)
-        except CorruptShard as error:
-            return _without_path(error, path)
-        return None
 
 
 def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
@@ -181,11 +75,6 @@ def audit(cache: Cache, *, progress: Progress | None = None) -> tuple[Problem, .
     return tuple(problems)
 
 
-def stored_arrays(cache: Cache) -> list[StoredArray]:
-    """Every sharded array of both splits."""
-    return [stored for split in SPLITS for stored in _stored_arrays(cache, split)]
-
-
 def agrees(line: ShardRecord | None, shard: ShardRecord) -> bool:
     """Whether a journal's record of a shard says of each array and partial what manifest/cache.json says of it."""
     return (
@@ -200,16 +89,6 @@ def zarr_files(cache: Cache, *, native: bool = False) -> dict[str, Any]:
     """Path below acts.zarr -> buffer, of every zarr.json as the manifest has it."""
     attributes, profile = {"actcache": cache.identity}, codec(cache.identity["codec"])
     return make_store(attributes, store_arrays(cache.manifest), profile, native=native)
-
-
-def _stored_arrays(cache: Cache, split: str) -> Iterator[StoredArray]:
-    folder, rows = cache.path / STORE / split, cache.manifest.shard_rows
-    for array in aligned_arrays(cache.manifest):
-        reader = cache.reader(split, array)
-        yield StoredArray(folder=folder, split=split, array=array, shard_rows=rows, reader=reader)
-    for name, array in zip(("id", "document"), sequence_arrays(cache.context_size), strict=True):
-        reader = sequence_reader(cache.path, cache.manifest.plan, split, name)
-        yield StoredArray(folder=folder, split=split, array=array, shard_rows=array.chunk_rows, reader=reader)
 
 
 def _chunk_problems(cache: Cache, progress: Progress | None) -> list[Problem]:
@@ -261,7 +140,7 @@ def _wrong_statistics(cache: Cache, split: str, hook: HookSpec, path: Path) -> s
         found = {name: cache.statistics(hook.hook_name, split=split, row_filter=name) for name in ROW_FILTERS}
         moments = merged_moments(cache, split, hook)
     except ManifestError as error:
-        return _without_path(error, path)
+        return without_path(error, path)
     except (CorruptShard, OSError):  # listed as a problem of its own
         return None
     expected = {name: HookStatistics.of(moments[name], found[name].geometric_median) for name in ROW_FILTERS}
@@ -341,7 +220,7 @@ def _twin_problems(cache: Cache) -> Iterator[Problem]:
         if replace(plan, hooks=()) != cache.manifest.plan:
             yield Problem(path=str(path), message=f"says another plan than {CACHE_MANIFEST}")
     except ManifestError as error:
-        yield Problem(path=str(path), message=_without_path(error, path))
+        yield Problem(path=str(path), message=without_path(error, path))
     except OSError as error:
         yield Problem(path=str(path), message=f"cannot be read ({error.strerror})")
     damaged = damaged_lines(cache.path)
@@ -384,8 +263,3 @@ def _journalled_files(cache: Cache) -> Iterator[str]:
         for hook in record.hooks:
             for array in hook_arrays(hook, profile, cache.manifest.chunk_rows):
                 yield f"{record.split}/{shard_key(array, record.index)}"
-
-
-def _without_path(error: Exception, path: Path) -> str:
-    """What the error says is wrong, without whose it is and the way out, which the report says for all."""
-    return str(error).removeprefix(f"{path}: ").split("; ")[0]

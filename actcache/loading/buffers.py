@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
-from actcache.format.codecs import TORCH_DTYPE
+from actcache.format.dtypes import TORCH_DTYPE
 from actcache.store.reader import HookReader
 
 DECODE_THREADS = min(4, os.cpu_count() or 1)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from actcache.errors import ConfigError
 from actcache.flow import Batch
-from actcache.format.codecs import STORAGE_DTYPE, storage_view, tensor_view
-from actcache.format.manifest import HookSpec
+from actcache.format.dtypes import STORAGE_DTYPE, storage_view, tensor_view
+from actcache.format.records import HookSpec
 from actcache.loading.buffers import Recycler
 from actcache.loading.loader import check_batches, rank_part
 from actcache.loading.order import MixtureOrder

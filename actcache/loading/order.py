@@ -11,7 +11,6 @@ numpy does not promise the same `permutation` in every version; the raw stream o
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -19,34 +18,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-from jaxtyping import Int64, UInt64
+from jaxtyping import Int64
 
-
-def _permutation(n: int, *key: object) -> Int64[np.ndarray, " n"]:
-    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
-    words = np.frombuffer(digest[:16], dtype="<u8")
-    return _stable_argsort(np.random.Philox(key=words).random_raw(n))
-
-
-def _stable_argsort(keys: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """np.argsort(keys, kind="stable") in a third of the time: radix sorts of the upper half, then the few ties."""
-    upper = (keys >> np.uint64(32)).astype(np.uint32)
-    order = np.argsort(upper.astype(np.uint16), kind="stable")  # numpy sorts 16-bit integers by radix
-    order = order[np.argsort((upper >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
-    in_order = upper[order]
-    equal = in_order[1:] == in_order[:-1]
-    tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))  # whole runs of equal upper halves
-    order[tied] = order[tied][np.argsort(keys[order[tied]], kind="stable")]
-    return order
-
-
-def shard_permutation(n_rows: int, *, seed: int, split: str, index: int) -> Int64[np.ndarray, " n_rows"]:
-    """Where each token of a shard is stored: token `first + t` lies in row `first + permutation[t]`.
-
-    The stable argsort of the raw 64-bit stream of Philox, keyed by the first 16 bytes (two little-endian words) of
-    sha256("scatter:{seed}:{split}:{index}"). The same for all hooks.
-    """
-    return _permutation(n_rows, "scatter", seed, split, index)
+from actcache.format.scatter import keyed_permutation
 
 
 def chunk_order(n_chunks: int, *, seed: int, epoch: int) -> Int64[np.ndarray, " n_chunks"]:
@@ -56,12 +30,12 @@ def chunk_order(n_chunks: int, *, seed: int, epoch: int) -> Int64[np.ndarray, " 
             "chunk_order: need n_chunks >= 1, seed >= 0, epoch >= 0; "
             f"got n_chunks={n_chunks}, seed={seed}, epoch={epoch}"
         )
-    return _permutation(n_chunks, "chunks", seed, epoch)
+    return keyed_permutation(n_chunks, "chunks", seed, epoch)
 
 
 def group_order(n_rows: int, *, seed: int, epoch: int, group: int) -> Int64[np.ndarray, " n_rows"]:
     """Permutation of the rows of one group of chunks; keyed by sha256("rows:{seed}:{epoch}:{group}")."""
-    return _permutation(n_rows, "rows", seed, epoch, group)
+    return keyed_permutation(n_rows, "rows", seed, epoch, group)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from actcache.errors import ModelError
-from actcache.models.load import LanguageModel
+from actcache.models.language_model import LanguageModel
 
 MIN_GAIN = 1.05  # in tokens/s, of twice as many sequences, for going on
 N_TIMED = 3

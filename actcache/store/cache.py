@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,29 +11,16 @@ import numpy as np
 from jaxtyping import Int32
 
 from actcache.errors import CorruptShard, ManifestError
+from actcache.files import contents, file_bytes
 from actcache.flow import SPLITS
+from actcache.format.arrays import ArraySpec, hook_arrays, sequence_arrays, token_arrays
 from actcache.format.codecs import codec
-from actcache.format.manifest import (
-    MALFORMED,
-    ArraySpec,
-    HookSpec,
-    Manifest,
-    Plan,
-    aligned_arrays,
-    fingerprint,
-    hook_arrays,
-    sequence_arrays,
-    shard_key,
-    token_arrays,
-    unseal,
-)
+from actcache.format.manifest import Manifest, Plan, stored_files
+from actcache.format.paths import CACHE_MANIFEST, ORIGIN, PLAN, STORE, statistics_key
+from actcache.format.records import HookSpec
+from actcache.format.seal import MALFORMED, fingerprint, unseal
 from actcache.format.stats import HookStatistics
 from actcache.store.reader import ArrayReader, HookReader
-
-STORE = "acts.zarr"
-PLAN = "manifest/plan.json"
-CACHE_MANIFEST = "manifest/cache.json"
-ORIGIN = "log/origin.json"
 
 
 class Cache:
@@ -178,11 +163,6 @@ def read_origin(root: Path) -> dict[str, Any]:
         raise ManifestError(f"{root / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
 
 
-def statistics_key(split: str, hook_name: str) -> str:
-    """Path of a hook's statistics below the cache."""
-    return f"stats/{split}/{hook_name}.json"
-
-
 def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReader:
     """Reads "id" or "document" of the packed sequences; there before the first activation is."""
     record = plan.sequences[split]
@@ -197,21 +177,6 @@ def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReade
     )
 
 
-def stored_files(manifest: Manifest) -> dict[str, int]:
-    """Path below acts.zarr -> bytes, of every shard file that the manifest speaks of."""
-    files = {
-        f"{split}/{shard_key(array, shard.index)}": shard.arrays[array.path].n_bytes
-        for split in SPLITS
-        for shard in manifest.shards[split]
-        for array in aligned_arrays(manifest)
-    }
-    for split, record in manifest.plan.sequences.items():
-        for array in sequence_arrays(manifest.identity["context_size"]):
-            for index, stored in enumerate(record.arrays[array.path]):
-                files[f"{split}/{shard_key(array, index)}"] = stored.n_bytes
-    return files
-
-
 def wrong_files(cache: Cache) -> Iterator[str]:
     """What is missing or of a wrong size: a truncated map is SIGBUS, and a missing shard reads as zeros elsewhere."""
     for key, n_bytes in stored_files(cache.manifest).items():
@@ -220,22 +185,6 @@ def wrong_files(cache: Cache) -> Iterator[str]:
         if size != n_bytes:
             found = "is missing or no file" if size is None else f"is {size} bytes long"
             yield f"{path}: must be {n_bytes} bytes long, {found}"
-
-
-def contents(path: Path) -> bytes:
-    """What a regular file holds. Raises OSError: a pipe would block for ever, a device may never end."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "no regular file")
-    return path.read_bytes()
-
-
-def file_bytes(path: Path) -> int | None:
-    """Size of a regular file; None if it is missing, out of reach, or a folder, pipe or device."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _check_identity(cache: Cache) -> None:

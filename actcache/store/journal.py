@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from actcache.errors import CacheLocked, ManifestError
-from actcache.format.manifest import MALFORMED, ShardRecord, seal, shard_record, unseal
-from actcache.store.zarr_metadata import make_folder, naming, sync_folder, write_atomically
-
-MANIFEST = "manifest"
-SETTLING = "manifest/settling.lock"
-PROBE_SECONDS = 0.5  # a probe of another process holds a slot for microseconds
+from actcache.files import make_folder, naming, sync_folder, write_atomically
+from actcache.format.paths import MANIFEST, SETTLING
+from actcache.format.records import ShardRecord, shard_record
+from actcache.format.seal import MALFORMED, seal, unseal
+from actcache.store.locks import is_at, is_held, try_lock
 
 
 class Journal:
@@ -33,7 +31,7 @@ class Journal:
         make_folder(self.path.parent)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by close(), with the lock
         try:
-            if not _locked(self._file.fileno(), fcntl.LOCK_EX) or not _is_at(self.path, self._file.fileno()):
+            if not try_lock(self._file.fileno(), fcntl.LOCK_EX) or not is_at(self.path, self._file.fileno()):
                 raise _held_by_another(root, slot)
             sync_folder(self.path.parent)
             _, n_bytes = _read(self.path)
@@ -77,19 +75,6 @@ class Journal:
         self.close()
 
 
-@contextmanager
-def settling(root: Path) -> Iterator[None]:
-    """The one process that settles the plan, or finalises, at a time; others wait here."""
-    path = root / SETTLING
-    while True:
-        make_folder(path.parent)
-        with open(path, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(path, file.fileno()):
-                yield
-                return
-
-
 def read_journals(root: Path) -> list[ShardRecord]:
     """Every finished shard that any writer has recorded; a line that is still being written is left out."""
     return [record for path in _journals(root) for record in _read(path)[0]]
@@ -119,7 +104,7 @@ def salvage(root: Path) -> dict[Path, list[int]]:
     found = damaged_lines(root)
     for path in found:
         with open(path, "rb") as file:
-            if not _locked(file.fileno(), fcntl.LOCK_EX):
+            if not try_lock(file.fileno(), fcntl.LOCK_EX):
                 raise CacheLocked(f"{path}: another process writes this damaged journal; wait for it")
             write_atomically(path, [line for line, record in _parsed(path) if record is not None])
     return found
@@ -133,7 +118,7 @@ def refuse_held(root: Path, slot: int) -> None:
 
 def active_writers(root: Path) -> set[int]:
     """The slots that a process holds, this one's included; who waits to settle holds none yet."""
-    return {slot for path, slot in _journals(root).items() if _is_held(path)}
+    return {slot for path, slot in _journals(root).items() if is_held(path)}
 
 
 def was_begun(root: Path) -> bool:
@@ -151,37 +136,6 @@ def _journals(root: Path) -> dict[Path, int]:
 
 def _held_by_another(root: Path, slot: int) -> CacheLocked:
     return CacheLocked(f"{root}: another process is writing this cache as worker {slot}; wait for it")
-
-
-def _is_held(path: Path) -> bool:
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _locked(descriptor: int, kind: int) -> bool:
-    """Whether the lock was got; tried for as long as another process's probe may hold it."""
-    deadline = time.monotonic() + PROBE_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        else:
-            return True
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is still the one of that name: whoever held its lock may have replaced or removed it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _read(path: Path) -> tuple[list[ShardRecord], int]:

@@ -15,60 +15,14 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from actcache.errors import CorruptShard
-from actcache.format.codecs import CHECKSUM_BYTES, Codec, crc32c, tensor_view, values
-from actcache.format.manifest import ArrayRecord, ArraySpec, HookSpec, shard_key
-from actcache.store.zarr_metadata import ABSENT
+from actcache.format.arrays import ArraySpec
+from actcache.format.codecs import Codec, values
+from actcache.format.dtypes import tensor_view
+from actcache.format.paths import shard_key
+from actcache.format.records import ArrayRecord, HookSpec
+from actcache.store.shard_file import ShardFile
 
 MAX_OPEN_SHARDS = 128
-INDEX_ENTRY_BYTES = 16
-
-
-class ShardFile:
-    """One shard file, mapped: where each inner chunk lies, by the index at its end (zarr v3 sharding codec)."""
-
-    def __init__(self, path: Path, n_chunks: int, n_bytes: int | None = None):
-        """Raises CorruptShard if the file is missing, is not `n_bytes` long, or its index fails its checksum."""
-        self.path = path
-        index_bytes = n_chunks * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < index_bytes or (n_bytes is not None and size != n_bytes):
-                    wanted = f"{n_bytes} bytes" if n_bytes is not None else f"at least {index_bytes} bytes"
-                    raise CorruptShard(f"{path}: must be {wanted} long, is {size}; run `actcache verify`")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise CorruptShard(f"{path}: the shard is missing; restore it or harvest again") from None
-        except OSError as error:
-            raise CorruptShard(f"{path}: the shard cannot be read ({error.strerror}); restore it") from error
-        self._map.madvise(mmap.MADV_RANDOM)  # the kernel's readahead reads three times what chunks need
-        self._bytes = memoryview(self._map)
-        index = self._bytes[size - index_bytes : size - CHECKSUM_BYTES]
-        if crc32c(index) != int.from_bytes(self._bytes[size - CHECKSUM_BYTES :], "little"):
-            raise CorruptShard(f"{path}: the checksum of the shard index does not match; the file is damaged")
-        self._index = np.frombuffer(index, dtype="<u8").reshape(n_chunks, 2).copy()
-        self._payload_bytes = size - index_bytes
-
-    def chunk(self, number: int) -> memoryview | None:
-        """The stored bytes of a chunk; None where the shard holds none, which Zarr reads as the fill value.
-
-        Raises CorruptShard if the chunk lies outside of the file, or the file changed its size since it was mapped.
-        """
-        if self._map.size() != len(self._map):  # pages beyond the end of a shortened file are SIGBUS
-            raise CorruptShard(f"{self.path}: was {len(self._map)} bytes long, is {self._map.size()}; restore it")
-        offset, size = self._index[number].tolist()
-        if offset == ABSENT and size == ABSENT:
-            return None
-        if offset + size > self._payload_bytes:
-            raise CorruptShard(f"{self.path}: chunk {number} lies outside of the file")
-        return self._bytes[offset : offset + size]
-
-    def advise(self, number: int, advice: int) -> None:
-        """Tell the kernel about the pages of a chunk: MADV_WILLNEED ahead of its use, MADV_DONTNEED behind it."""
-        offset, size = self._index[number].tolist()
-        if offset + size <= self._payload_bytes:
-            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(advice, start, offset + size - start)
 
 
 class ArrayReader:

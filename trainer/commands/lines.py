@@ -9,26 +9,19 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Float
 from torch import Tensor
 
-from actcache.flow import SPLITS
-from actcache.store.cache import Cache, stored_files
-from trainer.features.attribution import LogitAttribution, SimilarFeatures, TokenFeatures
-from trainer.features.features import Context, Features
-from trainer.features.token_strings import Labels, Lens
+from trainer.features.attribution import LogitAttribution
+from trainer.features.read import Context, Features
+from trainer.features.similarity import SimilarFeatures
+from trainer.features.text import TokenFeatures
+from trainer.features.words import Labels, Lens
 from trainer.training.plan import SweepPlan
 
 if TYPE_CHECKING:
-    from actcache.harvesting.estimate import Estimate
+    pass
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
 FEATURE_COLUMNS = ("feature", "density", "max_act", "top_token")
 BLOCKS = " ▁▂▃▄▅▆▇█"
-
-
-def estimate_line(found: Estimate) -> str:
-    """What a harvest would take: rows, bytes, and the seconds in the model where they are known."""
-    time_left = "" if found.seconds is None else f", about {found.seconds:,.0f} s in the model"
-    room = f"{found.free_bytes / 1e9:,.3g} GB free"
-    return f"to harvest: {found.n_rows:,} rows, at most about {found.n_bytes / 1e9:,.3g} GB ({room}){time_left}"
 
 
 def plan_lines(planned: SweepPlan) -> str:
@@ -40,42 +33,6 @@ def plan_lines(planned: SweepPlan) -> str:
     ]
     names = [", ".join(config.name for config in each) for each in planned.passes]
     return "\n".join(lines + ([f"pass {i}: {text}" for i, text in enumerate(names, 1)] if n_passes > 1 else []))
-
-
-def cache_facts(cache: Cache) -> dict[str, Any]:
-    """What a cache holds, of what, and where it is from."""
-    identity = cache.identity
-    return {
-        "path": str(cache.path),
-        "fingerprint": cache.fingerprint,
-        "model": identity["model"],
-        "dataset": identity["dataset"],
-        "hooks": {name: cache.hook(name).d_in for name in cache.hook_names},
-        "rows": {split: cache.n_rows(split) for split in SPLITS},
-        "context_size": cache.context_size,
-        "dtype": identity["dtype"],
-        "codec": identity["codec"],
-        "shard_rows": cache.manifest.shard_rows,
-        "stored_bytes": sum(stored_files(cache.manifest).values()),
-        "origin": cache.origin,
-    }
-
-
-def cache_lines(cache: Cache) -> str:
-    """The same for a person."""
-    facts = cache_facts(cache)
-    rows = ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())
-    hooks = ", ".join(f"{name} [{d_in}]" for name, d_in in facts["hooks"].items())
-    return "\n".join(
-        [
-            f"cache        {facts['path']} ({facts['fingerprint']})",
-            f"model        {facts['model']['name']}",
-            f"dataset      {facts['dataset']['name']}",
-            f"hooks        {hooks}",
-            f"rows         {rows}; {facts['context_size']} tokens a sequence",
-            f"stored       {facts['stored_bytes']:,} bytes, {facts['dtype']}, {facts['codec']}",
-        ]
-    )
 
 
 def evaluation_lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -57,7 +57,7 @@ _USED_BY = {
 
 @runtime_checkable
 class InputStatistics(Protocol):
-    """What a config needs of a hook's statistics (`actcache.stats.HookStatistics` has more)."""
+    """What a config needs of a hook's statistics (`actcache.format.stats.HookStatistics` has more)."""
 
     @property
     def mean_norm(self) -> float: ...

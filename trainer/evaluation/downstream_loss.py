@@ -27,9 +27,9 @@ from torch import Tensor
 from actcache.errors import DatasetError, ManifestError
 from actcache.store.cache import Cache
 from trainer.evaluation.pca import PCA
-from trainer.formats.saelens import SAE
+from trainer.run_folder import read_json, write_json
 from trainer.sae.metrics import ce_loss_score, kl_div_score
-from trainer.training.run import read_json, write_json
+from trainer.sae.sae import SAE
 
 BATCH_TOKENS = 2048  # run through the model at a time, in whole sequences
 PIECE_VALUES = 1 << 24  # of a [row, d_sae] or [token, vocab] matrix that are made at a time: 64 MiB as float32

@@ -24,9 +24,10 @@ from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.evaluation.downstream_loss import BATCH_TOKENS, MODEL_METRICS, Model, model_metrics, piece_rows
 from trainer.evaluation.pca import PCA, fit_pca
-from trainer.formats.saelens import SAE, load_sae
+from trainer.formats.saelens import load_sae
+from trainer.run_folder import read_json, write_json
 from trainer.sae.metrics import ReconstructionSums
-from trainer.training.run import read_json, write_json
+from trainer.sae.sae import SAE
 
 MODEL_TOKENS = 32_768  # of the validation split run through the model
 PCA_ROWS = 131_072  # training rows that a baseline is fitted on, at most

@@ -15,10 +15,10 @@ from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from actcache.errors import ManifestError, NonFiniteActivations
-from actcache.store.zarr_metadata import write_atomically
-from trainer.formats.saelens import SAE
-from trainer.kernels.sparse import KeptEntries, Workspace, encoder_pre_acts, topk_chunk_rows, topk_pre_acts
-from trainer.sae.activations import above
+from actcache.files import write_atomically
+from trainer.kernels.active import KeptEntries, Workspace
+from trainer.kernels.select import above, encoder_pre_acts, topk_chunk_rows, topk_pre_acts
+from trainer.sae.sae import SAE
 
 MAX_ROWS = 4096  # encoded at a time: more make the product no faster
 STORED = {"I64": "<i8", "I32": "<i4", "F32": "<f4"}  # safetensors' names

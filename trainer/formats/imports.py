@@ -12,18 +12,14 @@ from typing import Any
 
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
 from trainer.config.settings import SAEConfig
-from trainer.formats.saelens import CONFIG_FILE, SAE, SAE_LENS_VERSION, WEIGHTS_FILE, sae_files, write_directory
-from trainer.formats.sparsify import (
-    DICTIONARY_LEARNING_FILES,
-    SPARSIFY_FILES,
-    Names,
-    dictionary_learning_sae,
-    saelens_sae,
-    saelens_sae_of,
-    sparsify_sae,
-)
-from trainer.training.run import CONFIG_FILE as RUN_CONFIG
-from trainer.training.run import SAE_FOLDER
+from trainer.formats.dictionary_learning import DICTIONARY_LEARNING_FILES, dictionary_learning_sae
+from trainer.formats.foreign import Names
+from trainer.formats.saelens import CONFIG_FILE, SAE_LENS_VERSION, WEIGHTS_FILE, sae_files, write_directory
+from trainer.formats.saelens_checkpoint import saelens_sae, saelens_sae_of
+from trainer.formats.sparsify import SPARSIFY_FILES, sparsify_sae
+from trainer.run_folder import CONFIG_FILE as RUN_CONFIG
+from trainer.run_folder import SAE_FOLDER
+from trainer.sae.sae import SAE
 
 READERS: dict[str, tuple[tuple[str, str], Callable[[Path, Names], SAE]]] = {  # format -> the files of a folder, reader
     "saelens": ((CONFIG_FILE, WEIGHTS_FILE), saelens_sae),

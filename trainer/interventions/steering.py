@@ -9,8 +9,9 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from actcache.errors import ConfigError
-from trainer.features.attribution import check_latents, check_width, directions, prompt_ids
-from trainer.formats.saelens import SAE
+from trainer.features.logit_lens import check_latents, directions
+from trainer.features.text import check_width, prompt_ids
+from trainer.sae.sae import SAE
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import ManifestError
-from actcache.store.zarr_metadata import write_atomically
-from trainer.features.features import Context, Features, open_features
-from trainer.features.token_strings import Labels, Weighed, read_labels
-from trainer.formats.saelens import SAE, load_sae
+from actcache.files import write_atomically
+from trainer.features.read import Context, Features, open_features
+from trainer.features.words import Labels, Weighed, read_labels
+from trainer.formats.saelens import load_sae
+from trainer.sae.sae import SAE
 
 CREATOR_ID = "clkht01d40000jv08hvalcvly"  # the user that every Neuronpedia database begins with
 CREATOR = "actcache"

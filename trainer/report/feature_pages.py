@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from trainer.features.features import Context, Features
-from trainer.features.token_strings import Labels, Lens
+from trainer.features.read import Context, Features
+from trainer.features.words import Labels, Lens
 
 N_TOP = 10  # contexts with the largest activations
 N_BANDS, N_EACH = 5, 3  # bands of the activation's range below its maximum, and contexts from each

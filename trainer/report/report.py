@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actcache.store.zarr_metadata import write_atomically
-from trainer.features.features import open_features
-from trainer.features.token_strings import has_labels, read_labels
+from actcache.files import write_atomically
+from trainer.features.read import open_features
+from trainer.features.words import has_labels, read_labels
 from trainer.report.feature_pages import feature_pages
 from trainer.report.figures import throughput
 from trainer.report.page import page
@@ -26,7 +26,7 @@ def write_report(runs: Path | str, out: Path | str, *, n_features: int = N_FEATU
 
     Args:
         runs: a folder of runs, or one run.
-        n_features: latents of each SAE that get a page, the most informative ones (`trainer.feature_pages`); fewer
+        n_features: latents of each SAE that get a page, the most informative ones (`feature_pages`); fewer
             where all SAEs together would have more than MOST_FEATURES.
 
     Raises:

@@ -3,39 +3,13 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
-
-SAMPLED_ENTRIES = 1 << 16  # entries looked at to guess where the batch's k-th largest lies
 
 
 def relu(pre_acts: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """max(h, 0); the gradient at 0 is 0."""
     return torch.relu(pre_acts)
-
-
-def batch_topk_kept(
-    pre_acts: Float[Tensor, "batch d_sae"], k: int
-) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
-    """(row, latent) of the `k * batch` largest positive entries of the whole batch, in row-major order.
-
-    Bussmann et al. 2024, "BatchTopK Sparse Autoencoders" (arXiv:2412.06410). L0 is at most k on average over the batch,
-    not per row. Of equal entries the first are kept; NaN counts as the largest. Raises ValueError when k is outside
-    [1, d_sae].
-
-    A sample of the entries gives a cut that about a fifth too many pass; the exact choice is made among those.
-    """
-    batch, d_sae = pre_acts.shape
-    _check_k("batch_topk", k, d_sae)
-    n_kept = k * batch
-    row, latent = above(pre_acts, _guessed_cut(pre_acts, n_kept)).nonzero(as_tuple=True)
-    if len(row) < n_kept:
-        row, latent = above(pre_acts, pre_acts.new_zeros(())).nonzero(as_tuple=True)
-    if len(row) <= n_kept:
-        return row, latent
-    candidates = pre_acts[row, latent]
-    kept = _largest(candidates, n_kept)
-    return row[kept], latent[kept]
 
 
 def matching_pursuit(
@@ -68,13 +42,6 @@ def matching_pursuit(
         if not goes_on.any():
             break
     return feature_acts
-
-
-def above(
-    pre_acts: Float[Tensor, "batch d_sae"], cut: Float[Tensor, "#d_sae"] | Float[Tensor, ""]
-) -> Bool[Tensor, "batch d_sae"]:
-    """Which entries exceed `cut` (a number, or one per latent); NaN does, so that the loss will show it."""
-    return (pre_acts <= cut).logical_not_()
 
 
 def jumprelu(
@@ -126,29 +93,3 @@ class _Heaviside(torch.autograd.Function):
 def _in_window(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """K((h - theta) / eps) on the pre-activation h (on f the half below theta would be lost)."""
     return ((pre_acts - threshold) / bandwidth).abs() < 0.5
-
-
-def _guessed_cut(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Float[Tensor, ""]:
-    """A value >= 0 that about 1.25 * n_kept entries exceed; 0 where so many positive ones are unlikely."""
-    flat = pre_acts.reshape(-1)
-    stride = max(1, flat.numel() // SAMPLED_ENTRIES) | 1  # odd: meets every latent of a power-of-two width
-    sample = flat[::stride]
-    rank = 1 + int(1.25 * n_kept / flat.numel() * sample.numel())
-    if rank >= sample.numel():
-        return flat.new_zeros(())
-    return sample.kthvalue(sample.numel() - rank + 1).values.nan_to_num(nan=0.0).clamp_min(0)
-
-
-def _largest(values: Float[Tensor, " candidate"], n: int) -> Int[Tensor, " largest"]:
-    """Indices of the n largest values, ascending; of equal ones the first."""
-    smallest = values.kthvalue(len(values) - n + 1).values
-    kept = values < smallest
-    surplus = len(values) - int(kept.sum()) - n
-    if surplus > 0:
-        kept[(values == smallest).nonzero().squeeze(1)[-surplus:]] = True
-    return kept.logical_not_().nonzero().squeeze(1)
-
-
-def _check_k(who: str, k: int, d_sae: int) -> None:
-    if not 1 <= k <= d_sae:
-        raise ValueError(f"{who}: k must be in [1, d_sae={d_sae}], got k={k}; pick a smaller k or a wider SAE")

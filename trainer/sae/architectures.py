@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.config.settings import TRANSCODERS, SAEConfig, subtracts_b_dec
-from trainer.kernels import sparse
-from trainer.kernels.sparse import KeptEntries, Workspace
+from trainer.kernels import active, select, sparse
+from trainer.kernels.active import KeptEntries, Workspace
 from trainer.sae import activations
 
 Weights = Mapping[str, Tensor]
@@ -44,7 +44,7 @@ class SAEOutput:
         """How many rows of the batch each latent is active in."""
         if self.kept is None:
             return torch.count_nonzero(self.feature_acts, dim=0)
-        return sparse.firing_counts(self.feature_acts, self.kept)
+        return active.firing_counts(self.feature_acts, self.kept)
 
 
 def initial_weights(
@@ -116,7 +116,7 @@ def forward(
 
 def _standard(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = ReLU(x W_enc^T + b_enc); x_hat = f W_dec + b_dec (Anthropic, "Circuits Updates - April 2024")."""
-    all_pre_acts = sparse.encoder_pre_acts(x, weights["W_enc"], weights["b_enc"], workspace)
+    all_pre_acts = select.encoder_pre_acts(x, weights["W_enc"], weights["b_enc"], workspace)
     pre_acts, kept = _sparse_if_few(all_pre_acts, all_pre_acts.new_zeros(()), x, weights["W_enc"], weights["b_enc"])
     return _decoded(pre_acts, activations.relu(pre_acts), kept, weights, x)
 
@@ -146,7 +146,7 @@ def _topk_kept(
 ) -> tuple[Tensor, KeptEntries]:
     """(pre-activations of the kept entries, which they are)."""
     ranked = _to_be_ranked(config, encoder_input, weights)
-    values, latents = sparse.topk_pre_acts(*ranked, k, workspace, by_magnitude=by_magnitude)
+    values, latents = select.topk_pre_acts(*ranked, k, workspace, by_magnitude=by_magnitude)
     kept = kept_topk(latents, config.d_sae)
     return _exact_pre_acts(config, values.flatten(), kept, weights, encoder_input), kept
 
@@ -190,8 +190,8 @@ def _batchtopk_kept(
     """(encoder input, feature_acts of the kept entries, which they are)."""
     encoder_input = x - weights["b_dec"].detach()
     ranked = _to_be_ranked(config, encoder_input, weights)
-    all_pre_acts = sparse.encoder_pre_acts(*ranked, workspace)
-    row, latent = sparse.batch_topk_entries(all_pre_acts, k)
+    all_pre_acts = select.encoder_pre_acts(*ranked, workspace)
+    row, latent = select.batch_topk_entries(all_pre_acts, k)
     kept = KeptEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
     pre_acts = _exact_pre_acts(config, all_pre_acts[row, latent], kept, weights, encoder_input)
     return encoder_input, activations.relu(pre_acts), kept
@@ -217,7 +217,7 @@ def _exact_pre_acts(
 def _gated(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = 1[pi > 0] ReLU(exp(r_mag) u + b_mag), u = (x - b_dec) W_enc^T, pi = u + b_gate (arXiv:2404.16014)."""
     W_enc, b_gate, encoder_input = weights["W_enc"], weights["b_gate"], x - weights["b_dec"].detach()
-    all_gates = sparse.encoder_pre_acts(encoder_input, W_enc, b_gate, workspace)
+    all_gates = select.encoder_pre_acts(encoder_input, W_enc, b_gate, workspace)
     gate, kept = _sparse_if_few(all_gates, all_gates.new_zeros(()), encoder_input, W_enc, b_gate, weights["b_dec"])
     u = gate - per_entry(b_gate, kept)
     magnitude = u * per_entry(weights["r_mag"].exp(), kept) + per_entry(weights["b_mag"], kept)
@@ -234,7 +234,7 @@ def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace:
     assert config.jumprelu_bandwidth is not None
     W_enc, b_enc = weights["W_enc"], weights["b_enc"]
     bandwidth, threshold = config.jumprelu_bandwidth, weights["threshold"]
-    all_pre_acts = sparse.encoder_pre_acts(x, W_enc, b_enc, workspace)
+    all_pre_acts = select.encoder_pre_acts(x, W_enc, b_enc, workspace)
     if config.pre_act_loss_coefficient:  # reaches every latent below its threshold
         pre_acts, kept = sparse.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, None), None
     else:
@@ -286,11 +286,11 @@ def _sparse_if_few(
 ) -> tuple[Tensor, KeptEntries | None]:
     """The pre-activations above `cut` where they are few, else all of them; with gradients, as `kernels` gives them."""
     batch, d_sae = all_pre_acts.shape
-    is_kept = activations.above(all_pre_acts, cut)
-    n_kept = sparse.n_true(is_kept)  # worth CUDA's wait: without it every step would be dense, five times the FLOPs
+    is_kept = select.above(all_pre_acts, cut)
+    n_kept = active.n_true(is_kept)  # worth CUDA's wait: without it every step would be dense, five times the FLOPs
     if n_kept > DENSEST_SPARSE * batch * d_sae:
         return sparse.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, b_dec), None
-    row, latent = sparse.true_entries(is_kept, n_kept)
+    row, latent = active.true_entries(is_kept, n_kept)
     kept = KeptEntries.of(row, latent, batch=batch, d_sae=d_sae)
     values = all_pre_acts[row, latent]
     return sparse.kept_pre_acts(values, kept, x, W_enc, b_enc, b_dec), kept

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trainer.config.settings import TRANSCODERS, SAEConfig
-from trainer.kernels import sparse
-from trainer.kernels.sparse import Workspace
+from trainer.kernels import active, select, sparse
+from trainer.kernels.active import Workspace
 from trainer.sae import activations
 from trainer.sae.architectures import SAEOutput, Weights, kept_pre_acts, kept_topk, per_entry
 
@@ -85,14 +85,14 @@ def aux_k_loss(
     nothing = error.new_zeros(())
     if dead is None or config.k_aux == 0 or config.aux_coefficient == 0:
         return nothing
-    n_dead = sparse.n_true(dead)  # worth CUDA's wait: the encoder of all latents and k_aux a row would cost far more
+    n_dead = active.n_true(dead)  # worth CUDA's wait: the encoder of all latents and k_aux a row would cost far more
     if n_dead == 0:
         return nothing
     k_aux = min(config.k_aux, n_dead)
-    _, dead_latents = sparse.true_entries(dead[None], n_dead)
+    _, dead_latents = active.true_entries(dead[None], n_dead)
     W_enc, b_enc = weights["W_enc"].detach()[dead_latents], weights["b_enc"].detach()[dead_latents]
     signed = config.architecture == "abstopk"
-    values, which = sparse.topk_pre_acts(output.encoder_input, W_enc, b_enc, k_aux, workspace, by_magnitude=signed)
+    values, which = select.topk_pre_acts(output.encoder_input, W_enc, b_enc, k_aux, workspace, by_magnitude=signed)
     kept = kept_topk(dead_latents[which], config.d_sae)
     pre_acts = kept_pre_acts(values.flatten(), kept, weights, output.encoder_input, config)
     e_hat = sparse.sparse_decode(pre_acts if signed else activations.relu(pre_acts), kept, weights["W_dec"])

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.store.zarr_metadata import remove_partials, write_atomically
+from actcache.files import remove_partials, write_atomically
 from trainer.config.settings import SAEConfig
 from trainer.training.step import TrainState, initial_state
 

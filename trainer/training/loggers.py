@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from actcache.errors import ActcacheError, ConfigError
-from actcache.store.zarr_metadata import write_atomically
+from actcache.files import write_atomically
 from trainer.config.settings import SAEConfig
 
 PROJECT = "actcache"  # of wandb, unless WANDB_PROJECT names another, and of trackio

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from actcache.errors import ConfigError
 from trainer.config.settings import SAEConfig
-from trainer.kernels import sparse
+from trainer.kernels import active
 
 COSINE_WARM_UP_START = 0.1  # share of lr that a cosine warm-up begins at (Rajamanoharan et al. 2024, arXiv:2407.14435)
 
@@ -110,7 +110,7 @@ def clip_gradients_(weights: Iterable[Tensor], max_norm: float) -> None:
     """
     weights = list(weights)
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-    if sparse.on_cuda(norm) or not norm <= max_norm:
+    if active.on_cuda(norm) or not norm <= max_norm:
         torch.nn.utils.clip_grads_with_norm_(weights, max_norm, norm)
 
 

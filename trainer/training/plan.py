@@ -13,7 +13,8 @@ import torch
 
 from actcache.errors import ConfigError
 from trainer.config.settings import TOPK_FAMILY, SAEConfig
-from trainer.kernels.sparse import Workspace, topk_chunk_rows
+from trainer.kernels.active import Workspace
+from trainer.kernels.select import topk_chunk_rows
 from trainer.training.step import initial_state, train_step
 
 LOADER_BYTES = 640 << 20  # a hook: three groups of at most 144 MiB, and the numbers of the rows of two of them

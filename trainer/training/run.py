@@ -18,21 +18,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actcache.errors import CacheMismatch, ManifestError, TrainingDiverged
-from actcache.store.zarr_metadata import write_atomically
+from actcache.errors import TrainingDiverged
+from actcache.files import write_atomically
 from trainer.config.settings import SAEConfig, TrainConfig
-from trainer.kernels import sparse
-from trainer.kernels.sparse import Workspace
+from trainer.kernels import active
+from trainer.kernels.active import Workspace
+from trainer.run_folder import CHECKPOINTS, FAILED_FILE, METRICS_FILE, TIMING_FILE, read_json, whole_lines, write_json
 from trainer.training.checkpoint import checkpoint_step, latest_checkpoint, save_checkpoint
 from trainer.training.loggers import MetricLogger
 from trainer.training.step import TrainState, check_losses_are_finite, check_weights_are_finite, log_record, train_step
 
-CONFIG_FILE, METRICS_FILE, TIMING_FILE, FAILED_FILE = "config.json", "metrics.jsonl", "timing.jsonl", "failed.json"
-CHECKPOINTS, SAE_FOLDER = "checkpoint", "sae"
 LOOK_EVERY = 100  # steps on CUDA, at most, before their losses are looked at: whoever looks waits for the device
 Moment = float | torch.cuda.Event
-# between two calls on one folder: they change no result
-_MAY_DIFFER = ("cache.path", "train.checkpoint_every", "train.keep_checkpoints")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +100,7 @@ class Run:
             return
         self._unseen.append((outcome.loss.total, started, _moment(x.device)))
         is_logged = self.is_due(self._train_config.log_every) or self.is_due(self._train_config.eval_every)
-        if is_logged or len(self._unseen) == LOOK_EVERY or not sparse.on_cuda(x):
+        if is_logged or len(self._unseen) == LOOK_EVERY or not active.on_cuda(x):
             self._look()
         if is_logged and self.error is None:
             self._line = log_record(self.state, y, outcome)
@@ -196,46 +193,6 @@ def _seconds(started: Moment, ended: Moment) -> float:
     return ended - started
 
 
-def check_out(out: Path, names: set[str]) -> None:
-    """Raises CacheMismatch for a file, and for a folder with things in it of which none is a run."""
-    if out.is_file():
-        raise CacheMismatch(f"{out}: must be a folder for runs, is a file; pass another --out")
-    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if held and not names.intersection(held) and not any(out.glob(f"*/{CONFIG_FILE}")):
-        raise CacheMismatch(f"{out}: must be empty or hold runs, holds {', '.join(held[:5])}; pass another --out")
-
-
-def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
-    """Raises CacheMismatch unless the folder is absent, empty, or of this very run."""
-    if not folder.exists():
-        return
-    if not (folder / CONFIG_FILE).is_file():
-        if not folder.is_dir() or any(not path.name.endswith(".partial") for path in folder.iterdir()):
-            raise CacheMismatch(f"{folder}: must be a run or absent, it has no {CONFIG_FILE}; pass another --out")
-        return
-    held, wanted = _flat(read_json(folder / CONFIG_FILE)), _flat(description)
-    differences = [
-        f"{key} is {held.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in sorted({*held, *wanted} - set(_MAY_DIFFER))
-        if held.get(key) != wanted.get(key)
-    ]
-    if differences:
-        raise CacheMismatch(f"{folder}: holds another run: {'; '.join(differences)}; pass another --out or name")
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"sae": {"lr": 1}} -> {"sae.lr": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def is_over(folder: Path) -> bool:
-    """Whether an earlier call finished this run, or saw it diverge (it would again)."""
-    return (folder / SAE_FOLDER).is_dir() or (folder / FAILED_FILE).is_file()
-
-
 def saved_step(folder: Path) -> int:
     """Steps done at the latest checkpoint of a run; 0 without one."""
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
@@ -244,7 +201,7 @@ def saved_step(folder: Path) -> int:
 
 def stored_record(config: SAEConfig, folder: Path) -> RunRecord:
     """The record of a run that an earlier call ended."""
-    lines = _lines(folder / METRICS_FILE)
+    lines = whole_lines(folder / METRICS_FILE)
     failed = folder / FAILED_FILE
     error = str(read_json(failed).get("error")) if failed.is_file() else None
     return RunRecord(config=config, folder=folder, metrics=lines[-1] if lines else {}, seconds=0.0, error=error)
@@ -252,35 +209,8 @@ def stored_record(config: SAEConfig, folder: Path) -> RunRecord:
 
 def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
     """Remove the lines after `step`, and a torn one, which a resumed run writes again; returns those that stay."""
-    kept = [line for line in _lines(path) if line["step"] <= step]
+    kept = [line for line in whole_lines(path) if line["step"] <= step]
     text = "".join(json.dumps(line) + "\n" for line in kept).encode()
     if path.exists() and path.read_bytes() != text:
         write_atomically(path, [text])
     return kept
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log, up to the first that a kill has torn; [] without a file."""
-    lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ManifestError for anything else."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path}: must be readable JSON, got {type(error).__name__}: {error}") from error
-    if not isinstance(values, dict):
-        raise ManifestError(f"{path}: must be a JSON object, got {type(values).__name__}")
-    return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write canonical JSON (sorted keys, finite numbers, one newline at the end), whole or not at all."""
-    write_atomically(path, [(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()])

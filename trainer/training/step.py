@@ -11,9 +11,9 @@ from torch import Tensor
 from actcache.errors import TrainingDiverged
 from actcache.flow import Batch
 from trainer.config.settings import PENALISED, SAEConfig, ScaledHook
-from trainer.kernels import sparse
-from trainer.kernels.sparse import Workspace, encoder_pre_acts
-from trainer.sae.activations import batch_topk_kept
+from trainer.kernels import active
+from trainer.kernels.active import Workspace
+from trainer.kernels.select import batch_topk_kept, encoder_pre_acts
 from trainer.sae.architectures import SAEOutput, forward, initial_weights
 from trainer.sae.losses import LossTerms, loss_terms
 from trainer.sae.metrics import explained_variance
@@ -118,7 +118,7 @@ def train_step(
         workspace=workspace,
     )
     total = loss.total
-    if not sparse.on_cuda(total):
+    if not active.on_cuda(total):
         check_losses_are_finite(config, total.detach()[None], first_step=state.step)
     total.backward()
     lr = lr_at(config, state.step)

@@ -1,6 +1,6 @@
 """Each batch is read once and every SAE is stepped on it; `train` does that for a cache and a sweep file.
 
-`trainer.runs` says what RUNS/<name>/ of each SAE holds. The same call again goes on where the last one stopped, bit for
+`run` says what RUNS/<name>/ of each SAE holds. The same call again goes on where the last one stopped, bit for
 bit.
 """
 
@@ -28,24 +28,13 @@ from actcache.store.cache import Cache
 from trainer.config.settings import BATCH_FAMILY, TRANSCODERS, DecoderBiasInit, SAEConfig, ScaledHook, TrainConfig
 from trainer.config.sweep import SweepConfig
 from trainer.formats.saelens import save_inference_sae
-from trainer.kernels.sparse import Workspace
+from trainer.kernels.active import Workspace
+from trainer.run_folder import CHECKPOINTS, CONFIG_FILE, SAE_FOLDER, check_folder, check_out, is_over, write_json
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
 from trainer.training.optimiser import check_optimizer
 from trainer.training.plan import SweepPlan, free_memory, plan_passes
-from trainer.training.run import (
-    CHECKPOINTS,
-    CONFIG_FILE,
-    SAE_FOLDER,
-    Run,
-    RunRecord,
-    check_folder,
-    check_out,
-    is_over,
-    saved_step,
-    stored_record,
-    write_json,
-)
+from trainer.training.run import Run, RunRecord, saved_step, stored_record
 from trainer.training.step import TrainState, calibrated_threshold, inference_weights, initial_state, scaled_rows
 from trainer.training.validation import check_validation, validation_batches, validation_metrics
 
@@ -89,7 +78,7 @@ def train(
     Returns one record a run, in order; an SAE that diverged says so in its record while the others went on.
     memory_bytes: what training may take, most of what is free if None; SAEs that do not fit together are trained in
     several passes over the cache, as `plan` says. loggers: of "wandb", "trackio" and "tensorboard", where the lines of
-    metrics.jsonl go besides (`trainer.loggers`).
+    metrics.jsonl go besides (`loggers`).
 
     Raises:
         ConfigError: more tokens asked than the epochs serve, a setting that does not fit the cache, an SAE that does

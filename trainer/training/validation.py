@@ -13,7 +13,7 @@ from actcache.flow import Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.config.settings import SAEConfig, ScaledHook, TrainConfig
-from trainer.kernels.sparse import Workspace
+from trainer.kernels.active import Workspace
 from trainer.sae.architectures import forward
 from trainer.sae.metrics import ReconstructionSums
 from trainer.training.step import TrainState, scaled_rows

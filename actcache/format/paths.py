@@ -1,0 +1,27 @@
+"""Where the files of a cache lie, relative to its folder."""
+
+from __future__ import annotations
+
+from actcache.format.arrays import ArraySpec
+
+STORE = "acts.zarr"
+PLAN = "manifest/plan.json"
+CACHE_MANIFEST = "manifest/cache.json"
+ORIGIN = "log/origin.json"
+MANIFEST = "manifest"
+SETTLING = "manifest/settling.lock"
+
+
+def shard_key(array: ArraySpec, index: int) -> str:
+    """Path of a shard's file below its split, by Zarr's default chunk key encoding."""
+    return f"{array.path}/c/{index}" + ("" if array.width is None else "/0")
+
+
+def partials_key(split: str, index: int, hook_name: str) -> str:
+    """Path, below the cache, of the partial statistics of one hook in one shard."""
+    return f"manifest/partials/{split}-{index:06d}-{hook_name}.safetensors"
+
+
+def statistics_key(split: str, hook_name: str) -> str:
+    """Path of a hook's statistics below the cache."""
+    return f"stats/{split}/{hook_name}.json"

@@ -1,0 +1,140 @@
+"""What the manifest says of one shard: its rows, its hooks, and the size and checksums of each array."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from actcache.errors import ManifestError
+from actcache.flow import SPLITS
+
+HOOK_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookSpec:
+    """One hook of a cache: its width and its logical dtype."""
+
+    hook_name: str
+    d_in: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArrayRecord:
+    """What is stored of one array in one shard: file size in bytes and each chunk's CRC-32C."""
+
+    n_bytes: int
+    checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """One finished shard: flat tokens [first_token, first_token + n_rows) of a split, per array what is stored.
+
+    hooks: those whose arrays are stored. compute: what decides the last bits of a value beside the identity.
+    partials: file name below manifest/partials -> CRC-32C, the statistics of the shard. attempt: how often the shard
+    was written anew because it had grown or was damaged; of several lines the one of the last attempt is true.
+    """
+
+    split: str
+    index: int
+    first_token: int
+    n_rows: int
+    hooks: tuple[HookSpec, ...]
+    arrays: dict[str, ArrayRecord]
+    partials: dict[str, int]
+    compute: dict[str, Any]
+    attempt: int = 0
+
+    def merge(self, other: ShardRecord) -> ShardRecord:
+        """This record with the arrays of another line about the same shard; the later line wins."""
+        return ShardRecord(
+            split=self.split,
+            index=self.index,
+            first_token=other.first_token,
+            n_rows=other.n_rows,
+            hooks=tuple({hook.hook_name: hook for hook in (*self.hooks, *other.hooks)}.values()),
+            arrays={**self.arrays, **other.arrays},
+            partials={**self.partials, **other.partials},
+            compute=other.compute,
+            attempt=other.attempt,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequencesRecord:
+    """The packed sequences of one split: how many, and array path -> what is stored of each of its shards."""
+
+    n_sequences: int
+    arrays: dict[str, tuple[ArrayRecord, ...]]
+
+
+def shard_record(values: dict[str, Any]) -> ShardRecord:
+    """One line of a writer's manifest, checked. Raises ManifestError or one of MALFORMED for malformed values."""
+    if values["split"] not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {values['split']!r}")
+    arrays = {path: _array_record(array) for path, array in values["arrays"].items()}
+    for name in (*arrays, *values["partials"]):
+        _check_path(name)
+    return ShardRecord(
+        split=values["split"],
+        index=whole_number("index", values["index"]),
+        first_token=whole_number("first_token", values["first_token"]),
+        n_rows=whole_number("n_rows", values["n_rows"]),
+        hooks=tuple(hook_spec(hook) for hook in values["hooks"]),
+        arrays=arrays,
+        partials={name: _checksum(checksum) for name, checksum in values["partials"].items()},
+        compute=dict(values["compute"]),
+        attempt=whole_number("attempt", values["attempt"]),
+    )
+
+
+def whole_number(name: str, value: object, lowest: int = 0, highest: int = (1 << 63) - 1) -> int:
+    """`value` if it is a whole number in range; neither True nor 1.0 nor "1" is one."""
+    if type(value) is not int or not lowest <= value <= highest:
+        got = reprlib.repr(value)  # cut short: it may be long or nested
+        raise ManifestError(f"manifest: {name} must be a whole number in [{lowest}, {highest}], got {got}")
+    return value
+
+
+def hook_spec(values: dict[str, Any]) -> HookSpec:
+    hook = HookSpec(**values)
+    if not HOOK_NAME.fullmatch(hook.hook_name):
+        raise ManifestError(f"manifest: hook_name must be dotted words, got {hook.hook_name!r}")
+    whole_number("d_in", hook.d_in, lowest=1)
+    return hook
+
+
+def sequences_record(values: dict[str, Any]) -> SequencesRecord:
+    n_sequences = whole_number("n_sequences", values["n_sequences"])
+    arrays = {path: tuple(_array_record(shard) for shard in shards) for path, shards in values["arrays"].items()}
+    return SequencesRecord(n_sequences=n_sequences, arrays=arrays)
+
+
+def merge_records(records: Iterable[ShardRecord]) -> dict[tuple[str, int], ShardRecord]:
+    """(split, index) -> one record with the arrays of all its lines; a line of a grown shard replaces those before."""
+    merged: dict[tuple[str, int], ShardRecord] = {}
+    for record in sorted(records, key=lambda record: record.attempt):
+        key = (record.split, record.index)
+        held = merged.get(key)
+        merged[key] = held.merge(record) if held and held.n_rows == record.n_rows else record
+    return merged
+
+
+def _checksum(value: object) -> int:
+    return whole_number("checksum", value, highest=(1 << 32) - 1)
+
+
+def _array_record(values: dict[str, Any]) -> ArrayRecord:
+    checksums = tuple(_checksum(checksum) for checksum in values["checksums"])
+    return ArrayRecord(n_bytes=whole_number("n_bytes", values["n_bytes"]), checksums=checksums)
+
+
+def _check_path(path: str) -> None:
+    parts = path.split("/")
+    if not all(re.fullmatch(r"[A-Za-z0-9_.\-]+", part) and part.strip(".") for part in parts):
+        raise ValueError(f"a path must stay below the cache's folder, got {path!r}")

@@ -1,0 +1,38 @@
+"""Sealed JSON: canonical, and its last key is the CRC-32C of all before it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from actcache.errors import ManifestError
+from actcache.format.codecs import crc32c
+
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError)  # what malformed JSON values raise
+SEAL = re.compile(rb'(\{.*),"crc32c":"([0-9a-f]{8})"\}\n', re.DOTALL)
+
+
+def seal(values: Mapping[str, Any]) -> bytes:
+    """Canonical JSON (sorted keys, no spaces) with its own CRC-32C as the last key, and a newline."""
+    body = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)[:-1].encode()
+    return body + f',"crc32c":"{crc32c(body):08x}"}}\n'.encode()
+
+
+def unseal(sealed: bytes, source: Path) -> dict[str, Any]:
+    """The values of a sealed line or file. Raises ManifestError naming `source` if a byte differs."""
+    match = SEAL.fullmatch(sealed)
+    if match is None or crc32c(match[1]) != int(match[2], 16):
+        raise ManifestError(f"{source}: its checksum does not match its bytes; restore the file or harvest again")
+    try:
+        return json.loads(match[1] + b"}")
+    except (ValueError, RecursionError) as error:  # no JSON, or nested too deeply, under a seal that is right
+        raise ManifestError(f"{source}: cannot be read as JSON ({type(error).__name__}); harvest again") from error
+
+
+def fingerprint(sealed_manifest: bytes) -> str:
+    """What a run remembers of the cache it was trained on: sha256 of manifest/cache.json, 16 hex digits."""
+    return hashlib.sha256(sealed_manifest).hexdigest()[:16]

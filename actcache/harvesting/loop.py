@@ -1,0 +1,258 @@
+"""The one loop that runs a language model: packed sequences -> activations of every asked hook -> shards.
+
+While the model runs shard i, other threads encode and write shard i - 1 from the other of two windows; a window that is
+not free yet blocks the loop, so nothing is dropped and memory is bounded by two windows. A model whose threads take
+every core has one window, and takes turns with the encoder threads: beside it, each of its threads would wait at every
+operation for the one that has lost its core.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from actcache.flow import SPLITS, ActivationBatch
+from actcache.format.arrays import token_arrays
+from actcache.format.codecs import codec
+from actcache.format.manifest import Plan
+from actcache.format.records import ShardRecord
+from actcache.harvesting.config import HarvestConfig
+from actcache.harvesting.encoder import ShardEncoder
+from actcache.harvesting.estimate import encoder_threads, expected_bytes, free_bytes, refuse_small_disk, spare_cores
+from actcache.harvesting.provenance import compute_of, other_compute
+from actcache.harvesting.tasks import Owed
+from actcache.harvesting.window import Window
+from actcache.models.batch_size import largest_batch
+from actcache.models.language_model import LanguageModel
+from actcache.store.shard import Shard
+
+Progress = Callable[[int, int], None]
+logger = logging.getLogger("actcache")
+
+
+@dataclass(slots=True)
+class HarvestTimes:
+    """Seconds of one call. pack: settling the plan. finalise: statistics and metadata. total: all of it.
+
+    Of the stages: busy, and wait, the time that its threads had nothing to do or no room; encode is a sum over threads.
+    """
+
+    n_tokens: int = 0
+    pack: float = 0.0
+    model_busy: float = 0.0
+    model_wait: float = 0.0
+    copy_busy: float = 0.0
+    copy_wait: float = 0.0
+    encode_busy: float = 0.0
+    encode_wait: float = 0.0
+    write_busy: float = 0.0
+    write_wait: float = 0.0
+    finalise: float = 0.0
+    total: float = 0.0
+
+    def described(self) -> str:
+        """A line for a person."""
+        stages = ", ".join(
+            f"{name} {getattr(self, f'{name}_busy'):.1f} s busy {getattr(self, f'{name}_wait'):.1f} s waiting"
+            for name in ("model", "copy", "encode", "write")
+        )
+        rate = self.n_tokens / max(self.model_busy, 1e-9)
+        return f"harvested {self.n_tokens} tokens in {self.total:.1f} s ({rate:,.0f} tokens/s in the model): {stages}"
+
+
+def redo(
+    root: Path,
+    plan: Plan,
+    model: LanguageModel,
+    owed: Sequence[Owed],
+    held: dict[tuple[str, int], ShardRecord],
+    batch_size: int,
+    written: Callable[[ShardRecord], None],
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """Write arrays of recorded shards anew, from the same forward batches; token arrays in `held` are left alone.
+
+    written: called, in a thread of its own, with the record of each shard whose files are there. For whoever holds a
+    slot. Raises CorruptShard if the packed sequences of a shard are damaged.
+    """
+    hook_names = dict.fromkeys(hook.hook_name for _, _, hooks, _ in owed for hook in hooks)
+    config = HarvestConfig(
+        hook_names=tuple(hook_names), context_size=plan.identity["context_size"], batch_size=batch_size
+    )
+    Harvester(root, plan, model, owed, held, config, written, HarvestTimes(), progress).run()
+
+
+class Harvester:
+    """Runs the model over the owed shards, while threads write those before."""
+
+    def __init__(
+        self,
+        root: Path,
+        plan: Plan,
+        model: LanguageModel,
+        todo: Sequence[Owed],
+        done: dict[tuple[str, int], ShardRecord],
+        config: HarvestConfig,
+        written: Callable[[ShardRecord], None],
+        times: HarvestTimes,
+        progress: Progress | None,
+    ):
+        """done: what is recorded. written: called with the record of each shard whose files are there."""
+        self._root, self._plan, self._model, self._written, self._times = root, plan, model, written, times
+        self._todo, self._done = todo, done
+        self._context_size = plan.identity["context_size"]
+        self._windows = self._made_windows()  # before the batch size is measured by what fits beside them
+        self._batch_size = config.batch_size or self._settled_batch_size(config)
+        self._compute = compute_of(model, self._batch_size)
+        self._progress = progress
+        self._n_rows = sum(plan.n_rows(split) for split in SPLITS)
+        self._rows_done = self._n_rows - self._rows(todo)
+
+    def run(self) -> None:
+        """Harvest every owed shard; on an error or Ctrl-C the shard being written is still finished."""
+        if not self._todo:
+            return
+        self._announce()
+        started = time.perf_counter()
+        n_threads = encoder_threads(self._model.device)
+        encoder = ShardEncoder(self._root, self._plan, self._model.device, self._compute, n_threads)
+        with closing(encoder), ThreadPoolExecutor(1, "actcache-write") as writer:
+            pending: list[Future[None]] = []
+            for split, index, hooks, attempt in self._todo:
+                window = self._free_window(pending)
+                shard = Shard.of(self._root, self._plan, split, index, hooks, attempt)
+                self._fill(window, shard)
+                ready = _recorded_event(self._model.device)
+                pending.append(writer.submit(self._write, encoder, shard, window, ready))
+            for future in pending:
+                future.result()
+        self._add_stages(encoder, time.perf_counter() - started, n_threads)
+
+    def warn_of_other_compute(self) -> None:
+        """Say, once, what finished shards were computed with if it is something else."""
+        others = (other_compute(record.compute, self._compute) for record in self._done.values())
+        if other := next(filter(None, others), None):
+            logger.warning(
+                "%s: finished shards were computed with another %s; bytes may differ in the last bit", self._root, other
+            )
+
+    def _rows(self, entries: Sequence[Owed]) -> int:
+        return sum(self._plan.rows_of(split, index) for split, index, _, _ in entries)
+
+    def _settled_batch_size(self, config: HarvestConfig) -> int:
+        """As finished shards were computed, so that bytes are equal; else by device: measured on CUDA."""
+        for record in self._done.values():
+            return record.compute["batch_size"]
+        if self._model.device.type == "cuda":
+            return largest_batch(self._model, self._context_size, config.hook_names)
+        return config.batch_sequences
+
+    def _announce(self) -> None:
+        """Refuse a disk that is too small for what is owed, else say how much that is."""
+        n_bytes = sum(
+            expected_bytes(self._plan.rows_of(split, index), hooks, self._plan.identity["codec"])
+            for split, index, hooks, _ in self._todo
+        )
+        refuse_small_disk(self._root, n_bytes)
+        free = free_bytes(self._root)
+        logger.info(
+            "%d shards, %d rows, at most about %.3g GB (%.3g GB free)",
+            len(self._todo),
+            self._rows(self._todo),
+            n_bytes / 1e9,
+            free / 1e9,
+        )
+
+    def _made_windows(self) -> queue.Queue[Window]:
+        windows: queue.Queue[Window] = queue.Queue()
+        rows = max((self._plan.rows_of(split, index) for split, index, _, _ in self._todo), default=0)
+        hooks = list(dict.fromkeys(hook for _, _, hooks, _ in self._todo for hook in hooks))
+        n_windows = 2 if spare_cores(self._model.device) else 1
+        for _ in range(min(n_windows, len(self._todo))):
+            windows.put(Window(hooks, codec(self._plan.identity["codec"]), rows, self._model.device))
+        return windows
+
+    def _fill(self, window: Window, shard: Shard) -> None:
+        permutation = torch.from_numpy(shard.permutation).to(self._model.device)
+        hook_names = [hook.hook_name for hook in shard.hooks]
+        started = time.perf_counter()
+        for tokens in shard.token_batches(self._batch_size):
+            first_token = tokens.first_sequence * self._context_size
+            made = partial(ActivationBatch, first_token=first_token)
+            self._model.show(
+                torch.from_numpy(tokens.token_ids),
+                hook_names,
+                lambda name, x, made=made: window.add(made(hook_name=name, x=x), shard.first_token, permutation),
+            )
+            if self._progress:
+                last_token = first_token + tokens.token_ids.size - shard.first_token
+                self._progress(self._rows_done + min(last_token, shard.n_rows), self._n_rows)
+        self._rows_done += shard.n_rows
+        self._times.n_tokens += shard.n_rows
+        self._times.model_busy += time.perf_counter() - started
+
+    def _free_window(self, pending: list[Future[None]]) -> Window:
+        """The next window that is not being written; a failed writer raises here instead of blocking for ever."""
+        started = time.perf_counter()
+        while self._windows.empty() and pending:
+            pending.pop(0).result()
+        for future in [future for future in pending if future.done()]:
+            future.result()
+        self._times.model_wait += time.perf_counter() - started
+        return self._windows.get_nowait()
+
+    # --- in the writer's thread ---
+
+    def _write(self, encoder: ShardEncoder, shard: Shard, window: Window, ready: torch.cuda.Event | None) -> None:
+        with_tokens = not self._has_tokens(shard)
+        record = encoder.write(shard, window, with_tokens=with_tokens, ready=ready)
+        self._written(record)
+        self._windows.put(window)
+        if (shard.split, shard.index) == self._todo[0][:2]:
+            self._say_first(record)
+
+    def _has_tokens(self, shard: Shard) -> bool:
+        """Whether the shard's token arrays are there, of the rows that it has now."""
+        record = self._done.get((shard.split, shard.index))
+        arrays = token_arrays(self._plan.identity["shard_rows"])
+        return record is not None and record.n_rows == shard.n_rows and all(a.path in record.arrays for a in arrays)
+
+    def _say_first(self, record: ShardRecord) -> None:
+        """After the first shard: what the rest will take."""
+        rest = self._rows(self._todo) - record.n_rows
+        if rest:
+            rate = self._times.n_tokens / self._times.model_busy
+            row_bytes = sum(array.n_bytes for array in record.arrays.values()) / record.n_rows
+            logger.info(
+                "first shard: %.0f tokens/s, %.0f bytes a row; about %.0f s and %.3g GB to go",
+                rate,
+                row_bytes,
+                rest / rate,
+                rest * row_bytes / 1e9,
+            )
+
+    def _add_stages(self, encoder: ShardEncoder, elapsed: float, n_threads: int) -> None:
+        times, found = self._times, encoder.seconds
+        times.copy_busy, times.encode_busy, times.write_busy = found.copy, found.encode, found.write
+        times.copy_wait = elapsed - found.copy
+        times.encode_wait = n_threads * elapsed - found.encode
+        times.write_wait = elapsed - found.write
+
+
+def _recorded_event(device: torch.device) -> torch.cuda.Event | None:
+    """On CUDA, an event after the last scatter into a window: the writer's thread waits for it, not the model."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,0 +1,104 @@
+"""Where activations come from: the identity of a cache, and how each shard was computed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actcache.errors import CacheMismatch
+from actcache.format.identity import FORMAT_VERSION
+from actcache.format.manifest import Plan
+from actcache.harvesting.config import HarvestConfig
+from actcache.models.language_model import LanguageModel
+from actcache.text.sources import DatasetSource, Source
+from actcache.text.tokenise import tokenizer_hash
+
+SIZES = ("shard_rows", "chunk_rows")  # settled when a cache is created, not asked for
+
+
+def refuse_other_identity(root: Path, held: Plan, wanted: Mapping[str, Any]) -> None:
+    """Raise CacheMismatch, listing the differences, if the plan there is not of this identity (but for SIZES)."""
+    wanted = {**wanted, **{size: held.identity[size] for size in SIZES}}
+    differences = [
+        f"{key} is {held.identity.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in sorted({*held.identity, *wanted})
+        if held.identity.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise CacheMismatch(f"{root}: holds another cache: {'; '.join(differences)}; pass another --out")
+
+
+def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageModel) -> None:
+    """Raise CacheMismatch unless it is the model of that identity, wherever it lies, with its tokenizer.
+
+    Hashes are compared where both have them, else name and revision; of an imported cache, which has none, the name.
+    """
+    there = {**identity["model"], "tokenizer_sha256": identity["tokenizer_sha256"]}
+    here = {**model.identity, "tokenizer_sha256": tokenizer_hash(model.tokenizer)}
+    hashes = [key for key in ("config_sha256", "weights_sha256") if there.get(key) and here.get(key)]
+    keys = [*(hashes or ("name", "revision")), "tokenizer_sha256"]
+    if identity["tokenizer_sha256"] is None:
+        keys = ["name"]
+    differences = [f"{key} is {there.get(key)} there, {here[key]} here" for key in keys if there.get(key) != here[key]]
+    if differences:
+        raise CacheMismatch(
+            f"{root}: was harvested from {there['name']!r}, the model is {here['name']!r}: {'; '.join(differences)}; "
+            "pass that model, loaded in the same dtype"
+        )
+
+
+def identity_of(model: LanguageModel, source: Source, config: HarvestConfig) -> dict[str, Any]:
+    """What tells the cache of this harvest from another, but for SIZES."""
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "model": model.identity,
+        "tokenizer_sha256": tokenizer_hash(model.tokenizer),
+        "special_token_ids": sorted(set(model.tokenizer.all_special_ids)),
+        "dataset": source.identity(),
+        "context_size": config.context_size,
+        "prepend_bos": config.prepend_bos,
+        "separator": config.separator,
+        "dtype": config.dtype,
+        "codec": config.codec,
+        "seed": config.seed,
+        "holdout": config.holdout,
+    }
+    return json.loads(json.dumps(identity))  # as it reads back, so that it compares equal
+
+
+def compute_of(model: LanguageModel, batch_size: int) -> dict[str, Any]:
+    """What decides the last bits of an activation beside the identity."""
+    return {
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "backend": model.backend,
+        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.attention_kernel,
+        "compiled": model.compiled,
+        "batch_size": batch_size,
+    }
+
+
+def other_compute(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
+    """What differs between two computations, in words, or None."""
+    differing = [key for key, value in here.items() if there.get(key) != value]
+    theirs = ", ".join(str(there.get(key)) for key in differing)
+    ours = ", ".join(str(here[key]) for key in differing)
+    return f"{', '.join(differing)} ({theirs}; now {ours})" if differing else None
+
+
+def origin_of(model: LanguageModel, source: Source) -> dict[str, Any]:
+    """Where model and dataset can be loaded from again; the dataset is None if it was in memory."""
+    dataset = None
+    if isinstance(source, DatasetSource):
+        path = os.path.abspath(source.path) if os.path.exists(source.path) else source.path
+        dataset = asdict(replace(source, path=path))
+    return {"model": model.source, "revision": model.identity["revision"], "dataset": dataset}

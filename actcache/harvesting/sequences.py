@@ -1,0 +1,178 @@
+"""Packed sequences, written once before the first forward pass and read by every worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+
+from actcache.errors import CacheMismatch, CorruptShard, DatasetError
+from actcache.flow import SPLITS
+from actcache.format.arrays import ArraySpec, sequence_arrays
+from actcache.format.codecs import Codec
+from actcache.format.manifest import Plan
+from actcache.format.paths import STORE, shard_key
+from actcache.format.records import ArrayRecord, SequencesRecord
+from actcache.harvesting.config import HarvestConfig
+from actcache.models.language_model import LanguageModel
+from actcache.store.cache import sequence_reader
+from actcache.store.reader import ArrayReader
+from actcache.store.shard_file import write_shard
+from actcache.text.packing import PackedSequence, Packing, pack
+from actcache.text.sources import Source
+from actcache.text.tokenise import documents
+
+
+def count_sequences(model: LanguageModel, source: Source, config: HarvestConfig) -> int:
+    """How many sequences the whole dataset fills."""
+    return sum(1 for _ in packed_sequences(model, source, config))
+
+
+def packed_sequences(model: LanguageModel, source: Source, config: HarvestConfig) -> Iterator[PackedSequence]:
+    """The sequences of the dataset, of both splits."""
+    texts = documents(source, model.tokenizer)
+    return pack(texts, packing(model, config), seed=config.seed, holdout=config.holdout)
+
+
+def packing(model: LanguageModel, config: HarvestConfig) -> Packing:
+    """How documents become sequences with this model's tokenizer."""
+    tokenizer = model.tokenizer
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "none": None}
+    return Packing(
+        context_size=config.context_size,
+        bos_id=ids["bos"] if config.prepend_bos else None,
+        separator_id=ids[config.separator],
+    )
+
+
+def write_sequences(packed: SequenceArrays, sequences: Iterable[PackedSequence], config: HarvestConfig) -> None:
+    """Write as many sequences as are asked for. Raises DatasetError if there are fewer."""
+    wanted = None if config.tokens is None else config.tokens // config.context_size
+    found = 0
+    for sequence in sequences:
+        packed.add(sequence)
+        found += 1
+        if found == wanted:
+            break
+    if found == 0:
+        raise DatasetError(f"dataset: holds no text that fills a sequence of {config.context_size} tokens")
+    if wanted is not None and found < wanted:
+        raise DatasetError(
+            f"dataset: {config.tokens} tokens asked, it holds {found * config.context_size} "
+            f"({found} sequences of {config.context_size}); pass --tokens {found * config.context_size} or fewer"
+        )
+
+
+class SequenceArrays:
+    """The sequence arrays of both splits while they are written; a held plan's shards are kept and compared."""
+
+    def __init__(self, root: Path, store: Codec, context_size: int, held: Plan | None):
+        self._store = root / STORE
+        self._writers: dict[str, dict[str, _SequenceWriter]] = {split: {} for split in SPLITS}
+        for split in SPLITS:
+            for name, array in zip(("id", "document"), sequence_arrays(context_size), strict=True):
+                reader = sequence_reader(root, held, split, name) if held else None
+                self._writers[split][name] = _SequenceWriter(root / STORE / split, array, store, reader)
+
+    def add(self, sequence: PackedSequence) -> None:
+        self._writers[sequence.split]["id"].add(sequence.token_ids)
+        self._writers[sequence.split]["document"].add(sequence.documents)
+
+    def finish(self) -> None:
+        """Write what does not fill a shard. Raises CacheMismatch if the held plan has more sequences."""
+        for writer in self._each():
+            writer.finish()
+
+    def commit(self) -> dict[str, SequencesRecord]:
+        """Replace what has to be replaced; returns what is stored then."""
+        return {
+            split: SequencesRecord(
+                n_sequences=writers["id"].n_rows, arrays={writer.path: writer.commit() for writer in writers.values()}
+            )
+            for split, writers in self._writers.items()
+        }
+
+    def abandon(self) -> None:
+        """Remove the shards that no plan speaks of, and the folders made for them."""
+        for writer in self._each():
+            writer.abandon()
+        for path in sorted([self._store, *self._store.rglob("*")], reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+    def _each(self) -> Iterator[_SequenceWriter]:
+        return (writer for writers in self._writers.values() for writer in writers.values())
+
+
+class _SequenceWriter:
+    """Gathers rows of a sequence array and writes each full shard, which is one chunk.
+
+    Shards that a held plan speaks of are not touched before `commit`: whole ones must come out as they are, the partial
+    tail must begin as it is. A damaged one is written anew.
+    """
+
+    def __init__(self, folder: Path, array: ArraySpec, store: Codec, held: ArrayReader | None):
+        self.path, self.n_rows = array.path, 0
+        self._folder, self._array, self._codec, self._held = folder, array, store, held
+        self._rows: list[np.ndarray] = []
+        self._records: list[ArrayRecord | None] = []
+        self._changed: dict[int, np.ndarray] = {}
+
+    def add(self, row: Int32[np.ndarray, " position"]) -> None:
+        self._rows.append(row)
+        self.n_rows += 1
+        if len(self._rows) == self._array.chunk_rows:
+            self._flush()
+
+    def finish(self) -> None:
+        if self._rows:
+            self._flush()
+        if self._held and self.n_rows < self._held.n_rows:
+            raise self._other_tokens(f"{self.n_rows} sequences instead of {self._held.n_rows}")
+
+    def commit(self) -> tuple[ArrayRecord, ...]:
+        for index, chunk in self._changed.items():
+            self._records[index] = self._written(index, chunk)
+        return tuple(record for record in self._records if record is not None)
+
+    def abandon(self) -> None:
+        for index in range(self._n_held, len(self._records)):
+            self._shard_path(index).unlink(missing_ok=True)
+
+    @property
+    def _n_held(self) -> int:
+        return self._held.n_chunks if self._held else 0
+
+    def _flush(self) -> None:
+        index, chunk = len(self._records), np.stack(self._rows)
+        self._rows.clear()
+        record = self._kept(index, chunk) if index < self._n_held else self._written(index, chunk)
+        if record is None:
+            self._changed[index] = chunk
+        self._records.append(record)
+
+    def _kept(self, index: int, chunk: np.ndarray) -> ArrayRecord | None:
+        """The held shard's record if it is these rows, None if it has to change. Raises CacheMismatch for others."""
+        assert self._held is not None, "index < self._n_held"
+        start = index * self._array.chunk_rows
+        try:
+            stored = self._held.read(start, start + self._held.rows_of(index))
+        except CorruptShard:
+            return None
+        if not np.array_equal(stored, chunk[: len(stored)]):
+            raise self._other_tokens(f"other tokens in sequences {start} to {start + len(stored)}")
+        return self._held.records[index] if len(stored) == len(chunk) else None
+
+    def _written(self, index: int, chunk: np.ndarray) -> ArrayRecord:
+        return write_shard(self._shard_path(index), self._array, self._codec, [chunk], self._array.chunk_rows)
+
+    def _shard_path(self, index: int) -> Path:
+        return self._folder / shard_key(self._array, index)
+
+    def _other_tokens(self, what: str) -> CacheMismatch:
+        return CacheMismatch(
+            f"{self._folder.parent.parent}: the dataset must give the tokens that it gave when the cache was begun, it "
+            f"gives {what}; pass its former revision, or another --out"
+        )

@@ -1,0 +1,106 @@
+"""Which shards are still to be harvested, and by whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.errors import CacheMismatch, ConfigError
+from actcache.files import remove_partials
+from actcache.flow import SPLITS
+from actcache.format.manifest import Plan
+from actcache.format.paths import CACHE_MANIFEST, PLAN
+from actcache.format.records import HookSpec, ShardRecord, merge_records
+from actcache.store.cache import Cache, open_cache
+from actcache.store.journal import Journal, active_writers, read_journals, refuse_held, was_begun
+from actcache.store.locks import settling
+
+Owed = tuple[str, int, tuple[HookSpec, ...], int]  # split, index, hooks to be written, attempt of a shard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One of several processes that share a cache: it takes the shards index, index + count, ... of those missing."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ConfigError(f"harvest: worker i/n must have 0 <= i < n, got {self.index}/{self.count}")
+
+
+def finished_rows(root: Path, held: Plan | None, hooks: Sequence[HookSpec]) -> int:
+    if held is None:
+        return 0
+    lacking = {(split, index) for split, index, _, _ in missing_shards(held, merge_records(read_journals(root)), hooks)}
+    return sum(
+        held.rows_of(split, index)
+        for split in SPLITS
+        for index in range(held.n_shards(split))
+        if (split, index) not in lacking
+    )
+
+
+def joined(root: Path, slot: int, begun: Callable[[], Plan]) -> tuple[Journal, Plan]:
+    """Take a writer's slot and settle the plan, by `begun`, while nobody else does; who waits for that holds no slot.
+
+    If no plan comes of it, what was made for the journal is removed again.
+    """
+    refuse_held(root, slot)
+    with settling(root):
+        journal = Journal(root, slot)
+        try:
+            return journal, begun()
+        except BaseException:
+            if not (root / PLAN).exists():
+                journal.discard()
+            journal.close()
+            raise
+
+
+def refuse_foreign_folder(root: Path) -> None:
+    """Raise CacheMismatch unless the folder is absent, empty or a cache, finished or not."""
+    if root.is_file():
+        raise CacheMismatch(f"{root}: must be a folder for the cache, is a file; pass another --out")
+    if root.exists() and not was_begun(root):
+        held = sorted(path.name for path in root.iterdir())
+        if held:
+            raise CacheMismatch(f"{root}: must be empty or a cache, holds {', '.join(held[:5])}; pass another --out")
+
+
+def finished_cache(root: Path, plan: Plan, hooks: Sequence[HookSpec]) -> Cache | None:
+    """The cache, if it is finished, of this plan, and holds the hooks."""
+    if not (root / CACHE_MANIFEST).exists():
+        return None
+    cache = open_cache(root)
+    grown = cache.manifest.plan.sequences != plan.sequences
+    return None if grown or not set(hooks) <= set(cache.manifest.hooks) else cache
+
+
+def leave(root: Path, journal: Journal) -> None:
+    """Give up the slot; the last writer to do so deletes what killed ones have left aside."""
+    with settling(root):
+        if len(active_writers(root)) == 1:  # this one
+            remove_partials(root)
+        journal.close()
+
+
+def missing_shards(plan: Plan, done: dict[tuple[str, int], ShardRecord], hooks: Sequence[HookSpec]) -> Iterator[Owed]:
+    """Every shard that lacks something, with the hooks that have no finished array."""
+    for split in SPLITS:
+        for index in range(plan.n_shards(split)):
+            record = done.get((split, index))
+            if record is not None and record.n_rows != plan.rows_of(split, index):
+                yield split, index, tuple(hooks), record.attempt + 1
+                continue
+            stored = set(record.hooks) if record else set()
+            lacking = tuple(hook for hook in hooks if hook not in stored)
+            if lacking:
+                yield split, index, lacking, record.attempt if record else 0
+
+
+def shard_number(plan: Plan, split: str, index: int) -> int:
+    """Number of a shard among those of both splits: what workers share out."""
+    return index if split == SPLITS[0] else plan.n_shards(SPLITS[0]) + index

@@ -1,0 +1,126 @@
+"""What can be wrong with a stored array, and how it is said."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from actcache.errors import CorruptShard
+from actcache.files import file_bytes
+from actcache.flow import SPLITS
+from actcache.format.arrays import ArraySpec, sequence_arrays
+from actcache.format.manifest import aligned_arrays
+from actcache.format.paths import STORE, shard_key
+from actcache.store.cache import Cache, sequence_reader
+from actcache.store.reader import ArrayReader
+from actcache.store.shard_file import ShardFile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong, and where.
+
+    path: the file. split, array, shard: what of the cache it holds; array is a path below the split, of statistics the
+    hook's name. chunk: the inner chunk within the shard, None if it is the whole file. rows: start and stop within the
+    split; of sequence arrays they are sequences.
+    """
+
+    path: str
+    split: str | None = None
+    array: str | None = None
+    shard: int | None = None
+    chunk: int | None = None
+    rows: tuple[int, int] | None = None
+    message: str
+
+    def __str__(self) -> str:
+        shard = [] if self.shard is None else [f"shard {self.shard}"]
+        chunk = [] if self.chunk is None else [f"chunk {self.chunk}"]
+        rows = [] if self.rows is None else [f"rows {self.rows[0]} to {self.rows[1]}"]
+        where = ", ".join([*shard, *chunk, *rows])
+        return ": ".join([self.path, *([where] if where else []), self.message])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredArray:
+    """One sharded array of a split, and how its shards are read."""
+
+    folder: Path
+    split: str
+    array: ArraySpec
+    shard_rows: int
+    reader: ArrayReader
+
+    @property
+    def n_shards(self) -> int:
+        """Number of its shards."""
+        return len(self.reader.records)
+
+    def path(self, shard: int) -> Path:
+        """The file of a shard."""
+        return self.folder / shard_key(self.array, shard)
+
+    def rows(self, shard: int) -> tuple[int, int]:
+        """Start and stop, within the split, of a shard's rows."""
+        return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.reader.n_rows)
+
+    def problems(self, shard: int) -> Iterator[Problem | None]:
+        """For each chunk of a shard what is wrong with it, or None; with the first one what is wrong with the file."""
+        n_chunks = len(self.reader.records[shard].checksums)
+        problem = functools.partial(
+            Problem, path=str(self.path(shard)), split=self.split, array=self.array.path, shard=shard
+        )
+        if wrong := self._wrong_file(shard):
+            yield problem(rows=self.rows(shard), message=wrong)
+            yield from [None] * (n_chunks - 1)
+            return
+        buffer = self.reader.empty(1)
+        for number in range(n_chunks):
+            chunk = shard * self._chunks_per_shard + number
+            try:
+                self.reader.decode_into(chunk, buffer)
+            except CorruptShard as error:
+                start = chunk * self.array.chunk_rows
+                rows = (start, start + self.reader.rows_of(chunk))
+                message = without_path(error, self.path(shard)).removeprefix(f"chunk {number}")
+                message = message.removeprefix(f" (rows {rows[0]} to {rows[1]})").lstrip(": ")
+                yield problem(chunk=number, rows=rows, message=message)
+            else:
+                yield None
+
+    @property
+    def _chunks_per_shard(self) -> int:
+        return self.shard_rows // self.array.chunk_rows
+
+    def _wrong_file(self, shard: int) -> str | None:
+        path, n_bytes = self.path(shard), self.reader.records[shard].n_bytes
+        size = file_bytes(path)
+        if size is None:
+            return "is missing, or no file"
+        try:
+            ShardFile(path, self._chunks_per_shard, n_bytes)
+        except CorruptShard as error:
+            return without_path(error, path)
+        return None
+
+
+def stored_arrays(cache: Cache) -> list[StoredArray]:
+    """Every sharded array of both splits."""
+    return [stored for split in SPLITS for stored in _stored_arrays(cache, split)]
+
+
+def without_path(error: Exception, path: Path) -> str:
+    """What the error says is wrong, without whose it is and the way out, which the report says for all."""
+    return str(error).removeprefix(f"{path}: ").split("; ")[0]
+
+
+def _stored_arrays(cache: Cache, split: str) -> Iterator[StoredArray]:
+    folder, rows = cache.path / STORE / split, cache.manifest.shard_rows
+    for array in aligned_arrays(cache.manifest):
+        reader = cache.reader(split, array)
+        yield StoredArray(folder=folder, split=split, array=array, shard_rows=rows, reader=reader)
+    for name, array in zip(("id", "document"), sequence_arrays(cache.context_size), strict=True):
+        reader = sequence_reader(cache.path, cache.manifest.plan, split, name)
+        yield StoredArray(folder=folder, split=split, array=array, shard_rows=array.chunk_rows, reader=reader)

@@ -1,0 +1,141 @@
+"""Sequence arrays that are damaged, made again: from the token arrays, or else from the dataset."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from actcache.errors import CacheMismatch, CorruptShard, DatasetError
+from actcache.flow import SPLITS
+from actcache.format.arrays import SEQUENCE_ARRAYS, sequence_arrays
+from actcache.format.codecs import codec
+from actcache.format.scatter import shard_permutation
+from actcache.harvesting.config import HarvestConfig
+from actcache.harvesting.sequences import packing
+from actcache.integrity.expected import Ledger
+from actcache.integrity.problems import StoredArray, stored_arrays
+from actcache.models.language_model import LanguageModel
+from actcache.store.cache import read_origin
+from actcache.store.reader import ArrayReader
+from actcache.store.shard_file import encode_chunk, write_encoded_shard
+from actcache.text.packing import pack
+from actcache.text.sources import DatasetSource, Source
+from actcache.text.tokenise import documents
+
+ModelOf = Callable[[dict[str, Any]], LanguageModel]  # the model, given how activations were computed with it
+Place = tuple[str, str, int]  # split, sequence array and shard
+IDS, DOCUMENTS = SEQUENCE_ARRAYS
+PACKING = ("context_size", "prepend_bos", "separator", "seed", "holdout")
+DATASET = ("config", "split", "revision", "column", "sample_by")
+
+
+class RebuiltSequences:
+    """The sequence arrays of the cache that a ledger speaks of; only shards that the plan speaks of are put back."""
+
+    def __init__(self, ledger: Ledger, dataset: str | Source | None, model: ModelOf):
+        """dataset: where it is now, None: where it was. model: called only if the dataset has to be packed again."""
+        self._ledger, self._root, self._plan = ledger, ledger.root, ledger.plan
+        self._dataset, self._model = dataset, model
+        self._codec, self._shard_rows = codec(self._plan.identity["codec"]), self._plan.identity["shard_rows"]
+
+    def restore_ids(self, damaged: set[str]) -> None:
+        """From the token arrays; where these are damaged too, from the dataset, and documents with them."""
+        lost = self._damaged_sequences(IDS, damaged)
+        lost = [(stored, shard) for stored, shard in lost if not self._restored_from_tokens(stored, shard)]
+        if lost:
+            self._restore_from_dataset([*lost, *self._damaged_sequences(DOCUMENTS, damaged)])
+
+    def restore_documents(self, damaged: set[str]) -> None:
+        """From the dataset: nothing else tells which document a sequence is of."""
+        self._restore_from_dataset(self._damaged_sequences(DOCUMENTS, damaged))
+
+    def _damaged_sequences(self, array: str, damaged: set[str]) -> list[tuple[StoredArray, int]]:
+        """(array of a split, shard) of the damaged shards of a sequence array that have not been put back."""
+        lost = damaged - {*self._ledger.redone}
+        of_splits = [stored for stored in stored_arrays(self._ledger.cache()) if stored.array.path == array]
+        return [(s, shard) for s in of_splits for shard in range(s.n_shards) if str(s.path(shard)) in lost]
+
+    def _restored_from_tokens(self, stored: StoredArray, shard: int) -> bool:
+        start, stop = (sequence * self._plan.identity["context_size"] for sequence in stored.rows(shard))
+        first, last = start // self._shard_rows, -(-stop // self._shard_rows)
+        reader = self._ledger.cache().token_reader(stored.split, "id")
+        try:
+            token_ids = np.concatenate([self._token_ids(reader, stored.split, index) for index in range(first, last)])
+        except CorruptShard:
+            return False
+        rows = token_ids[start - first * self._shard_rows : stop - first * self._shard_rows]
+        return self._put_sequences(stored, shard, rows.reshape(-1, self._plan.identity["context_size"]))
+
+    def _token_ids(self, reader: ArrayReader, split: str, index: int) -> Int32[np.ndarray, " token"]:
+        """The token ids of a shard in the order of its sequences. Raises CorruptShard."""
+        held = self._ledger.held[split, index]
+        permutation = shard_permutation(held.n_rows, seed=self._plan.identity["seed"], split=split, index=index)
+        return reader.read(held.first_token, held.first_token + held.n_rows)[permutation]
+
+    def _put_sequences(self, stored: StoredArray, shard: int, rows: Int32[np.ndarray, "sequence position"]) -> bool:
+        """Write a shard of a sequence array, which is one chunk, if it is the one that the plan speaks of."""
+        chunk = encode_chunk(rows, stored.array, self._codec)
+        if stored.reader.records[shard].checksums != (chunk[1],):
+            return False
+        write_encoded_shard(stored.path(shard), stored.array, [chunk], stored.shard_rows)
+        self._ledger.redone.append(str(stored.path(shard)))
+        return True
+
+    def _restore_from_dataset(self, lost: Sequence[tuple[StoredArray, int]]) -> None:
+        """Pack the dataset again, as far as shards of sequence arrays are lost.
+
+        Raises DatasetError if it is not known where the dataset is, CacheMismatch if it gives something else.
+        """
+        wanted = {(stored.split, stored.array.path, shard): stored for stored, shard in lost}
+        rows: dict[Place, list[np.ndarray]] = defaultdict(list)
+        for place, row in self._packed_again() if wanted else ():
+            if (stored := wanted.get(place)) is None:
+                continue
+            rows[place].append(row)
+            first, last = stored.rows(place[2])
+            if len(rows[place]) == last - first:
+                if not self._put_sequences(stored, place[2], np.stack(rows.pop(place))):
+                    break
+                del wanted[place]
+            if not wanted:
+                break
+        if wanted:
+            stored, shard = lost[0]
+            raise CacheMismatch(
+                f"{stored.path(shard)}: lost, and the dataset does not give it again; pass its former revision as "
+                "--dataset, or harvest again elsewhere"
+            )
+
+    def _packed_again(self) -> Iterator[tuple[Place, Int32[np.ndarray, " position"]]]:
+        """((split, sequence array, shard), row) of every sequence of the dataset, in order."""
+        identity, source = self._plan.identity, self._source()
+        model = self._model(next(iter(self._ledger.held.values())).compute)
+        config = HarvestConfig(hook_names=(self._ledger.hooks[0].hook_name,), **{key: identity[key] for key in PACKING})
+        texts = documents(source, model.tokenizer)
+        counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        chunk_rows = sequence_arrays(config.context_size)[0].chunk_rows
+        for sequence in pack(texts, packing(model, config), seed=config.seed, holdout=config.holdout):
+            shard = counts[sequence.split] // chunk_rows
+            yield (sequence.split, IDS, shard), sequence.token_ids
+            yield (sequence.split, DOCUMENTS, shard), sequence.documents
+            counts[sequence.split] += 1
+
+    def _source(self) -> Source:
+        if isinstance(self._dataset, str):
+            known = {key: self._plan.identity["dataset"].get(key) for key in DATASET}
+            return DatasetSource(
+                path=self._dataset, **{key: value for key, value in known.items() if value is not None}
+            )
+        if self._dataset is not None:
+            return self._dataset
+        try:
+            return DatasetSource(**read_origin(self._root)["dataset"])
+        except (KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{self._root}: its documents have to be packed again, and where the dataset is was not remembered; "
+                "pass --dataset"
+            ) from error

@@ -1,0 +1,170 @@
+"""A split of a cache as SAELens' Arrow cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actcache.errors import CacheMismatch, DatasetError
+from actcache.files import naming, sync_folder, write_atomically
+from actcache.format.dtypes import TORCH_DTYPE
+from actcache.format.records import ShardRecord
+from actcache.format.scatter import shard_permutation
+from actcache.interop.arrow_import import BATCH_BYTES, TOKEN_IDS, Progress
+from actcache.store.cache import Cache, sequence_reader
+
+INFO_FILE, STATE_FILE = "dataset_info.json", "state.json"
+
+
+def export_cache(cache: Cache, out: Path | str, *, split: str = "train", progress: Progress | None = None) -> Path:
+    """Write a split of a cache as SAELens' Arrow cache at `out`, whole or not at all, in the order of its sequences.
+
+    bfloat16 becomes float32, which holds it exactly; other dtypes stay. Memory: one shard of every hook, one more, and
+    BATCH_BYTES. The same call again does nothing.
+
+    Args:
+        progress: called with (rows done, rows in all) after every shard.
+
+    Returns:
+        `out`, for `CacheActivationsRunnerConfig.new_cached_activations_path`.
+
+    Raises:
+        DatasetError: the split has no rows.
+        CacheMismatch: `out` holds something else.
+        CorruptShard: a chunk is damaged.
+    """
+    out, fingerprint = Path(out).absolute(), f"{cache.fingerprint}-{split}"
+    if cache.n_rows(split) == 0:
+        raise DatasetError(f"export-cache: {split} of {cache.path} holds no rows; export the other split")
+    if _is_exported(out, fingerprint):
+        return out
+    aside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    features = _features(cache)
+    files = list(_write_arrow_files(cache, split, features, aside, progress))
+    datasets.DatasetInfo(features=features).write_to_directory(str(aside))
+    info = (aside / INFO_FILE).read_bytes()
+    for name, data in ((INFO_FILE, info), (STATE_FILE, json.dumps(_state(files, fingerprint), indent=2).encode())):
+        write_atomically(aside / name, [data])  # durable, which `datasets` leaves to chance
+    if out.exists():
+        out.rmdir()  # empty
+    aside.rename(out)
+    sync_folder(out.parent)
+    return out
+
+
+def _is_exported(out: Path, fingerprint: str) -> bool:
+    """Whether it is there already. Raises CacheMismatch if something else is."""
+    if out.exists() and not out.is_dir():
+        raise CacheMismatch(f"export-cache: {out} must be a folder, is a file; pass another --out")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if STATE_FILE in held and f'"_fingerprint": "{fingerprint}"' in (out / STATE_FILE).read_text():
+        return True
+    if held:
+        raise CacheMismatch(
+            f"export-cache: {out} must be new or empty, it holds {', '.join(held[:5])}; pass another --out"
+        )
+    return False
+
+
+def _features(cache: Cache) -> datasets.Features:
+    hooks = cache.manifest.hooks
+    dtype = "float32" if cache.identity["dtype"] == "bfloat16" else cache.identity["dtype"]
+    columns = {hook.hook_name: datasets.Array2D(shape=(cache.context_size, hook.d_in), dtype=dtype) for hook in hooks}
+    return datasets.Features(
+        {**columns, TOKEN_IDS: datasets.Sequence(datasets.Value("int32"), length=cache.context_size)}
+    )
+
+
+def _state(files: Sequence[str], fingerprint: str) -> dict[str, Any]:
+    """state.json of `Dataset.save_to_disk`: an unformatted dataset in these files."""
+    return {
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": fingerprint,
+        **dict.fromkeys(("_format_columns", "_format_type", "_split")),
+        "_format_kwargs": {},
+        "_output_all_columns": False,
+    }
+
+
+def _write_arrow_files(
+    cache: Cache, split: str, features: datasets.Features, folder: Path, progress: Progress | None
+) -> Iterator[str]:
+    """A file a shard, of the sequences that end in it; those that begin in it and end in the next wait for that."""
+    waiting = {
+        hook.hook_name: torch.empty(0, hook.d_in, dtype=TORCH_DTYPE[hook.dtype]) for hook in cache.manifest.hooks
+    }
+    for shard in cache.manifest.shards[split]:
+        path = folder / f"data-{shard.index:05d}.arrow"
+        waiting = _write_arrow_file(path, features.arrow_schema, cache, shard, waiting)
+        if path.exists():
+            yield path.name
+        if progress is not None:
+            progress(shard.first_token + shard.n_rows, cache.n_rows(split))
+
+
+def _write_arrow_file(
+    path: Path, schema: pa.Schema, cache: Cache, shard: ShardRecord, waiting: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Write the sequences that end in a shard, if any; returns the rows, by hook, of the one that does not end there.
+
+    waiting: what this returned for the shard before.
+    """
+    columns = {name: _in_token_order(cache, shard, name, before) for name, before in waiting.items()}
+    first, last = (token // cache.context_size for token in (shard.first_token, shard.first_token + shard.n_rows))
+    n_rows = (last - first) * cache.context_size
+    waiting = {name: column[n_rows:].clone() for name, column in columns.items()}
+    if n_rows:
+        token_ids = sequence_reader(cache.path, cache.manifest.plan, shard.split, "id").read(first, last)
+        columns[TOKEN_IDS] = torch.from_numpy(token_ids).flatten()
+        row_bytes = sum(4 * column[0].numel() for column in columns.values())
+        step = max(1, BATCH_BYTES // (row_bytes * cache.context_size)) * cache.context_size
+        batches = (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+        with naming(path), open(path, "wb") as file:
+            with pa.ipc.new_stream(file, schema) as stream:
+                for batch in batches:
+                    arrays = [_arrow_array(columns[f.name][batch], f.type, cache.context_size) for f in schema]
+                    stream.write_batch(pa.record_batch(arrays, schema=schema))
+            file.flush()
+            os.fsync(file.fileno())
+    return waiting
+
+
+def _in_token_order(
+    cache: Cache, shard: ShardRecord, hook_name: str, before: Float[Tensor, "waiting d_in"]
+) -> Float[Tensor, "token d_in"]:
+    """The rows that wait, and after them those of a shard as their tokens follow each other."""
+    stored = cache.hook_reader(shard.split, hook_name).read(shard.first_token, shard.first_token + shard.n_rows)
+    places = shard_permutation(shard.n_rows, seed=cache.identity["seed"], split=shard.split, index=shard.index)
+    rows = stored.new_empty(len(before) + shard.n_rows, before.shape[1])
+    rows[: len(before)] = before
+    torch.index_select(stored, 0, torch.from_numpy(places), out=rows[len(before) :])
+    return rows
+
+
+def _arrow_array(column: Tensor, kind: pa.DataType, context_size: int) -> pa.Array:
+    """A column of a batch of sequences: token ids, or activations as lists of lists, as Array2D has them."""
+    if column.ndim == 1:
+        return pa.FixedSizeListArray.from_arrays(pa.array(column.numpy()), context_size)
+    values = (column.float() if column.dtype == torch.bfloat16 else column).contiguous().numpy()
+    n_tokens, d_in = values.shape
+    rows = pa.ListArray.from_arrays(_ends(n_tokens, d_in), pa.array(values.reshape(-1)))
+    sequences = pa.ListArray.from_arrays(_ends(n_tokens // context_size, context_size), rows)
+    return pa.ExtensionArray.from_storage(kind, sequences)
+
+
+def _ends(n_lists: int, length: int) -> pa.Array:
+    """Where each of so many lists of one length begins, and the last ends."""
+    return pa.array(np.arange(n_lists + 1, dtype=np.int32) * length)

@@ -1,0 +1,86 @@
+"""TransformerLens' TransformerBridge as a language model: every hook that it has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actcache.errors import ModelError
+from actcache.models.language_model import LanguageModel, Visit, unknown_hook
+
+
+class BridgeModel(LanguageModel):
+    """TransformerLens' TransformerBridge around the same module: every hook of the bridge, many more families.
+
+    No compatibility mode: its centring changes the residual stream. The bridge computes attention itself ("eager").
+    Hooks with several axes for a token, such as `attn.hook_z`, are flattened to [sequence, position, d_in].
+    The module belongs to the bridge afterwards.
+
+    Raises:
+        ModelError: the bridge does not support the model.
+    """
+
+    backend = "transformer_lens"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
+        super().__init__(model, tokenizer, identity)
+        # Imported here: it takes seconds, and only this backend needs it.
+        from transformer_lens.model_bridge import TransformerBridge
+
+        # The bridge gets token ids only, but wants a tokenizer, changes it, and if it has a BOS fetches it anew.
+        spare = copy.deepcopy(tokenizer)
+        spare.bos_token = None
+        # With hf_model the bridge reads the family from the config, never from the name (a path may hold 'llama').
+        try:
+            self._bridge = TransformerBridge.boot_transformers(
+                cast(str, identity["name"]), hf_model=model, tokenizer=spare, device=self.device, dtype=self.dtype
+            )
+        except ValueError as error:
+            reason = str(error).partition(". ")[0]
+            raise ModelError(
+                f"{identity['name']}: TransformerLens cannot take model_type {model.config.model_type!r}: {reason}; "
+                "use a model of a family that it supports"
+            ) from None
+
+    def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
+        """d_in of each hook, from one forward pass of one token."""
+        token_ids = torch.zeros((1, 1), dtype=torch.long)
+        return {hook_name: x.shape[-1] for hook_name, x in self.activations(token_ids, hook_names).items()}
+
+    def _check(self, hook_name: str) -> None:
+        if hook_name not in self._bridge.hook_dict:
+            unknown_hook(self, hook_name, list(self._bridge.hook_dict), "see the bridge's hook_dict for all")
+        if hook_name.endswith(("hook_pattern", "hook_attn_scores")):
+            raise ModelError(f"{self.identity['name']}: {hook_name} has no vector for each token; choose another hook")
+        try:
+            self._bridge.check_hooks_to_add(hook_name)  # some are off until a flag is set that slows every pass
+        except ValueError as error:
+            reason = str(error).partition(". ")[0]
+            raise ModelError(f"{self.identity['name']}: {reason}; choose another hook") from None
+
+    @torch.no_grad()
+    def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
+        token_ids = token_ids.to(self.device, non_blocking=True)
+        fwd_hooks: list[tuple[str | Callable, Callable]] = [
+            (hook_name, self._flat(hook_name, token_ids.shape, visit)) for hook_name, visit in visits.items()
+        ]
+        return self._bridge.run_with_hooks(token_ids, fwd_hooks=fwd_hooks, return_type="logits")
+
+    def _flat(self, hook_name: str, shape: torch.Size, visit: Visit) -> Callable[..., Tensor | None]:
+        """The visit as a hook of the bridge; it sees [sequence, position, d_in] whatever the shape there."""
+
+        def hook_fn(x: Tensor, hook: object) -> Tensor | None:
+            if x.ndim < 3 or x.shape[:2] != shape:
+                raise ModelError(
+                    f"{self.identity['name']}: {hook_name} must have a vector for each of {tuple(shape)} tokens, "
+                    f"got shape {tuple(x.shape)}; choose another hook"
+                )
+            replaced = visit(x.flatten(2))
+            return None if replaced is None else replaced.view_as(x)
+
+        return hook_fn

@@ -1,0 +1,164 @@
+"""Models of transformers, with forward hooks on their modules and an early stop after the last asked one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actcache.errors import ModelError
+from actcache.models.compiled import compile_blocks_
+from actcache.models.families import blocks_of, family_of
+from actcache.models.language_model import SITES, LanguageModel, Visit, unknown_hook
+
+
+class HuggingFaceModel(LanguageModel):
+    """Hooks on the transformers module as it is: the fast path.
+
+    The module may be quantised, adapted or spread over devices. The whole module is called, so whatever wraps the
+    blocks acts as it does in normal use; the early stop keeps later blocks, the final norm and the output head from
+    running. With `compiled`, the blocks' forward passes are replaced by compiled ones for good; a block whose inside is
+    asked for (hook_attn_out, hook_resid_mid, hook_mlp_out) runs uncompiled in that pass. So the last bits of an
+    activation may depend on which hooks are asked for together.
+
+    Raises:
+        ModelError: the model is of a family that is not in the table, or its blocks are not where that family has them.
+    """
+
+    backend = "hf"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        identity: dict[str, str | None],
+        *,
+        compiled: bool = False,
+    ):
+        super().__init__(model, tokenizer, identity)
+        config = model.config.get_text_config()
+        self._model = model
+        self._family = family_of(config, identity["name"])
+        self._blocks = blocks_of(model, self._family, self.n_layers, identity["name"])
+        sites = [site for site in SITES if site != "hook_resid_mid" or self._family.resid_mid is not None]
+        self._hook_names = [f"blocks.{layer}.{site}" for layer in range(self.n_layers) for site in sites]
+        self.compiled = compiled
+        if compiled:
+            compile_blocks_(self._blocks, identity["name"])
+
+    def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
+        """d_in of each hook: all five sites read or write the residual stream, so it is d_model."""
+        for hook_name in hook_names:
+            self._check(hook_name)
+        return dict.fromkeys(hook_names, self.d_model)
+
+    def logits_from(
+        self,
+        token_ids: Int[Tensor, "sequence position"],
+        start: Float[Tensor, "sequence position d_model"],
+        hook_name: str,
+        replace: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "sequence position vocab"]:
+        """The blocks before the hook's are not run: they give `start`, as they did before."""
+        self._check(hook_name)
+        if start.shape != (*token_ids.shape, self.d_model):
+            raise ValueError(
+                f"logits_from: start must have shape {(*token_ids.shape, self.d_model)}, got {tuple(start.shape)}; "
+                f"pass what {self.stream_before(hook_name)} was for the same tokens"
+            )
+        with _giving(start, self._blocks[: int(hook_name.split(".")[1])]):
+            return self.logits_with(token_ids, hook_name, replace)
+
+    def stream_before(self, hook_name: str) -> str:
+        """hook_resid_pre of the hook's block."""
+        self._check(hook_name)
+        return f"blocks.{hook_name.split('.')[1]}.hook_resid_pre"
+
+    def _check(self, hook_name: str) -> None:
+        if hook_name in self._hook_names:
+            return
+        if hook_name.endswith(".hook_resid_mid") and self._family.resid_mid is None:
+            raise ModelError(
+                f"{self.identity['name']}: no hook {hook_name!r}: attention and MLP of this model are parallel, both "
+                "read hook_resid_pre; use hook_resid_pre or hook_resid_post"
+            )
+        unknown_hook(self, hook_name, self._hook_names, "load with --backend transformer_lens for other sites")
+
+    @torch.no_grad()
+    def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
+        if self.max_positions is not None and token_ids.shape[1] > self.max_positions:
+            raise ModelError(
+                f"{self.identity['name']}: sequences have at most {self.max_positions} tokens, got "
+                f"{token_ids.shape[1]}; pass a smaller --context-size, or a shorter text"
+            )
+        with ExitStack() as stack:
+            for hook_name, visit in visits.items():
+                stack.callback(self._attach(hook_name, visit).remove)
+            token_ids = token_ids.to(self.device, non_blocking=True)
+            # A mask of ones changes nothing; without it GPT-2 warns about padding when BOS is also the pad token.
+            output = self._model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
+        if "logits" not in output:
+            raise ModelError(f"{self.identity['name']}: the checkpoint has no output head, so no logits; use one with")
+        return output["logits"]
+
+    def _attach(self, hook_name: str, visit: Visit) -> RemovableHandle:
+        """Show `visit` the activation whenever the module runs, until the handle is removed."""
+        _, layer, site = hook_name.split(".")
+        block = self._blocks[int(layer)]
+        family = self._family
+        match site:
+            case "hook_resid_pre":
+                return block.register_forward_pre_hook(_on_input(visit))
+            case "hook_attn_out":
+                return block.get_submodule(family.attn_out).register_forward_hook(_on_output(visit))
+            case "hook_resid_mid":
+                assert family.resid_mid is not None, "checked by _check"
+                return block.get_submodule(family.resid_mid).register_forward_pre_hook(_on_input(visit))
+            case "hook_mlp_out":
+                return block.get_submodule(family.mlp_out).register_forward_hook(_on_output(visit))
+            case _:
+                return block.register_forward_hook(_on_output(visit))
+
+
+def _on_input(visit: Visit) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+    """The visit as a forward pre-hook: it sees the first positional argument."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        replaced = visit(args[0])
+        return None if replaced is None else (replaced, *args[1:])
+
+    return hook
+
+
+def _on_output(visit: Visit) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    """The visit as a forward hook: it sees the output, or the first of several (attention also returns weights)."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return visit(output)
+        replaced = visit(output[0])
+        return None if replaced is None else (replaced, *output[1:])
+
+    return hook
+
+
+@contextmanager
+def _giving(x: Tensor, blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Let every block give x instead of being run; what its forward was (compiled, offloaded) is put back."""
+    before = [(block, block.__dict__.get("forward")) for block in blocks]
+    try:
+        for block, _ in before:
+            block.forward = lambda *_, **__: x
+        yield
+    finally:
+        for block, forward in before:
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

@@ -1,0 +1,253 @@
+"""A language model: what the harvest and the evaluation need of one."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
+from typing import NoReturn, cast
+
+import torch
+from accelerate.utils import align_module_device
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actcache.errors import ModelError
+from actcache.models.unembedding import Unembedding, measured_unembedding, norm_probes
+
+Visit = Callable[[Tensor], Tensor | None]  # is shown an activation; returns what takes its place, or None to leave it
+SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+
+
+class LanguageModel(ABC):
+    """A causal language model whose activations can be read and replaced by hook name.
+
+    Runs without gradients. Sequences are whole and unpadded; token ids may live on any device.
+
+    Attributes:
+        tokenizer: as loaded, untouched.
+        identity: {"name", "revision", "config_sha256", "weights_sha256"}; JSON-able, no absolute paths.
+        source: where it can be loaded from again, a hub name or an absolute path; "" if that is not known.
+        device: of the embedding, where token ids go; with a device map the activations may be elsewhere.
+        dtype: of the parameters, and of the activations unless a hook says otherwise.
+        n_layers, d_model: number of blocks, width of the residual stream.
+        max_positions: tokens of a sequence at most; None where the family has no bound.
+        attention_kernel: "sdpa", "eager", "flash_attention_2", ...
+        compiled: its blocks run compiled.
+        backend: "hf" or "transformer_lens", as `load_model` takes it.
+    """
+
+    backend: str
+    compiled: bool = False
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
+        config = model.config.get_text_config()
+        self.tokenizer = tokenizer
+        self.identity = identity
+        path = cast(str, model.config.name_or_path)
+        self.source = os.path.abspath(path) if os.path.isdir(path) else path
+        embedding = model.get_input_embeddings()
+        with align_module_device(embedding):  # where it is computed, if it is offloaded
+            self.device: torch.device = next(embedding.parameters()).device
+        self.dtype: torch.dtype = model.dtype
+        self.n_layers: int = config.num_hidden_layers
+        self.d_model: int = config.hidden_size
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._head = cast(nn.Linear | None, model.get_output_embeddings())
+        self.attention_kernel: str = cast(str, config._attn_implementation)  # resolved when the model was made
+
+    def activations(
+        self, token_ids: Int[Tensor, "sequence position"], hook_names: Sequence[str]
+    ) -> dict[str, Float[Tensor, "sequence position d_in"]]:
+        """The activations at `hook_names`, in that order, in the model's dtype; nothing after the last one is run.
+
+        Hooks may share memory (`blocks.0.hook_resid_post` is `blocks.1.hook_resid_pre`): do not change them in place.
+
+        Raises:
+            ModelError: a hook does not exist, is never reached, or has no vector for each token.
+        """
+        captured: dict[str, Tensor] = {}
+        self.show(token_ids, hook_names, captured.__setitem__)
+        return {hook_name: captured[hook_name] for hook_name in hook_names}
+
+    def show(
+        self,
+        token_ids: Int[Tensor, "sequence position"],
+        hook_names: Sequence[str],
+        see: Callable[[str, Float[Tensor, "sequence position d_in"]], object],
+    ) -> None:
+        """Call `see(hook_name, activation)` at each of `hook_names` when it is there, in the order of the model.
+
+        What `see` does not keep is freed as in any forward pass; nothing after the last hook is run. Raises as
+        `activations`, and what `see` raises.
+        """
+        if not hook_names:
+            raise ValueError("activations: hook_names must name at least one hook, got none")
+        left = set(hook_names)
+
+        def visit(hook_name: str, x: Tensor) -> None:
+            see(hook_name, x)
+            left.discard(hook_name)
+            if not left:
+                raise _AllShown
+
+        for hook_name in hook_names:
+            self._check(hook_name)
+        try:
+            self._forward(token_ids, {hook_name: partial(visit, hook_name) for hook_name in dict.fromkeys(hook_names)})
+        except _AllShown:
+            return
+        raise ModelError(f"{self.identity['name']}: the forward pass never reached {sorted(left)}; leave them out")
+
+    def logits(
+        self,
+        token_ids: Int[Tensor, "sequence position"],
+        *,
+        show: Mapping[str, Callable[[Tensor], None]] | None = None,
+    ) -> Float[Tensor, "sequence position vocab"]:
+        """The output of the whole model. show: what gets an activation to see on the way, by the hook's name.
+
+        Raises:
+            ModelError: a hook does not exist, or the model has no output head.
+        """
+        for name in show or {}:
+            self._check(name)
+        return self._forward(token_ids, dict(show or {}))
+
+    def logits_with(
+        self,
+        token_ids: Int[Tensor, "sequence position"],
+        hook_name: str,
+        replace: Callable[[Tensor], Tensor],
+        *,
+        show: Mapping[str, Callable[[Tensor], None]] | None = None,
+    ) -> Float[Tensor, "sequence position vocab"]:
+        """The output of the whole model with the activation at `hook_name` replaced by `replace(activation)`.
+
+        `replace` gets [sequence, position, d_in] and returns the same shape; its result is cast to the model's dtype.
+        show: what else gets an activation to see, by the hook's name, in the same pass and so before what comes after.
+        At hook_resid_mid the residual stream itself is replaced, not only what the MLP reads, as in HookedTransformer.
+
+        Raises:
+            ModelError: the hook does not exist, or the model has no output head.
+            ValueError: `replace` returned another shape.
+        """
+        for name in (hook_name, *(show or {})):
+            self._check(name)
+        return self._forward(token_ids, {**(show or {}), **_replacing(hook_name, _same_shape(replace))})
+
+    def unembedding(self) -> Unembedding:
+        """The final norm, measured by running it on chosen streams, and the output head.
+
+        So what wraps the norm acts as in normal use, and it may be of any family. Costs a forward pass of a few tokens.
+
+        Raises:
+            ModelError: the model has no output head, or something else than one LayerNorm or RMSNorm before it.
+        """
+        if self._head is None:
+            raise ModelError(f"{self.identity['name']}: the checkpoint has no output head to read directions with")
+        probes, seen = norm_probes(self.d_model), dict[str, Tensor]()
+        handle = self._head.register_forward_pre_hook(lambda module, args: seen.update(normed=args[0][0]))
+        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
+        try:
+            self.logits_with(torch.zeros((1, len(probes)), dtype=torch.long), last, lambda x: probes[None])
+        finally:
+            handle.remove()
+        with align_module_device(self._head):  # where it is computed, if it is offloaded
+            W_U, b_U = self._head.weight.detach(), self._head.bias
+        return measured_unembedding(seen["normed"], W_U, None if b_U is None else b_U.detach(), self.identity["name"])
+
+    @abstractmethod
+    def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
+        """d_in of each hook. Raises ModelError for an unknown hook, listing near names."""
+
+    def logits_from(
+        self,
+        token_ids: Int[Tensor, "sequence position"],
+        start: Float[Tensor, "sequence position d_model"],
+        hook_name: str,
+        replace: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "sequence position vocab"]:
+        """As `logits_with`, bit for bit, without running again what comes before `stream_before(hook_name)`.
+
+        start: the activation there in an earlier pass over the same tokens.
+
+        Raises:
+            ModelError, ValueError: as `logits_with`; ModelError too where `stream_before` is None.
+        """
+        raise ModelError(f"{self.identity['name']}: each pass of this backend begins at the embedding; use logits_with")
+
+    def stream_before(self, hook_name: str) -> str | None:
+        """The hook where `logits_from` begins, hook_resid_pre of the same block; None if all passes begin at the
+        embedding. Raises ModelError if the hook does not exist.
+        """
+        self._check(hook_name)
+        return None
+
+    @abstractmethod
+    def _check(self, hook_name: str) -> None:
+        """Raise ModelError if the model has no such hook."""
+
+    @abstractmethod
+    def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
+        """Run the model without gradients, showing each hook's activation to its visit; returns logits."""
+
+
+def unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str], way_out: str) -> NoReturn:
+    near = get_close_matches(hook_name, hook_names, n=3)
+    raise ModelError(
+        f"{model.identity['name']}: no hook {hook_name!r}; near names: {', '.join(near) or 'none'}; there are "
+        f"{model.n_layers} layers, blocks.0 to blocks.{model.n_layers - 1}, with {', '.join(SITES)}; {way_out}"
+    )
+
+
+class _AllShown(Exception):
+    """Raised inside the forward pass when the last asked activation was shown; never leaves this module."""
+
+
+def _same_shape(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`replace` with its result checked and cast to the dtype and device of what it replaces."""
+
+    def checked(x: Tensor) -> Tensor:
+        replaced = replace(x)
+        if replaced.shape != x.shape:
+            raise ValueError(
+                f"logits_with: replace must keep the shape {tuple(x.shape)}, got {tuple(replaced.shape)}; return one "
+                "vector for each token"
+            )
+        return replaced.to(x)
+
+    return checked
+
+
+def _replacing(hook_name: str, replace: Callable[[Tensor], Tensor]) -> dict[str, Visit]:
+    """The visits that put `replace(x)` in the place of the activation x at the hook.
+
+    hook_resid_mid is only read by the norm before the MLP; the stream goes round it. So the block's output is made
+    anew as well, by the add that the block itself does: replaced + mlp_out. Exact: replacing x by x changes no bit.
+    That the block does so is checked on the values (ModelError).
+    """
+    block, _, site = hook_name.rpartition(".")
+    if site != "hook_resid_mid":
+        return {hook_name: replace}
+    kept: dict[str, Tensor] = {}
+
+    def at_mid(x: Tensor) -> Tensor:
+        kept["resid_mid"], kept["replaced"] = x, replace(x)
+        return kept["replaced"]
+
+    def at_mlp_out(x: Tensor) -> None:
+        kept["mlp_out"] = x
+
+    def at_post(x: Tensor) -> Tensor:
+        if not torch.equal(x, kept["resid_mid"] + kept["mlp_out"]):
+            raise ModelError(
+                f"logits_with: replacing {hook_name} needs a block whose output is hook_resid_mid + hook_mlp_out, this "
+                "one gives something else; replace at hook_resid_post"
+            )
+        return kept["replaced"] + kept["mlp_out"]
+
+    return {hook_name: at_mid, f"{block}.hook_mlp_out": at_mlp_out, f"{block}.hook_resid_post": at_post}

@@ -1,0 +1,117 @@
+"""One shard of one array as a file: encoded chunks, an index behind them; written, mapped and read."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from actcache.errors import CorruptShard
+from actcache.files import write_atomically
+from actcache.format.arrays import ArraySpec
+from actcache.format.codecs import CHECKSUM_BYTES, Codec, crc32c
+from actcache.format.records import ArrayRecord
+
+INDEX_ENTRY_BYTES = 16
+EncodedChunk = tuple[bytes | memoryview, int]  # what is stored of a chunk, and its checksum
+ABSENT = np.iinfo(np.uint64).max  # offset and size of a chunk that a shard lacks (zarr v3, "binary shard format")
+
+
+class ShardFile:
+    """One shard file, mapped: where each inner chunk lies, by the index at its end (zarr v3 sharding codec)."""
+
+    def __init__(self, path: Path, n_chunks: int, n_bytes: int | None = None):
+        """Raises CorruptShard if the file is missing, is not `n_bytes` long, or its index fails its checksum."""
+        self.path = path
+        index_bytes = n_chunks * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < index_bytes or (n_bytes is not None and size != n_bytes):
+                    wanted = f"{n_bytes} bytes" if n_bytes is not None else f"at least {index_bytes} bytes"
+                    raise CorruptShard(f"{path}: must be {wanted} long, is {size}; run `actcache verify`")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise CorruptShard(f"{path}: the shard is missing; restore it or harvest again") from None
+        except OSError as error:
+            raise CorruptShard(f"{path}: the shard cannot be read ({error.strerror}); restore it") from error
+        self._map.madvise(mmap.MADV_RANDOM)  # the kernel's readahead reads three times what chunks need
+        self._bytes = memoryview(self._map)
+        index = self._bytes[size - index_bytes : size - CHECKSUM_BYTES]
+        if crc32c(index) != int.from_bytes(self._bytes[size - CHECKSUM_BYTES :], "little"):
+            raise CorruptShard(f"{path}: the checksum of the shard index does not match; the file is damaged")
+        self._index = np.frombuffer(index, dtype="<u8").reshape(n_chunks, 2).copy()
+        self._payload_bytes = size - index_bytes
+
+    def chunk(self, number: int) -> memoryview | None:
+        """The stored bytes of a chunk; None where the shard holds none, which Zarr reads as the fill value.
+
+        Raises CorruptShard if the chunk lies outside of the file, or the file changed its size since it was mapped.
+        """
+        if self._map.size() != len(self._map):  # pages beyond the end of a shortened file are SIGBUS
+            raise CorruptShard(f"{self.path}: was {len(self._map)} bytes long, is {self._map.size()}; restore it")
+        offset, size = self._index[number].tolist()
+        if offset == ABSENT and size == ABSENT:
+            return None
+        if offset + size > self._payload_bytes:
+            raise CorruptShard(f"{self.path}: chunk {number} lies outside of the file")
+        return self._bytes[offset : offset + size]
+
+    def advise(self, number: int, advice: int) -> None:
+        """Tell the kernel about the pages of a chunk: MADV_WILLNEED ahead of its use, MADV_DONTNEED behind it."""
+        offset, size = self._index[number].tolist()
+        if offset + size <= self._payload_bytes:
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(advice, start, offset + size - start)
+
+
+def chunk_slices(array: ArraySpec, n_rows: int) -> Iterator[slice]:
+    """The rows of each inner chunk of a shard of `n_rows` rows, in order."""
+    return (slice(start, min(start + array.chunk_rows, n_rows)) for start in range(0, n_rows, array.chunk_rows))
+
+
+def encode_chunk(chunk: Shaped[np.ndarray, "row ..."], array: ArraySpec, codec: Codec) -> EncodedChunk:
+    """(stored bytes, checksum) of one chunk of a shard; a short last one is padded with zeros."""
+    return codec.encode(_padded(chunk, array.chunk_rows))
+
+
+def write_shard(
+    path: Path, array: ArraySpec, codec: Codec, chunks: Iterable[Shaped[np.ndarray, "row ..."]], shard_rows: int
+) -> ArrayRecord:
+    """Encode the chunks of a shard of `shard_rows` rows, given in order, and write it."""
+    return write_encoded_shard(path, array, (encode_chunk(chunk, array, codec) for chunk in chunks), shard_rows)
+
+
+def write_encoded_shard(path: Path, array: ArraySpec, chunks: Iterable[EncodedChunk], shard_rows: int) -> ArrayRecord:
+    """Write one shard of `shard_rows` rows from its encoded chunks, given in order.
+
+    Layout (zarr v3 sharding codec, index at the end): the encoded chunks back to back, then (offset, size) of every
+    chunk as little-endian uint64, then the CRC-32C of that index.
+    """
+    checksums: list[int] = []
+    index = np.full((shard_rows // array.chunk_rows, 2), ABSENT, dtype="<u8")
+
+    def parts() -> Iterator[bytes | memoryview]:
+        offset = 0
+        for number, (stored, checksum) in enumerate(chunks):
+            index[number] = offset, len(stored)
+            offset += len(stored)
+            checksums.append(checksum)
+            yield stored
+        yield index.tobytes()
+        yield crc32c(index.tobytes()).to_bytes(4, "little")
+
+    n_bytes = write_atomically(path, parts())
+    return ArrayRecord(n_bytes=n_bytes, checksums=tuple(checksums))
+
+
+def _padded(chunk: np.ndarray, chunk_rows: int) -> np.ndarray:
+    if len(chunk) == chunk_rows:
+        return np.ascontiguousarray(chunk)
+    whole = np.zeros((chunk_rows, *chunk.shape[1:]), dtype=chunk.dtype)
+    whole[: len(chunk)] = chunk
+    return whole

@@ -1,0 +1,85 @@
+"""Token ids of documents -> packed sequences of each split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+from actcache.errors import ConfigError
+from actcache.flow import SPLITS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How token ids become sequences: context_size ids each, of which the first is bos_id unless that is None.
+
+    Documents follow each other with carry-over, separator_id between them unless that is None. As in SAELens, a
+    document that already begins with the token that would be put before it does not get it twice.
+    """
+
+    context_size: int
+    bos_id: int | None
+    separator_id: int | None
+
+    def __post_init__(self) -> None:
+        if self.context_size < (1 if self.bos_id is None else 2):
+            raise ConfigError(f"packing: context_size must have room for a token after BOS, got {self.context_size}")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSequence:
+    """context_size token ids and, for each, the index of its document in the dataset."""
+
+    split: str
+    token_ids: Int32[np.ndarray, " position"]
+    documents: Int32[np.ndarray, " position"]
+
+
+class Packer:
+    """Packs the documents of one split; what does not fill a sequence is carried over to the next document."""
+
+    def __init__(self, packing: Packing, split: str):
+        self._packing, self._split = packing, split
+        self._ids = np.empty(packing.context_size, dtype=np.int32)
+        self._documents = np.empty(packing.context_size, dtype=np.int32)
+        self._filled = 0
+
+    def add(self, document: int, ids: Int32[np.ndarray, " token"]) -> Iterator[PackedSequence]:
+        """The sequences that this document completes."""
+        offset = 0
+        while offset < len(ids):
+            prefix = self._packing.separator_id if self._filled else self._packing.bos_id
+            if prefix is not None and ids[offset] != prefix:
+                self._put(document, np.array([prefix], dtype=np.int32))
+            offset += self._put(document, ids[offset:])
+            if self._filled == self._packing.context_size:
+                yield PackedSequence(self._split, self._ids.copy(), self._documents.copy())
+                self._filled = 0
+
+    def _put(self, document: int, ids: np.ndarray) -> int:
+        """Append what fits; returns how many did."""
+        end = min(self._filled + len(ids), self._packing.context_size)
+        n = end - self._filled
+        self._ids[self._filled : end] = ids[:n]
+        self._documents[self._filled : end] = document
+        self._filled = end
+        return n
+
+
+def pack(
+    documents: Iterable[tuple[int, Int32[np.ndarray, " _"]]], packing: Packing, *, seed: int, holdout: float
+) -> Iterator[PackedSequence]:
+    """Packed sequences of both splits, each split packed apart, in the order in which documents complete them."""
+    packers = {split: Packer(packing, split) for split in SPLITS}
+    for index, ids in documents:
+        yield from packers[split_of(index, seed=seed, holdout=holdout)].add(index, ids)
+
+
+def split_of(document: int, *, seed: int, holdout: float) -> str:
+    """ "validation" if the first 8 bytes of sha256("split:{seed}:{document}"), as a fraction of 2^64, are < holdout."""
+    digest = hashlib.sha256(f"split:{seed}:{document}".encode()).digest()
+    return "validation" if int.from_bytes(digest[:8], "big") < holdout * 2.0**64 else "train"

@@ -1,0 +1,135 @@
+"""Where texts come from: a hub data set, files, or one that is loaded already; and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+
+from actcache.errors import ConfigError, DatasetError
+
+SAMPLE_BY = ("line", "paragraph", "document")
+FILE_KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_load_dataset: Callable[..., Any] = datasets.load_dataset  # its overloads know no `streaming: bool`
+HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetSource:
+    """Where documents come from: a hub name, a local file, or a folder written by `datasets.save_to_disk`.
+
+    sample_by: what one document of a text file is, "line", "paragraph" or "document" (the whole file).
+    column: the text column, or one of token ids; None takes `text`, else `input_ids`, `tokens` or `token_ids`.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    column: str | None = None
+    sample_by: str = "document"
+    streaming: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sample_by not in SAMPLE_BY:
+            raise ConfigError(f"dataset: sample_by must be one of {', '.join(SAMPLE_BY)}, got {self.sample_by!r}")
+
+    def load(self) -> datasets.Dataset | datasets.IterableDataset:
+        """The dataset, of one split. Raises DatasetError, naming the path, if it is missing or malformed."""
+        try:
+            return self._load()
+        except (OSError, ValueError, ConnectionError, DatasetGenerationError) as error:
+            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+            raise DatasetError(
+                f"dataset: cannot load {self.path!r} ({reason}); give a local file, a folder or a hub name"
+            ) from error
+
+    def _load(self) -> Any:
+        path = Path(self.path)
+        if path.is_dir() and (path / "state.json").exists():
+            return datasets.load_from_disk(str(path))
+        if not path.exists():
+            return _load_dataset(
+                self.path, self.config, split=self.split, revision=self.revision, streaming=self.streaming
+            )
+        files = [str(path)] if path.is_file() else _data_files(path)
+        kind = FILE_KINDS.get(Path(files[0]).suffix, "text")
+        if kind == "text":
+            return _load_dataset(
+                kind, data_files=files, split="train", streaming=self.streaming, sample_by=self.sample_by
+            )
+        return _load_dataset(kind, data_files=files, split="train", streaming=self.streaming)
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this dataset from another: names and revision, and for local files the hash of their bytes."""
+        path = Path(self.path)
+        local = path.exists()
+        return {
+            "name": path.name if local else self.path,
+            "config": self.config,
+            "split": self.split,
+            "revision": self.revision,
+            "column": self.column,
+            "sample_by": self.sample_by,
+            "content_sha256": _content_hash(path) if local else None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDataset:
+    """A dataset that is already in memory (a `datasets.Dataset`, or any list of strings), as a source of documents."""
+
+    rows: datasets.Dataset
+    column: str | None = None
+
+    def load(self) -> datasets.Dataset:
+        """The dataset itself."""
+        return self.rows
+
+    def identity(self) -> dict[str, Any]:
+        """The hash of every row, so that the same rows always are the same dataset."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(repr(sorted(dict(row).items())).encode())
+        return {
+            "name": "in memory",
+            "config": None,
+            "split": None,
+            "revision": None,
+            "column": self.column,
+            "sample_by": None,
+            "content_sha256": digest.hexdigest(),
+        }
+
+
+Source = DatasetSource | LoadedDataset
+
+
+def _data_files(folder: Path) -> list[str]:
+    for suffix in FILE_KINDS:
+        if files := sorted(str(path) for path in folder.rglob(f"*{suffix}") if path.name != "dataset_info.json"):
+            return files
+    raise FileNotFoundError(f"the folder holds no {', '.join(FILE_KINDS)} file")
+
+
+def _content_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{os.path.relpath(file, path)}:{file.stat().st_size}\n".encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(HASH_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,112 @@
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from actcache.errors import CacheMismatch, ManifestError
+from actcache.format.arrays import chunk_rows, shard_rows
+from actcache.format.manifest import Manifest
+from actcache.format.seal import fingerprint, seal, unseal
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("d_in", "c", "s"),
+    [(64, 16384, 262144), (384, 2048, 262144), (768, 1024, 262144), (2304, 512, 131072), (4096, 256, 131072)],
+)
+def test_sizes_of_large_bfloat16_caches(d_in, c, s):
+    rows = shard_rows(d_in, 2, n_hooks=1, n_rows=10**9, batch_tokens=4096)
+    assert (rows, chunk_rows(d_in, 2, rows)) == (s, c)
+
+
+def test_small_caches_have_at_least_sixteen_shards():
+    for n_rows in (3000, 50_000, 10**6):
+        rows = shard_rows(128, 2, n_hooks=1, n_rows=n_rows, batch_tokens=128)
+        assert -(-n_rows // rows) >= 16
+        assert -(-n_rows // (2 * rows)) < 16 or rows == 2**18, "no smaller than it must be"
+
+
+def test_shards_hold_a_forward_pass_and_windows_fit():
+    assert shard_rows(128, 2, n_hooks=1, n_rows=1000, batch_tokens=2048) == 2048
+    assert 2 * 40 * 4096 * 2 * shard_rows(4096, 2, n_hooks=40, n_rows=10**9, batch_tokens=4096) <= 8 * GIB
+
+
+def test_a_seal_keeps_values_and_shows_every_changed_byte():
+    values = {"b": [1, 2.5, "ü"], "a": {"x": None}}
+    sealed = seal(values)
+    assert unseal(sealed, Path("f")) == values
+    assert json.loads(sealed)["a"] == {"x": None}, "a sealed line is plain JSON"
+    for position in range(len(sealed) - 1):
+        damaged = bytearray(sealed)
+        damaged[position] ^= 1
+        with pytest.raises(ManifestError, match=r"^f: "):
+            unseal(bytes(damaged), Path("f"))
+
+
+def test_json_round_trip(tiny_cache):
+    manifest = tiny_cache.manifest
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+def test_unknown_hook_lists_the_hooks(tiny_cache):
+    with pytest.raises(CacheMismatch, match=r"blocks\.1\.hook_attn_out.*got hook_name='blocks\.9\.hook_resid_post'"):
+        tiny_cache.hook("blocks.9.hook_resid_post")
+
+
+def broken(values: dict) -> dict[str, dict]:
+    """Name -> a manifest that breaks one rule; each keeps a valid seal, as a malicious one would."""
+
+    def change(*path, to):
+        changed = copy.deepcopy(values)
+        at = changed
+        for key in path[:-1]:
+            at = at[key]
+        if to is KeyError:
+            del at[path[-1]]
+        else:
+            at[path[-1]] = to
+        return changed
+
+    train = values["shards"]["train"]
+    return {
+        "another version": change("plan", "identity", "format_version", to=2),
+        "unknown codec": change("plan", "identity", "codec", to="pickle"),
+        "unknown dtype": change("plan", "identity", "dtype", to="object"),
+        "huge shards": change("plan", "identity", "shard_rows", to=1 << 60),
+        "shard rows as text": change("plan", "identity", "shard_rows", to="128"),
+        "no context": change("plan", "identity", "context_size", to=0),
+        "no identity": change("plan", "identity", to=KeyError),
+        "no plan": change("plan", to=KeyError),
+        "hooks as a number": change("hooks", to=3),
+        "no hooks": change("hooks", to=[]),
+        "hook that climbs": change("hooks", 0, "hook_name", to="../../etc"),
+        "huge width": change("hooks", 0, "d_in", to=1 << 50),
+        "huge chunks": change("plan", "identity", "chunk_rows", to=1 << 50),
+        "path that climbs": change("shards", "train", 0, "arrays", to={"../../x": train[0]["arrays"]["tokens/id"]}),
+        "absolute path": change("shards", "train", 0, "arrays", to={"/etc/passwd": train[0]["arrays"]["tokens/id"]}),
+        "missing shard": change("shards", "train", to=[*train[:1], *train[2:]]),
+        "missing tail": change("shards", "train", to=train[:-1]),
+        "shard of another split": change("shards", "train", 0, "split", to="validation"),
+        "shard without tokens": change("shards", "train", 0, "arrays", to={}),
+        "shard too long": change("shards", "train", 0, "n_rows", to=1 << 40),
+        "negative sequences": change("plan", "sequences", "train", "n_sequences", to=-1),
+        "many sequences": change("plan", "sequences", "train", "n_sequences", to=1 << 40),
+    }
+
+
+def test_malformed_manifests_are_refused(tiny_cache):
+    values = json.loads(json.dumps(tiny_cache.manifest.to_json()))
+    Manifest.from_json(values)
+    for name, bad in broken(values).items():
+        try:
+            Manifest.from_json(bad)
+        except ManifestError:
+            continue
+        pytest.fail(f"{name} was believed")
+
+
+def test_fingerprint_follows_the_bytes():
+    assert fingerprint(b"a") != fingerprint(b"b")
+    assert len(fingerprint(b"a")) == 16

@@ -1,0 +1,171 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore
+import torch
+import zarr
+from support.tiny_caches import HOOKS, harvest_tiny, promised_files
+
+from actcache.errors import CacheMismatch, ManifestError
+from actcache.flow import SPLITS
+from actcache.integrity.relabel import relabel
+from actcache.integrity.verify import verify
+from actcache.store.cache import open_cache
+
+N_FILES = len(SPLITS) * len(HOOKS)  # one bfloat16 array of each hook in each split
+PLAIN_ZARR = """
+import sys
+from importlib.metadata import entry_points
+import numpy as np
+import zarr
+if tuple(int(part) for part in zarr.__version__.split(".")[:3]) < (3, 4, 1):
+    for data_type in entry_points(group="zarr.data_type"):
+        data_type.load()  # later versions load them by themselves
+array = zarr.open_array(sys.argv[1], mode="r")
+np.save(sys.argv[2], array[:].view(np.uint16))
+print(array.dtype)
+"""
+KILLED = """
+import os, signal, sys
+from actcache.flow import SPLITS
+from actcache.integrity.relabel import relabel
+real, calls = os.replace, []
+def replace(*args):
+    calls.append(args)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(*args)
+os.replace = replace
+relabel(sys.argv[1], native=True)
+"""
+
+
+@pytest.fixture
+def copied(tiny_cache, tmp_path):
+    return shutil.copytree(tiny_cache.path, tmp_path / "c")
+
+
+def python(script, *arguments):
+    command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def bits(cache, split, hook_name):
+    reader = cache.hook_reader(split, hook_name)
+    return reader.read(0, reader.n_rows).view(torch.uint16).numpy()
+
+
+def array_path(root, split="train", hook_name=HOOKS[0], name="acts"):
+    return root / "acts.zarr" / split / hook_name / name
+
+
+def data_types(root):
+    files = sorted(root.glob("acts.zarr/*/*/*/zarr.json"))
+    return {str(file.relative_to(root)): json.loads(file.read_text())["data_type"] for file in files}
+
+
+def assert_sound(root, tiny_cache):
+    assert verify(root).problems == ()
+    cache = open_cache(root)
+    for hook_name in HOOKS:
+        assert np.array_equal(bits(cache, "validation", hook_name), bits(tiny_cache, "validation", hook_name))
+
+
+def test_native_and_back(copied, tiny_cache):
+    before = promised_files(copied)
+    metadata = (array_path(copied) / "zarr.json").read_text()
+    assert relabel(copied, native=True) == N_FILES
+    assert relabel(copied, native=True) == 0
+    native, after = json.loads((array_path(copied) / "zarr.json").read_text()), promised_files(copied)
+    assert (native["data_type"], native["fill_value"]) == ("bfloat16", 0.0)
+    assert native == {**json.loads(metadata), "data_type": "bfloat16", "fill_value": 0.0}
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {
+        f"acts.zarr/{split}/{hook}/acts/zarr.json" for split in ("train", "validation") for hook in HOOKS
+    }
+    assert_sound(copied, tiny_cache)
+    assert relabel(copied, native=False) == N_FILES
+    assert relabel(copied, native=False) == 0
+    assert promised_files(copied) == before
+
+
+def test_other_readers_see_bfloat16(copied, tiny_cache, tmp_path):
+    relabel(copied, native=True)
+    expected = bits(tiny_cache, "train", HOOKS[0])
+    done = python(PLAIN_ZARR, array_path(copied), tmp_path / "bits.npy")
+    assert done.stdout.strip() == "bfloat16", done.stderr
+    assert np.array_equal(np.load(tmp_path / "bits.npy"), expected)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(array_path(copied))}}
+    theirs = tensorstore.open(spec, read=True).result()
+    assert theirs.dtype.name == "bfloat16"
+    assert np.array_equal(theirs.read().result().view(np.uint16), expected)
+
+
+def test_a_kill_between_two_files_leaves_a_sound_cache(copied, tiny_cache):
+    done = python(KILLED, copied)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(data_types(copied).values()).count("bfloat16") == 3
+    assert_sound(copied, tiny_cache)
+    assert relabel(copied, native=True) == N_FILES - 3
+    assert_sound(copied, tiny_cache)
+
+
+def test_of_int8_only_the_scales_follow(tiny_model, tiny_texts, tmp_path):
+    cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", codec="int8")
+    assert relabel(cache.path, native=True) == N_FILES
+    scale, q8 = (
+        zarr.open_array(array_path(cache.path, name=name), mode="r", zarr_format=3) for name in ("scale", "q8")
+    )
+    assert (scale.dtype, q8.dtype) == (ml_dtypes.bfloat16, np.int8)
+    stored = cache.hook_reader("train", HOOKS[0]).arrays[1].read(0, cache.n_rows("train"))
+    assert np.array_equal(np.asarray(scale[:]).view(np.uint16), stored)
+    assert verify(cache.path).problems == ()
+
+
+def test_a_cache_without_bfloat16_is_refused(tiny_model, tiny_texts, tmp_path):
+    cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", dtype="float16")
+    for native in (True, False):
+        with pytest.raises(CacheMismatch, match="stores float16"):
+            relabel(cache.path, native)
+
+
+def edited(root, **changes):
+    path = array_path(root, "validation", HOOKS[-1]) / "zarr.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"data_type": "int16"}, "data_type"),
+        ({"data_type": "float16", "fill_value": 0.0}, "data_type"),
+        ({"data_type": "bfloat16", "fill_value": "NaN"}, "fill_value"),
+        ({"fill_value": 1}, "fill_value"),
+        ({"attributes": {}}, "attributes"),
+        ({"dimension_names": ["row", "d_in"]}, "dimension_names"),
+        ({"shape": [1, 1]}, "shape"),
+    ],
+    ids=str,
+)
+def test_any_third_form_is_a_problem(copied, changes, wrong):
+    edited(copied, **changes)
+    before = promised_files(copied)
+    (problem,) = verify(copied).problems
+    assert problem.path.endswith(f"validation/{HOOKS[-1]}/acts/zarr.json")
+    assert f"says {{'{wrong}': " in problem.message
+    with pytest.raises(ManifestError, match="does not describe"):
+        relabel(copied, native=True)
+    assert promised_files(copied) == before, "nothing is changed"
+
+
+def test_unreadable_metadata_is_refused(copied):
+    (array_path(copied) / "zarr.json").write_text("{")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        relabel(copied, native=True)

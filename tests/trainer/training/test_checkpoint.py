@@ -1,0 +1,142 @@
+"""Checkpoints: bit for bit, replaced whole, refused when damaged or of another run."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from support.tiny_saes import ARCHITECTURES
+from support.training_cases import assert_same_state, new_state, rows, step
+
+from actcache.errors import CacheMismatch, ManifestError
+from trainer.training.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.training.step import TrainState
+
+
+def trained(architecture: str, n_steps: int = 3, **changes: object) -> TrainState:
+    state = new_state(architecture, lr_warm_up_steps=2, lr_decay_steps=4, dead_window=40, **changes)
+    for seed in range(n_steps):
+        step(state, rows(24, seed=seed))
+    return state
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_restored_state_goes_on_bit_for_bit(architecture: str, tmp_path: Path) -> None:
+    state = trained(architecture)
+    path = save_checkpoint(state, tmp_path)
+    restored = load_checkpoint(state.config, path)
+    assert_same_state(state, restored)
+    for seed in range(3, 6):
+        for each in (state, restored):
+            step(each, rows(24, seed=seed))
+    assert_same_state(state, restored)
+
+
+OPTIMISED = [
+    {"optimizer": "adamw", "weight_decay": 0.1},
+    {"optimizer": "signum", "momentum": 0.9},
+    {"optimizer": "muon", "momentum": 0.95},
+    {"optimizer": "schedule_free"},
+    {"ema_decay": 0.9},
+    {"k_anneal_start": 20, "k_anneal_steps": 5},
+]
+
+
+@pytest.mark.parametrize("changes", OPTIMISED, ids=str)
+def test_every_optimizer_goes_on_bit_for_bit(changes: dict[str, object], tmp_path: Path) -> None:
+    state = trained("topk", **changes)
+    restored = load_checkpoint(state.config, save_checkpoint(state, tmp_path))
+    for seed in range(3, 6):
+        for each in (state, restored):
+            step(each, rows(24, seed=seed))
+    assert_same_state(state, restored)
+
+
+def test_a_state_before_its_first_step_can_be_saved(tmp_path: Path) -> None:
+    state = trained("topk", n_steps=0)
+    restored = load_checkpoint(state.config, save_checkpoint(state, tmp_path))
+    for each in (state, restored):
+        step(each, rows(24))
+    assert_same_state(state, restored)
+
+
+def test_the_newest_replaces_the_older(tmp_path: Path) -> None:
+    state = trained("topk")
+    save_checkpoint(state, tmp_path)
+    step(state, rows(24))
+    path = save_checkpoint(state, tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["step-00000004.safetensors"] == [path.name]
+    assert latest_checkpoint(tmp_path) == path
+    assert checkpoint_step(path) == 4
+
+
+def test_the_last_ones_are_kept(tmp_path: Path) -> None:
+    state = trained("topk", n_steps=0)
+    (tmp_path / "step-notes.safetensors").write_bytes(b"not a checkpoint")
+    seen = []
+    for keep in (3, 3, 3, 3, 2, 1):
+        save_checkpoint(state, tmp_path, keep=keep)
+        seen.append(sorted(checkpoint_step(each) for each in tmp_path.glob("step-0*")))
+        step(state, rows(24))
+    assert seen == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [3, 4], [5]]
+    assert (tmp_path / "step-notes.safetensors").exists()
+
+
+def test_a_damaged_newest_one_is_named_and_the_one_before_serves_once_it_is_gone(tmp_path: Path) -> None:
+    state = trained("topk")
+    save_checkpoint(state, tmp_path, keep=2)
+    step(state, rows(24))
+    newest = save_checkpoint(state, tmp_path, keep=2)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert latest_checkpoint(tmp_path) == newest
+    with pytest.raises(
+        ManifestError, match=r"step-00000004\.safetensors: cannot be read .* remove it to go on from the"
+    ):
+        load_checkpoint(state.config, newest)
+    newest.unlink()
+    assert_same_state(load_checkpoint(state.config, latest_checkpoint(tmp_path)), trained("topk"))
+
+
+def test_of_two_the_newest_counts_and_leftovers_do_not(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "absent") is None
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    (tmp_path / "step-00000002.safetensors").write_bytes(b"an older one that a kill left")
+    (tmp_path / ".step-00000009.safetensors.ab12.partial").write_bytes(b"half")
+    assert latest_checkpoint(tmp_path) == path
+    load_checkpoint(state.config, path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000002.safetensors", path.name]
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    step(state, rows(24))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(state, tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1], ids=["empty", "five_bytes", "header_cut", "one_byte_short"])
+def test_a_torn_file_is_refused(keep: int, tmp_path: Path) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ManifestError, match=r"step-00000003\.safetensors: cannot be read as a checkpoint"):
+        load_checkpoint(state.config, path)
+
+
+def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    with pytest.raises(CacheMismatch, match="is a checkpoint of another config"):
+        load_checkpoint(dataclasses.replace(state.config, lr=0.5), path)
+
+
+def test_a_name_without_a_step_is_refused() -> None:
+    with pytest.raises(ManifestError, match="is named step-"):
+        checkpoint_step(Path("last.safetensors"))

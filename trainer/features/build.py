@@ -1,0 +1,277 @@
+"""Encode the validation split once, and write what every latent fires on beside the run."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from jaxtyping import Float, Float32, Int32, Int64, Shaped
+from torch import Tensor
+
+from actcache.errors import CacheLocked, CacheMismatch, DatasetError, ManifestError
+from actcache.files import make_folder, remove_partials, write_atomically
+from actcache.loading.filters import RowFilter
+from actcache.store.cache import Cache
+from actcache.store.reader import HookReader
+from trainer.features.feature_acts import Codes, SparseEncoder, write_codes
+from trainer.features.read import (
+    CODES,
+    FOLDER,
+    FORMAT_VERSION,
+    LATENTS_FILE,
+    SOURCE_FILE,
+    SPLIT,
+    Features,
+    check_source,
+    map_all_codes,
+    open_features,
+    sae_checksums,
+)
+from trainer.formats.saelens import load_sae
+from trainer.run_folder import CONFIG_FILE, FAILED_FILE, read_json, write_json
+from trainer.sae.sae import SAE
+
+LOCK_FILE = "lock"
+FILE_ENTRIES = 1 << 22  # after this many a file ends before its shard does: sorting them takes 250 MB
+Progress = Callable[[int, int], None]  # rows of the split done, and in all
+
+
+def build_features(
+    run: Path | str, cache: Cache, *, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> Features:
+    """Encode the validation split with the SAE of a RUN folder into RUN/features/; nothing to do if that is there.
+
+    Memory, however long the split and whatever fires: the stored rows of one shard of each hook that the SAE takes (at
+    most 1 GiB a hook) and 32 bytes for each of them; the buffers of one batch of `feature_acts.SparseEncoder`
+    (4,096 rows; fewer where [batch, d_sae] would be over 2^24 numbers); and 64 bytes for each of FILE_ENTRIES entries
+    and of those of one batch.
+
+    Args:
+        run: a finished RUN folder; the SAE may be of any architecture that `load_sae` takes.
+        cache: harvested from the model that it was trained on, with its hooks.
+        device: where rows are encoded.
+        progress: called with rows done, first of all with those that an earlier build did, and rows in all.
+
+    Raises:
+        ManifestError: `run` is no RUN folder, is not finished or diverged, or a file of it is damaged.
+        CacheMismatch: the cache is of another model, lacks a hook or holds it with another width, or RUN/features is of
+            another cache or SAE.
+        DatasetError: the validation split has no token that is not special.
+        NonFiniteActivations: a latent's activation is NaN or infinite.
+        CorruptShard: a chunk of the cache is damaged.
+        CacheLocked: another process is building them.
+    """
+    run = Path(run)
+    folder, config = run / FOLDER, _run_config(run)
+    sae = load_sae(run, device=device)
+    _check_cache(run, config, sae, cache)
+    source = _source(run, sae, cache)
+    with _only_builder(folder):
+        if (folder / SOURCE_FILE).is_file():
+            check_source(folder, read_json(folder / SOURCE_FILE), source)
+        else:
+            write_json(folder / SOURCE_FILE, source)
+        if not (folder / LATENTS_FILE).is_file():
+            remove_partials(folder)
+            _write_codes(sae, cache, folder, progress)
+            _write_latents(folder, map_all_codes(folder))
+    return open_features(run)
+
+
+def _run_config(run: Path) -> dict[str, Any]:
+    """config.json of a run that did not diverge."""
+    if not (run / CONFIG_FILE).is_file():
+        raise ManifestError(
+            f"features: {run} must be a RUN folder, it has no {CONFIG_FILE}; pass what `actcache train` wrote (a "
+            "SAELens directory becomes a RUN by `actcache import`)"
+        )
+    if (run / FAILED_FILE).is_file():
+        raise ManifestError(f"features: {run} diverged: {read_json(run / FAILED_FILE).get('error')}; pass another run")
+    return read_json(run / CONFIG_FILE)
+
+
+def _check_cache(run: Path, config: Mapping[str, Any], sae: SAE, cache: Cache) -> None:
+    """The cache must hold the SAE's hooks, of the model that the run names."""
+    trained, cached = config.get("model"), cache.identity["model"]
+    if not isinstance(trained, dict) or "name" not in trained:
+        raise ManifestError(f"features: {run / CONFIG_FILE} must name the model of the run; is it that of a run?")
+    revisions = {trained.get("revision"), cached["revision"]} - {None}  # an imported SAE knows none
+    if trained["name"] != cached["name"] or len(revisions) > 1:
+        raise CacheMismatch(
+            f"features: {run} was trained on activations of {trained['name']!r} ({trained.get('revision')}), "
+            f"{cache.path} holds those of {cached['name']!r} ({cached['revision']}); pass a cache of the same model"
+        )
+    held = sum(cache.hook(name).d_in for name in sae.input_hooks)
+    if held != sae.d_in:
+        raise CacheMismatch(
+            f"features: {run} takes {' + '.join(sae.input_hooks)} of width {sae.d_in}, {cache.path} holds {held}; "
+            "pass the cache that it was trained on"
+        )
+
+
+def _source(run: Path, sae: SAE, cache: Cache) -> dict[str, Any]:
+    """What the features are of, as source.json says it."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "sae_crc32c": sae_checksums(run),
+        "cache_fingerprint": cache.fingerprint,
+        "d_sae": sae.d_sae,
+        "context_size": cache.context_size,
+        "n_rows": cache.n_rows(SPLIT),
+        "n_tokens": _n_tokens(cache),
+    }
+
+
+def _n_tokens(cache: Cache) -> int:
+    """Tokens of the validation split that are not special. Raises DatasetError if there is none."""
+    n_tokens = 0
+    if cache.n_rows(SPLIT) > 0:
+        n_tokens = RowFilter(cache, SPLIT, (), exclude_special_tokens=True, positions=None, max_norm_ratio=None).n_rows
+    if n_tokens == 0:
+        raise DatasetError(
+            f"features: {cache.path} has no token in its validation split that is not special (holdout "
+            f"{cache.identity['holdout']}); harvest with a larger --holdout or more documents"
+        )
+    return n_tokens
+
+
+@contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    make_folder(folder)
+    with open(folder / LOCK_FILE, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CacheLocked(f"{folder}: another process is building these features; wait for it") from None
+        yield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Shard:
+    """A shard of the split in token order. row: of each token, in the shard's rows as stored."""
+
+    first_token: int
+    token_id: Int32[np.ndarray, " token"]
+    row: Int64[np.ndarray, " token"]
+    stored: tuple[tuple[Shaped[np.ndarray, "token _"], ...], ...]  # for each hook, what its reader gave
+
+    @property
+    def stop(self) -> int:
+        return self.first_token + len(self.token_id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Coded:
+    """Consecutive tokens and what fires on them; `token` counts from first_token, on the CPU like the rest."""
+
+    first_token: int
+    token_id: Int32[np.ndarray, " batch"]
+    ends_shard: bool
+    token: Int32[Tensor, " entry"]
+    latent: Int32[Tensor, " entry"]
+    act: Float32[Tensor, " entry"]
+
+    @property
+    def stop(self) -> int:
+        return self.first_token + len(self.token_id)
+
+
+def _write_codes(sae: SAE, cache: Cache, folder: Path, progress: Progress | None) -> None:
+    """Every file of codes that is not there yet. A file ends with its shard, or after FILE_ENTRIES entries."""
+    there, n_rows = map_all_codes(folder), cache.n_rows(SPLIT)
+    start = there[-1].stop if there else 0
+    held: list[_Coded] = []
+    if progress is not None:
+        progress(start, n_rows)
+    for batch in _coded(sae, cache, start):
+        held.append(batch)
+        if batch.ends_shard or sum(len(each.act) for each in held) >= FILE_ENTRIES:
+            _write_file(folder, held, sae.d_sae)
+            held = []
+        if progress is not None:
+            progress(batch.stop, n_rows)
+
+
+def _write_file(folder: Path, held: Sequence[_Coded], d_sae: int) -> None:
+    first = held[0].first_token
+    write_codes(
+        folder / CODES.replace("*", f"{first:012d}"),
+        np.concatenate([batch.token_id for batch in held]),
+        torch.cat([batch.token + (batch.first_token - first) for batch in held]),
+        torch.cat([batch.latent for batch in held]),
+        torch.cat([batch.act for batch in held]),
+        d_sae,
+    )
+
+
+def _coded(sae: SAE, cache: Cache, start: int) -> Iterator[_Coded]:
+    """All tokens of the split from `start` on, batch after batch; no batch spans two shards."""
+    encoder, special = SparseEncoder(sae), np.array(cache.special_token_ids, dtype=np.int32)
+    readers = [cache.hook_reader(SPLIT, hook_name) for hook_name in sae.input_hooks]
+    for index in range(start // cache.manifest.shard_rows, len(cache.manifest.shards[SPLIT])):
+        yield from _coded_shard(encoder, readers, _shard(cache, readers, index), special, start)
+
+
+def _coded_shard(
+    encoder: SparseEncoder,
+    readers: Sequence[HookReader],
+    shard: _Shard,
+    special: Int32[np.ndarray, " special"],
+    start: int,
+) -> Iterator[_Coded]:
+    """The tokens of a shard from `start` on, which may lie before it."""
+    for first in range(max(start, shard.first_token), shard.stop, encoder.batch_rows):
+        tokens = slice(first - shard.first_token, first - shard.first_token + encoder.batch_rows)
+        token_id = shard.token_id[tokens]
+        kept = np.flatnonzero(~np.isin(token_id, special))
+        row, latent, act = encoder.entries(_rows(readers, shard, shard.row[tokens][kept]))
+        yield _Coded(
+            first_token=first,
+            token_id=token_id,
+            ends_shard=first + len(token_id) == shard.stop,
+            token=torch.from_numpy(kept.astype(np.int32))[row.cpu()],
+            latent=latent.int().cpu(),
+            act=act.float().cpu(),
+        )
+
+
+def _shard(cache: Cache, readers: Sequence[HookReader], index: int) -> _Shard:
+    first = index * cache.manifest.shard_rows
+    stop = min(first + cache.manifest.shard_rows, cache.n_rows(SPLIT))
+    token_id, sequence, position = (
+        cache.token_reader(SPLIT, name).read(first, stop) for name in ("id", "sequence", "position")
+    )
+    row = np.argsort(sequence.astype(np.int64) * cache.context_size + position)
+    stored = tuple(reader.read_stored(first, stop) for reader in readers)
+    return _Shard(first_token=first, token_id=token_id[row], row=row, stored=stored)
+
+
+def _rows(readers: Sequence[HookReader], shard: _Shard, row: Int64[np.ndarray, " kept"]) -> Float[Tensor, "kept d_in"]:
+    """Stored rows of a shard in the order asked, those of all hooks side by side."""
+    parts = [
+        reader.values(reader.tensors([part[row] for part in stored]))
+        for reader, stored in zip(readers, shard.stored, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _write_latents(folder: Path, codes: Sequence[Codes]) -> None:
+    """n_fired and max_act of every latent, one file of codes after the other; this makes the features whole."""
+    d_sae = len(codes[0].latent_start) - 1
+    n_fired, max_act = np.zeros(d_sae, dtype=np.int64), np.zeros(d_sae, dtype=np.float32)
+    for each in codes:
+        fired = np.diff(each.latent_start)
+        n_fired += fired
+        there = np.flatnonzero(fired)
+        if len(there):
+            largest = np.maximum.reduceat(np.abs(each.act_by_latent), each.latent_start[there])
+            max_act[there] = np.maximum(max_act[there], largest)
+    stored = safetensors.numpy.save({"n_fired": n_fired, "max_act": max_act})
+    write_atomically(folder / LATENTS_FILE, [stored])

@@ -1,0 +1,124 @@
+"""The logit lens of a latent: which tokens its decoder direction promotes and suppresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from actcache.errors import ConfigError
+from actcache.models.unembedding import Unembedding
+from trainer.features.text import ROWS_AT_ONCE, Model
+from trainer.features.token_strings import token_string
+from trainer.sae.sae import SAE
+
+STREAM_SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+VOCAB_AT_ONCE = 16_384  # rows of W_U in float32 at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogit:
+    """A token and what a direction does to its logit."""
+
+    token_id: int
+    token: str
+    logit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitLens:
+    """The tokens whose logits a latent raises most, and those it lowers most; the most changed first."""
+
+    latent: int
+    promoted: tuple[TokenLogit, ...]
+    suppressed: tuple[TokenLogit, ...]
+
+
+@torch.no_grad()
+def logit_lens(sae: SAE, model: Model, latents: Sequence[int], n: int = 10) -> tuple[LogitLens, ...]:
+    """The `n` tokens that each of `latents` promotes and suppresses most, in the order given.
+
+    The logit lens (nostalgebraist 2020) of decoder directions, as `lens_logits`. Tokens that the tokenizer does not
+    know (padding of the vocabulary) are left out.
+
+    Raises:
+        ConfigError: a latent or n is out of range, or the SAE's hook is not of the residual stream.
+        ModelError: the model has no output head, or no LayerNorm or RMSNorm before it.
+    """
+    n_tokens = len(model.tokenizer)
+    if not 1 <= n <= n_tokens:
+        raise ConfigError(f"logit_lens: n must be in [1, {n_tokens}], got {n}")
+    check_latents(sae, latents)
+    check_stream(sae, "logit_lens")
+    unembedding = model.unembedding()
+    lenses: list[LogitLens] = []
+    for part in in_parts(latents):
+        logits = _lens_logits(unembedding, directions(sae, part))[:, :n_tokens]
+        ends = [_extremes(model.tokenizer, logits, n, largest=largest) for largest in (True, False)]
+        lenses += [LogitLens(latent=i, promoted=p, suppressed=s) for i, p, s in zip(part, *ends, strict=True)]
+    return tuple(lenses)
+
+
+@torch.no_grad()
+def lens_logits(sae: SAE, model: Model, latents: Sequence[int]) -> Float[Tensor, "latent vocab"]:
+    """What one unit of activation of each latent adds to every logit by the direct path, times the final norm's scale.
+
+    W_U (gain * centred(d_i)), less its mean over the vocabulary, in float32 (float64 for a float64 model) on the device
+    of W_U: the norm's gain is folded and its scale, which depends on the text, left out. Raises as `logit_lens`.
+    """
+    check_latents(sae, latents)
+    check_stream(sae, "logit_lens")
+    return _lens_logits(model.unembedding(), directions(sae, latents))
+
+
+def directions(sae: SAE, latents: Sequence[int]) -> Float[Tensor, "latent d_out"]:
+    """What one unit of activation of each latent adds to x_hat: its decoder row, of norm 1 where the SAE rescales."""
+    rows = sae.W_dec[list(latents)]
+    return rows * (1 / rows.norm(dim=-1, keepdim=True)) if sae.rescale_acts_by_decoder_norm else rows
+
+
+def check_latents(sae: SAE, latents: Sequence[int]) -> None:
+    """Raise ConfigError for a latent that the SAE does not have."""
+    wrong = [latent for latent in latents if not 0 <= latent < sae.d_sae]
+    if wrong:
+        raise ConfigError(f"{sae.hook_name}: a feature must be in [0, d_sae={sae.d_sae}), got {wrong[0]}")
+
+
+def in_parts(latents: Sequence[int]) -> Iterator[Sequence[int]]:
+    for first in range(0, len(latents), ROWS_AT_ONCE):
+        yield latents[first : first + ROWS_AT_ONCE]
+
+
+def check_stream(sae: SAE, who: str) -> None:
+    """Raise ConfigError for an SAE whose latents are not directions of the residual stream."""
+    if len(sae.output_hooks) != 1 or not sae.output_hooks[0].endswith(STREAM_SITES):
+        raise ConfigError(
+            f"{who}: x_hat must be at one of {', '.join(STREAM_SITES)}, whose vectors are those of the residual "
+            f"stream; got {' + '.join(sae.output_hooks)}"
+        )
+
+
+def _lens_logits(unembedding: Unembedding, d: Float[Tensor, "latent d_model"]) -> Float[Tensor, "latent vocab"]:
+    W_U = unembedding.W_U
+    dtype = torch.promote_types(W_U.dtype, torch.float32)
+    rows = (unembedding.centred(d.double().cpu()) * unembedding.gain).to(W_U.device, dtype)
+    logits = torch.cat([rows @ part.to(dtype).T for part in W_U.split(VOCAB_AT_ONCE)], dim=1)
+    return logits - logits.mean(1, keepdim=True)
+
+
+def _extremes(
+    tokenizer: Any, logits: Float[Tensor, "latent vocab"], n: int, *, largest: bool
+) -> list[tuple[TokenLogit, ...]]:
+    """The n tokens of largest, or of smallest, logits for each latent."""
+    top = logits.topk(n, largest=largest)
+    return [
+        tuple(
+            TokenLogit(token_id=token_id, token=token_string(tokenizer, token_id), logit=logit)
+            for token_id, logit in zip(ids, values, strict=True)
+        )
+        for ids, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]

@@ -1,0 +1,73 @@
+"""The latents of one SAE beside those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from actcache.errors import CacheMismatch, ConfigError
+from trainer.features.logit_lens import check_latents, in_parts
+from trainer.sae.sae import SAE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SimilarFeatures:
+    """For some latents of one SAE those of another with the nearest decoder directions, and the cosines; nearest first.
+
+    On the CPU.
+    """
+
+    latents: Int64[Tensor, "latent n"]
+    cosines: Float[Tensor, "latent n"]
+
+
+@torch.no_grad()
+def similar_features(a: SAE, b: SAE, n: int = 1, *, latents: Sequence[int] | None = None) -> SimilarFeatures:
+    """For each of `latents` of `a` (all if None) the `n` of `b` whose decoder rows have the largest cosine with it.
+
+    One pass over those rows of `a`, 128 at a time, against all of `b`: two matrices [128, d_sae of b] and one copy of
+    b's decoder are in memory. A row of zeros has cosine 0 with every other.
+
+    Raises:
+        CacheMismatch: the decoders are of different widths.
+        ConfigError: n is outside [1, d_sae of b], or a latent is not one of `a`.
+    """
+    chosen = range(a.d_sae) if latents is None else latents
+    check_latents(a, chosen)
+    if a.d_out != b.d_out:
+        raise CacheMismatch(
+            f"similar: both SAEs must reconstruct activations of one width, got {a.d_out} and {b.d_out}; compare SAEs "
+            "of one hook"
+        )
+    if not 1 <= n <= b.d_sae:
+        raise ConfigError(f"similar: n must be in [1, d_sae={b.d_sae}], got {n}")
+    others = _unit_rows(b.W_dec.to(a.device)).T
+    tops = [(_unit_rows(a.W_dec[list(part)]) @ others).topk(n) for part in in_parts(chosen)]
+    return SimilarFeatures(
+        latents=torch.cat([top.indices for top in tops]).cpu(), cosines=torch.cat([top.values for top in tops]).cpu()
+    )
+
+
+def stability(saes: Sequence[SAE]) -> Float[Tensor, " d_sae"]:
+    """For each latent of the first SAE the mean over the others of its largest cosine with a latent of theirs.
+
+    The max cosine similarity across seeds; its mean over latents is the MMCS of Sharkey et al. 2022 ("Taking features
+    out of superposition with sparse autoencoders"). 1 is found in every SAE; random directions reach about
+    sqrt(2 ln(d_sae) / d_in).
+
+    Raises:
+        ConfigError: there are fewer than two SAEs.
+        CacheMismatch: they are not of one width.
+    """
+    if len(saes) < 2:
+        raise ConfigError(f"stability: needs SAEs of at least two seeds, got {len(saes)}")
+    first, *others = saes
+    return torch.stack([similar_features(first, other).cosines[:, 0] for other in others]).mean(0)
+
+
+def _unit_rows(W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "d_sae d_out"]:
+    return torch.nn.functional.normalize(W_dec.to(torch.promote_types(W_dec.dtype, torch.float32)), dim=1)

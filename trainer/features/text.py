@@ -1,0 +1,118 @@
+"""What fires on the tokens of a text: the language model runs, and the SAE encodes its activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from actcache.errors import CacheMismatch, ConfigError
+from actcache.models.unembedding import Unembedding
+from trainer.features.token_strings import token_string
+from trainer.sae.sae import SAE
+
+ROWS_AT_ONCE = 128  # tokens encoded, latents read as logits, latents compared
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What analysis needs of a language model; `actcache.models.load.LanguageModel` is one."""
+
+    tokenizer: Any
+    n_layers: int
+
+    def activations(
+        self, token_ids: Int[Tensor, "sequence position"], hook_names: Sequence[str]
+    ) -> dict[str, Float[Tensor, "sequence position d_in"]]:
+        """The activations at `hook_names`."""
+        ...
+
+    def unembedding(self) -> Unembedding:
+        """The final norm and the output head."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenFeatures:
+    """The active latents of one token: (latent, activation), of largest magnitude first.
+
+    is_special: BOS and the like, which an SAE is not trained on unless asked: its latents there mean little.
+    """
+
+    token_id: int
+    token: str
+    is_special: bool
+    features: tuple[tuple[int, float], ...]
+
+
+@torch.no_grad()
+def encode_text(sae: SAE, model: Model, text: str) -> tuple[TokenFeatures, ...]:
+    """The active latents of every token of a text, BOS first where the SAE's cache begins sequences with it.
+
+    Raises:
+        ConfigError: the text has no token.
+        CacheMismatch: the model's hook is of another width than the SAE takes.
+        ModelError: the model lacks the hook, or takes no text as long.
+    """
+    token_ids = prompt_ids(sae, model.tokenizer, text)
+    special = set(model.tokenizer.all_special_ids)
+    rows = _active(sae, hook_rows(sae, model, token_ids))
+    return tuple(
+        TokenFeatures(
+            token_id=token_id,
+            token=token_string(model.tokenizer, token_id),
+            is_special=token_id in special,
+            features=features,
+        )
+        for token_id, features in zip(token_ids[0].tolist(), rows, strict=True)
+    )
+
+
+def prompt_ids(sae: SAE, tokenizer: Any, text: str) -> Int64[Tensor, "1 position"]:
+    """Token ids of a text as the SAE's cache had them: BOS comes first where its sequences begin with BOS.
+
+    Raises:
+        ConfigError: there is no token.
+    """
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    bos_id = tokenizer.bos_token_id if sae.metadata.get("prepend_bos", True) else None
+    if bos_id is not None and ids[:1] != [bos_id]:
+        ids = [bos_id, *ids]
+    if not ids:
+        raise ConfigError(f"{sae.hook_name}: a text must have at least one token, got {text!r}")
+    return torch.tensor([ids])
+
+
+def hook_rows(sae: SAE, model: Model, token_ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position d_in"]:
+    """The activations that the SAE takes, on its device. Raises CacheMismatch if they are of another width."""
+    x = model.activations(token_ids, sae.input_hooks)
+    rows = torch.cat([x[name][0].to(sae.device) for name in sae.input_hooks], dim=1)
+    check_width(sae, rows)
+    return rows
+
+
+def check_width(sae: SAE, x: Float[Tensor, "row width"]) -> None:
+    """Raise CacheMismatch unless x is as wide as the SAE takes it."""
+    if x.shape[1] != sae.d_in:
+        raise CacheMismatch(
+            f"{sae.hook_name}: the SAE takes activations of width {sae.d_in}, the model gives {x.shape[1]}; pass the "
+            "model that it was trained on"
+        )
+
+
+def active_by_magnitude(feature_acts: Float[Tensor, " d_sae"]) -> list[int]:
+    """The active latents, of largest magnitude first."""
+    active = feature_acts.nonzero()[:, 0]
+    return active[feature_acts[active].abs().argsort(descending=True, stable=True)].tolist()
+
+
+def _active(sae: SAE, rows: Float[Tensor, "position d_in"]) -> Iterator[tuple[tuple[int, float], ...]]:
+    """(latent, activation) of each row's active latents, of largest magnitude first."""
+    for part in rows.split(ROWS_AT_ONCE):
+        for acts in sae.encode(part):
+            latents = active_by_magnitude(acts)
+            yield tuple(zip(latents, acts[latents].tolist(), strict=True))

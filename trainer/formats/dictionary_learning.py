@@ -1,0 +1,95 @@
+"""SAEs of dictionary_learning: config.json beside ae.pt, a pickle of which only tensors are loaded."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actcache.errors import ManifestError
+from actcache.models.hook_names import hooks_of
+from trainer.formats.foreign import Names, Tensors, foreign_sae, known_names, stored_tensor
+from trainer.run_folder import read_json
+from trainer.sae.sae import SAE
+
+DICTIONARY_LEARNING_FILES = ("config.json", "ae.pt")
+_LINEAR = {"W_enc": "encoder.weight", "W_dec": "decoder.weight"}
+_TOPK = {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "b_dec"}
+_PLAIN = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+_GATED = {"b_dec": "decoder_bias", "b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
+_DICTIONARIES: dict[str, tuple[str, str, bool, dict[str, str]]] = {
+    # class -> architecture, the one it was trained as, whether x - b_dec is encoded, our tensor -> theirs
+    "AutoEncoder": ("standard", "standard", True, {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "bias"}),
+    "AutoEncoderNew": ("standard", "standard", False, {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "decoder.bias"}),
+    "GatedAutoEncoder": ("gated", "gated", True, {**_LINEAR, **_GATED}),
+    "AutoEncoderTopK": ("topk", "topk", True, _TOPK),
+    "BatchTopKSAE": ("jumprelu", "batchtopk", True, {**_TOPK, "threshold": "threshold"}),
+    "MatryoshkaBatchTopKSAE": ("jumprelu", "matryoshka_batchtopk", True, _PLAIN),
+    "JumpReluAutoEncoder": ("jumprelu", "jumprelu", False, _PLAIN),
+}
+
+
+def dictionary_learning_sae(folder: Path, names: Names) -> SAE:
+    """A Dictionary of dictionary_learning, computing what its `load_dictionary` computes.
+
+    Raises:
+        ManifestError: a file is missing or malformed, or the class is not one of _DICTIONARIES.
+        ConfigError: the folder does not say the model or the hook, and neither was given.
+    """
+    config = read_json(folder / DICTIONARY_LEARNING_FILES[0])
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or trainer.get("dict_class") not in _DICTIONARIES:
+        got = trainer.get("dict_class") if isinstance(trainer, dict) else None
+        raise ManifestError(f"import: {folder}: dict_class must be one of {', '.join(_DICTIONARIES)}, got {got!r}")
+    architecture, trained_as, subtracts, tensor_names = _DICTIONARIES[trainer["dict_class"]]
+    stored = _unpickled(folder / DICTIONARY_LEARNING_FILES[1])
+    weights = {ours: stored_tensor(stored, theirs, folder) for ours, theirs in tensor_names.items()}
+    if trainer["dict_class"] == "AutoEncoder":
+        weights |= _of_norm_one(weights)
+    if "threshold" in weights and weights["threshold"].ndim == 0:
+        weights["threshold"] = weights["threshold"].expand(len(weights["b_enc"]))
+    own = {"architecture": architecture, "k": trainer.get("k"), "apply_b_dec_to_input": subtracts}
+    about = {"training_architecture": trained_as, "training_architecture_details": trainer}
+    return foreign_sae(own, weights, folder, _dictionary_learning_names(folder, config, names), about)
+
+
+def _of_norm_one(weights: Mapping[str, Tensor]) -> Tensors:
+    """Decoder rows of norm 1 and the encoder in their units, where they are not, as `AutoEncoder.from_pretrained`."""
+    norm = weights["W_dec"].norm(dim=1)
+    if torch.allclose(norm, torch.ones_like(norm)):
+        return {}
+    folded = {"W_enc": weights["W_enc"] * norm, "b_enc": weights["b_enc"] * norm}
+    return {**folded, "W_dec": weights["W_dec"] / norm[:, None]}
+
+
+def _unpickled(path: Path) -> Tensors:
+    """The tensors of a state dict that torch.save wrote. Nothing else is unpickled: code in the file is not run."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
+        raise ManifestError(
+            f"import: {path} must be a state dict of tensors, got {type(error).__name__}: {reason}"
+        ) from error
+    if not isinstance(stored, dict):
+        raise ManifestError(f"import: {path} must be a state dict of tensors, got {type(stored).__name__}")
+    return {str(name): value for name, value in stored.items() if isinstance(value, Tensor)}
+
+
+def _dictionary_learning_names(folder: Path, config: Mapping[str, Any], names: Names) -> Names:
+    """`resid_post_layer_3` or a module's name; the layer alone does not say which activation of it was taken."""
+    trainer, buffer = config["trainer"], config.get("buffer")
+    submodule = str(trainer.get("submodule_name"))
+    model_name = names.model_name or trainer.get("lm_name")
+    stream = re.fullmatch(r"resid_post_layer_(\d+)", submodule)
+    is_output = not isinstance(buffer, dict) or buffer.get("io", "out") == "out"
+    hooks = hooks_of(submodule if stream is None else f"layers.{stream[1]}", model_name) if is_output else None
+    found = Names(model_name=model_name, hook_name=names.hook_name or (hooks and hooks[1]))
+    return known_names(
+        found, folder, f"submodule_name {trainer.get('submodule_name')!r} of layer {trainer.get('layer')}"
+    )

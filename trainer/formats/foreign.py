@@ -1,0 +1,66 @@
+"""What readers of foreign SAE folders share: the names that a folder may not say, and its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from actcache.errors import ConfigError, ManifestError
+from trainer.formats.saelens import SAE_LENS_VERSION, sae_of
+from trainer.sae.sae import SAE
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """What the caller says of an SAE that its folder may not say, or may say otherwise; None: as the folder says."""
+
+    model_name: str | None = None
+    hook_name: str | None = None
+    hook_name_out: str | None = None
+
+    def over(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """The metadata with what was said in the place of what it held."""
+        said = {name: getattr(self, name) for name in ("model_name", "hook_name", "hook_name_out")}
+        return {**metadata, **{name: value for name, value in said.items() if value is not None}}
+
+
+def known_names(names: Names, folder: Path, said: str, *, needs_out: bool = False) -> Names:
+    """The names, if they are all there."""
+    wanted = {"model_name": "--model-name", "hook_name": "--hook-name"}
+    wanted |= {"hook_name_out": "--hook-name-out"} if needs_out else {}
+    unknown = [option for name, option in wanted.items() if getattr(names, name) is None]
+    if unknown:
+        raise ConfigError(
+            f"import: {folder} must say which activation of which model it is of, it says {said}; pass "
+            f"{', '.join(unknown)} (a hook is named like blocks.3.hook_resid_post)"
+        )
+    return names
+
+
+def stored_tensor(stored: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:
+    """A tensor of a state dict; a matrix of torch's Linear, [out, in], comes out as [in, out]."""
+    is_linear = name in ("encoder.weight", "decoder.weight")
+    if name not in stored or (stored[name].ndim != 2 and (is_linear or name.startswith("W_"))):
+        got = tuple(stored[name].shape) if name in stored else ", ".join(stored) or "nothing"
+        raise ManifestError(f"import: {folder} must hold {name}, a matrix if it is weights; got {got}")
+    return stored[name].T.contiguous() if is_linear else stored[name]
+
+
+def foreign_sae(
+    own: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path, names: Names, about: Mapping[str, Any]
+) -> SAE:
+    """The SAE in the words of SAELens' cfg.json: `own` are its settings, `about` is metadata."""
+    (d_in, d_sae), d_out = weights["W_enc"].shape, weights["W_dec"].shape[1]
+    cfg = {
+        **{"d_in": d_in, "d_sae": d_sae, "d_out": d_out},
+        "dtype": str(weights["W_enc"].dtype).removeprefix("torch."),
+        **own,
+        "metadata": names.over({"sae_lens_version": SAE_LENS_VERSION, **about}),
+    }
+    return sae_of(cfg, weights, folder)

@@ -1,0 +1,86 @@
+"""SAELens' training checkpoints, read as inference SAEs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actcache.errors import ManifestError
+from actcache.models.hook_names import hooks_of
+from trainer.config.settings import BATCH_FAMILY
+from trainer.formats.foreign import Names, Tensors
+from trainer.formats.saelens import PURSUIT_THRESHOLD, WEIGHTS_FILE, read_sae_config, read_tensors, sae_of
+from trainer.run_folder import read_json
+from trainer.sae.sae import SAE
+
+SCALE_FILE = "activation_scaler.json"  # beside SAELens' checkpoints: by what the rows were multiplied
+SMALLEST_NORM = 1e-8  # of a decoder row that SAELens divides by
+
+
+def saelens_sae(folder: Path, names: Names) -> SAE:
+    """An SAE saved by SAELens 6 (`save_model`, `save_inference_model`), or one of its training checkpoints.
+
+    Raises:
+        ManifestError, CacheMismatch: as `saelens.load_sae`; or the scale of a checkpoint's rows is not there.
+    """
+    cfg, tensors = read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE)
+    if cfg.get("normalize_activations") == "expected_average_only_in":
+        cfg, tensors = _unscaled(cfg, tensors, folder / SCALE_FILE)
+    return saelens_sae_of(cfg, tensors, folder, names)
+
+
+def saelens_sae_of(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, names: Names) -> SAE:
+    """The SAE of SAELens' cfg and state dict, of inference or of training; `folder` is who errors name."""
+    cfg, tensors = _for_inference(cfg, tensors)
+    metadata = names.over(cfg["metadata"])
+    module = hooks_of(str(metadata.get("hook_name")), metadata.get("model_name"))
+    if module is not None:  # of a model that SAELens did not run through TransformerLens
+        metadata["hook_name"] = module[1]
+    return sae_of({**cfg, "metadata": metadata}, tensors, folder)
+
+
+def _unscaled(cfg: Mapping[str, Any], tensors: Tensors, path: Path) -> tuple[dict[str, Any], Tensors]:
+    """For raw rows: with s the scale of training, W_enc *= s, W_dec /= s and b_dec /= s.
+
+    A threshold on h ||d_i|| shrinks with the decoder; one on h stays. matching_pursuit has one matrix for both, which
+    stays: its activations, and the rest that it stops at, become those of the raw rows.
+    """
+    scale = read_json(path).get("scaling_factor") if path.is_file() else None
+    if not isinstance(scale, float | int):
+        raise ManifestError(
+            f"import: {path} must say scaling_factor, by which the rows of a checkpoint with normalize_activations "
+            f"'expected_average_only_in' were multiplied, got {scale!r}; import the whole checkpoint folder, or what "
+            "SAELens saves at the end of training"
+        )
+    cfg, shrinks = {**cfg, "normalize_activations": "none"}, ["b_dec"]
+    if cfg.get("architecture") == "matching_pursuit":
+        cfg["residual_threshold"] = cfg.get("residual_threshold", PURSUIT_THRESHOLD) / scale
+    else:
+        shrinks += ["W_dec", *(["topk_threshold"] if cfg.get("rescale_acts_by_decoder_norm") else [])]
+    grown = {name: tensor * scale for name, tensor in tensors.items() if name == "W_enc"}
+    return cfg, {**tensors, **grown, **{name: tensor / scale for name, tensor in tensors.items() if name in shrinks}}
+
+
+def _for_inference(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensors]:
+    """What SAELens makes of a training state when it saves it for inference; inference states stay as they are.
+
+    batchtopk and matryoshka_batchtopk become jumprelu, whose threshold is one number for all latents; where that is on
+    h ||d_i||, decoder rows are brought to norm 1 first.
+    """
+    cfg, tensors = dict(cfg), dict(tensors)
+    if "log_threshold" in tensors:
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    if cfg.get("architecture") not in BATCH_FAMILY or not {"topk_threshold", "W_enc", "b_enc", "W_dec"} <= {*tensors}:
+        return cfg, tensors
+    cfg["metadata"] = {**cfg["metadata"], "training_architecture": cfg["architecture"]}
+    cfg["architecture"] = "jumprelu"
+    if cfg.get("rescale_acts_by_decoder_norm"):
+        norm = tensors["W_dec"].norm(dim=-1).clamp(min=SMALLEST_NORM)
+        folded = {"W_enc": tensors["W_enc"] * norm, "b_enc": tensors["b_enc"] * norm}
+        tensors |= {**folded, "W_dec": tensors["W_dec"] / norm[:, None]}
+    tensors["threshold"] = torch.ones_like(tensors["b_enc"]) * tensors.pop("topk_threshold").item()
+    return cfg, tensors

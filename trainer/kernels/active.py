@@ -1,0 +1,103 @@
+"""Active entries of a batch, sorted by row and by latent, and the buffers that steps share."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Workspace:
+    """A [batch, d_sae] buffer that steps reuse: a fresh one of this size costs as much as filling it."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def empty(self, n_rows: int, d_sae: int, like: Tensor) -> Float[Tensor, "{n_rows} {d_sae}"]:
+        """An uninitialised matrix of like's dtype and device; it shares memory with the last one handed out."""
+        held = self._buffer
+        if held.numel() < n_rows * d_sae or held.dtype != like.dtype or held.device != like.device:
+            self._buffer = like.new_empty(n_rows * d_sae)
+        return self._buffer[: n_rows * d_sae].view(n_rows, d_sae)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class KeptEntries:
+    """Which entries of a [batch, d_sae] matrix are kept, ordered by row and by latent; any number in a row, also none.
+
+    row, latent: of each entry, rows ascending. row_start: entries of row b are row_start[b] : row_start[b + 1].
+    by_latent: the stable order of the entries by latent; row_by_latent, latent_start: as row and row_start, in that
+    order.
+    """
+
+    row: Int[Tensor, " kept"]
+    latent: Int[Tensor, " kept"]
+    row_start: Int[Tensor, " batch_plus_1"]
+    by_latent: Int[Tensor, " kept"]
+    row_by_latent: Int[Tensor, " kept"]
+    latent_start: Int[Tensor, " d_sae_plus_1"]
+
+    @staticmethod
+    def of(row: Int[Tensor, " kept"], latent: Int[Tensor, " kept"], *, batch: int, d_sae: int) -> KeptEntries:
+        """From the coordinates, rows ascending."""
+        # Stable, for the order changes sums; of the narrowest type, for a radix sort of int16 is three times faster.
+        narrow = latent.to(torch.int16 if d_sae <= 1 << 15 else torch.int32)
+        by_latent = narrow.argsort(stable=True)
+        return KeptEntries(
+            row=row,
+            latent=latent,
+            row_start=_starts(row, None, batch),
+            by_latent=by_latent,
+            row_by_latent=row.index_select(0, by_latent),
+            latent_start=_starts(latent, by_latent, d_sae),
+        )
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return len(self.latent_start) - 1
+
+
+def n_true(mask: Bool[Tensor, "*shape"]) -> int:
+    """How many entries are True. On CUDA it waits for the device."""
+    return int(mask.count_nonzero())
+
+
+def true_entries(mask: Bool[Tensor, "batch d_sae"], n: int) -> tuple[Int[Tensor, " {n}"], Int[Tensor, " {n}"]]:
+    """(row, latent) of the n entries that are True, in row-major order. n: of `n_true`, so that this need not wait."""
+    if on_cuda(mask):
+        found = torch.nonzero_static(mask, size=n)  # (n, 2)
+        return found[:, 0].contiguous(), found[:, 1].contiguous()
+    row, latent = mask.nonzero(as_tuple=True)
+    return row, latent
+
+
+def firing_counts(values: Float[Tensor, " kept"], kept: KeptEntries) -> Int[Tensor, " d_sae"]:
+    """How many rows each latent is active (nonzero) in."""
+    if on_cuda(values):  # bincount and a boolean mask would wait for the device
+        before = torch.nn.functional.pad((values.detach() != 0)[kept.by_latent].cumsum(0), (1, 0))
+        return before[kept.latent_start].diff()
+    return torch.bincount(kept.latent[values.detach() != 0], minlength=kept.d_sae)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether a tensor's values can only be looked at by waiting for what was asked of the device before."""
+    return tensor.is_cuda
+
+
+def triton_kernels() -> Any:
+    """`triton_kernels`, imported when first needed: a machine without CUDA need not have triton."""
+    return importlib.import_module("trainer.kernels.triton_kernels")
+
+
+def _starts(keys: Int[Tensor, " kept"], order: Int[Tensor, " kept"] | None, n: int) -> Int[Tensor, " n_plus_1"]:
+    """Where each of 0 .. n-1 starts when the keys are sorted by `order` (None: they are), and the end."""
+    if on_cuda(keys):  # bincount would wait for the device
+        in_order = keys if order is None else keys[order]
+        return torch.searchsorted(in_order, torch.arange(n + 1, dtype=keys.dtype, device=keys.device))
+    counts = torch.bincount(keys, minlength=n)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -1,0 +1,172 @@
+"""Which latents are active: the k largest of each row, or k x batch of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd, isqrt
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+from trainer.kernels import active
+from trainer.kernels.active import Workspace
+
+RANKED_AT_ONCE = 1 << 24  # pre-activations that are in memory together on a CPU: smaller products are slower
+RANKED_AT_ONCE_ON_CUDA = 1 << 28
+FOLD = 8  # latents of which only the largest is looked at first
+SAMPLED_ENTRIES = 1 << 16  # entries looked at to guess where the batch's k-th largest lies
+
+
+def topk_pre_acts(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    k: int,
+    workspace: Workspace,
+    *,
+    by_magnitude: bool = False,
+) -> tuple[Float[Tensor, "batch {k}"], Int[Tensor, "batch {k}"]]:
+    """The k largest pre-activations of each row, or of largest magnitude, and their latents, in no order.
+
+    Without gradient.
+    """
+    values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    with torch.no_grad():
+        for rows in _chunks(len(x), topk_chunk_rows(len(W_enc), is_cuda=active.on_cuda(x))):
+            pre_acts = encoder_pre_acts(x[rows], W_enc, b_enc, workspace)
+            if active.on_cuda(pre_acts):
+                latents[rows] = active.triton_kernels().topk_latents(pre_acts, k, by_magnitude=by_magnitude)
+            else:
+                values[rows], latents[rows] = _largest_of_rows(pre_acts.abs() if by_magnitude else pre_acts, k)
+            if by_magnitude or active.on_cuda(pre_acts):
+                torch.gather(pre_acts, 1, latents[rows], out=values[rows])
+    return values, latents
+
+
+def topk_chunk_rows(d_sae: int, *, is_cuda: bool) -> int:
+    """How many rows are encoded and ranked at a time."""
+    return max(1, (RANKED_AT_ONCE_ON_CUDA if is_cuda else RANKED_AT_ONCE) // d_sae)
+
+
+def batch_topk_entries(
+    pre_acts: Float[Tensor, "batch d_sae"], k: int
+) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+    """(row, latent) of the `k * batch` largest entries of the whole batch, in row-major order.
+
+    On a CPU `batch_topk_kept`, the positive ones alone. On CUDA those that are not positive are among them,
+    for `activations.relu` to silence: how many there are nobody knows without a wait. Of equal entries it keeps any.
+    """
+    if not active.on_cuda(pre_acts):
+        return batch_topk_kept(pre_acts, k)
+    batch, d_sae = pre_acts.shape
+    # with groups of about sqrt(d_sae / k), groups and candidates are equally many; gcd: a power of two that divides
+    fold = gcd(d_sae, 1 << (isqrt(d_sae // k).bit_length() - 1))
+    places = _largest_places(pre_acts.view(-1, fold), k * batch).sort().values
+    return places // d_sae, places % d_sae
+
+
+def encoder_pre_acts(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    b_enc: Float[Tensor, " d_sae"],
+    workspace: Workspace,
+) -> Float[Tensor, "batch d_sae"]:
+    """x W_enc^T + b_enc in the workspace, without gradient; valid until the workspace is used again."""
+    with torch.no_grad():
+        return torch.addmm(b_enc, x, W_enc.T, out=workspace.empty(len(x), len(W_enc), x))
+
+
+def batch_topk_kept(
+    pre_acts: Float[Tensor, "batch d_sae"], k: int
+) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+    """(row, latent) of the `k * batch` largest positive entries of the whole batch, in row-major order.
+
+    Bussmann et al. 2024, "BatchTopK Sparse Autoencoders" (arXiv:2412.06410). L0 is at most k on average over the batch,
+    not per row. Of equal entries the first are kept; NaN counts as the largest. Raises ValueError when k is outside
+    [1, d_sae].
+
+    A sample of the entries gives a cut that about a fifth too many pass; the exact choice is made among those.
+    """
+    batch, d_sae = pre_acts.shape
+    _check_k("batch_topk", k, d_sae)
+    n_kept = k * batch
+    row, latent = above(pre_acts, _guessed_cut(pre_acts, n_kept)).nonzero(as_tuple=True)
+    if len(row) < n_kept:
+        row, latent = above(pre_acts, pre_acts.new_zeros(())).nonzero(as_tuple=True)
+    if len(row) <= n_kept:
+        return row, latent
+    candidates = pre_acts[row, latent]
+    kept = _largest(candidates, n_kept)
+    return row[kept], latent[kept]
+
+
+def above(
+    pre_acts: Float[Tensor, "batch d_sae"], cut: Float[Tensor, "#d_sae"] | Float[Tensor, ""]
+) -> Bool[Tensor, "batch d_sae"]:
+    """Which entries exceed `cut` (a number, or one per latent); NaN does, so that the loss will show it."""
+    return (pre_acts <= cut).logical_not_()
+
+
+def _chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
+    return (slice(start, start + chunk_rows) for start in range(0, n_rows, chunk_rows))
+
+
+def _largest_of_rows(
+    ranked: Float[Tensor, "batch d_sae"], k: int
+) -> tuple[Float[Tensor, "batch {k}"], Int[Tensor, "batch {k}"]]:
+    """(values, latents) of the k largest of each row; NaN counts as the largest.
+
+    They lie in the k groups of FOLD latents with the largest maxima, which are soon found: torch.topk takes a few
+    nanoseconds for each number that it looks at.
+    """
+    batch, d_sae = ranked.shape
+    n_groups = d_sae // FOLD
+    if d_sae % FOLD or n_groups < 2 * k:
+        values, latents = ranked.topk(k, sorted=False)
+        return values, latents
+    maxima = max_pool1d(ranked[:, None], FOLD)[:, 0]
+    groups = maxima.topk(k, sorted=False).indices
+    in_store = groups + torch.arange(batch, device=ranked.device)[:, None] * n_groups
+    candidates = ranked.view(batch * n_groups, FOLD).index_select(0, in_store.flatten()).view(batch, k * FOLD)
+    values, places = candidates.topk(k, sorted=False)
+    return values, groups.gather(1, places // FOLD) * FOLD + places % FOLD
+
+
+def _largest_places(grouped: Float[Tensor, "group fold"], n: int) -> Int[Tensor, " {n}"]:
+    """Where the n largest of all lie, counted through, in no order; NaN counts as the largest.
+
+    They lie in the n groups with the largest maxima. torch.topk of one long row takes time with its square on CUDA: it
+    looks at two short ones instead.
+    """
+    fold = grouped.shape[1]
+    groups = grouped.amax(1).topk(n, sorted=False).indices
+    chosen = grouped.index_select(0, groups).flatten().topk(n, sorted=False).indices
+    return groups[chosen // fold] * fold + chosen % fold
+
+
+def _guessed_cut(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Float[Tensor, ""]:
+    """A value >= 0 that about 1.25 * n_kept entries exceed; 0 where so many positive ones are unlikely."""
+    flat = pre_acts.reshape(-1)
+    stride = max(1, flat.numel() // SAMPLED_ENTRIES) | 1  # odd: meets every latent of a power-of-two width
+    sample = flat[::stride]
+    rank = 1 + int(1.25 * n_kept / flat.numel() * sample.numel())
+    if rank >= sample.numel():
+        return flat.new_zeros(())
+    return sample.kthvalue(sample.numel() - rank + 1).values.nan_to_num(nan=0.0).clamp_min(0)
+
+
+def _largest(values: Float[Tensor, " candidate"], n: int) -> Int[Tensor, " largest"]:
+    """Indices of the n largest values, ascending; of equal ones the first."""
+    smallest = values.kthvalue(len(values) - n + 1).values
+    kept = values < smallest
+    surplus = len(values) - int(kept.sum()) - n
+    if surplus > 0:
+        kept[(values == smallest).nonzero().squeeze(1)[-surplus:]] = True
+    return kept.logical_not_().nonzero().squeeze(1)
+
+
+def _check_k(who: str, k: int, d_sae: int) -> None:
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"{who}: k must be in [1, d_sae={d_sae}], got k={k}; pick a smaller k or a wider SAE")
