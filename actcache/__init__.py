@@ -6,8 +6,9 @@ wait for torch, and `open_cache` and `Loader` need no language model.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from actcache.lazy import lazily
 
 if TYPE_CHECKING:
     from actcache.harvesting.notebook import harvest
@@ -16,19 +17,17 @@ if TYPE_CHECKING:
     from actcache.models.load import load_model
     from actcache.store.cache import Cache, open_cache
 
-__all__ = ["Cache", "Loader", "Mixture", "harvest", "load_model", "open_cache"]
+__version__ = "0.1.0"
+__all__ = ["Cache", "Loader", "Mixture", "__version__", "harvest", "load_model", "open_cache"]
 
-_HOMES = {
-    "Cache": "actcache.store.cache",
-    "Loader": "actcache.loading.loader",
-    "Mixture": "actcache.loading.mixture",
-    "harvest": "actcache.harvesting.notebook",
-    "load_model": "actcache.models.load",
-    "open_cache": "actcache.store.cache",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'actcache' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "Cache": "actcache.store.cache",
+        "Loader": "actcache.loading.loader",
+        "Mixture": "actcache.loading.mixture",
+        "harvest": "actcache.harvesting.notebook",
+        "load_model": "actcache.models.load",
+        "open_cache": "actcache.store.cache",
+    },
+)

@@ -41,7 +41,7 @@ from trainer.commands.lines import context_line
 from trainer.features.feature_acts import SparseEncoder
 from trainer.features.read import open_features
 from trainer.features.token_strings import token_strings
-from trainer.features.words import read_labels
+from trainer.features.words import read_words
 from trainer.formats.saelens import load_sae
 from trainer.interventions.steering import Add, steer
 from trainer.sae.sae import SAE
@@ -221,8 +221,8 @@ class _Bench:
 
     def _contexts(self, latent: int) -> list[str]:
         """Where it fires most on held-out text, that token in brackets."""
-        labels, contexts = read_labels(self._run), open_features(self._run).top(latent, N_CONTEXTS)
-        return [context_line([labels.text(i) for i in context.token_ids], context.peak) for context in contexts]
+        words, contexts = read_words(self._run), open_features(self._run).top(latent, N_CONTEXTS)
+        return [context_line([words.text(i) for i in context.token_ids], context.peak) for context in contexts]
 
 
 def main() -> None:

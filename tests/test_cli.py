@@ -346,6 +346,7 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
         "features of no run": (["features", work / "exported", "--cache", work / "cache"], 1, "must be a RUN folder"),
         "features of another cache": (["features", work / "runs" / "topk", "--cache", work], 1, "not a cache"),
         "bench": (["bench", "flying"], 2, "bench: must be one of"),
+        "both": (["eval", work / "runs", "--exclude-special-tokens", "--keep-special-tokens"], 2, "exclude each other"),
     }
 
 

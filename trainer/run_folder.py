@@ -206,3 +206,15 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def remembered_cache(runs: Path) -> Path:
+    """The cache that the first run of a folder says it was trained on.
+
+    Raises:
+        ManifestError: no run there says one.
+    """
+    for config in [runs / CONFIG_FILE, *sorted(runs.glob(f"*/{CONFIG_FILE}"))]:
+        if config.is_file() and (cache := read_json(config).get("cache")):
+            return Path(cache["path"])
+    raise ManifestError(f"{runs} holds no run that remembers its cache; train first, or pass --cache or --model")

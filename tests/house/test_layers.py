@@ -17,6 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "actcache.errors": set(),
     "actcache.flow": set(),
     "actcache.files": set(),
+    "actcache.lazy": set(),
     "actcache.bundled": set(),
     "actcache.format": LOWEST,
     "actcache.text": LOWEST,
@@ -45,7 +46,7 @@ ACTCACHE = {room for room in ALLOWED if room.startswith("actcache.")} | {"actcac
 EVERYTHING = {*ALLOWED, "actcache", "trainer", "actcache.commands", "trainer.commands"}
 ALLOWED |= {
     "actcache": ACTCACHE - {"actcache"},
-    "trainer": {room for room in ALLOWED if room.startswith("trainer.")},
+    "trainer": {room for room in ALLOWED if room.startswith("trainer.")} | {"actcache.lazy"},
     "actcache.commands": ACTCACHE,
     "trainer.commands": EVERYTHING - {"trainer.commands"},
     "benchmarks": EVERYTHING,

@@ -66,12 +66,12 @@ def add_baseline(runs: Path, **changes: object) -> Path:
 def add_run_with_features(runs: Path, name: str, cache: Cache, model: LanguageModel, **changes: object) -> Path:
     """An evaluated run of a random SAE whose features are those on the cache's validation text."""
     from trainer.features.build import build_features
-    from trainer.features.words import write_labels
+    from trainer.features.words import write_words
 
     config = make_config("topk", name=name, d_in=32, hook_name=HOOKS[2])
     run = make_run(runs, config, cache.identity["model"])
     (run / "eval.json").write_text(json.dumps(evaluation(**changes)))
     add_logs(run)
     build_features(run, cache)
-    write_labels(run, cache, model)
+    write_words(run, cache, model)
     return run

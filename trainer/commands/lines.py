@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,11 +13,8 @@ from trainer.features.attribution import LogitAttribution
 from trainer.features.read import Context, Features
 from trainer.features.similarity import SimilarFeatures
 from trainer.features.text import TokenFeatures
-from trainer.features.words import Labels, Lens
+from trainer.features.words import Lens, Words
 from trainer.training.plan import SweepPlan
-
-if TYPE_CHECKING:
-    pass
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
 FEATURE_COLUMNS = ("feature", "density", "max_act", "top_token")
@@ -77,7 +74,7 @@ def stability_lines(found: Float[Tensor, " d_sae"], n_others: int, feature: int 
     return f"largest cosine, the mean of {n_others} SAEs, of {_spread(found)}"
 
 
-def features_facts(features: Features, n: int, labels: Labels, rate: float | None) -> dict[str, Any]:
+def features_facts(features: Features, n: int, words: Words, rate: float | None) -> dict[str, Any]:
     """Of all features, and the n that fire most often."""
     often = sorted(range(features.d_sae), key=lambda latent: -features.n_fired[latent])[:n]
     return {
@@ -86,43 +83,43 @@ def features_facts(features: Features, n: int, labels: Labels, rate: float | Non
         "never_fired": int((features.n_fired == 0).sum()),
         "cache_fingerprint": features.cache_fingerprint,
         "rows_per_second": rate,
-        "features": [_feature_row(features, latent, labels) for latent in often if features.n_fired[latent] > 0],
+        "features": [_feature_row(features, latent, words) for latent in often if features.n_fired[latent] > 0],
     }
 
 
-def _feature_row(features: Features, latent: int, labels: Labels) -> dict[str, Any]:
+def _feature_row(features: Features, latent: int, words: Words) -> dict[str, Any]:
     """Density, largest activation, and the token that it was on; None where it never fires."""
     best = features.top(latent, 1)
     return {
         "feature": latent,
         "density": int(features.n_fired[latent]) / features.n_tokens,
         "max_act": float(features.max_act[latent]),
-        "top_token": labels.text(best[0].token_ids[best[0].peak]) if best else None,
+        "top_token": words.text(best[0].token_ids[best[0].peak]) if best else None,
     }
 
 
-def feature_facts(features: Features, latent: int, n: int, labels: Labels) -> dict[str, Any]:
+def feature_facts(features: Features, latent: int, n: int, words: Words) -> dict[str, Any]:
     """Of one feature: its n top contexts, histogram, what fires with it, and its logit lens where there is one."""
     counts, edges = features.histogram(latent)
-    contexts = [_context_facts(context, labels) for context in features.top(latent, n)]
+    contexts = [_context_facts(context, words) for context in features.top(latent, n)]
     together = [{"feature": other, "n_tokens": count} for other, count in features.coactive(latent)]
     return {
-        **_feature_row(features, latent, labels),
+        **_feature_row(features, latent, words),
         "n_fired": int(features.n_fired[latent]),
         "contexts": contexts,
         "histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
         "coactive": together,
-        "logit_lens": None if labels.lens is None else _lens_facts(labels.lens[latent], labels),
+        "logit_lens": None if words.lens is None else _lens_facts(words.lens[latent], words),
     }
 
 
-def _lens_facts(lens: Lens, labels: Labels) -> dict[str, list[dict[str, Any]]]:
+def _lens_facts(lens: Lens, words: Words) -> dict[str, list[dict[str, Any]]]:
     ends = {"promoted": lens.promoted, "suppressed": lens.suppressed}
-    return {end: [{"token": labels.text(i), "logit": logit} for i, logit in ranked] for end, ranked in ends.items()}
+    return {end: [{"token": words.text(i), "logit": logit} for i, logit in ranked] for end, ranked in ends.items()}
 
 
-def _context_facts(context: Context, labels: Labels) -> dict[str, Any]:
-    return {**asdict(context), "tokens": [labels.text(token_id) for token_id in context.token_ids]}
+def _context_facts(context: Context, words: Words) -> dict[str, Any]:
+    return {**asdict(context), "tokens": [words.text(token_id) for token_id in context.token_ids]}
 
 
 def features_lines(facts: Mapping[str, Any]) -> str:

@@ -38,7 +38,7 @@ class Lens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Labels:
+class Words:
     """What RUN/features says in words. lens: of each latent; None where a logit lens makes no sense."""
 
     tokens: dict[int, str]
@@ -49,19 +49,19 @@ class Labels:
         return self.tokens.get(token_id, f"[{token_id}]")
 
 
-def has_labels(run: Path | str) -> bool:
+def has_words(run: Path | str) -> bool:
     """Whether the words of a run's features are written, and so its features built."""
     return (Path(run) / FOLDER / TOKENS_FILE).is_file()
 
 
-def write_labels(run: Path | str, cache: Cache, model: Model) -> None:
+def write_words(run: Path | str, cache: Cache, model: Model) -> None:
     """Write RUN/features/lens.json and tokens.json, of an SAE that `load_sae` takes; nothing to do if they are there.
 
     No lens.json is written for an SAE whose latents are not directions of the residual stream, nor for a model without
     an output head.
     """
     folder = Path(run) / FOLDER
-    if has_labels(run):
+    if has_words(run):
         return
     lens = _logit_lens(run, model)
     if lens is not None:
@@ -71,14 +71,14 @@ def write_labels(run: Path | str, cache: Cache, model: Model) -> None:
     _write(folder / TOKENS_FILE, {str(i): text for i, text in token_strings(model.tokenizer, ids).items()})
 
 
-def read_labels(run: Path | str) -> Labels:
-    """What `write_labels` wrote.
+def read_words(run: Path | str) -> Words:
+    """What `write_words` wrote.
 
     Raises:
         ManifestError: tokens.json is not there, or a file is not what it should be.
     """
     folder = Path(run) / FOLDER
-    if not has_labels(run):
+    if not has_words(run):
         raise ManifestError(
             f"{run}: must have its features built, it has no {FOLDER}/{TOKENS_FILE}; run `actcache features {run}`"
         )
@@ -91,7 +91,7 @@ def read_labels(run: Path | str) -> Labels:
             f"{folder}: {TOKENS_FILE} and {LENS_FILE} must hold strings and the lens of each latent, got "
             f"{type(error).__name__}: {error}; remove {folder} and build it anew"
         ) from error
-    return Labels(tokens=tokens, lens=lens)
+    return Words(tokens=tokens, lens=lens)
 
 
 def _logit_lens(run: Path | str, model: Model) -> list[tuple[list[Weighed], list[Weighed]]] | None:

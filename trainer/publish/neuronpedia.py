@@ -20,7 +20,7 @@ import numpy as np
 from actcache.errors import ManifestError
 from actcache.files import write_atomically
 from trainer.features.read import Context, Features, open_features
-from trainer.features.words import Labels, Weighed, read_labels
+from trainer.features.words import Weighed, Words, read_words
 from trainer.formats.saelens import load_sae
 from trainer.sae.sae import SAE
 
@@ -61,7 +61,7 @@ def export_neuronpedia(run: Path | str, out: Path | str) -> Path:
         ManifestError: `run` has no features built, or its hook is of no layer.
     """
     run = Path(run).resolve()
-    features, labels, sae = open_features(run), read_labels(run), load_sae(run)
+    features, words, sae = open_features(run), read_words(run), load_sae(run)
     source = _source(run, sae)
     folder = Path(out) / source.model / source.id
     for name, row in _tables(source, sae).items():
@@ -70,8 +70,8 @@ def export_neuronpedia(run: Path | str, out: Path | str) -> Path:
     for number, first in enumerate(range(0, len(fired), BATCH_LATENTS)):
         latents = fired[first : first + BATCH_LATENTS].tolist()
         rows = {
-            "features": (_feature(source, features, labels, latent) for latent in latents),
-            "activations": (row for latent in latents for row in _activations(source, features, labels, latent)),
+            "features": (_feature(source, features, words, latent) for latent in latents),
+            "activations": (row for latent in latents for row in _activations(source, features, words, latent)),
         }
         for name, lines in rows.items():
             write_atomically(folder / name / f"batch-{number}.jsonl.gz", [_compressed(lines)])
@@ -139,9 +139,9 @@ def _tables(source: _Source, sae: SAE) -> dict[str, Row]:
     }
 
 
-def _feature(source: _Source, features: Features, labels: Labels, latent: int) -> Row:
+def _feature(source: _Source, features: Features, words: Words, latent: int) -> Row:
     counts, edges = features.histogram(latent)
-    lens = None if labels.lens is None else labels.lens[latent]
+    lens = None if words.lens is None else words.lens[latent]
     return {
         **_address(source, latent),
         "sourceSetName": source.set_name,
@@ -149,26 +149,26 @@ def _feature(source: _Source, features: Features, labels: Labels, latent: int) -
         "frac_nonzero": float(features.n_fired[latent] / features.n_tokens),
         "freq_hist_data_bar_heights": counts.tolist(),
         "freq_hist_data_bar_values": ((edges[:-1] + edges[1:]) / 2).tolist(),  # the middle of each bar
-        **_logits("pos", lens.promoted if lens else (), labels),
-        **_logits("neg", lens.suppressed if lens else (), labels),
+        **_logits("pos", lens.promoted if lens else (), words),
+        **_logits("neg", lens.suppressed if lens else (), words),
         "hasVector": False,
     }
 
 
-def _logits(which: str, tokens: Iterable[Weighed], labels: Labels) -> Row:
+def _logits(which: str, tokens: Iterable[Weighed], words: Words) -> Row:
     pairs = list(tokens)
-    return {f"{which}_str": [labels.text(i) for i, _ in pairs], f"{which}_values": [logit for _, logit in pairs]}
+    return {f"{which}_str": [words.text(i) for i, _ in pairs], f"{which}_values": [logit for _, logit in pairs]}
 
 
-def _activations(source: _Source, features: Features, labels: Labels, latent: int) -> Iterator[Row]:
+def _activations(source: _Source, features: Features, words: Words, latent: int) -> Iterator[Row]:
     """The strongest contexts, then some from each band of the activation's range."""
     top_bin = {"binMin": -1.0, "binMax": float(features.max_act[latent]), "binContains": -1.0}
     for context in features.top(latent, N_TOP):
-        yield _activation(source, latent, context, labels, top_bin)
+        yield _activation(source, latent, context, words, top_bin)
     bands = features.bands(latent, n_bands=N_BANDS, n_each=N_EACH)
     for band, edges in zip(bands, _bins(features, latent), strict=True):
         for context in band:
-            yield _activation(source, latent, context, labels, edges)
+            yield _activation(source, latent, context, words, edges)
 
 
 def _bins(features: Features, latent: int) -> list[Row]:
@@ -189,11 +189,11 @@ def _bins(features: Features, latent: int) -> list[Row]:
     ]
 
 
-def _activation(source: _Source, latent: int, context: Context, labels: Labels, bin: Row) -> Row:
+def _activation(source: _Source, latent: int, context: Context, words: Words, bin: Row) -> Row:
     values = [float(f"{act:.5g}") for act in context.acts]
     row = {
         **_address(source, latent),
-        "tokens": [labels.text(token_id) for token_id in context.token_ids],
+        "tokens": [words.text(token_id) for token_id in context.token_ids],
         "values": values,
         "maxValue": max(values),
         "maxValueTokenIndex": values.index(max(values)),

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from trainer.features.read import Context, Features
-from trainer.features.words import Labels, Lens
+from trainer.features.words import Lens, Words
 
 N_TOP = 10  # contexts with the largest activations
 N_BANDS, N_EACH = 5, 3  # bands of the activation's range below its maximum, and contexts from each
@@ -17,14 +17,14 @@ MIN_FIRED = 10  # tokens; what fired more rarely has too few contexts to judge b
 DIGITS = 3  # of an activation that is shown
 
 
-def feature_pages(features: Features, labels: Labels, n_features: int) -> dict[str, Any]:
+def feature_pages(features: Features, words: Words, n_features: int) -> dict[str, Any]:
     """The pages of the `n_features` most informative latents, in that order.
 
     Tokens are given once, in `tokens`; a context names them by their place there. Activations keep three digits.
     """
-    vocabulary = _Vocabulary(labels)
+    vocabulary = _Vocabulary(words)
     chosen = most_informative(features, n_features)
-    pages = [_page(features, latent, labels, vocabulary) for latent in chosen]
+    pages = [_page(features, latent, words, vocabulary) for latent in chosen]
     return {
         "n_tokens": features.n_tokens,
         "d_sae": features.d_sae,
@@ -55,8 +55,8 @@ def information(features: Features) -> Float64[np.ndarray, " d_sae"]:
 class _Vocabulary:
     """The strings that contexts use, each once, in the order of their first use."""
 
-    def __init__(self, labels: Labels):
-        self._labels, self._places = labels, dict[int, int]()
+    def __init__(self, words: Words):
+        self._words, self._places = words, dict[int, int]()
         self.strings: list[str] = []
 
     def places(self, token_ids: Iterable[int]) -> list[int]:
@@ -66,11 +66,11 @@ class _Vocabulary:
     def _place(self, token_id: int) -> int:
         if token_id not in self._places:
             self._places[token_id] = len(self.strings)
-            self.strings.append(self._labels.text(token_id))
+            self.strings.append(self._words.text(token_id))
         return self._places[token_id]
 
 
-def _page(features: Features, latent: int, labels: Labels, vocabulary: _Vocabulary) -> dict[str, Any]:
+def _page(features: Features, latent: int, words: Words, vocabulary: _Vocabulary) -> dict[str, Any]:
     counts, edges = features.histogram(latent)
     return {
         "latent": latent,
@@ -80,7 +80,7 @@ def _page(features: Features, latent: int, labels: Labels, vocabulary: _Vocabula
         "top": _contexts(features.top(latent, N_TOP), vocabulary),
         "bands": _bands(features, latent, vocabulary),
         "coactive": [list(pair) for pair in features.coactive(latent, N_COACTIVE)],
-        "lens": None if labels.lens is None else _weighed(labels.lens[latent], labels),
+        "lens": None if words.lens is None else _weighed(words.lens[latent], words),
     }
 
 
@@ -107,10 +107,10 @@ def _contexts(contexts: Sequence[Context], vocabulary: _Vocabulary) -> list[dict
     ]
 
 
-def _weighed(lens: Lens, labels: Labels) -> dict[str, list[list[Any]]]:
+def _weighed(lens: Lens, words: Words) -> dict[str, list[list[Any]]]:
     return {
-        "promoted": [[labels.text(token_id), _short(logit)] for token_id, logit in lens.promoted],
-        "suppressed": [[labels.text(token_id), _short(logit)] for token_id, logit in lens.suppressed],
+        "promoted": [[words.text(token_id), _short(logit)] for token_id, logit in lens.promoted],
+        "suppressed": [[words.text(token_id), _short(logit)] for token_id, logit in lens.suppressed],
     }
 
 

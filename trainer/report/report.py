@@ -11,7 +11,7 @@ from typing import Any
 
 from actcache.files import write_atomically
 from trainer.features.read import open_features
-from trainer.features.words import has_labels, read_labels
+from trainer.features.words import has_words, read_words
 from trainer.report.feature_pages import feature_pages
 from trainer.report.figures import throughput
 from trainer.report.page import page
@@ -42,6 +42,6 @@ def write_report(runs: Path | str, out: Path | str, *, n_features: int = N_FEATU
 
 def _features(runs: Sequence[RunFiles], n_features: int) -> dict[str, dict[str, Any]]:
     """The feature pages of every run that has its features built and described, by the run's name."""
-    described = [run for run in runs if has_labels(run.folder)]
+    described = [run for run in runs if has_words(run.folder)]
     n_each = min(n_features, MOST_FEATURES // max(1, len(described)))
-    return {run.name: feature_pages(open_features(run.folder), read_labels(run.folder), n_each) for run in described}
+    return {run.name: feature_pages(open_features(run.folder), read_words(run.folder), n_each) for run in described}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support import naive_loader
-from support.places import SUPPORT
+from support.places import CHILD, SUPPORT
 from support.tiny_caches import HOOKS, harvest_tiny
 from support.tiny_models import make_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel

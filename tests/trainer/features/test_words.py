@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from actcache.errors import ManifestError
 from trainer.features.logit_lens import logit_lens
 from trainer.features.token_strings import token_strings
-from trainer.features.words import N_LENS, read_labels, write_labels
+from trainer.features.words import N_LENS, read_words, write_words
 from trainer.formats.saelens import load_sae
 
 
@@ -46,36 +46,36 @@ def test_what_is_no_text_keeps_its_name():
 def test_the_words_of_a_run(tiny_cache, tiny_model, tmp_path):
     config = make_config("topk", d_in=32, hook_name=HOOKS[2])
     run = make_run(tmp_path, config, tiny_cache.identity["model"])
-    write_labels(run, tiny_cache, tiny_model)
-    labels = read_labels(run)
+    write_words(run, tiny_cache, tiny_model)
+    words = read_words(run)
     ids = set(tiny_cache.sequences("validation").ravel().tolist())
     lens = logit_lens(load_sae(run), tiny_model, range(config.d_sae), N_LENS)
     shown = {token.token_id for latent in lens for token in (*latent.promoted, *latent.suppressed)}
-    assert labels.tokens == token_strings(tiny_model.tokenizer, ids | shown)
-    assert labels.lens is not None
-    for got, wanted in zip(labels.lens, lens, strict=True):
+    assert words.tokens == token_strings(tiny_model.tokenizer, ids | shown)
+    assert words.lens is not None
+    for got, wanted in zip(words.lens, lens, strict=True):
         assert [i for i, _ in got.promoted] == [token.token_id for token in wanted.promoted]
         assert [i for i, _ in got.suppressed] == [token.token_id for token in wanted.suppressed]
         for (_, logit), token in zip(got.promoted, wanted.promoted, strict=True):
             assert abs(logit - token.logit) <= 5e-4 * abs(token.logit), "four digits"
-    assert labels.text(10**6) == "[1000000]"
+    assert words.text(10**6) == "[1000000]"
 
     before = (run / "features" / "tokens.json").stat().st_mtime_ns
-    write_labels(run, tiny_cache, tiny_model)
+    write_words(run, tiny_cache, tiny_model)
     assert (run / "features" / "tokens.json").stat().st_mtime_ns == before, "nothing to do"
 
 
 def test_a_crosscoder_has_words_but_no_lens(tiny_cache, tiny_model, tmp_path):
     run = make_run(tmp_path, make_config("crosscoder"), tiny_cache.identity["model"])
-    write_labels(run, tiny_cache, tiny_model)
-    assert read_labels(run).lens is None
+    write_words(run, tiny_cache, tiny_model)
+    assert read_words(run).lens is None
 
 
 def test_words_that_are_missing_or_damaged(tiny_cache, tiny_model, tmp_path):
     run = make_run(tmp_path, make_config("topk", d_in=32, hook_name=HOOKS[2]), tiny_cache.identity["model"])
     with pytest.raises(ManifestError, match=r"it has no features/tokens\.json; run `actcache features"):
-        read_labels(run)
-    write_labels(run, tiny_cache, tiny_model)
+        read_words(run)
+    write_words(run, tiny_cache, tiny_model)
     (run / "features" / "lens.json").write_text(json.dumps({"latents": [{"promoted": [[1]]}]}))
     with pytest.raises(ManifestError, match=r"lens\.json must hold .* the lens of each latent, got ValueError"):
-        read_labels(run)
+        read_words(run)

@@ -18,7 +18,7 @@ from actcache.store.cache import Cache
 from trainer.config.settings import SAEConfig
 from trainer.evaluation.evaluate import evaluate_runs
 from trainer.features.build import build_features
-from trainer.features.words import write_labels
+from trainer.features.words import write_words
 from trainer.formats.foreign import Names
 from trainer.formats.imports import import_release, import_sae
 from trainer.formats.saelens import SAELENS_ARCHITECTURES, export_sae, load_sae
@@ -319,7 +319,7 @@ def test_the_features_of_an_imported_run_are_what_saelens_encodes(imported, tiny
     assert features.n_tokens == len(x)
     assert features.n_fired.tolist() == (feature_acts > 0).sum(0).tolist()
     torch.testing.assert_close(torch.from_numpy(features.max_act.copy()), feature_acts.amax(0))
-    write_labels(run, tiny_cache, tiny_model)
+    write_words(run, tiny_cache, tiny_model)
     page = write_report(imported, tmp_path / "report.html").read_text()
     assert 'id="features-1"' in page, "runs by name: ours, saelens"
     assert 'id="features-0"' not in page

@@ -12,7 +12,7 @@ from support.tiny_saes import make_config, make_run
 
 from actcache.errors import ManifestError
 from trainer.features.read import open_features
-from trainer.features.words import read_labels
+from trainer.features.words import read_words
 from trainer.publish.neuronpedia import BATCH_LATENTS, N_BANDS, N_EACH, N_TOP, export_neuronpedia
 
 # Columns of Neuronpedia's database (its Prisma schema) that SAEDashboard 0.8 exports too, with their types.
@@ -101,28 +101,28 @@ def test_the_tables_point_at_each_other(folder, run, tiny_cache):
 
 
 def test_the_features_read_back(folder, run):
-    features, labels = open_features(run), read_labels(run)
+    features, words = open_features(run), read_words(run)
     by_index = {int(row["index"]): row for row in rows(folder, "features")}
     assert sorted(by_index) == np.flatnonzero(features.n_fired).tolist(), "those that fired, each once"
-    assert labels.lens is not None
+    assert words.lens is not None
     for latent, row in by_index.items():
         assert row["frac_nonzero"] == features.n_fired[latent] / features.n_tokens
         assert row["maxActApprox"] == features.max_act[latent]
         assert sum(row["freq_hist_data_bar_heights"]) == features.n_fired[latent]
         assert 0 < row["freq_hist_data_bar_values"][0] < row["freq_hist_data_bar_values"][-1] < row["maxActApprox"]
-        assert row["pos_str"] == [labels.text(token_id) for token_id, _ in labels.lens[latent].promoted]
-        assert row["neg_values"] == [logit for _, logit in labels.lens[latent].suppressed]
+        assert row["pos_str"] == [words.text(token_id) for token_id, _ in words.lens[latent].promoted]
+        assert row["neg_values"] == [logit for _, logit in words.lens[latent].suppressed]
 
 
 def test_the_contexts_read_back(folder, run):
-    features, labels = open_features(run), read_labels(run)
+    features, words = open_features(run), read_words(run)
     by_index: dict[int, list[dict]] = {}
     for row in rows(folder, "activations"):
         by_index.setdefault(int(row["index"]), []).append(row)
     for latent, found in by_index.items():
         top = [row for row in found if row["binMin"] == -1]
         wanted = features.top(latent, N_TOP)
-        assert [row["tokens"] for row in top] == [[labels.text(i) for i in context.token_ids] for context in wanted]
+        assert [row["tokens"] for row in top] == [[words.text(i) for i in context.token_ids] for context in wanted]
         assert [row["qualifyingTokenIndex"] for row in top] == [context.peak for context in wanted]
         for row, context in zip(top, wanted, strict=True):
             np.testing.assert_allclose(row["values"], context.acts, rtol=5e-5, atol=0)  # five digits

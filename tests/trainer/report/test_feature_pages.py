@@ -10,7 +10,7 @@ import pytest
 from support.tiny_reports import add_run_with_features
 
 from trainer.features.read import open_features
-from trainer.features.words import read_labels
+from trainer.features.words import read_words
 from trainer.report.feature_pages import MIN_FIRED, N_TOP, feature_pages, most_informative
 from trainer.report.report import write_report
 
@@ -34,8 +34,8 @@ def test_the_most_informative_by_the_rule_as_it_is_stated(run):
 
 
 def test_a_page_says_what_the_features_say(run):
-    features, labels = open_features(run), read_labels(run)
-    shown = feature_pages(features, labels, 4)
+    features, words = open_features(run), read_words(run)
+    shown = feature_pages(features, words, 4)
     assert (shown["n_tokens"], shown["d_sae"]) == (features.n_tokens, features.d_sae)
     assert shown["n_dead"] == int((features.n_fired == 0).sum())
     for page, latent in zip(shown["latents"], most_informative(features, 4), strict=True):
@@ -44,7 +44,7 @@ def test_a_page_says_what_the_features_say(run):
         top = features.top(latent, N_TOP)
         assert [context["at"] for context in page["top"]] == [[c.sequence, c.position] for c in top]
         for context, wanted in zip(page["top"], top, strict=True):
-            assert [shown["tokens"][place] for place in context["tokens"]] == [labels.text(i) for i in wanted.token_ids]
+            assert [shown["tokens"][place] for place in context["tokens"]] == [words.text(i) for i in wanted.token_ids]
             np.testing.assert_allclose(context["acts"], wanted.acts, rtol=5e-3, atol=0)  # three digits
             assert context["peak"] == wanted.peak
         for band in page["bands"]:
@@ -52,9 +52,9 @@ def test_a_page_says_what_the_features_say(run):
             assert acts
             assert all(band["from"] * (1 - 5e-3) <= act <= band["to"] * (1 + 5e-3) for act in acts)  # three digits each
         assert page["coactive"] == [list(pair) for pair in features.coactive(latent, len(page["coactive"]))]
-        assert labels.lens is not None
+        assert words.lens is not None
         assert [text for text, _ in page["lens"]["promoted"]] == [
-            labels.text(token_id) for token_id, _ in labels.lens[latent].promoted
+            words.text(token_id) for token_id, _ in words.lens[latent].promoted
         ]
     json.dumps(shown, allow_nan=False)
 

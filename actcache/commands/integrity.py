@@ -1,0 +1,119 @@
+"""`actcache info`, `verify`, `repair` and `relabel`: what a cache holds, whether it is sound, and how it becomes so."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from actcache.commands.remembered import model_of_cache
+from actcache.commands.terminal import DATA, MODEL, Bar, CachePath, Device, Json, StageBar, print_json, say
+from actcache.errors import ManifestError
+
+if TYPE_CHECKING:
+    from actcache.integrity.spot_check import SampleReport
+
+RememberedModel = Annotated[
+    str | None,
+    typer.Option(
+        help="The model: a Hugging Face name or a local directory.",
+        show_default="as the cache remembers",
+        rich_help_panel=MODEL,
+    ),
+]
+
+
+def info(cache: CachePath, as_json: Json = False) -> None:
+    """Say what a cache holds."""
+    from actcache.commands.lines import cache_facts, cache_lines
+    from actcache.store.cache import open_cache
+
+    opened = open_cache(cache)
+    if as_json:
+        print_json(cache_facts(opened))
+    else:
+        say(cache_lines(opened))
+
+
+def verify(
+    cache: CachePath,
+    as_json: Json = False,
+    sampled: Annotated[
+        bool,
+        typer.Option("--sample-model", help="Also run some sequences through the model again.", rich_help_panel=MODEL),
+    ] = False,
+    model: RememberedModel = None,
+    sequences: Annotated[
+        int, typer.Option(help="How many sequences to run through the model.", rich_help_panel=MODEL)
+    ] = 16,
+    device: Device = "auto",
+) -> None:
+    """Read every byte of a cache and hold it against the manifest. The exit code is 1 if anything is wrong."""
+    from actcache.integrity.verify import verify as checked
+
+    with closing(Bar("verify", "chunk")) as progress:
+        found = checked(cache, progress=progress)
+    sample = _sample(cache, model, sequences, device) if sampled and not found.problems else None
+    if as_json:
+        print_json({**asdict(found), "sample": asdict(sample) if sample else None})
+    if sampled and sample is None:
+        say(f"{cache}: not sampled, for it is damaged")
+    problems = [*found.problems, *(sample.problems if sample else ())]
+    for line in (*problems, *found.notes, *(sample.notes if sample else ())):
+        say(str(line))
+    if problems:
+        raise ManifestError(f"{cache}: {len(problems)} problems found; `actcache repair` rebuilds what is damaged")
+    say(f"{cache}: {found.n_rows} rows in {found.n_chunks} chunks are sound")
+    if sample:
+        say(f"{cache}: {sample.n_rows} rows of {sample.n_sequences} sequences are what the model gives")
+
+
+def _sample(root: Path, model: str | None, sequences: int, device: str) -> SampleReport:
+    from actcache.integrity.spot_check import sample_model
+    from actcache.store.cache import open_cache
+
+    opened = open_cache(root)
+    return sample_model(opened, model_of_cache(root, opened.compute, model=model, device=device), sequences)
+
+
+def repair(
+    cache: CachePath,
+    model: RememberedModel = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Where the dataset is now.", show_default="as the cache remembers", rich_help_panel=DATA),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Rebuild what is damaged and nothing else. The model is loaded only if activations are damaged."""
+    from actcache.integrity.repair import repair as repaired
+
+    load_model = partial(model_of_cache, cache, model=model, device=device)
+    with closing(StageBar()) as progress:
+        done = repaired(cache, load_model, dataset=dataset, progress=progress)
+    for problem in done.found:
+        say(str(problem))
+    for path in done.redone:
+        say(f"{path}: written anew")
+    for problem in done.problems:
+        say(f"still wrong: {problem}")
+    if done.problems:
+        raise ManifestError(f"{cache}: {len(done.problems)} problems are left; is the disk sound?")
+    say(f"{cache} is sound")
+
+
+def relabel(
+    cache: CachePath,
+    native: Annotated[
+        bool,
+        typer.Option("--native-bf16/--no-native-bf16", help="Call bfloat16 arrays bfloat16, or uint16 again."),
+    ],
+) -> None:
+    """Change what zarr.json says of bfloat16 arrays, for other Zarr readers. No shard is touched."""
+    from actcache.integrity.relabel import relabel as relabelled
+
+    say(f"{cache}: {relabelled(cache, native)} zarr.json files changed")

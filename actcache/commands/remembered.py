@@ -1,0 +1,49 @@
+"""The model of a cache, found where the cache remembers it and loaded as it ran there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actcache.commands.terminal import resolved_device
+from actcache.errors import ManifestError
+
+if TYPE_CHECKING:
+    from actcache.models.language_model import LanguageModel
+
+
+def model_of_cache(cache: Path | None, compute: Mapping[str, Any], *, model: str | None, device: str) -> LanguageModel:
+    """Load the model that a cache was harvested from, in the dtype and with the backend that it ran with.
+
+    The attention kernel is taken over where the device is of the same kind: on another kind it may not exist.
+
+    Args:
+        cache: the folder of the cache; None where `model` is named and no cache is known.
+        compute: how activations were computed there (`Cache.compute`); {} loads the model as it is stored.
+        model: a Hugging Face name or local directory; None takes what the cache remembers.
+        device: as --device says it.
+
+    Raises:
+        ManifestError: the cache was harvested from a model in memory, and `model` is None.
+        ModelError: the model cannot be loaded.
+    """
+    from actcache.models.load import load_model
+    from actcache.store.cache import read_origin
+
+    origin: Mapping[str, Any] = {"model": model, "revision": None}
+    if model is None:
+        assert cache is not None, "the caller names a model or a cache"
+        origin = read_origin(cache)
+    if not origin["model"]:
+        raise ManifestError(f"{cache}: was harvested from a model in memory; pass --model, or load it in Python")
+    same_device = resolved_device(device).split(":")[0] == compute.get("device")
+    return load_model(
+        origin["model"],
+        revision=origin["revision"],
+        device=device,
+        dtype=compute.get("model_dtype", "auto"),
+        backend=compute.get("backend", "hf"),
+        attention=compute.get("attention", "auto") if same_device else "auto",
+        compile=compute.get("compiled", False),
+    )

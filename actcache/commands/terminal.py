@@ -1,0 +1,148 @@
+"""The terminal: options that commands share, progress bars, what is printed, and how an error ends a command.
+
+Nothing heavy is imported here: `actcache --help` waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from tqdm import tqdm
+from typer.core import TyperGroup
+
+from actcache.errors import ActcacheError, ConfigError
+
+if TYPE_CHECKING:
+    from actcache.harvesting.tasks import Worker
+
+ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130
+DATA, MODEL, CACHE, TRAINING, OUTPUT = "Data", "Model", "Cache", "Training", "Output"  # the panels of --help
+
+CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="The folder that `actcache harvest` wrote.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", help="The folder to write. The same command again goes on where it stopped.", rich_help_panel=OUTPUT
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=OUTPUT)]
+Device = Annotated[
+    str,
+    typer.Option(help="The device: cpu, cuda:0, ... With auto it is CUDA where there is a GPU.", rich_help_panel=MODEL),
+]
+
+
+class Commands(TyperGroup):
+    """Turns every error that was raised on purpose into one line and an exit code; takes --debug at any place."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Bring --debug to the front, where the group takes it, from wherever it stands before `--`."""
+        end = args.index("--") if "--" in args else len(args)
+        if "--debug" in args[:end]:
+            args = ["--debug", *(arg for arg in args[:end] if arg != "--debug"), *args[end:]]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted; the same command goes on from here", INTERRUPTED)
+        except ConfigError as error:
+            fail(error, ARGUMENTS_WRONG, debug=ctx.params["debug"])
+        except (ActcacheError, OSError) as error:
+            fail(error, FAILED, debug=ctx.params["debug"])
+
+
+def fail(error: Exception | str, code: int, *, debug: bool = False) -> NoReturn:
+    """Print one line, after the traceback where --debug asks for it, and exit."""
+    if debug and isinstance(error, Exception):
+        traceback.print_exception(error)
+    say(f"error: {' '.join(str(error).split())}")
+    raise typer.Exit(code)
+
+
+def say(line: str) -> None:
+    """Print a line for a person."""
+    print(line, file=sys.stderr)
+
+
+def print_json(values: object) -> None:
+    """Print one JSON object for a machine."""
+    print(json.dumps(values, allow_nan=False))
+
+
+class Bar:
+    """A tqdm bar on stderr that is fed (done, all)."""
+
+    def __init__(self, title: str, unit: str):
+        self._bar = tqdm(desc=title, unit=unit, unit_scale=True, file=sys.stderr, disable=None)
+        self.touched = False
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self.touched:
+            self._bar.reset(total)
+            self._bar.initial = self._bar.n = 0
+        self.touched = True
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+class StageBar:
+    """A bar for one thing after the other, each fed (what is being done, done, in all)."""
+
+    def __init__(self) -> None:
+        self._bar, self._stage, self._done = None, "", 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bar is None or stage != self._stage or done < self._done:
+            self.close()
+            self._bar, self._stage = Bar(stage, {"verify": "chunk", "harvest": "tok"}[stage]), stage
+        self._done = done
+        self._bar(done, total)
+
+    def close(self) -> None:
+        """Leave the last bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def resolved_device(device: str) -> str:
+    """The device that --device names; auto is CUDA where there is a GPU."""
+    import torch  # takes seconds
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def this_worker(share: str | None) -> Worker:
+    """The worker that --worker i/n names, else the one that torchrun or srun made this process."""
+    from actcache.harvesting.tasks import Worker
+
+    if share is None:
+        index = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        share = f"{index}/{os.environ.get('WORLD_SIZE', os.environ.get('SLURM_NTASKS', '1'))}"
+    match = re.fullmatch(r"(\d+)/(\d+)", share)
+    if match is None:
+        raise ConfigError(f"harvest: --worker must be i/n, such as 0/4, got {share!r}")
+    return Worker(index=int(match[1]), count=int(match[2]))
+
+
+def local_device(device: str, device_map: str | None) -> str:
+    """The device of this process: of several on one machine, each takes its own GPU."""
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
+    mine = device == "auto" and device_map is None and rank is not None and torch.cuda.device_count() > 1
+    return f"cuda:{int(rank or 0) % torch.cuda.device_count()}" if mine else device

@@ -1,0 +1,113 @@
+"""Help that is quick and whole, --debug at any place, and which process of several this one is."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from support.command_line import actcache
+from support.places import CHILD
+from typer.testing import CliRunner
+
+from actcache.errors import ConfigError
+
+COMMANDS = (
+    *("harvest", "info", "verify", "repair", "relabel", "train", "eval", "report", "features", "steer", "similar"),
+    *("stability", "import", "export", "import-cache", "export-cache", "demo", "bench"),
+)
+HEAVY = ("torch", "numpy", "zarr", "pyarrow", "transformers", "datasets", "yaml", "plotly")
+
+
+def test_every_command_is_tested_here():
+    from cli import app
+
+    assert {command.name or command.callback.__name__ for command in app.registered_commands} == {*COMMANDS}
+
+
+def test_help_imports_nothing_heavy():
+    """It is what makes help quick; how quick it is, is a measurement and no test."""
+    code = f"""
+import json, sys
+from typer.testing import CliRunner
+import cli
+for command in {COMMANDS}:
+    assert CliRunner().invoke(cli.app, [command, "--help"]).exit_code == 0
+print(json.dumps([name for name in {HEAVY} if name in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=CHILD, check=False)
+    assert json.loads(done.stdout) == [], done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_cuts_nothing_at_80_columns(command):
+    from typer.main import get_command
+
+    from cli import app
+
+    shown = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).invoke(app, [command, "--help"]).output
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    parameters = get_command(app).commands[command].params  # pyright: ignore[reportAttributeAccessIssue]
+    words = {word for line in shown.splitlines() for word in line.replace("│", " ").replace(",", " ").split()}
+    for parameter in parameters:
+        names = [*parameter.opts, *parameter.secondary_opts] if parameter.param_type_name == "option" else []
+        assert {*names} <= words
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "info", "there"], ["info", "there", "--debug"]])
+def test_debug_is_taken_before_and_after_the_command(arguments, tmp_path):
+    asked = [str(tmp_path / "none") if argument == "there" else argument for argument in arguments]
+    plain = actcache(*(argument for argument in asked if argument != "--debug"), code=1).stderr
+    debugged = actcache(*asked, code=1).stderr
+    assert "Traceback" not in plain
+    assert debugged.startswith("Traceback")
+    assert debugged.endswith(plain)
+
+
+def test_what_stands_behind_two_dashes_is_no_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "Traceback" not in actcache("info", "--", "--debug", code=1).stderr
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    import actcache as package
+
+    assert actcache("--version").stdout == f"actcache {package.__version__}\n"
+    assert package.__version__ == version("actcache")
+
+
+def test_the_shell_completes_commands():
+    environment = {**CHILD, "_ACTCACHE_COMPLETE": "complete_bash", "COMP_WORDS": "actcache ex", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['actcache']; import cli; cli.app(prog_name='actcache')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.split() == ["export", "export-cache"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("share", "environment", "worker"),
+    [
+        (None, {}, (0, 1)),
+        ("2/4", {"RANK": "0", "WORLD_SIZE": "8"}, (2, 4)),
+        (None, {"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+        (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
+    ],
+)
+def test_the_worker_is_the_option_or_what_the_launcher_says(share, environment, worker, monkeypatch):
+    from actcache.commands.terminal import this_worker
+
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = this_worker(share)
+    assert (found.index, found.count) == worker
+
+
+@pytest.mark.parametrize("share", ["4/4", "1", "1/", "a/b", "-1/2"])
+def test_a_worker_that_is_none_is_refused(share):
+    from actcache.commands.terminal import this_worker
+
+    with pytest.raises(ConfigError, match=r"harvest: .*worker"):
+        this_worker(share)

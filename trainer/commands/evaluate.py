@@ -1,0 +1,78 @@
+"""`actcache eval`."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from actcache.commands.integrity import RememberedModel
+from actcache.commands.remembered import model_of_cache
+from actcache.commands.terminal import DATA, Bar, Device, Json, print_json, say
+from actcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from actcache.store.cache import Cache
+
+RememberedCache = Annotated[
+    Path | None, typer.Option(help="The cache.", show_default="as the run remembers", rich_help_panel=DATA)
+]
+ExcludeSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--exclude-special-tokens",
+        help="Leave out the rows of BOS, EOS, ... This is the default.",
+        rich_help_panel=DATA,
+    ),
+]
+KeepSpecialTokens = Annotated[
+    bool, typer.Option("--keep-special-tokens", help="Keep the rows of BOS, EOS, ...", rich_help_panel=DATA)
+]
+
+
+def evaluate(
+    runs: Annotated[Path, typer.Argument(metavar="RUN|RUNS", help="One run, or a folder of runs.")],
+    cache: RememberedCache = None,
+    model: RememberedModel = None,
+    exclude_special_tokens: ExcludeSpecialTokens = False,
+    keep_special_tokens: KeepSpecialTokens = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Evaluate on the held-out split, with the model in the loop. Writes eval.json beside each run."""
+    from actcache.store.cache import open_cache
+    from trainer.commands.lines import evaluation_lines
+    from trainer.run_folder import remembered_cache
+
+    opened = open_cache(cache or remembered_cache(runs))
+    is_kept = is_excluding(exclude_special_tokens, keep_special_tokens) is False
+    rows = evaluated(runs, opened, model, device, exclude_special_tokens=not is_kept)
+    if as_json:
+        print_json({"runs": rows})
+    else:
+        say(evaluation_lines(rows))
+
+
+def is_excluding(exclude: bool, keep: bool) -> bool | None:
+    """Whether rows of special tokens are left out; None where neither option was given.
+
+    They are two options and not one with two names: --help would cut both names at 80 columns.
+    """
+    if exclude and keep:
+        raise ConfigError("--exclude-special-tokens and --keep-special-tokens exclude each other; give one of them")
+    return not keep if exclude or keep else None
+
+
+def evaluated(
+    runs: Path, cache: Cache, model: str | None, device: str, *, exclude_special_tokens: bool = True
+) -> list[dict[str, Any]]:
+    """The rows of eval.json of each run, measured with a bar; the model is `model`, or what the cache remembers."""
+    from trainer.evaluation.evaluate import evaluate_runs
+
+    language_model = model_of_cache(cache.path, cache.compute, model=model, device=device)
+    with closing(Bar("evaluate", "tok")) as progress:
+        return evaluate_runs(
+            runs, cache, language_model, exclude_special_tokens=exclude_special_tokens, progress=progress
+        )

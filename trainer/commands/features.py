@@ -1,0 +1,231 @@
+"""`actcache features`, `steer`, `similar` and `stability`: what latents fire on and do, and where else they are."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from actcache.commands.integrity import RememberedModel
+from actcache.commands.remembered import model_of_cache
+from actcache.commands.terminal import MODEL, OUTPUT, Bar, Device, Json, print_json, resolved_device, say
+from actcache.errors import ConfigError
+from trainer.commands.evaluate import RememberedCache
+
+if TYPE_CHECKING:
+    from actcache.models.language_model import LanguageModel
+    from actcache.store.cache import Cache
+    from trainer.features.read import Features
+    from trainer.interventions.steering import Add, Clamp, Scale
+    from trainer.sae.sae import SAE
+
+STEERINGS = ("add", "scale", "clamp", "ablate")
+SIMILAR_SHOWN = 10  # of the other SAE, for one feature
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a SAELens directory.")]
+
+
+def features(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run.")],
+    cache: RememberedCache = None,
+    feature: Annotated[
+        int | None, typer.Option(help="Show what this feature fires on.", rich_help_panel=OUTPUT)
+    ] = None,
+    top: Annotated[
+        int, typer.Option(min=1, help="How many contexts of a feature, or rows of the table.", rich_help_panel=OUTPUT)
+    ] = 10,
+    text: Annotated[
+        str | None, typer.Option(help="Show what fires on each token of this text.", rich_help_panel=OUTPUT)
+    ] = None,
+    predict: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Show what fires after --text adds to the logit of this token.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    model: RememberedModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find what each feature of a run fires on in the held-out split.
+
+    The split is read once. Later calls look it up.
+    """
+    from actcache.store.cache import open_cache
+    from trainer.commands.lines import feature_facts, feature_lines, features_facts, features_lines
+    from trainer.features.words import Words, has_words, read_words
+    from trainer.formats.saelens import load_sae
+    from trainer.run_folder import remembered_cache
+
+    opened = open_cache(cache or remembered_cache(run))
+    if text is not None:
+        language_model = model_of_cache(opened.path, opened.compute, model=model, device=device)
+        facts, lines = _of_text(load_sae(run, device=resolved_device(device)), language_model, text, predict, top)
+        return print_json(facts) if as_json else say(lines)
+    if predict is not None:
+        raise ConfigError("features: --predict says what --text adds to a logit; give --text too")
+    built, rate = built_features(run, opened, device)
+    describe(run, opened, model, device)
+    words = read_words(run) if has_words(run) else Words(tokens={}, lens=None)  # nobody knows the model
+    if feature is not None:
+        facts, described = feature_facts(built, feature, top, words), feature_lines
+    else:
+        facts, described = features_facts(built, top, words, rate), features_lines
+    if as_json:
+        print_json(facts)
+    else:
+        say(described(facts))
+
+
+def built_features(run: Path, cache: Cache, device: str) -> tuple[Features, float | None]:
+    """The features of a run, and the rows that were encoded a second; None where they were there already."""
+    from trainer.features.build import build_features
+
+    done: list[int] = []
+    started = time.perf_counter()
+    with closing(Bar("features", "tok")) as bar:
+
+        def progress(n_rows: int, total: int) -> None:
+            done.append(n_rows)
+            bar(n_rows, total)
+
+        built = build_features(run, cache, device=resolved_device(device), progress=progress)
+    return built, (done[-1] - done[0]) / (time.perf_counter() - started) if done else None
+
+
+def describe(run: Path, cache: Cache, model: str | None, device: str) -> None:
+    """Write the words of a run's features, which a report shows, unless they are there; the model is loaded for it."""
+    from trainer.features.words import has_words, write_words
+
+    if has_words(run):
+        return
+    if not (model or cache.origin["model"]):
+        return say(f"{run}: a report cannot show its features, for nobody knows the model; pass --model")
+    write_words(run, cache, model_of_cache(cache.path, cache.compute, model=model, device=device))
+
+
+def _of_text(sae: SAE, model: LanguageModel, text: str, predicted: str | None, top: int) -> tuple[dict[str, Any], str]:
+    """Facts and lines of what fires on a text, or of what that adds to the logit of the token predicted after it."""
+    from trainer.commands.lines import attribution_lines, text_lines
+    from trainer.features.attribution import logit_attribution
+    from trainer.features.text import encode_text
+
+    if predicted is None:
+        tokens = encode_text(sae, model, text)
+        return {"tokens": [asdict(token) for token in tokens]}, text_lines(tokens)
+    found = logit_attribution(sae, model, text, -1, predicted)
+    return asdict(found), attribution_lines(found, top)
+
+
+def steer(
+    run: Run,
+    feature: Annotated[int, typer.Option(help="Which feature to change.")],
+    text: Annotated[str, typer.Option(help="The text that the model continues.")],
+    strength: Annotated[
+        float | None, typer.Option(help="How much, in units of the activation. With scale it is a factor.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help="What to do: add, scale, clamp, or ablate, which clamps to 0.")] = "add",
+    tokens: Annotated[int, typer.Option(help="The most tokens to write.", rich_help_panel=OUTPUT)] = 40,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the draws. 0 takes the likeliest token.", rich_help_panel=MODEL)
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws, the same without and with.", rich_help_panel=MODEL)] = 0,
+    keep_error: Annotated[
+        bool, typer.Option("--keep-error/--drop-error", help="Keep or drop what the SAE does not reconstruct.")
+    ] = True,
+    model: RememberedModel = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let the model write on, without and with one feature changed at every token."""
+    from trainer.formats.saelens import load_sae
+    from trainer.interventions.steering import steer as steered_texts
+
+    change = _change(mode, strength)
+    sae, language_model = load_sae(run, device=resolved_device(device)), _model_of(run, model, device)
+    steered = steered_texts(
+        language_model,
+        sae,
+        text,
+        features={feature: change},
+        n_tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        keep_error=keep_error,
+    )
+    if as_json:
+        print_json({"feature": feature, "mode": mode, "strength": strength, **asdict(steered)})
+    else:
+        say(f"without: {steered.prompt}{steered.before}\nwith:    {steered.prompt}{steered.after}")
+
+
+def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
+    """What `steer` does to the feature."""
+    from trainer.interventions.steering import Add, Clamp, Scale
+
+    if mode not in STEERINGS:
+        raise ConfigError(f"steer: --mode must be one of {', '.join(STEERINGS)}, got {mode!r}")
+    if (strength is None) != (mode == "ablate"):
+        raise ConfigError("steer: --strength must be given with add, scale and clamp, and left out with ablate")
+    return {"add": Add, "scale": Scale, "clamp": Clamp, "ablate": Clamp}[mode](strength or 0.0)
+
+
+def _model_of(run: Path, model: str | None, device: str) -> LanguageModel:
+    """The model of a run's cache; one that is named needs no cache."""
+    from actcache.store.cache import open_cache
+    from trainer.run_folder import remembered_cache
+
+    if model:
+        return model_of_cache(None, {}, model=model, device=device)
+    cache = open_cache(remembered_cache(run))
+    return model_of_cache(cache.path, cache.compute, model=None, device=device)
+
+
+def similar(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A finished run, or a SAELens directory.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="Another, of the same width.")],
+    feature: Annotated[int | None, typer.Option(help="A feature of RUN_A.", show_default="all of them")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find the features of RUN_B with the decoder directions nearest to those of RUN_A."""
+    from trainer.commands.lines import similar_facts, similar_lines
+    from trainer.features.similarity import similar_features
+    from trainer.formats.saelens import load_sae
+
+    a, b = (load_sae(run, device=resolved_device(device)) for run in (run_a, run_b))
+    n, latents = (1, None) if feature is None else (min(SIMILAR_SHOWN, b.d_sae), [feature])
+    found = similar_features(a, b, n, latents=latents)
+    if as_json:
+        print_json(similar_facts(found, feature))
+    else:
+        say(similar_lines(found, feature))
+
+
+def stability(
+    run: Run,
+    others: Annotated[list[Path], typer.Argument(metavar="OTHERS...", help="The same SAE, trained with other seeds.")],
+    feature: Annotated[int | None, typer.Option(help="A feature of RUN.", show_default="all of them")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say how surely the features of RUN are found in others: the mean of their largest cosine in each."""
+    from trainer.commands.lines import stability_facts, stability_lines
+    from trainer.features.logit_lens import check_latents
+    from trainer.features.similarity import stability as measured
+    from trainer.formats.saelens import load_sae
+
+    saes = [load_sae(each, device=resolved_device(device)) for each in (run, *others)]
+    if feature is not None:
+        check_latents(saes[0], [feature])
+    found = measured(saes)
+    if as_json:
+        print_json(stability_facts(found, feature))
+    else:
+        say(stability_lines(found, len(others), feature))
