@@ -77,7 +77,7 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     return n_bytes
 
 
-def remove_partials(root: Path) -> None:
+def remove_leftovers(root: Path) -> None:
     """Delete what killed writers left aside below `root`; only the holder of the lock may."""
     for path in root.rglob(f".*{PARTIAL_SUFFIX}"):
         path.unlink()

@@ -26,10 +26,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from benchmarks.measure import Say, described, interleaved_seconds, machine, ratios
-from trainer.kernels.active import KeptEntries, Workspace
+from trainer.kernels.active import ActiveEntries, Workspace
 from trainer.kernels.select import topk_pre_acts
-from trainer.kernels.sparse import kept_pre_acts, sparse_decode
-from trainer.sae.architectures import kept_topk
+from trainer.kernels.sparse import active_pre_acts, sparse_decode
+from trainer.sae.architectures import topk_entries
 
 D_IN, D_SAE, K, BATCH, REPEATS = 512, 4096, 32, 4096, 9
 Call = Callable[[], Any]
@@ -45,9 +45,9 @@ class Operands:
     W_dec: Float[Tensor, "d_sae d_in"]
     values: Float[Tensor, "batch k"]
     latents: Int[Tensor, "batch k"]
-    kept: KeptEntries
+    entries: ActiveEntries
     grad_x_hat: Float[Tensor, "batch d_in"]
-    grad_values: Float[Tensor, " kept"]
+    grad_values: Float[Tensor, " active"]
 
     @property
     def acts(self) -> Float[Tensor, "batch d_sae"]:
@@ -100,7 +100,7 @@ def random_operands(batch: int, d_in: int, d_sae: int, k: int) -> Operands:
         W_dec=W_dec,
         values=values,
         latents=latents,
-        kept=kept_topk(latents, d_sae),
+        entries=topk_entries(latents, d_sae),
         grad_x_hat=grad_x_hat,
         grad_values=torch.randn(batch * k, generator=generator),
     )
@@ -137,7 +137,7 @@ def _decode(operands: Operands, copy: Call) -> Kernel:
     acts, W_dec, values = operands.acts, operands.W_dec, operands.values.flatten()
     exact, rounding = _in_float64(acts, W_dec)
     return Kernel(
-        ours=lambda: sparse_decode(values, operands.kept, W_dec),
+        ours=lambda: sparse_decode(values, operands.entries, W_dec),
         dense=lambda: acts @ W_dec,
         bound=copy,
         answer=_itself,
@@ -148,7 +148,7 @@ def _decode(operands: Operands, copy: Call) -> Kernel:
 
 def _decoder_gradient(operands: Operands, copy: Call) -> Kernel:
     acts, grad_x_hat, W_dec = operands.acts, operands.grad_x_hat, operands.W_dec.clone().requires_grad_()
-    x_hat = sparse_decode(operands.values.flatten(), operands.kept, W_dec)
+    x_hat = sparse_decode(operands.values.flatten(), operands.entries, W_dec)
     exact, rounding = _in_float64(acts.T, grad_x_hat)
     return Kernel(
         ours=lambda: torch.autograd.grad(x_hat, W_dec, grad_x_hat, retain_graph=True)[0],
@@ -163,7 +163,7 @@ def _decoder_gradient(operands: Operands, copy: Call) -> Kernel:
 def _encoder_gradient(operands: Operands, copy: Call) -> Kernel:
     x, of_kept, grads = operands.x, operands.grad_values, operands.dense(operands.grad_values)
     W_enc, b_enc = operands.W_enc.clone().requires_grad_(), operands.b_enc.clone().requires_grad_()
-    pre_acts = kept_pre_acts(operands.values.flatten(), operands.kept, x, W_enc, b_enc, None)
+    pre_acts = active_pre_acts(operands.values.flatten(), operands.entries, x, W_enc, b_enc, None)
     exact, rounding = _in_float64(grads.T, torch.cat([x, x.new_ones(len(x), 1)], dim=1))
     return Kernel(
         ours=lambda: torch.autograd.grad(pre_acts, (W_enc, b_enc), of_kept, retain_graph=True),
@@ -178,7 +178,7 @@ def _encoder_gradient(operands: Operands, copy: Call) -> Kernel:
 def _activation_gradient(operands: Operands, copy: Call) -> Kernel:
     W_dec, grad_x_hat = operands.W_dec, operands.grad_x_hat
     values = operands.values.flatten().clone().requires_grad_()
-    x_hat = sparse_decode(values, operands.kept, W_dec)
+    x_hat = sparse_decode(values, operands.entries, W_dec)
     exact, rounding = (every.gather(1, operands.latents).flatten() for every in _in_float64(grad_x_hat, W_dec.T))
     return Kernel(
         ours=lambda: torch.autograd.grad(x_hat, values, grad_x_hat, retain_graph=True)[0],
@@ -213,16 +213,16 @@ def _measured(name: str, kernel: Kernel, say: Say) -> dict[str, Any]:
 
 
 def _argsort(operands: Operands, say: Say) -> dict[str, Any]:
-    """`KeptEntries` of the batch, of which the argsort is a part, beside the two argsorts."""
-    latent, n_times = operands.kept.latent, 10
+    """`ActiveEntries` of the batch, of which the argsort is a part, beside the two argsorts."""
+    latent, n_times = operands.entries.latent, 10
     narrow, order = latent.to(torch.int16), latent.argsort(stable=True)
-    assert torch.equal(operands.kept.by_latent, order)
+    assert torch.equal(operands.entries.by_latent, order)
     assert torch.equal(order, torch.from_numpy(np.argsort(latent.numpy(), kind="stable")))
     calls: dict[str, Call] = {
         "ours": lambda: narrow.argsort(stable=True),
         "dense": lambda: latent.argsort(stable=True),
         "bound": partial(torch.empty_like(latent).copy_, latent),
-        "kept entries": lambda: kept_topk(operands.latents, len(operands.W_enc)),
+        "kept entries": lambda: topk_entries(operands.latents, len(operands.W_enc)),
     }
     repeated = {name: partial(_times, call, n_times) for name, call in calls.items()}
     seconds = {name: [s / n_times for s in spent] for name, spent in interleaved_seconds(repeated, REPEATS).items()}

@@ -4,7 +4,7 @@ Rows: the last hook of a GPT-2 of four blocks, 512 wide, with random weights; sp
 Bound: the eight steps on one batch that stays in memory, nothing read. Ours: `harvest`, then `trainer.train` from the
 cache. SAELens: its cache runner, then eight cached runs; its MultiSAETrainingRunner, which runs the model once for all
 SAEs; eight runs that each run the model. Eight such runs are one run eight times over, so one is timed and multiplied
-by eight. Every run writes its SAEs with the optimisers' state. SAELens keeps no decoder norms here, which spares it
+by eight. Every run writes its SAEs with the optimizers' state. SAELens keeps no decoder norms here, which spares it
 that work. Also: how the sweep grows from 1 to 16 SAEs, what it reads of an evicted cache, and the peak memory of the
 sweep and of the MultiSAETrainingRunner, each in a process of its own.
 

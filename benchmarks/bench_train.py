@@ -52,7 +52,7 @@ from trainer.config.settings import SAEConfig
 from trainer.config.sweep import SweepConfig
 from trainer.kernels.active import Workspace
 from trainer.sae import architectures
-from trainer.training.optimiser import remove_parallel_gradient_, unit_norm_rows_
+from trainer.training.optimizer import remove_parallel_gradient_, unit_norm_rows_
 from trainer.training.step import TrainState, initial_state, train_step
 
 D_SAE, K, BATCH_TOKENS, N_TOKENS = 4096, 32, 4096, 131_072
@@ -140,8 +140,8 @@ def plain_step(state: TrainState, decode: Callable[[Tensor, Tensor, Tensor], Ten
         remove_parallel_gradient_(weights["W_dec"])
         if config.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
-        state.optimiser.step()
-        state.optimiser.zero_grad(set_to_none=True)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
         unit_norm_rows_(weights["W_dec"])
         return mse.item()
 

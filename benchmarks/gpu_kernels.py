@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.measure import interleaved_seconds
 from benchmarks.roofline import REPEATS, Rates, Shape, kernel_bytes, step_flops, synchronised
 from trainer.kernels import select
-from trainer.kernels.active import KeptEntries, Workspace
-from trainer.sae.architectures import kept_topk
+from trainer.kernels.active import ActiveEntries, Workspace
+from trainer.sae.architectures import topk_entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -25,7 +25,7 @@ class _Step:
     W: Tensor
     values: Tensor
     latents: Tensor
-    kept: KeptEntries
+    entries: ActiveEntries
 
 
 def measured_kernels(shape: Shape, rates: Rates) -> dict[str, Any]:
@@ -48,32 +48,34 @@ def _random_step(shape: Shape) -> _Step:
     no_bias = torch.zeros(shape.d_sae, device="cuda")
     _, latents = select.topk_pre_acts(x, W, no_bias, shape.k, Workspace())
     values = torch.rand(latents.numel(), device="cuda", generator=generator)
-    return _Step(x=x, W=W, values=values, latents=latents, kept=kept_topk(latents, shape.d_sae))
+    return _Step(x=x, W=W, values=values, latents=latents, entries=topk_entries(latents, shape.d_sae))
 
 
 def _kernels(shape: Shape, step: _Step, some: Tensor, pre_acts: Tensor) -> dict[str, Callable[[], Any]]:
     """What is timed. some: the rows that are encoded and ranked at a time; pre_acts: theirs."""
     from trainer.kernels import triton_kernels  # imports triton, which a machine without CUDA need not have
 
-    x, W, values, kept, workspace = step.x, step.W, step.values, step.kept, Workspace()
-    row, latent, by_latent = kept.row, kept.latent, kept.by_latent
+    x, W, values, entries, workspace = step.x, step.W, step.values, step.entries, Workspace()
+    row, latent, by_latent = entries.row, entries.latent, entries.by_latent
     no_bias = torch.zeros(shape.d_sae, device="cuda")
     return {
         "encoder": lambda: select.encoder_pre_acts(some, W, no_bias, workspace),
         "top-k": lambda: triton_kernels.topk_latents(pre_acts, shape.k, by_magnitude=False),
         "torch.topk": lambda: pre_acts.topk(shape.k, sorted=False).indices,
         "batch top-k": lambda: select.batch_topk_entries(pre_acts, shape.k),
-        "index": lambda: kept_topk(step.latents, shape.d_sae),
-        "decode": lambda: triton_kernels.segment_sums(values, latent, kept.row_start, W),
-        "embedding_bag": lambda: _embedding_bag(values, kept, W),
+        "index": lambda: topk_entries(step.latents, shape.d_sae),
+        "decode": lambda: triton_kernels.segment_sums(values, latent, entries.row_start, W),
+        "embedding_bag": lambda: _embedding_bag(values, entries, W),
         "values' gradient": lambda: triton_kernels.entry_dots(x, row, W, latent, by_latent),
-        "weight gradient": lambda: triton_kernels.segment_sums(values[by_latent], row[by_latent], kept.latent_start, x),
+        "weight gradient": lambda: triton_kernels.segment_sums(
+            values[by_latent], row[by_latent], entries.latent_start, x
+        ),
     }
 
 
-def _embedding_bag(values: Tensor, kept: KeptEntries, W: Tensor) -> Tensor:
+def _embedding_bag(values: Tensor, entries: ActiveEntries, W: Tensor) -> Tensor:
     return torch.nn.functional.embedding_bag(
-        kept.latent, W, kept.row_start, mode="sum", per_sample_weights=values, include_last_offset=True
+        entries.latent, W, entries.row_start, mode="sum", per_sample_weights=values, include_last_offset=True
     )
 
 

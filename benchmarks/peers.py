@@ -34,7 +34,7 @@ from torch import Tensor
 from actcache.store.cache import Cache
 from trainer.config.settings import SAEConfig, subtracts_b_dec
 from trainer.sae.architectures import Weights
-from trainer.training.optimiser import remove_parallel_gradient_, unit_norm_rows_
+from trainer.training.optimizer import remove_parallel_gradient_, unit_norm_rows_
 
 Step = Callable[[Tensor], Tensor | float]  # one update on a batch of scaled x; E||x - x_hat||^2 before it
 PROMPTS = 32  # sequences of SAELens' forward pass, and of its reads: its default
@@ -183,7 +183,7 @@ def sparsify_step(config: SAEConfig, weights: Weights) -> Step:
     sae = SparseCoder(config.d_in, sizes, device=device, dtype=torch.float32)
     theirs = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
     sae.load_state_dict({name: weights[ours].detach() for name, ours in theirs.items()})
-    optimiser = torch.optim.Adam(sae.parameters(), lr=config.lr)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=config.lr)
     tokens_since_fired = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
 
     def step(x: Tensor) -> Tensor:
@@ -191,8 +191,8 @@ def sparsify_step(config: SAEConfig, weights: Weights) -> Step:
         output = sae(x, dead_mask=tokens_since_fired > config.dead_window)
         (output.fvu + output.auxk_loss / 32).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         tokens_since_fired.add_(len(x))
         tokens_since_fired[output.latent_indices.flatten()] = 0
         return (output.sae_out.detach() - x).square().sum() / len(x)
@@ -255,7 +255,7 @@ class SAELensRunners:
 
     Rows are neither scaled nor left out, and nothing is logged. Its mixing buffer is as small as it can be, one forward
     pass of `PROMPTS` sequences, so that nothing is computed that is not served. Each run writes its SAEs with the
-    optimisers' state.
+    optimizers' state.
     """
 
     model_folder: Path

@@ -132,7 +132,7 @@ def new_model(recipe: Recipe, bos: int) -> GPT2LMHeadModel:
     )
 
 
-def new_optimisers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def new_optimizers(model: GPT2LMHeadModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for embeddings, biases and norms."""
     blocks = [parameter for parameter in model.transformer.h.parameters() if parameter.ndim == 2]
     inside = {id(parameter) for parameter in blocks}
@@ -164,18 +164,18 @@ def training_loss(model: GPT2LMHeadModel, rows: Int[Tensor, "row position"]) -> 
 
 def train(model: GPT2LMHeadModel, batches: Iterator[Tensor], recipe: Recipe) -> Iterator[tuple[int, float]]:
     """Train in place; yields (steps done, mean training loss in nats since the last yield) every `eval_every` steps."""
-    optimisers = new_optimisers(model, recipe)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimiser, lr_factor(recipe)) for optimiser in optimisers]
+    optimizers = new_optimizers(model, recipe)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(recipe)) for optimizer in optimizers]
     losses = []
     for step in range(1, recipe.n_steps + 1):
         model.train()
         loss = training_loss(model, next(batches))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser, schedule in zip(optimisers, schedules, strict=True):
-            optimiser.step()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
             schedule.step()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
         losses.append(loss.item())
         if step % recipe.eval_every == 0 or step == recipe.n_steps:
             yield step, sum(losses) / len(losses)

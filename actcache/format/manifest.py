@@ -126,7 +126,7 @@ class Manifest:
         return {
             "plan": self.plan.to_json(),
             "hooks": [asdict(hook) for hook in self.hooks],
-            "shards": {split: [asdict(shard) for shard in shards] for split, shards in self.shards.items()},
+            "shards": {split: [shard.to_json() for shard in shards] for split, shards in self.shards.items()},
         }
 
     @staticmethod

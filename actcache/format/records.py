@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from actcache.errors import ManifestError
@@ -36,8 +36,8 @@ class ShardRecord:
     """One finished shard: flat tokens [first_token, first_token + n_rows) of a split, per array what is stored.
 
     hooks: those whose arrays are stored. compute: what decides the last bits of a value beside the identity.
-    partials: file name below manifest/partials -> CRC-32C, the statistics of the shard. attempt: how often the shard
-    was written anew because it had grown or was damaged; of several lines the one of the last attempt is true.
+    partials: file name below manifest/partials -> CRC-32C, the statistics of the shard. revision: how often the shard
+    was written anew, because it had grown or was damaged. Of several lines about a shard, the highest revision holds.
     """
 
     split: str
@@ -48,7 +48,7 @@ class ShardRecord:
     arrays: dict[str, ArrayRecord]
     partials: dict[str, int]
     compute: dict[str, Any]
-    attempt: int = 0
+    revision: int = 0
 
     def merge(self, other: ShardRecord) -> ShardRecord:
         """This record with the arrays of another line about the same shard; the later line wins."""
@@ -61,8 +61,14 @@ class ShardRecord:
             arrays={**self.arrays, **other.arrays},
             partials={**self.partials, **other.partials},
             compute=other.compute,
-            attempt=other.attempt,
+            revision=other.revision,
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a line of a journal and manifest/cache.json hold it; there the revision is called attempt."""
+        values = asdict(self)
+        values["attempt"] = values.pop("revision")
+        return values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +95,7 @@ def shard_record(values: dict[str, Any]) -> ShardRecord:
         arrays=arrays,
         partials={name: _checksum(checksum) for name, checksum in values["partials"].items()},
         compute=dict(values["compute"]),
-        attempt=whole_number("attempt", values["attempt"]),
+        revision=whole_number("attempt", values["attempt"]),
     )
 
 
@@ -118,7 +124,7 @@ def sequences_record(values: dict[str, Any]) -> SequencesRecord:
 def merge_records(records: Iterable[ShardRecord]) -> dict[tuple[str, int], ShardRecord]:
     """(split, index) -> one record with the arrays of all its lines; a line of a grown shard replaces those before."""
     merged: dict[tuple[str, int], ShardRecord] = {}
-    for record in sorted(records, key=lambda record: record.attempt):
+    for record in sorted(records, key=lambda record: record.revision):
         key = (record.split, record.index)
         held = merged.get(key)
         merged[key] = held.merge(record) if held and held.n_rows == record.n_rows else record

@@ -27,7 +27,7 @@ PROBE_BYTES = 64 << 20
 TOLERATED = 0.95  # of the fastest codec's rate: a smaller cache is worth that much
 
 
-def favoured_codec(
+def choose_codec(
     model: LanguageModel, hook_names: Sequence[str], context_size: int, batch_size: int, dtype: str, root: Path
 ) -> tuple[str, str]:
     """(profile, why): of those without error the one with the smallest files that is within 5 % of the fastest.

@@ -98,7 +98,7 @@ class ShardEncoder:
             arrays=arrays,
             partials=partials,
             compute=self._compute,
-            attempt=shard.attempt,
+            revision=shard.revision,
         )
 
     def close(self) -> None:

@@ -70,5 +70,5 @@ def _canonical(shard: ShardRecord, hooks: tuple[HookSpec, ...]) -> ShardRecord:
         hooks=hooks,
         arrays={path: array for path, array in shard.arrays.items() if not path.startswith(dropped)},
         partials={key: shard.partials[key] for key in keys},
-        attempt=0,
+        revision=0,
     )

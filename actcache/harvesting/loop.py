@@ -29,7 +29,7 @@ from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.encoder import ShardEncoder
 from actcache.harvesting.estimate import encoder_threads, expected_bytes, free_bytes, refuse_small_disk, spare_cores
 from actcache.harvesting.provenance import compute_of, other_compute
-from actcache.harvesting.tasks import Owed
+from actcache.harvesting.tasks import ShardTask
 from actcache.harvesting.window import Window
 from actcache.models.batch_size import largest_batch
 from actcache.models.language_model import LanguageModel
@@ -73,7 +73,7 @@ def redo(
     root: Path,
     plan: Plan,
     model: LanguageModel,
-    owed: Sequence[Owed],
+    owed: Sequence[ShardTask],
     held: dict[tuple[str, int], ShardRecord],
     batch_size: int,
     written: Callable[[ShardRecord], None],
@@ -100,7 +100,7 @@ class Harvester:
         root: Path,
         plan: Plan,
         model: LanguageModel,
-        todo: Sequence[Owed],
+        todo: Sequence[ShardTask],
         done: dict[tuple[str, int], ShardRecord],
         config: HarvestConfig,
         written: Callable[[ShardRecord], None],
@@ -128,9 +128,9 @@ class Harvester:
         encoder = ShardEncoder(self._root, self._plan, self._model.device, self._compute, n_threads)
         with closing(encoder), ThreadPoolExecutor(1, "actcache-write") as writer:
             pending: list[Future[None]] = []
-            for split, index, hooks, attempt in self._todo:
+            for split, index, hooks, revision in self._todo:
                 window = self._free_window(pending)
-                shard = Shard.of(self._root, self._plan, split, index, hooks, attempt)
+                shard = Shard.of(self._root, self._plan, split, index, hooks, revision)
                 self._fill(window, shard)
                 ready = _recorded_event(self._model.device)
                 pending.append(writer.submit(self._write, encoder, shard, window, ready))
@@ -146,7 +146,7 @@ class Harvester:
                 "%s: finished shards were computed with another %s; bytes may differ in the last bit", self._root, other
             )
 
-    def _rows(self, entries: Sequence[Owed]) -> int:
+    def _rows(self, entries: Sequence[ShardTask]) -> int:
         return sum(self._plan.rows_of(split, index) for split, index, _, _ in entries)
 
     def _settled_batch_size(self, config: HarvestConfig) -> int:
@@ -189,7 +189,7 @@ class Harvester:
         for tokens in shard.token_batches(self._batch_size):
             first_token = tokens.first_sequence * self._context_size
             made = partial(ActivationBatch, first_token=first_token)
-            self._model.show(
+            self._model.run_until(
                 torch.from_numpy(tokens.token_ids),
                 hook_names,
                 lambda name, x, made=made: window.add(made(hook_name=name, x=x), shard.first_token, permutation),

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 
 from actcache.errors import CacheLocked
-from actcache.files import remove_partials, write_atomically
+from actcache.files import remove_leftovers, write_atomically
 from actcache.format.manifest import Plan
 from actcache.format.paths import ORIGIN
 from actcache.format.records import HookSpec, merge_records
-from actcache.harvesting.codec_choice import favoured_codec
+from actcache.harvesting.codec_choice import choose_codec
 from actcache.harvesting.config import AUTO, HarvestConfig
 from actcache.harvesting.estimate import Estimate, expected_bytes, free_bytes, refuse_small_disk, tokens_per_second
 from actcache.harvesting.finalise import finalise
@@ -29,18 +29,18 @@ from actcache.harvesting.provenance import identity_of, origin_of, refuse_other_
 from actcache.harvesting.sequences import count_sequences, packed_sequences
 from actcache.harvesting.tasks import (
     Worker,
+    claim_slot,
     finished_cache,
     finished_rows,
-    joined,
-    leave,
     missing_shards,
     refuse_foreign_folder,
+    release_slot,
     shard_number,
 )
 from actcache.models.language_model import LanguageModel
 from actcache.store.cache import Cache, open_cache
 from actcache.store.journal import active_writers, read_journals
-from actcache.store.locks import settling
+from actcache.store.locks import exclusive
 from actcache.text.sources import Source
 
 logger = logging.getLogger("actcache")
@@ -85,13 +85,13 @@ def harvest_share(
     widths = model.hook_widths(config.hook_names)
     refuse_foreign_folder(root)
     times, started = HarvestTimes(), time.perf_counter()
-    journal, plan = joined(root, worker.index, partial(_begun, root, model, source, config, widths, worker))
+    journal, plan = claim_slot(root, worker.index, partial(_begun, root, model, source, config, widths, worker))
     with journal:
         times.pack = time.perf_counter() - started
         hooks = _wanted_hooks(plan, widths)
         cache = finished_cache(root, plan, hooks)
         if cache is not None:
-            leave(root, journal)
+            release_slot(root, journal)
             return cache
         write_atomically(root / ORIGIN, [json.dumps(origin_of(model, source)).encode()])
         done = merge_records(read_journals(root))
@@ -106,7 +106,7 @@ def harvest_share(
         cache = _finalised(root, hooks, times)
         times.total = time.perf_counter() - started
         _write_log(root, model, times)
-        leave(root, journal)
+        release_slot(root, journal)
     logger.info(times.described())
     return cache
 
@@ -151,7 +151,7 @@ def _begun(
     sequences = packed_sequences(model, source, config)
     plan = settle_plan(root, identity_of(model, source, config), sequences, config, max(widths.values()))
     if not others:
-        remove_partials(root)
+        remove_leftovers(root)
     return plan
 
 
@@ -161,9 +161,7 @@ def _with_codec(root: Path, held: Plan | None, model: LanguageModel, config: Har
         return config
     if held is not None:
         return replace(config, codec=held.identity["codec"])
-    name, why = favoured_codec(
-        model, config.hook_names, config.context_size, config.batch_sequences, config.dtype, root
-    )
+    name, why = choose_codec(model, config.hook_names, config.context_size, config.batch_sequences, config.dtype, root)
     logger.info("codec %s: %s", name, why)
     return replace(config, codec=name)
 
@@ -180,7 +178,7 @@ def _wanted_hooks(plan: Plan, widths: dict[str, int]) -> list[HookSpec]:
 def _finalised(root: Path, hooks: Sequence[HookSpec], times: HarvestTimes) -> Cache | None:
     """The finished cache, unless other workers owe shards; one process at a time."""
     started = time.perf_counter()
-    with settling(root):
+    with exclusive(root):
         plan, records = read_plan(root), read_journals(root)
         assert plan is not None, "settled before the first shard"
         owed = len(list(missing_shards(plan, merge_records(records), hooks)))

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.files import remove_partials
+from actcache.files import remove_leftovers
 from actcache.flow import SPLITS
 from actcache.format.manifest import Plan
 from actcache.format.paths import CACHE_MANIFEST, PLAN
 from actcache.format.records import HookSpec, ShardRecord, merge_records
 from actcache.store.cache import Cache, open_cache
 from actcache.store.journal import Journal, active_writers, read_journals, refuse_held, was_begun
-from actcache.store.locks import settling
+from actcache.store.locks import exclusive
 
-Owed = tuple[str, int, tuple[HookSpec, ...], int]  # split, index, hooks to be written, attempt of a shard
+ShardTask = tuple[str, int, tuple[HookSpec, ...], int]  # split, index, hooks to be written, revision of a shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +43,13 @@ def finished_rows(root: Path, held: Plan | None, hooks: Sequence[HookSpec]) -> i
     )
 
 
-def joined(root: Path, slot: int, begun: Callable[[], Plan]) -> tuple[Journal, Plan]:
+def claim_slot(root: Path, slot: int, begun: Callable[[], Plan]) -> tuple[Journal, Plan]:
     """Take a writer's slot and settle the plan, by `begun`, while nobody else does; who waits for that holds no slot.
 
     If no plan comes of it, what was made for the journal is removed again.
     """
     refuse_held(root, slot)
-    with settling(root):
+    with exclusive(root):
         journal = Journal(root, slot)
         try:
             return journal, begun()
@@ -79,26 +79,28 @@ def finished_cache(root: Path, plan: Plan, hooks: Sequence[HookSpec]) -> Cache |
     return None if grown or not set(hooks) <= set(cache.manifest.hooks) else cache
 
 
-def leave(root: Path, journal: Journal) -> None:
+def release_slot(root: Path, journal: Journal) -> None:
     """Give up the slot; the last writer to do so deletes what killed ones have left aside."""
-    with settling(root):
+    with exclusive(root):
         if len(active_writers(root)) == 1:  # this one
-            remove_partials(root)
+            remove_leftovers(root)
         journal.close()
 
 
-def missing_shards(plan: Plan, done: dict[tuple[str, int], ShardRecord], hooks: Sequence[HookSpec]) -> Iterator[Owed]:
+def missing_shards(
+    plan: Plan, done: dict[tuple[str, int], ShardRecord], hooks: Sequence[HookSpec]
+) -> Iterator[ShardTask]:
     """Every shard that lacks something, with the hooks that have no finished array."""
     for split in SPLITS:
         for index in range(plan.n_shards(split)):
             record = done.get((split, index))
             if record is not None and record.n_rows != plan.rows_of(split, index):
-                yield split, index, tuple(hooks), record.attempt + 1
+                yield split, index, tuple(hooks), record.revision + 1
                 continue
             stored = set(record.hooks) if record else set()
             lacking = tuple(hook for hook in hooks if hook not in stored)
             if lacking:
-                yield split, index, lacking, record.attempt if record else 0
+                yield split, index, lacking, record.revision if record else 0
 
 
 def shard_number(plan: Plan, split: str, index: int) -> int:

@@ -97,7 +97,7 @@ def _unknown(plan: Plan, key: Key, hooks: Sequence[HookSpec], compute: dict[str,
     )
 
 
-class Ledger:
+class ExpectedCache:
     """What is held to be true of every shard while a cache is repaired, and what has been written anew.
 
     Attributes:
@@ -126,9 +126,9 @@ class Ledger:
         """The file of a row-aligned array of a shard."""
         return self.root / STORE / key[0] / shard_key(self._arrays[array], key[1])
 
-    def attempt(self, key: Key) -> int:
+    def revision(self, key: Key) -> int:
         """Of new lines about a shard: they win over all that were there."""
-        return self._lines[key].attempt + 1 if key in self._lines else 0
+        return self._lines[key].revision + 1 if key in self._lines else 0
 
     def arrays_of(self, hook: HookSpec) -> list[str]:
         """Paths, below the split, of the arrays of a hook."""
@@ -161,7 +161,7 @@ class Ledger:
 
     def line(self, key: Key, **what: Any) -> ShardRecord:
         """A record of a shard that speaks of nothing but `what`."""
-        nothing = {"hooks": (), "arrays": {}, "partials": {}, "attempt": self.attempt(key)}
+        nothing = {"hooks": (), "arrays": {}, "partials": {}, "revision": self.revision(key)}
         return replace(self.held[key], **{**nothing, **what})
 
     def record(self, record: ShardRecord) -> None:
@@ -185,7 +185,7 @@ class Ledger:
         for key in _keys(manifest.plan):
             shard = manifest.shards[key[0]][key[1]]
             if not agrees(lines.get(key), shard):
-                self._journal.append(replace(shard, attempt=self.attempt(key)))
+                self._journal.append(replace(shard, revision=self.revision(key)))
                 self.redone.append(str(self._journal.path))
 
     def _hooks_of_lines(self) -> tuple[HookSpec, ...]:

@@ -16,7 +16,7 @@ from actcache.format.codecs import codec
 from actcache.format.scatter import shard_permutation
 from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.sequences import packing
-from actcache.integrity.expected import Ledger
+from actcache.integrity.expected import ExpectedCache
 from actcache.integrity.problems import StoredArray, stored_arrays
 from actcache.models.language_model import LanguageModel
 from actcache.store.cache import read_origin
@@ -34,11 +34,11 @@ DATASET = ("config", "split", "revision", "column", "sample_by")
 
 
 class RebuiltSequences:
-    """The sequence arrays of the cache that a ledger speaks of; only shards that the plan speaks of are put back."""
+    """The sequence arrays of the cache that a expected speaks of; only shards that the plan speaks of are put back."""
 
-    def __init__(self, ledger: Ledger, dataset: str | Source | None, model: ModelOf):
+    def __init__(self, expected: ExpectedCache, dataset: str | Source | None, model: ModelOf):
         """dataset: where it is now, None: where it was. model: called only if the dataset has to be packed again."""
-        self._ledger, self._root, self._plan = ledger, ledger.root, ledger.plan
+        self._expected, self._root, self._plan = expected, expected.root, expected.plan
         self._dataset, self._model = dataset, model
         self._codec, self._shard_rows = codec(self._plan.identity["codec"]), self._plan.identity["shard_rows"]
 
@@ -55,14 +55,14 @@ class RebuiltSequences:
 
     def _damaged_sequences(self, array: str, damaged: set[str]) -> list[tuple[StoredArray, int]]:
         """(array of a split, shard) of the damaged shards of a sequence array that have not been put back."""
-        lost = damaged - {*self._ledger.redone}
-        of_splits = [stored for stored in stored_arrays(self._ledger.cache()) if stored.array.path == array]
+        lost = damaged - {*self._expected.redone}
+        of_splits = [stored for stored in stored_arrays(self._expected.cache()) if stored.array.path == array]
         return [(s, shard) for s in of_splits for shard in range(s.n_shards) if str(s.path(shard)) in lost]
 
     def _restored_from_tokens(self, stored: StoredArray, shard: int) -> bool:
         start, stop = (sequence * self._plan.identity["context_size"] for sequence in stored.rows(shard))
         first, last = start // self._shard_rows, -(-stop // self._shard_rows)
-        reader = self._ledger.cache().token_reader(stored.split, "id")
+        reader = self._expected.cache().token_reader(stored.split, "id")
         try:
             token_ids = np.concatenate([self._token_ids(reader, stored.split, index) for index in range(first, last)])
         except CorruptShard:
@@ -72,7 +72,7 @@ class RebuiltSequences:
 
     def _token_ids(self, reader: ArrayReader, split: str, index: int) -> Int32[np.ndarray, " token"]:
         """The token ids of a shard in the order of its sequences. Raises CorruptShard."""
-        held = self._ledger.held[split, index]
+        held = self._expected.held[split, index]
         permutation = shard_permutation(held.n_rows, seed=self._plan.identity["seed"], split=split, index=index)
         return reader.read(held.first_token, held.first_token + held.n_rows)[permutation]
 
@@ -82,7 +82,7 @@ class RebuiltSequences:
         if stored.reader.records[shard].checksums != (chunk[1],):
             return False
         write_encoded_shard(stored.path(shard), stored.array, [chunk], stored.shard_rows)
-        self._ledger.redone.append(str(stored.path(shard)))
+        self._expected.redone.append(str(stored.path(shard)))
         return True
 
     def _restore_from_dataset(self, lost: Sequence[tuple[StoredArray, int]]) -> None:
@@ -113,8 +113,10 @@ class RebuiltSequences:
     def _packed_again(self) -> Iterator[tuple[Place, Int32[np.ndarray, " position"]]]:
         """((split, sequence array, shard), row) of every sequence of the dataset, in order."""
         identity, source = self._plan.identity, self._source()
-        model = self._model(next(iter(self._ledger.held.values())).compute)
-        config = HarvestConfig(hook_names=(self._ledger.hooks[0].hook_name,), **{key: identity[key] for key in PACKING})
+        model = self._model(next(iter(self._expected.held.values())).compute)
+        config = HarvestConfig(
+            hook_names=(self._expected.hooks[0].hook_name,), **{key: identity[key] for key in PACKING}
+        )
         texts = documents(source, model.tokenizer)
         counts: dict[str, int] = dict.fromkeys(SPLITS, 0)
         chunk_rows = sequence_arrays(config.context_size)[0].chunk_rows

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
-from actcache.files import remove_partials, write_atomically
+from actcache.files import remove_leftovers, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import token_arrays
 from actcache.format.codecs import codec, crc32c
@@ -32,11 +32,11 @@ from actcache.format.stats import ROW_FILTERS, Moments, chunk_moments
 from actcache.harvesting.finalise import finished_manifest
 from actcache.harvesting.loop import redo
 from actcache.harvesting.provenance import compute_of, other_compute, refuse_other_model
-from actcache.integrity.expected import Key, Ledger, settled, twins
+from actcache.integrity.expected import ExpectedCache, Key, settled, twins
 from actcache.integrity.problems import Problem
 from actcache.integrity.rebuild_sequences import RebuiltSequences
 from actcache.integrity.verify import (
-    audit,
+    check_files,
     journal_problems,
     metadata_problems,
     partials_problems,
@@ -48,7 +48,7 @@ from actcache.integrity.verify import (
 from actcache.models.language_model import LanguageModel
 from actcache.store.cache import Cache
 from actcache.store.journal import Journal, active_writers, salvage
-from actcache.store.locks import settling
+from actcache.store.locks import exclusive
 from actcache.store.shard import Shard
 from actcache.store.shard_file import chunk_slices, write_shard
 from actcache.store.statistics import partials_payload, statistics_payload
@@ -90,18 +90,18 @@ def repair(
     root = Path(path)
     if not (root / MANIFEST).is_dir():
         raise ManifestError(f"{root}: not a cache (no folder {MANIFEST}); make one with `actcache harvest`")
-    with settling(root):
+    with exclusive(root):
         if active_writers(root):
             raise CacheLocked(f"{root}: other processes write this cache; wait for them")
         plan, manifest, found = twins(root)
         found += [_lost_lines(journal, numbers) for journal, numbers in salvage(root).items()]
         with Journal(root) as journal:
-            remove_partials(root)
+            remove_leftovers(root)
             plan, manifest, outdated = settled(root, plan, manifest)
-            ledger = Ledger(root, plan, manifest, journal)
-            found += [*outdated, *_Rebuilding(ledger, load_model, dataset, progress).run()]
+            expected = ExpectedCache(root, plan, manifest, journal)
+            found += [*outdated, *_Rebuilding(expected, load_model, dataset, progress).run()]
     report = verify(root, progress=_stage(progress, "verify"))
-    redone = tuple(dict.fromkeys(ledger.redone))
+    redone = tuple(dict.fromkeys(expected.redone))
     return RepairReport(path=str(root), found=tuple(found), redone=redone, problems=report.problems)
 
 
@@ -117,23 +117,26 @@ class _Rebuilding:
     """The steps of one repair, in their order."""
 
     def __init__(
-        self, ledger: Ledger, load_model: ModelLoader, dataset: str | Source | None, progress: Progress | None
+        self, expected: ExpectedCache, load_model: ModelLoader, dataset: str | Source | None, progress: Progress | None
     ):
-        self._ledger, self._root, self._plan = ledger, ledger.root, ledger.plan
+        self._expected, self._root, self._plan = expected, expected.root, expected.plan
         self._load_model, self._progress = load_model, progress
-        self._sequences = RebuiltSequences(ledger, dataset, self._model)
+        self._sequences = RebuiltSequences(expected, dataset, self._model)
         self._codec, self._shard_rows = codec(self._plan.identity["codec"]), self._plan.identity["shard_rows"]
         self._loaded: tuple[dict[str, Any], LanguageModel] | None = None
 
     def run(self) -> list[Problem]:
         """Rebuild what is damaged, each thing after what it is made from; returns what was wrong."""
-        cache = self._ledger.cache()
-        found = [self._ledger.in_words(problem) for problem in audit(cache, progress=_stage(self._progress, "verify"))]
+        cache = self._expected.cache()
+        found = [
+            self._expected.in_words(problem)
+            for problem in check_files(cache, progress=_stage(self._progress, "verify"))
+        ]
         damaged = {problem.path for problem in found}
-        found += journal_problems(cache) if self._ledger.believed else []
-        self._ledger.put(self._root / PLAN, seal(self._plan.to_json()))
+        found += journal_problems(cache) if self._expected.believed else []
+        self._expected.put(self._root / PLAN, seal(self._plan.to_json()))
         self._sequences.restore_ids(damaged)
-        self._restore_tokens(damaged | {problem.path for problem in token_problems(self._ledger.cache())})
+        self._restore_tokens(damaged | {problem.path for problem in token_problems(self._expected.cache())})
         self._restore_hooks(damaged)
         self._restore_partials()
         self._restore_manifest()
@@ -145,21 +148,21 @@ class _Rebuilding:
     def _restore_tokens(self, damaged: set[str]) -> None:
         """From the sequences."""
         arrays = token_arrays(self._shard_rows)
-        for key, held in self._ledger.held.items():
-            if not damaged.isdisjoint(str(self._ledger.path(key, array.path)) for array in arrays):
+        for key, held in self._expected.held.items():
+            if not damaged.isdisjoint(str(self._expected.path(key, array.path)) for array in arrays):
                 columns = Shard.of(self._root, self._plan, *key, ()).token_columns
                 written = {
                     array.path: write_shard(
-                        self._ledger.path(key, array.path),
+                        self._expected.path(key, array.path),
                         array,
                         self._codec,
                         (column[rows] for rows in chunk_slices(array, held.n_rows)),
                         self._shard_rows,
                     )
                     for array, column in zip(arrays, columns, strict=True)
-                    if str(self._ledger.path(key, array.path)) in damaged
+                    if str(self._expected.path(key, array.path)) in damaged
                 }
-                self._ledger.record(self._ledger.line(key, arrays=written))
+                self._expected.record(self._expected.line(key, arrays=written))
 
     # --- activations and statistics ---
 
@@ -173,20 +176,22 @@ class _Rebuilding:
                 self._root,
                 self._plan,
                 model,
-                [(*key, tuple(hooks), self._ledger.attempt(key)) for key, hooks in shards.items()],
-                self._ledger.held,
+                [(*key, tuple(hooks), self._expected.revision(key)) for key, hooks in shards.items()],
+                self._expected.held,
                 compute["batch_size"],
-                self._ledger.record,
+                self._expected.record,
                 progress=_stage(self._progress, "harvest"),
             )
 
     def _owed(self, damaged: set[str]) -> Iterator[tuple[dict[str, Any], dict[Key, list[HookSpec]]]]:
         """(how they were computed, shard -> hooks) of every hook of which an array is damaged."""
         owed: dict[str, dict[Key, list[HookSpec]]] = defaultdict(lambda: defaultdict(list))
-        for key in self._ledger.held:
-            for hook in self._ledger.hooks:
-                if not damaged.isdisjoint(str(self._ledger.path(key, array)) for array in self._ledger.arrays_of(hook)):
-                    owed[json.dumps(self._ledger.compute(key, hook), sort_keys=True)][key].append(hook)
+        for key in self._expected.held:
+            for hook in self._expected.hooks:
+                if not damaged.isdisjoint(
+                    str(self._expected.path(key, array)) for array in self._expected.arrays_of(hook)
+                ):
+                    owed[json.dumps(self._expected.compute(key, hook), sort_keys=True)][key].append(hook)
         return ((json.loads(compute), shards) for compute, shards in owed.items())
 
     def _model(self, compute: dict[str, Any]) -> LanguageModel:
@@ -206,7 +211,7 @@ class _Rebuilding:
 
     def _restore_partials(self) -> None:
         """From the stored rows, chunk by chunk as when they were encoded."""
-        cache = self._ledger.cache()
+        cache = self._expected.cache()
         for problem in list(partials_problems(cache)):
             assert problem.split is not None, "a partial is of a hook of a shard of a split"
             assert problem.shard is not None, "a partial is of a hook of a shard of a split"
@@ -214,14 +219,14 @@ class _Rebuilding:
             payload = partials_payload(self._moments(cache, key, hook))
             name = partials_key(*key, hook.hook_name)
             write_atomically(self._root / name, [payload])
-            self._ledger.record(self._ledger.line(key, hooks=(hook,), partials={name: crc32c(payload)}))
+            self._expected.record(self._expected.line(key, hooks=(hook,), partials={name: crc32c(payload)}))
 
     def _moments(self, cache: Cache, key: Key, hook: HookSpec) -> dict[str, Moments]:
         reader, ids = cache.hook_reader(key[0], hook.hook_name), cache.token_reader(key[0], "id")
         special = np.array(cache.special_token_ids, dtype=np.int32)
         moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
-        first = self._ledger.held[key].first_token
-        for rows in chunk_slices(reader.arrays[0].array, self._ledger.held[key].n_rows):
+        first = self._expected.held[key].first_token
+        for rows in chunk_slices(reader.arrays[0].array, self._expected.held[key].n_rows):
             start, stop = first + rows.start, first + rows.stop
             is_special = np.isin(ids.read(start, stop), special)
             for row_filter, found in chunk_moments(reader.read_stored(start, stop), hook.dtype, is_special).items():
@@ -232,29 +237,29 @@ class _Rebuilding:
 
     def _restore_manifest(self) -> None:
         """Statistics, Zarr's metadata, the journals and, last, manifest/cache.json: what differs from what is held."""
-        manifest = finished_manifest(self._plan, list(self._ledger.held.values()))
+        manifest = finished_manifest(self._plan, list(self._expected.held.values()))
         cache = Cache(self._root, manifest, fingerprint="")
         wrong = {problem.path for problem in statistics_problems(cache)}
         for split in SPLITS:
             for hook in manifest.hooks:
                 path = self._root / statistics_key(split, hook.hook_name)
                 if str(path) in wrong or self._has_changed(manifest, split, hook):
-                    self._ledger.put(path, statistics_payload(cache, split, hook))
+                    self._expected.put(path, statistics_payload(cache, split, hook))
         files = zarr_files(cache)
         for problem in sorted(metadata_problems(cache), key=lambda problem: problem.path, reverse=True):
             key = Path(problem.path).relative_to(self._root / STORE).as_posix()
-            self._ledger.put(Path(problem.path), files[key].to_bytes())
-        self._ledger.restore_lines(manifest)
-        if manifest != self._ledger.believed:
-            self._ledger.put(self._root / CACHE_MANIFEST, seal(manifest.to_json()))
+            self._expected.put(Path(problem.path), files[key].to_bytes())
+        self._expected.restore_lines(manifest)
+        if manifest != self._expected.believed:
+            self._expected.put(self._root / CACHE_MANIFEST, seal(manifest.to_json()))
 
     def _has_changed(self, manifest: Manifest, split: str, hook: HookSpec) -> bool:
         """Whether statistics may be of other values than those that are stored now."""
-        if self._ledger.believed is None:
+        if self._expected.believed is None:
             return True
-        arrays = self._ledger.arrays_of(hook)
+        arrays = self._expected.arrays_of(hook)
         return any(
             then.partials[name] != now.partials[name] or any(then.arrays[a] != now.arrays[a] for a in arrays)
-            for then, now in zip(self._ledger.believed.shards[split], manifest.shards[split], strict=True)
+            for then, now in zip(self._expected.believed.shards[split], manifest.shards[split], strict=True)
             for name in (partials_key(split, now.index, hook.hook_name),)
         )

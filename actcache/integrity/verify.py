@@ -55,7 +55,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     Raises ManifestError if there is no manifest that could be trusted to say what should be there.
     """
     cache = read_manifest(path)
-    problems = (*audit(cache, progress=progress), *_twin_problems(cache))
+    problems = (*check_files(cache, progress=progress), *_twin_problems(cache))
     return VerifyReport(
         path=str(cache.path),
         n_chunks=sum(stored.reader.n_chunks for stored in stored_arrays(cache)),
@@ -65,7 +65,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
     )
 
 
-def audit(cache: Cache, *, progress: Progress | None = None) -> tuple[Problem, ...]:
+def check_files(cache: Cache, *, progress: Progress | None = None) -> tuple[Problem, ...]:
     """What of a cache is not as its manifest says; its other manifest files are not looked at."""
     problems = _chunk_problems(cache, progress)
     problems += partials_problems(cache)

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
 from actcache.errors import CacheLocked, DatasetError
-from actcache.files import remove_partials, write_atomically
+from actcache.files import remove_leftovers, write_atomically
 from actcache.flow import SPLITS, ActivationBatch
 from actcache.format.codecs import codec
 from actcache.format.identity import FORMAT_VERSION
@@ -40,13 +40,13 @@ from actcache.harvesting.encoder import ShardEncoder
 from actcache.harvesting.estimate import encoder_threads, expected_bytes, refuse_small_disk
 from actcache.harvesting.finalise import finalise
 from actcache.harvesting.plan import settle_plan
-from actcache.harvesting.tasks import finished_cache, joined, leave, missing_shards, refuse_foreign_folder
+from actcache.harvesting.tasks import claim_slot, finished_cache, missing_shards, refuse_foreign_folder, release_slot
 from actcache.harvesting.window import Window
 from actcache.models.hook_names import hooks_of
 from actcache.models.pretrained import name_of
 from actcache.store.cache import Cache, open_cache, sequence_reader
 from actcache.store.journal import active_writers, read_journals
-from actcache.store.locks import settling
+from actcache.store.locks import exclusive
 from actcache.store.shard import Shard
 from actcache.text.packing import PackedSequence, split_of
 from actcache.text.sources import DatasetSource
@@ -103,15 +103,15 @@ def import_cache(
         holdout=config.holdout,
     )
     hooks = [HookSpec(hook_name=name, d_in=d_in, dtype=dtype) for name, d_in in arrow.widths.items()]
-    journal, plan = joined(root, 0, partial(_begun, root, arrow, config, settings))
+    journal, plan = claim_slot(root, 0, partial(_begun, root, arrow, config, settings))
     with journal:
         if finished_cache(root, plan, hooks) is None:
             origin = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
             write_atomically(root / ORIGIN, [json.dumps({"model": origin, "revision": None, "dataset": None}).encode()])
             _write_shards(root, plan, hooks, arrow, settings, journal.append, progress)
-            with settling(root):
+            with exclusive(root):
                 finalise(root, plan, read_journals(root))
-        leave(root, journal)
+        release_slot(root, journal)
     return open_cache(root)
 
 
@@ -193,7 +193,7 @@ def _begun(root: Path, arrow: ArrowRows, config: ArrowImport, settings: HarvestC
         raise CacheLocked(f"{root}: other processes write this cache; wait for them")
     sequences = arrow.sequences(seed=config.seed, holdout=config.holdout)
     plan = settle_plan(root, _identity(arrow, config, settings), sequences, settings, max(arrow.widths.values()))
-    remove_partials(root)
+    remove_leftovers(root)
     return plan
 
 
@@ -239,8 +239,8 @@ def _write_shards(
     window = Window(hooks, codec(settings.codec), largest, device)
     encoder = ShardEncoder(root, plan, device, _compute(settings), encoder_threads(device))
     with closing(encoder):
-        for split, index, owed_hooks, attempt in todo:
-            shard = Shard.of(root, plan, split, index, owed_hooks, attempt)
+        for split, index, owed_hooks, revision in todo:
+            shard = Shard.of(root, plan, split, index, owed_hooks, revision)
             _fill(window, shard, arrow, _documents(root, plan, shard))
             written(encoder.write(shard, window, with_tokens=True, ready=None))
             n_owed -= shard.n_rows

@@ -1,4 +1,4 @@
-"""Room for decoded rows: the groups of chunks of one hook, of which batches are parts.
+"""Buffers for decoded rows: the groups of chunks of one hook, of which batches are parts.
 
 The rows of a group lie in the order in which they are served: each chunk is scattered over them as it is decoded, by
 the threads that decode. On a CPU a batch is a view of them, and their memory serves again once no batch refers to it.
@@ -36,7 +36,7 @@ def will_need(reader: HookReader, chunks: Sequence[int], place: int) -> None:
         reader.will_need(chunk)
 
 
-class Recycler:
+class BufferPool:
     """Arrays of up to `n_rows` rows, each lent again once nothing refers to its memory any more.
 
     No more than KEPT are kept, those that are lent included: one is made, one is used, and one is still held.
@@ -47,7 +47,7 @@ class Recycler:
         self._lent: set[int] = set()
         self._spare: list[np.ndarray] = []
 
-    def lend(self, n_rows: int | None = None) -> Shaped[np.ndarray, "row ..."]:
+    def acquire(self, n_rows: int | None = None) -> Shaped[np.ndarray, "row ..."]:
         """An array of uninitialised rows. Tensors over it, and views of them, keep its memory from being lent again."""
         memory = self._spare.pop() if self._spare else np.empty(self._shape, dtype=self._dtype)
         self._lent.add(id(memory))
@@ -63,56 +63,56 @@ class Recycler:
             self._spare.append(memory)
 
 
-class Group(ABC):
-    """Room for the rows of one group of one hook. `put` is for any thread, the rest for one at a time."""
+class GroupBuffer(ABC):
+    """A buffer for the rows of one group of one hook. Any thread may call `decode_chunk`, one at a time the rest."""
 
     @abstractmethod
     def expect(self, places: Int64[np.ndarray, " joined"]) -> None:
-        """Before anything is put: row j of the joined chunks is to be row places[j]."""
+        """Before any chunk is decoded: row j of the joined chunks is to be row places[j]."""
 
     @abstractmethod
-    def put(self, number: int, chunk: int) -> None:
+    def decode_chunk(self, number: int, chunk: int) -> None:
         """Decode a chunk, the number-th of the group, and scatter its rows. Raises CorruptShard."""
 
     @abstractmethod
-    def landed(self) -> None:
-        """Every chunk was put."""
+    def finish(self) -> None:
+        """Every chunk was decoded."""
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Sequence[Any]:
         """The rows served from start to stop, of every array of the hook; they are the caller's."""
 
     @abstractmethod
-    def vacate(self) -> None:
-        """No more rows are asked for before the next `landed`: another group may be expected."""
+    def release(self) -> None:
+        """No more rows are asked for before the next `finish`: another group may be expected."""
 
 
-class Room(ABC):
-    """Room of one hook."""
+class HookBuffers(ABC):
+    """The buffers of one hook."""
 
     @abstractmethod
-    def group(self) -> Group:
-        """New room for one group."""
+    def new_group(self) -> GroupBuffer:
+        """A new buffer for one group."""
 
     @abstractmethod
     def values(self, parts: Sequence[Sequence[Any]]) -> Float[Tensor, "row d_in"]:
-        """The activations in the rows of one group after those of another, as `Group.rows` gave them; also of none."""
+        """The activations of rows of several groups, one after another. parts: as `GroupBuffer.rows` gave them."""
 
 
-class HostRoom(Room):
-    """Room in the memory of the host; the values go to `device`, if that is another."""
+class HostBuffers(HookBuffers):
+    """Buffers in the memory of the host; the values go to `device`, if that is another."""
 
     def __init__(self, reader: HookReader, device: torch.device, *, group_chunks: int):
         self._reader, self._device = reader, device
         n_rows = group_chunks * reader.chunk_rows + 1  # the last is never served
         arrays = [array.array for array in reader.arrays]
-        self._recyclers = [Recycler(n_rows, each.row_shape, each.storage_dtype) for each in arrays]
+        self._pools = [BufferPool(n_rows, each.row_shape, each.storage_dtype) for each in arrays]
         self._decoded: SimpleQueue[tuple[np.ndarray, ...]] = SimpleQueue()
         for _ in range(DECODE_THREADS):
             self._decoded.put(reader.empty(1))
 
-    def group(self) -> HostGroup:
-        return HostGroup(self._reader, self._recyclers, self._decoded)
+    def new_group(self) -> HostGroupBuffer:
+        return HostGroupBuffer(self._reader, self._pools, self._decoded)
 
     def values(self, parts: Sequence[Sequence[np.ndarray]]) -> Float[Tensor, "row d_in"]:
         # numpy, because torch's copies wake OpenMP threads, which take the cores from the decoding threads
@@ -121,19 +121,19 @@ class HostRoom(Room):
         return self._reader.values(self._reader.tensors(stored)).to(self._device)
 
 
-class HostGroup(Group):
+class HostGroupBuffer(GroupBuffer):
     """A group in the memory of the host; `decoded` has room for a chunk for each thread that decodes."""
 
-    def __init__(self, reader: HookReader, recyclers: Sequence[Recycler], decoded: SimpleQueue[tuple[np.ndarray, ...]]):
-        self._reader, self._recyclers, self._decoded = reader, recyclers, decoded
+    def __init__(self, reader: HookReader, pools: Sequence[BufferPool], decoded: SimpleQueue[tuple[np.ndarray, ...]]):
+        self._reader, self._pools, self._decoded = reader, pools, decoded
         self._parts: tuple[np.ndarray, ...] = ()
         self._places = np.empty(0, dtype=np.int64)
 
     def expect(self, places: Int64[np.ndarray, " joined"]) -> None:
-        self._parts = tuple(recycler.lend() for recycler in self._recyclers)
+        self._parts = tuple(pool.acquire() for pool in self._pools)
         self._places = places
 
-    def put(self, number: int, chunk: int) -> None:
+    def decode_chunk(self, number: int, chunk: int) -> None:
         rows = slice(number * self._reader.chunk_rows, (number + 1) * self._reader.chunk_rows)
         room = self._decoded.get()
         try:
@@ -141,18 +141,18 @@ class HostGroup(Group):
         finally:
             self._decoded.put(room)
 
-    def landed(self) -> None:
+    def finish(self) -> None:
         pass
 
     def rows(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
         return tuple(part[start:stop] for part in self._parts)
 
-    def vacate(self) -> None:
+    def release(self) -> None:
         self._parts = ()
 
 
-class DeviceRoom(Room):
-    """Room on a CUDA device, with pinned memory on the host for a few chunks on their way."""
+class DeviceBuffers(HookBuffers):
+    """Buffers on a CUDA device, with pinned memory on the host for a few chunks on their way."""
 
     def __init__(self, reader: HookReader, device: torch.device, *, group_chunks: int):
         self._reader, self._device, self._group_chunks = reader, device, group_chunks
@@ -161,9 +161,9 @@ class DeviceRoom(Room):
         for _ in range(STAGED_CHUNKS):
             self._staged.put(_Staged(reader))
 
-    def group(self) -> DeviceGroup:
+    def new_group(self) -> DeviceGroupBuffer:
         parts = self._empty(self._group_chunks * self._reader.chunk_rows + 1)  # the last is never served
-        return DeviceGroup(self._reader, parts, self._staged, self._copies)
+        return DeviceGroupBuffer(self._reader, parts, self._staged, self._copies)
 
     def values(self, parts: Sequence[Sequence[Tensor]]) -> Float[Tensor, "row d_in"]:
         several = zip(*(parts or [self._empty(0)]), strict=True)
@@ -187,8 +187,8 @@ class _Staged:
         self.copied = torch.cuda.Event()
 
 
-class DeviceGroup(Group):
-    """A group on a CUDA device; put, landed and rows are ordered by events, and only a full staging queue waits."""
+class DeviceGroupBuffer(GroupBuffer):
+    """A group on a CUDA device. Events order decode_chunk, finish and rows; only a full staging queue waits."""
 
     def __init__(
         self, reader: HookReader, parts: Sequence[Tensor], staged: SimpleQueue[_Staged], copies: torch.cuda.Stream
@@ -205,7 +205,7 @@ class DeviceGroup(Group):
         with torch.cuda.stream(self._copies):
             self._places = torch.from_numpy(places).to(self._copies.device)
 
-    def put(self, number: int, chunk: int) -> None:
+    def decode_chunk(self, number: int, chunk: int) -> None:
         rows = slice(number * self._reader.chunk_rows, (number + 1) * self._reader.chunk_rows)
         staged = self._staged.get()
         try:
@@ -218,7 +218,7 @@ class DeviceGroup(Group):
         finally:
             self._staged.put(staged)
 
-    def landed(self) -> None:
+    def finish(self) -> None:
         self._arrived.record(self._copies)
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, ...]:
@@ -230,7 +230,7 @@ class DeviceGroup(Group):
         self._copied[stream] = copied
         return rows
 
-    def vacate(self) -> None:
+    def release(self) -> None:
         for event in self._copied.values():
             self._copies.wait_event(event)
         self._copied.clear()

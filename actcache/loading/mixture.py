@@ -16,7 +16,7 @@ from actcache.errors import ConfigError
 from actcache.flow import Batch
 from actcache.format.dtypes import STORAGE_DTYPE, storage_view, tensor_view
 from actcache.format.records import HookSpec
-from actcache.loading.buffers import Recycler
+from actcache.loading.buffers import BufferPool
 from actcache.loading.loader import check_batches, rank_part
 from actcache.loading.order import MixtureOrder
 from actcache.loading.stream import GROUP_CHUNKS, RowStream, StreamConfig
@@ -137,7 +137,9 @@ class _Mixer:
 
     def __init__(self, hooks: Sequence[HookSpec], batch_rows: int):
         self._dtypes = {hook.hook_name: hook.dtype for hook in hooks}
-        self._memory = {hook.hook_name: Recycler(batch_rows, (hook.d_in,), STORAGE_DTYPE[hook.dtype]) for hook in hooks}
+        self._memory = {
+            hook.hook_name: BufferPool(batch_rows, (hook.d_in,), STORAGE_DTYPE[hook.dtype]) for hook in hooks
+        }
 
     def mixed(self, batches: Sequence[Batch], owner: Int64[np.ndarray, " batch"]) -> Batch:
         """owner tells for each row of which batch it is the next."""
@@ -160,7 +162,7 @@ class _Mixer:
         if parts[0].device.type != "cpu":
             order = torch.from_numpy(np.argsort(np.concatenate(places))).to(parts[0].device)
             return torch.cat(list(parts)).index_select(0, order)
-        mixed = self._memory[hook_name].lend(sum(len(place) for place in places))
+        mixed = self._memory[hook_name].acquire(sum(len(place) for place in places))
         for part, place in zip(parts, places, strict=True):
             mixed[place] = storage_view(part)
         return tensor_view(mixed, self._dtypes[hook_name])

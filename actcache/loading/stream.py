@@ -15,7 +15,7 @@ from jaxtyping import Int32, Int64
 
 from actcache.errors import ConfigError
 from actcache.flow import SPLITS, Batch
-from actcache.loading.buffers import DECODE_THREADS, DeviceRoom, Group, HostRoom, Room, will_need
+from actcache.loading.buffers import DECODE_THREADS, DeviceBuffers, GroupBuffer, HookBuffers, HostBuffers, will_need
 from actcache.loading.filters import RowFilter
 from actcache.loading.order import EpochOrder
 from actcache.store.cache import Cache, sequence_reader
@@ -140,7 +140,7 @@ class RowStream:
         self._threads = ThreadPoolExecutor(DECODE_THREADS, "actcache-decode")
         self._places: dict[tuple[int, int], Future[_Places]] = {}
         self._loading: dict[tuple[int, int], _Loading] = {}
-        self._vacant: list[dict[str, Group]] = []
+        self._vacant: list[dict[str, GroupBuffer]] = []
 
     def _group(self, key: tuple[int, int]) -> _Served:
         """The decoded group; the one after it starts to decode, in the room of the one before."""
@@ -162,7 +162,7 @@ class RowStream:
     def _load(self, key: tuple[int, int]) -> None:
         if key in self._loading:
             return
-        groups = self._vacant.pop() if self._vacant else {name: room.group() for name, room in self._rooms.items()}
+        groups = self._vacant.pop() if self._vacant else {name: room.new_group() for name, room in self._rooms.items()}
         chunks, following = self.order.chunks(*key).tolist(), self.order.following(*key)
         keys = [key] if following is None else [key, following]  # or its chunks would have to wait for their places
         self._places = {each: self._places.get(each) or self._threads.submit(self._placed, each) for each in keys}
@@ -212,7 +212,7 @@ class _Served:
     """A group that is there."""
 
     key: tuple[int, int]
-    groups: dict[str, Group]
+    groups: dict[str, GroupBuffer]
     row: Int64[np.ndarray, " served"]
     fields: dict[str, Int32[np.ndarray, " served"]]
 
@@ -221,7 +221,7 @@ class _Served:
 class _Loading:
     """A group on its way: its room by hook, and what the threads do for it."""
 
-    groups: dict[str, Group]
+    groups: dict[str, GroupBuffer]
     places: Future[_Places]
     expected: Future[None]
     puts: list[Future[None]]
@@ -232,15 +232,15 @@ class _Loading:
         for done in (self.expected, *self.puts):
             done.result()
         for group in self.groups.values():
-            group.landed()
+            group.finish()
         return _Served(key, self.groups, places.row, places.fields)
 
-    def stopped(self) -> dict[str, Group]:
+    def stopped(self) -> dict[str, GroupBuffer]:
         """Its room, in which nothing is written any more."""
         futures: list[Future[Any]] = [self.expected, *self.puts]
         wait([future for future in futures if not future.cancel()])
         for group in self.groups.values():
-            group.vacate()
+            group.release()
         return self.groups
 
 
@@ -264,18 +264,18 @@ class _TokenFields:
         return {name: found[name] for name in self.names}
 
 
-def _room(reader: HookReader, device: torch.device, group_chunks: int) -> Room:
-    room = DeviceRoom if device.type == "cuda" else HostRoom
+def _room(reader: HookReader, device: torch.device, group_chunks: int) -> HookBuffers:
+    room = DeviceBuffers if device.type == "cuda" else HostBuffers
     return room(reader, device, group_chunks=group_chunks)
 
 
-def _expect(groups: dict[str, Group], places: Future[_Places]) -> None:
+def _expect(groups: dict[str, GroupBuffer], places: Future[_Places]) -> None:
     joined = places.result().joined
     for group in groups.values():
         group.expect(joined)
 
 
-def _put(group: Group, reader: HookReader, chunks: Sequence[int], number: int, expected: Future[None]) -> None:
+def _put(group: GroupBuffer, reader: HookReader, chunks: Sequence[int], number: int, expected: Future[None]) -> None:
     will_need(reader, chunks, number)
     expected.result()
-    group.put(number, chunks[number])
+    group.decode_chunk(number, chunks[number])

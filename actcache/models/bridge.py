@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError
-from actcache.models.language_model import LanguageModel, Visit, unknown_hook
+from actcache.models.language_model import HookFn, LanguageModel, unknown_hook
 
 
 class BridgeModel(LanguageModel):
@@ -64,23 +64,23 @@ class BridgeModel(LanguageModel):
             raise ModelError(f"{self.identity['name']}: {reason}; choose another hook") from None
 
     @torch.no_grad()
-    def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
+    def _forward(self, token_ids: Tensor, hook_fns: dict[str, HookFn]) -> Tensor:
         token_ids = token_ids.to(self.device, non_blocking=True)
         fwd_hooks: list[tuple[str | Callable, Callable]] = [
-            (hook_name, self._flat(hook_name, token_ids.shape, visit)) for hook_name, visit in visits.items()
+            (hook_name, self._flat(hook_name, token_ids.shape, hook_fn)) for hook_name, hook_fn in hook_fns.items()
         ]
         return self._bridge.run_with_hooks(token_ids, fwd_hooks=fwd_hooks, return_type="logits")
 
-    def _flat(self, hook_name: str, shape: torch.Size, visit: Visit) -> Callable[..., Tensor | None]:
-        """The visit as a hook of the bridge; it sees [sequence, position, d_in] whatever the shape there."""
+    def _flat(self, hook_name: str, shape: torch.Size, hook_fn: HookFn) -> Callable[..., Tensor | None]:
+        """The hook_fn as a hook of the bridge; it sees [sequence, position, d_in] whatever the shape there."""
 
-        def hook_fn(x: Tensor, hook: object) -> Tensor | None:
+        def flat_hook_fn(x: Tensor, hook: object) -> Tensor | None:
             if x.ndim < 3 or x.shape[:2] != shape:
                 raise ModelError(
                     f"{self.identity['name']}: {hook_name} must have a vector for each of {tuple(shape)} tokens, "
                     f"got shape {tuple(x.shape)}; choose another hook"
                 )
-            replaced = visit(x.flatten(2))
+            replaced = hook_fn(x.flatten(2))
             return None if replaced is None else replaced.view_as(x)
 
-        return hook_fn
+        return flat_hook_fn

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import ModelError
 from actcache.models.compiled import compile_blocks_
 from actcache.models.families import blocks_of, family_of
-from actcache.models.language_model import SITES, LanguageModel, Visit, unknown_hook
+from actcache.models.language_model import SITES, HookFn, LanguageModel, unknown_hook
 
 
 class HuggingFaceModel(LanguageModel):
@@ -72,7 +72,7 @@ class HuggingFaceModel(LanguageModel):
                 f"logits_from: start must have shape {(*token_ids.shape, self.d_model)}, got {tuple(start.shape)}; "
                 f"pass what {self.stream_before(hook_name)} was for the same tokens"
             )
-        with _giving(start, self._blocks[: int(hook_name.split(".")[1])]):
+        with skip_blocks(start, self._blocks[: int(hook_name.split(".")[1])]):
             return self.logits_with(token_ids, hook_name, replace)
 
     def stream_before(self, hook_name: str) -> str:
@@ -91,15 +91,15 @@ class HuggingFaceModel(LanguageModel):
         unknown_hook(self, hook_name, self._hook_names, "load with --backend transformer_lens for other sites")
 
     @torch.no_grad()
-    def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
+    def _forward(self, token_ids: Tensor, hook_fns: dict[str, HookFn]) -> Tensor:
         if self.max_positions is not None and token_ids.shape[1] > self.max_positions:
             raise ModelError(
                 f"{self.identity['name']}: sequences have at most {self.max_positions} tokens, got "
                 f"{token_ids.shape[1]}; pass a smaller --context-size, or a shorter text"
             )
         with ExitStack() as stack:
-            for hook_name, visit in visits.items():
-                stack.callback(self._attach(hook_name, visit).remove)
+            for hook_name, hook_fn in hook_fns.items():
+                stack.callback(self._attach(hook_name, hook_fn).remove)
             token_ids = token_ids.to(self.device, non_blocking=True)
             # A mask of ones changes nothing; without it GPT-2 warns about padding when BOS is also the pad token.
             output = self._model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
@@ -107,49 +107,49 @@ class HuggingFaceModel(LanguageModel):
             raise ModelError(f"{self.identity['name']}: the checkpoint has no output head, so no logits; use one with")
         return output["logits"]
 
-    def _attach(self, hook_name: str, visit: Visit) -> RemovableHandle:
-        """Show `visit` the activation whenever the module runs, until the handle is removed."""
+    def _attach(self, hook_name: str, hook_fn: HookFn) -> RemovableHandle:
+        """Show `hook_fn` the activation whenever the module runs, until the handle is removed."""
         _, layer, site = hook_name.split(".")
         block = self._blocks[int(layer)]
         family = self._family
         match site:
             case "hook_resid_pre":
-                return block.register_forward_pre_hook(_on_input(visit))
+                return block.register_forward_pre_hook(_on_input(hook_fn))
             case "hook_attn_out":
-                return block.get_submodule(family.attn_out).register_forward_hook(_on_output(visit))
+                return block.get_submodule(family.attn_out).register_forward_hook(_on_output(hook_fn))
             case "hook_resid_mid":
                 assert family.resid_mid is not None, "checked by _check"
-                return block.get_submodule(family.resid_mid).register_forward_pre_hook(_on_input(visit))
+                return block.get_submodule(family.resid_mid).register_forward_pre_hook(_on_input(hook_fn))
             case "hook_mlp_out":
-                return block.get_submodule(family.mlp_out).register_forward_hook(_on_output(visit))
+                return block.get_submodule(family.mlp_out).register_forward_hook(_on_output(hook_fn))
             case _:
-                return block.register_forward_hook(_on_output(visit))
+                return block.register_forward_hook(_on_output(hook_fn))
 
 
-def _on_input(visit: Visit) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
-    """The visit as a forward pre-hook: it sees the first positional argument."""
+def _on_input(hook_fn: HookFn) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+    """The hook_fn as a forward pre-hook: it sees the first positional argument."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        replaced = visit(args[0])
+        replaced = hook_fn(args[0])
         return None if replaced is None else (replaced, *args[1:])
 
     return hook
 
 
-def _on_output(visit: Visit) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    """The visit as a forward hook: it sees the output, or the first of several (attention also returns weights)."""
+def _on_output(hook_fn: HookFn) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    """The hook_fn as a forward hook: it sees the output, or the first of several (attention also returns weights)."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, tuple):
-            return visit(output)
-        replaced = visit(output[0])
+            return hook_fn(output)
+        replaced = hook_fn(output[0])
         return None if replaced is None else (replaced, *output[1:])
 
     return hook
 
 
 @contextmanager
-def _giving(x: Tensor, blocks: Iterable[nn.Module]) -> Iterator[None]:
+def skip_blocks(x: Tensor, blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Let every block give x instead of being run; what its forward was (compiled, offloaded) is put back."""
     before = [(block, block.__dict__.get("forward")) for block in blocks]
     try:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import ModelError
 from actcache.models.unembedding import Unembedding, measured_unembedding, norm_probes
 
-Visit = Callable[[Tensor], Tensor | None]  # is shown an activation; returns what takes its place, or None to leave it
+HookFn = Callable[[Tensor], Tensor | None]  # is shown an activation; returns what takes its place, or None to leave it
 SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 
 
@@ -70,35 +70,37 @@ class LanguageModel(ABC):
             ModelError: a hook does not exist, is never reached, or has no vector for each token.
         """
         captured: dict[str, Tensor] = {}
-        self.show(token_ids, hook_names, captured.__setitem__)
+        self.run_until(token_ids, hook_names, captured.__setitem__)
         return {hook_name: captured[hook_name] for hook_name in hook_names}
 
-    def show(
+    def run_until(
         self,
         token_ids: Int[Tensor, "sequence position"],
         hook_names: Sequence[str],
-        see: Callable[[str, Float[Tensor, "sequence position d_in"]], object],
+        on_activation: Callable[[str, Float[Tensor, "sequence position d_in"]], object],
     ) -> None:
-        """Call `see(hook_name, activation)` at each of `hook_names` when it is there, in the order of the model.
+        """Call `on_activation(hook_name, x)` at each of `hook_names`, in the order in which the model reaches them.
 
-        What `see` does not keep is freed as in any forward pass; nothing after the last hook is run. Raises as
-        `activations`, and what `see` raises.
+        What `on_activation` does not keep is freed as in any forward pass. Nothing after the last hook is run. Raises
+        as `activations`, and what `on_activation` raises.
         """
         if not hook_names:
             raise ValueError("activations: hook_names must name at least one hook, got none")
         left = set(hook_names)
 
-        def visit(hook_name: str, x: Tensor) -> None:
-            see(hook_name, x)
+        def hook_fn(hook_name: str, x: Tensor) -> None:
+            on_activation(hook_name, x)
             left.discard(hook_name)
             if not left:
-                raise _AllShown
+                raise StopForward
 
         for hook_name in hook_names:
             self._check(hook_name)
         try:
-            self._forward(token_ids, {hook_name: partial(visit, hook_name) for hook_name in dict.fromkeys(hook_names)})
-        except _AllShown:
+            self._forward(
+                token_ids, {hook_name: partial(hook_fn, hook_name) for hook_name in dict.fromkeys(hook_names)}
+            )
+        except StopForward:
             return
         raise ModelError(f"{self.identity['name']}: the forward pass never reached {sorted(left)}; leave them out")
 
@@ -106,16 +108,16 @@ class LanguageModel(ABC):
         self,
         token_ids: Int[Tensor, "sequence position"],
         *,
-        show: Mapping[str, Callable[[Tensor], None]] | None = None,
+        hook_fns: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
-        """The output of the whole model. show: what gets an activation to see on the way, by the hook's name.
+        """The output of the whole model. hook_fns: functions that see an activation on the way, by hook name.
 
         Raises:
             ModelError: a hook does not exist, or the model has no output head.
         """
-        for name in show or {}:
+        for name in hook_fns or {}:
             self._check(name)
-        return self._forward(token_ids, dict(show or {}))
+        return self._forward(token_ids, dict(hook_fns or {}))
 
     def logits_with(
         self,
@@ -123,21 +125,21 @@ class LanguageModel(ABC):
         hook_name: str,
         replace: Callable[[Tensor], Tensor],
         *,
-        show: Mapping[str, Callable[[Tensor], None]] | None = None,
+        hook_fns: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
         """The output of the whole model with the activation at `hook_name` replaced by `replace(activation)`.
 
         `replace` gets [sequence, position, d_in] and returns the same shape; its result is cast to the model's dtype.
-        show: what else gets an activation to see, by the hook's name, in the same pass and so before what comes after.
+        hook_fns: functions that see other activations in the same pass, by hook name.
         At hook_resid_mid the residual stream itself is replaced, not only what the MLP reads, as in HookedTransformer.
 
         Raises:
             ModelError: the hook does not exist, or the model has no output head.
             ValueError: `replace` returned another shape.
         """
-        for name in (hook_name, *(show or {})):
+        for name in (hook_name, *(hook_fns or {})):
             self._check(name)
-        return self._forward(token_ids, {**(show or {}), **_replacing(hook_name, _same_shape(replace))})
+        return self._forward(token_ids, {**(hook_fns or {}), **_replacing(hook_name, _same_shape(replace))})
 
     def unembedding(self) -> Unembedding:
         """The final norm, measured by running it on chosen streams, and the output head.
@@ -192,8 +194,8 @@ class LanguageModel(ABC):
         """Raise ModelError if the model has no such hook."""
 
     @abstractmethod
-    def _forward(self, token_ids: Tensor, visits: dict[str, Visit]) -> Tensor:
-        """Run the model without gradients, showing each hook's activation to its visit; returns logits."""
+    def _forward(self, token_ids: Tensor, hook_fns: dict[str, HookFn]) -> Tensor:
+        """Run the model without gradients, showing each hook's activation to its hook_fn; returns logits."""
 
 
 def unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str], way_out: str) -> NoReturn:
@@ -204,7 +206,7 @@ def unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str]
     )
 
 
-class _AllShown(Exception):
+class StopForward(Exception):
     """Raised inside the forward pass when the last asked activation was shown; never leaves this module."""
 
 
@@ -223,8 +225,8 @@ def _same_shape(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     return checked
 
 
-def _replacing(hook_name: str, replace: Callable[[Tensor], Tensor]) -> dict[str, Visit]:
-    """The visits that put `replace(x)` in the place of the activation x at the hook.
+def _replacing(hook_name: str, replace: Callable[[Tensor], Tensor]) -> dict[str, HookFn]:
+    """The hook_fns that put `replace(x)` in the place of the activation x at the hook.
 
     hook_resid_mid is only read by the norm before the MLP; the stream goes round it. So the block's output is made
     anew as well, by the add that the block itself does: replaced + mlp_out. Exact: replacing x by x changes no bit.

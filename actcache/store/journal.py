@@ -6,7 +6,6 @@ import fcntl
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,7 +42,7 @@ class Journal:
 
     def append(self, record: ShardRecord) -> None:
         """Make one line durable. A failing write or fsync (OSError) leaves the journal as it was."""
-        line, end = memoryview(seal(asdict(record))), self._file.seek(0, os.SEEK_END)
+        line, end = memoryview(seal(record.to_json())), self._file.seek(0, os.SEEK_END)
         try:
             with naming(self.path):
                 while line:
@@ -84,7 +83,7 @@ def hook_computes(root: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
     """(split, index, hook name) -> how those arrays were computed; a shard's record keeps only what came last."""
     return {
         (record.split, record.index, hook.hook_name): record.compute
-        for record in sorted(read_journals(root), key=lambda record: record.attempt)
+        for record in sorted(read_journals(root), key=lambda record: record.revision)
         for hook in record.hooks
         if any(path.startswith(f"{hook.hook_name}/") for path in record.arrays)
     }

@@ -16,7 +16,7 @@ PROBE_SECONDS = 0.5  # a probe of another process holds a slot for microseconds
 
 
 @contextmanager
-def settling(root: Path) -> Iterator[None]:
+def exclusive(root: Path) -> Iterator[None]:
     """The one process that settles the plan, or finalises, at a time; others wait here."""
     path = root / SETTLING
     while True:

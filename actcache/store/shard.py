@@ -21,7 +21,7 @@ class Shard:
     """One shard to be written.
 
     first_token, permutation: token `first_token + t` of the split lies in row `permutation[t]`. first_sequence,
-    sequences: the packed sequences that the shard touches. hooks: those to be written. attempt: as in ShardRecord.
+    sequences: the packed sequences that the shard touches. hooks: those to be written. revision: as in ShardRecord.
     """
 
     split: str
@@ -31,10 +31,10 @@ class Shard:
     first_sequence: int
     sequences: Int32[np.ndarray, "sequence position"]
     hooks: tuple[HookSpec, ...]
-    attempt: int
+    revision: int
 
     @staticmethod
-    def of(root: Path, plan: Plan, split: str, index: int, hooks: tuple[HookSpec, ...], attempt: int = 0) -> Shard:
+    def of(root: Path, plan: Plan, split: str, index: int, hooks: tuple[HookSpec, ...], revision: int = 0) -> Shard:
         """Read what is known of a shard before the model runs. Raises CorruptShard for damaged sequences."""
         first_token = index * plan.identity["shard_rows"]
         n_rows = plan.rows_of(split, index)
@@ -48,7 +48,7 @@ class Shard:
             first_sequence=first,
             sequences=sequence_reader(root, plan, split, "id").read(first, last),
             hooks=hooks,
-            attempt=attempt,
+            revision=revision,
         )
 
     @property

@@ -18,7 +18,7 @@ from benchmarks.bench_train import (
 )
 from benchmarks.peers import comparable, saelens_inference_sae, saelens_step, saelens_trainer
 from trainer.kernels.active import Workspace
-from trainer.training.optimiser import lr_at, sparsity_coefficient_at
+from trainer.training.optimizer import lr_at, sparsity_coefficient_at
 from trainer.training.step import train_step
 
 BATCH, STEPS = 256, 20

@@ -82,12 +82,12 @@ def test_a_step_waits_for_no_more_than_one_number(architecture, has_dead, bias, 
     with torch.no_grad():
         state.weights["b_gate" if architecture == "gated" else "b_enc"].fill_(bias)
     x, y = (torch.randn(256, width, device="cuda") for width in (config.d_in, config.d_out))
-    workspace, counted, numbers = Workspace(), active.n_true, list[int]()
+    workspace, counted, numbers = Workspace(), active.count_true, list[int]()
     for _ in range(2):
         train_step(state, x, workspace, y=y)  # compiles, and makes the optimizer's moments
     state.tokens_since_fired[::2] = 500
     twin = copy.deepcopy(state)
-    monkeypatch.setattr(active, "n_true", lambda mask: numbers.append(counted(mask)) or numbers[-1])
+    monkeypatch.setattr(active, "count_true", lambda mask: numbers.append(counted(mask)) or numbers[-1])
     train_step(twin, x, workspace, y=y)
     if architecture in TOPK_FAMILY:
         assert len(numbers) == has_dead
@@ -95,7 +95,7 @@ def test_a_step_waits_for_no_more_than_one_number(architecture, has_dead, bias, 
         assert len(numbers) == 1
         assert numbers[0] > 0
         assert (numbers[0] <= DENSEST_SPARSE * 256 * config.d_sae) == (bias < 0)
-    monkeypatch.setattr(active, "n_true", lambda mask: numbers[0])
+    monkeypatch.setattr(active, "count_true", lambda mask: numbers[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
         train_step(state, x, workspace, y=y)

@@ -24,8 +24,9 @@ import torch
 from typer.testing import CliRunner
 
 import cli
-from actcache.format import manifest
-from actcache.store import journal, zarr_metadata
+from actcache import files
+from actcache.format import arrays
+from actcache.store import journal, locks
 from support.places import CHILD
 
 CONTEXT_SIZE = 16
@@ -220,7 +221,7 @@ def fill_disk(folder: Path) -> None:
 
 def shrink_sequence_shards(set_value: Callable[[object, str, object], None] = setattr) -> None:
     """Make the shards of sequences small, here; a monkeypatch.setattr can undo it."""
-    set_value(manifest, "SEQUENCE_SHARD_TOKENS", SEQUENCE_SHARD_TOKENS)
+    set_value(arrays, "SEQUENCE_SHARD_TOKENS", SEQUENCE_SHARD_TOKENS)
 
 
 def _write(
@@ -237,7 +238,7 @@ def _write(
     os.fsync = watch.around(os.fsync, "syncing", "synced", 0)
     os.replace = watch.around(os.replace, "replacing", "replaced", 1)
     os.unlink = watch.around(os.unlink, "unlinking", "unlinked", 0)
-    for module in (zarr_metadata, journal):
+    for module in (files, journal, locks):
         module.open = watch.open
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))  # Python ignores SIGXFSZ

@@ -17,7 +17,7 @@ def assert_same_state(one: TrainState, other: TrainState) -> None:
     assert list(one.weights) == list(other.weights)
     for name, weight in one.weights.items():
         assert torch.equal(weight, other.weights[name]), name
-        mine, others = one.optimiser.state[weight], other.optimiser.state[other.weights[name]]
+        mine, others = one.optimizer.state[weight], other.optimizer.state[other.weights[name]]
         assert mine.keys() == others.keys()
         assert all(torch.equal(mine[key], others[key]) for key in mine)
     assert one.average.keys() == other.average.keys()

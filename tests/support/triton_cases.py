@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.kernels import active, select, sparse, triton_kernels
-from trainer.kernels.active import KeptEntries, Workspace
+from trainer.kernels.active import ActiveEntries, Workspace
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if IS_INTERPRETED else "cuda"
@@ -198,12 +198,12 @@ def every_other_row(batch: int, d_sae: int) -> Tensor:
 def test_kept_entries_are_indexed_both_ways() -> None:
     mask = every_other_row(7, 19)
     row, latent = mask.nonzero(as_tuple=True)
-    kept = KeptEntries.of(row, latent, batch=7, d_sae=19)
-    assert kept.row_start.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
-    assert kept.latent_start.tolist() == [0, *mask.sum(0).cumsum(0).tolist()]
+    entries = ActiveEntries.of(row, latent, batch=7, d_sae=19)
+    assert entries.row_start.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
+    assert entries.latent_start.tolist() == [0, *mask.sum(0).cumsum(0).tolist()]
     values = random(len(row)).relu()
     active = torch.zeros_like(mask).index_put((row, latent), values > 0)
-    assert active.firing_counts(values, kept).tolist() == active.sum(0).tolist()
+    assert active.firing_counts(values, entries).tolist() == active.sum(0).tolist()
 
 
 @pytest.mark.usefixtures("_as_on_cuda")
@@ -215,10 +215,10 @@ def test_a_sparse_autoencoder_has_the_dense_values_and_gradients(batch: int, d_i
     W_enc, b_enc = random(d_sae, d_in, seed=3).requires_grad_(), random(d_sae, seed=4).requires_grad_()
     W_dec, b_dec = random(d_sae, d_in, seed=5).requires_grad_(), random(d_in, seed=6).requires_grad_()
     row, latent = mask.nonzero(as_tuple=True)
-    kept = KeptEntries.of(row, latent, batch=batch, d_sae=d_sae)
+    entries = ActiveEntries.of(row, latent, batch=batch, d_sae=d_sae)
     f = (x @ W_enc.detach().T + b_enc.detach())[mask]
-    acts = sparse.kept_pre_acts(f, kept, x, W_enc, b_enc, b_dec)
-    x_hat = sparse.sparse_decode(acts, kept, W_dec)
+    acts = sparse.active_pre_acts(f, entries, x, W_enc, b_enc, b_dec)
+    x_hat = sparse.sparse_decode(acts, entries, W_dec)
     x_hat.backward(g)
 
     dense_f = torch.zeros(batch, d_sae, dtype=torch.float64, device=DEVICE).index_put((row, latent), f.double())
@@ -305,10 +305,10 @@ def test_nothing_waits_for_the_device(d_sae: int) -> None:
     def step() -> None:
         values, latents = select.topk_pre_acts(x, W_enc, b_enc, 4, workspace)
         row = torch.arange(50, device=DEVICE).repeat_interleave(4)
-        kept = KeptEntries.of(row, latents.flatten(), batch=50, d_sae=d_sae)
-        acts = sparse.kept_pre_acts(values.flatten(), kept, x, W_enc, b_enc, b_dec).relu()
-        sparse.sparse_decode(acts, kept, W_dec).sum().backward()
-        active.firing_counts(acts, kept)
+        entries = ActiveEntries.of(row, latents.flatten(), batch=50, d_sae=d_sae)
+        acts = sparse.active_pre_acts(values.flatten(), entries, x, W_enc, b_enc, b_dec).relu()
+        sparse.sparse_decode(acts, entries, W_dec).sum().backward()
+        active.firing_counts(acts, entries)
 
     step()  # compiles
     torch.cuda.set_sync_debug_mode("error")

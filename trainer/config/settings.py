@@ -46,7 +46,7 @@ def subtracts_b_dec(architecture: str) -> bool:
 class SAEConfig:
     """One SAE with every default resolved; `asdict` of it is JSON and `SAEConfig(**json)` gives it back.
 
-    Steps count optimiser steps, tokens count rows. Widths of what an architecture does not use are 0 or None.
+    Steps count optimizer steps, tokens count rows. Widths of what an architecture does not use are 0 or None.
     Raises ConfigError when built with a value that breaks a rule.
     """
 

@@ -62,9 +62,12 @@ class Model(Protocol):
     compiled: bool
 
     def logits(
-        self, token_ids: Int[Tensor, "sequence position"], *, show: Mapping[str, Callable[[Tensor], None]] | None = None
+        self,
+        token_ids: Int[Tensor, "sequence position"],
+        *,
+        hook_fns: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
-        """Logits of the whole model. show: what sees an activation on the way, by hook."""
+        """Logits of the whole model. hook_fns: functions that see an activation on the way, by hook name."""
         ...
 
     def logits_with(
@@ -215,8 +218,8 @@ def _original_pass(
     hook_names: Sequence[str],
 ) -> _Batch:
     seen: dict[str, Tensor] = {}
-    show = {name: lambda x, name=name: seen.update({name: x}) for name in hook_names}
-    log_p = _log_softmax(model.logits(token_ids, show=show))
+    hook_fns = {name: lambda x, name=name: seen.update({name: x}) for name in hook_names}
+    log_p = _log_softmax(model.logits(token_ids, hook_fns=hook_fns))
     return _Batch(token_ids=token_ids, kept=kept, log_p=log_p, seen=seen)
 
 

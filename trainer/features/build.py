@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int32, Int64, Shaped
 from torch import Tensor
 
 from actcache.errors import CacheLocked, CacheMismatch, DatasetError, ManifestError
-from actcache.files import make_folder, remove_partials, write_atomically
+from actcache.files import make_folder, remove_leftovers, write_atomically
 from actcache.loading.filters import RowFilter
 from actcache.store.cache import Cache
 from actcache.store.reader import HookReader
@@ -79,7 +79,7 @@ def build_features(
         else:
             write_json(folder / SOURCE_FILE, source)
         if not (folder / LATENTS_FILE).is_file():
-            remove_partials(folder)
+            remove_leftovers(folder)
             _write_codes(sae, cache, folder, progress)
             _write_latents(folder, map_all_codes(folder))
     return open_features(run)

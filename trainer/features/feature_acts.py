@@ -16,8 +16,8 @@ from torch import Tensor
 
 from actcache.errors import ManifestError, NonFiniteActivations
 from actcache.files import write_atomically
-from trainer.kernels.active import KeptEntries, Workspace
-from trainer.kernels.select import above, encoder_pre_acts, topk_chunk_rows, topk_pre_acts
+from trainer.kernels.active import ActiveEntries, Workspace
+from trainer.kernels.select import encoder_pre_acts, exceeds, topk_chunk_rows, topk_pre_acts
 from trainer.sae.sae import SAE
 
 MAX_ROWS = 4096  # encoded at a time: more make the product no faster
@@ -73,12 +73,12 @@ class SparseEncoder:
     def _fired(self, x: Float[Tensor, "batch d_in"]) -> Entries:
         if self._sae.k is None:
             pre_acts = encoder_pre_acts(x, self._W_enc, self._b_enc, self._workspace)
-            row, latent = above(pre_acts, self._cut).nonzero(as_tuple=True)
+            row, latent = exceeds(pre_acts, self._cut).nonzero(as_tuple=True)
             return row, latent, pre_acts[row, latent]
         values, latents = topk_pre_acts(
             x, self._W_enc, self._b_enc, self._sae.k, self._workspace, by_magnitude=self._is_signed
         )
-        row, place = (values != 0 if self._is_signed else above(values, self._cut)).nonzero(as_tuple=True)
+        row, place = (values != 0 if self._is_signed else exceeds(values, self._cut)).nonzero(as_tuple=True)
         return row, latents[row, place], values[row, place]
 
 
@@ -130,15 +130,15 @@ def write_codes(
     d_sae: int,
 ) -> None:
     """Write the codes of consecutive tokens, whole or not at all; entries come with tokens ascending, from 0."""
-    kept = KeptEntries.of(token, latent, batch=len(token_id), d_sae=d_sae)
+    entries = ActiveEntries.of(token, latent, batch=len(token_id), d_sae=d_sae)
     tensors = {
         "token_id": token_id,
-        "token_start": kept.row_start,
+        "token_start": entries.row_start,
         "latent": latent.int(),
         "act": act,
-        "latent_start": kept.latent_start,
-        "token_by_latent": kept.row_by_latent.int(),
-        "act_by_latent": act.index_select(0, kept.by_latent),
+        "latent_start": entries.latent_start,
+        "token_by_latent": entries.row_by_latent.int(),
+        "act_by_latent": act.index_select(0, entries.by_latent),
     }
     write_atomically(path, [safetensors.numpy.save({name: np.asarray(tensor) for name, tensor in tensors.items()})])
 

@@ -56,9 +56,9 @@ class Model(Protocol):
         hook_name: str,
         replace: Callable[[Tensor], Tensor],
         *,
-        show: Mapping[str, Callable[[Tensor], None]] | None = None,
+        hook_fns: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
-        """Logits when the hook's activation is replaced by `replace` of it; `show` sees others in the same pass."""
+        """Logits when the hook's activation is replaced by `replace` of it; `hook_fns` see others in the same pass."""
         ...
 
 
@@ -147,8 +147,8 @@ def steered_logits(
         steered[here] = _steered_rows(sae, x[here], y[here], features, keep_error=keep_error).to(y)
         return steered
 
-    show = None if source == target else {source: lambda x: seen.update(x=x)}
-    return model.logits_with(token_ids, target, replace, show=show)
+    hook_fns = None if source == target else {source: lambda x: seen.update(x=x)}
+    return model.logits_with(token_ids, target, replace, hook_fns=hook_fns)
 
 
 def _steered_rows(

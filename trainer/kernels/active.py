@@ -26,28 +26,28 @@ class Workspace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class KeptEntries:
-    """Which entries of a [batch, d_sae] matrix are kept, ordered by row and by latent; any number in a row, also none.
+class ActiveEntries:
+    """The active entries of a [batch, d_sae] matrix, ordered by row and by latent. A row may have any number of them.
 
     row, latent: of each entry, rows ascending. row_start: entries of row b are row_start[b] : row_start[b + 1].
     by_latent: the stable order of the entries by latent; row_by_latent, latent_start: as row and row_start, in that
     order.
     """
 
-    row: Int[Tensor, " kept"]
-    latent: Int[Tensor, " kept"]
+    row: Int[Tensor, " active"]
+    latent: Int[Tensor, " active"]
     row_start: Int[Tensor, " batch_plus_1"]
-    by_latent: Int[Tensor, " kept"]
-    row_by_latent: Int[Tensor, " kept"]
+    by_latent: Int[Tensor, " active"]
+    row_by_latent: Int[Tensor, " active"]
     latent_start: Int[Tensor, " d_sae_plus_1"]
 
     @staticmethod
-    def of(row: Int[Tensor, " kept"], latent: Int[Tensor, " kept"], *, batch: int, d_sae: int) -> KeptEntries:
+    def of(row: Int[Tensor, " active"], latent: Int[Tensor, " active"], *, batch: int, d_sae: int) -> ActiveEntries:
         """From the coordinates, rows ascending."""
         # Stable, for the order changes sums; of the narrowest type, for a radix sort of int16 is three times faster.
         narrow = latent.to(torch.int16 if d_sae <= 1 << 15 else torch.int32)
         by_latent = narrow.argsort(stable=True)
-        return KeptEntries(
+        return ActiveEntries(
             row=row,
             latent=latent,
             row_start=_starts(row, None, batch),
@@ -62,13 +62,13 @@ class KeptEntries:
         return len(self.latent_start) - 1
 
 
-def n_true(mask: Bool[Tensor, "*shape"]) -> int:
+def count_true(mask: Bool[Tensor, "*shape"]) -> int:
     """How many entries are True. On CUDA it waits for the device."""
     return int(mask.count_nonzero())
 
 
-def true_entries(mask: Bool[Tensor, "batch d_sae"], n: int) -> tuple[Int[Tensor, " {n}"], Int[Tensor, " {n}"]]:
-    """(row, latent) of the n entries that are True, in row-major order. n: of `n_true`, so that this need not wait."""
+def indices_of_true(mask: Bool[Tensor, "batch d_sae"], n: int) -> tuple[Int[Tensor, " {n}"], Int[Tensor, " {n}"]]:
+    """(row, latent) of the n entries that are True, in row-major order. n: from `count_true`; this does not wait."""
     if on_cuda(mask):
         found = torch.nonzero_static(mask, size=n)  # (n, 2)
         return found[:, 0].contiguous(), found[:, 1].contiguous()
@@ -76,12 +76,12 @@ def true_entries(mask: Bool[Tensor, "batch d_sae"], n: int) -> tuple[Int[Tensor,
     return row, latent
 
 
-def firing_counts(values: Float[Tensor, " kept"], kept: KeptEntries) -> Int[Tensor, " d_sae"]:
+def firing_counts(values: Float[Tensor, " active"], entries: ActiveEntries) -> Int[Tensor, " d_sae"]:
     """How many rows each latent is active (nonzero) in."""
     if on_cuda(values):  # bincount and a boolean mask would wait for the device
-        before = torch.nn.functional.pad((values.detach() != 0)[kept.by_latent].cumsum(0), (1, 0))
-        return before[kept.latent_start].diff()
-    return torch.bincount(kept.latent[values.detach() != 0], minlength=kept.d_sae)
+        before = torch.nn.functional.pad((values.detach() != 0)[entries.by_latent].cumsum(0), (1, 0))
+        return before[entries.latent_start].diff()
+    return torch.bincount(entries.latent[values.detach() != 0], minlength=entries.d_sae)
 
 
 def on_cuda(tensor: Tensor) -> bool:
@@ -94,7 +94,7 @@ def triton_kernels() -> Any:
     return importlib.import_module("trainer.kernels.triton_kernels")
 
 
-def _starts(keys: Int[Tensor, " kept"], order: Int[Tensor, " kept"] | None, n: int) -> Int[Tensor, " n_plus_1"]:
+def _starts(keys: Int[Tensor, " active"], order: Int[Tensor, " active"] | None, n: int) -> Int[Tensor, " n_plus_1"]:
     """Where each of 0 .. n-1 starts when the keys are sorted by `order` (None: they are), and the end."""
     if on_cuda(keys):  # bincount would wait for the device
         in_order = keys if order is None else keys[order]

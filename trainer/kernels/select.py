@@ -52,14 +52,14 @@ def topk_chunk_rows(d_sae: int, *, is_cuda: bool) -> int:
 
 def batch_topk_entries(
     pre_acts: Float[Tensor, "batch d_sae"], k: int
-) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+) -> tuple[Int[Tensor, " active"], Int[Tensor, " active"]]:
     """(row, latent) of the `k * batch` largest entries of the whole batch, in row-major order.
 
-    On a CPU `batch_topk_kept`, the positive ones alone. On CUDA those that are not positive are among them,
+    On a CPU `batch_topk_active`, the positive ones alone. On CUDA those that are not positive are among them,
     for `activations.relu` to silence: how many there are nobody knows without a wait. Of equal entries it keeps any.
     """
     if not active.on_cuda(pre_acts):
-        return batch_topk_kept(pre_acts, k)
+        return batch_topk_active(pre_acts, k)
     batch, d_sae = pre_acts.shape
     # with groups of about sqrt(d_sae / k), groups and candidates are equally many; gcd: a power of two that divides
     fold = gcd(d_sae, 1 << (isqrt(d_sae // k).bit_length() - 1))
@@ -78,9 +78,9 @@ def encoder_pre_acts(
         return torch.addmm(b_enc, x, W_enc.T, out=workspace.empty(len(x), len(W_enc), x))
 
 
-def batch_topk_kept(
+def batch_topk_active(
     pre_acts: Float[Tensor, "batch d_sae"], k: int
-) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+) -> tuple[Int[Tensor, " active"], Int[Tensor, " active"]]:
     """(row, latent) of the `k * batch` largest positive entries of the whole batch, in row-major order.
 
     Bussmann et al. 2024, "BatchTopK Sparse Autoencoders" (arXiv:2412.06410). L0 is at most k on average over the batch,
@@ -91,18 +91,18 @@ def batch_topk_kept(
     """
     batch, d_sae = pre_acts.shape
     _check_k("batch_topk", k, d_sae)
-    n_kept = k * batch
-    row, latent = above(pre_acts, _guessed_cut(pre_acts, n_kept)).nonzero(as_tuple=True)
-    if len(row) < n_kept:
-        row, latent = above(pre_acts, pre_acts.new_zeros(())).nonzero(as_tuple=True)
-    if len(row) <= n_kept:
+    n_active = k * batch
+    row, latent = exceeds(pre_acts, _guessed_cut(pre_acts, n_active)).nonzero(as_tuple=True)
+    if len(row) < n_active:
+        row, latent = exceeds(pre_acts, pre_acts.new_zeros(())).nonzero(as_tuple=True)
+    if len(row) <= n_active:
         return row, latent
     candidates = pre_acts[row, latent]
-    kept = _largest(candidates, n_kept)
-    return row[kept], latent[kept]
+    entries = _largest(candidates, n_active)
+    return row[entries], latent[entries]
 
 
-def above(
+def exceeds(
     pre_acts: Float[Tensor, "batch d_sae"], cut: Float[Tensor, "#d_sae"] | Float[Tensor, ""]
 ) -> Bool[Tensor, "batch d_sae"]:
     """Which entries exceed `cut` (a number, or one per latent); NaN does, so that the loss will show it."""
@@ -146,12 +146,12 @@ def _largest_places(grouped: Float[Tensor, "group fold"], n: int) -> Int[Tensor,
     return groups[chosen // fold] * fold + chosen % fold
 
 
-def _guessed_cut(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Float[Tensor, ""]:
-    """A value >= 0 that about 1.25 * n_kept entries exceed; 0 where so many positive ones are unlikely."""
+def _guessed_cut(pre_acts: Float[Tensor, "batch d_sae"], n_active: int) -> Float[Tensor, ""]:
+    """A value >= 0 that about 1.25 * n_active entries exceed; 0 where so many positive ones are unlikely."""
     flat = pre_acts.reshape(-1)
     stride = max(1, flat.numel() // SAMPLED_ENTRIES) | 1  # odd: meets every latent of a power-of-two width
     sample = flat[::stride]
-    rank = 1 + int(1.25 * n_kept / flat.numel() * sample.numel())
+    rank = 1 + int(1.25 * n_active / flat.numel() * sample.numel())
     if rank >= sample.numel():
         return flat.new_zeros(())
     return sample.kthvalue(sample.numel() - rank + 1).values.nan_to_num(nan=0.0).clamp_min(0)
@@ -160,11 +160,11 @@ def _guessed_cut(pre_acts: Float[Tensor, "batch d_sae"], n_kept: int) -> Float[T
 def _largest(values: Float[Tensor, " candidate"], n: int) -> Int[Tensor, " largest"]:
     """Indices of the n largest values, ascending; of equal ones the first."""
     smallest = values.kthvalue(len(values) - n + 1).values
-    kept = values < smallest
-    surplus = len(values) - int(kept.sum()) - n
+    entries = values < smallest
+    surplus = len(values) - int(entries.sum()) - n
     if surplus > 0:
-        kept[(values == smallest).nonzero().squeeze(1)[-surplus:]] = True
-    return kept.logical_not_().nonzero().squeeze(1)
+        entries[(values == smallest).nonzero().squeeze(1)[-surplus:]] = True
+    return entries.logical_not_().nonzero().squeeze(1)
 
 
 def _check_k(who: str, k: int, d_sae: int) -> None:

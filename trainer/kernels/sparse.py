@@ -1,9 +1,9 @@
-"""The sparse path of a training step: encode densely once, then touch only the entries that are kept.
+"""The sparse path of a training step: encode densely once, then touch only the active entries.
 
 A dense step costs 10 * batch * d_in * d_sae FLOPs; here only the encoder's 2 * batch * d_in * d_sae stay, the decoder
-and both weight gradients gather `kept` rows. On a CPU everything is plain torch; for tensors on CUDA
-`triton_kernels` takes its place, and no call but `n_true` waits for the device. Each sum runs in one fixed order (by
-row in the decoder, by latent in the gradients), so results repeat bit for bit.
+and both weight gradients gather the active rows. On a CPU everything is plain torch; for tensors on CUDA
+`triton_kernels` takes its place, and no call but `count_true` waits for the device. Each sum runs in one fixed order
+(by row in the decoder, by latent in the gradients), so results repeat bit for bit.
 """
 
 import warnings
@@ -15,39 +15,39 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from trainer.kernels import active
-from trainer.kernels.active import KeptEntries
+from trainer.kernels.active import ActiveEntries
 
 
 def entry_pre_acts(
-    kept: KeptEntries,
+    entries: ActiveEntries,
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
-) -> Float[Tensor, " kept"]:
-    """x W_enc^T + b_enc at the kept entries alone, without gradient: for those that were chosen in a shorter type."""
+) -> Float[Tensor, " active"]:
+    """x W_enc^T + b_enc at the active entries alone, without gradient: for those that were chosen in a shorter type."""
     with torch.no_grad():
         if active.on_cuda(x):
-            dots = active.triton_kernels().entry_dots(x, kept.row, W_enc, kept.latent, kept.by_latent)
+            dots = active.triton_kernels().entry_dots(x, entries.row, W_enc, entries.latent, entries.by_latent)
         else:
-            pattern = _csr_pattern(kept, x)
+            pattern = _csr_pattern(entries, x)
             dots = torch.sparse.sampled_addmm(pattern, x, W_enc.T, beta=0.0).values()
-        return dots + b_enc.index_select(0, kept.latent)
+        return dots + b_enc.index_select(0, entries.latent)
 
 
-def kept_pre_acts(
-    values: Float[Tensor, " kept"],
-    kept: KeptEntries,
+def active_pre_acts(
+    values: Float[Tensor, " active"],
+    entries: ActiveEntries,
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"] | None,
-) -> Float[Tensor, " kept"]:
-    """`values`, the pre-activations of the kept entries as computed before, with their gradient to the encoder.
+) -> Float[Tensor, " active"]:
+    """`values`, the pre-activations of the active entries as computed before, with their gradient to the encoder.
 
     x: what the encoder multiplied; no gradient goes to it. b_dec: given where x is the input less b_dec, which then
     gets -(grad b_enc) W_enc, the gradient that x would have passed on.
     """
-    return _KeptPreActs.apply(values, kept, x, W_enc, b_enc, b_dec)
+    return _ActivePreActs.apply(values, entries, x, W_enc, b_enc, b_dec)
 
 
 def dense_pre_acts(
@@ -57,42 +57,42 @@ def dense_pre_acts(
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"] | None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """All pre-activations, as computed before, with their gradient to the encoder; b_dec as in `kept_pre_acts`."""
+    """All pre-activations, as computed before, with their gradient to the encoder; b_dec as in `active_pre_acts`."""
     return _DensePreActs.apply(pre_acts, x, W_enc, b_enc, b_dec)
 
 
 def sparse_decode(
-    values: Float[Tensor, " kept"], kept: KeptEntries, W_dec: Float[Tensor, "d_sae d_in"]
+    values: Float[Tensor, " active"], entries: ActiveEntries, W_dec: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, "batch d_in"]:
-    """Row b is the sum of values[j] * W_dec[latent[j]] over its kept entries j; gradients to values and W_dec.
+    """Row b is the sum of values[j] * W_dec[latent[j]] over its active entries j; gradients to values and W_dec.
 
     A detached W_dec costs no gradient.
     """
     if active.on_cuda(values):
-        x_hat = _TritonDecode.apply(values, kept, W_dec.detach())
+        x_hat = _TritonDecode.apply(values, entries, W_dec.detach())
     else:
-        x_hat = _sums_of_rows(values, kept.latent, kept.row_start, W_dec.detach())
-    return _WithDecoderGradient.apply(x_hat, values.detach(), kept, W_dec)
+        x_hat = _sums_of_rows(values, entries.latent, entries.row_start, W_dec.detach())
+    return _WithDecoderGradient.apply(x_hat, values.detach(), entries, W_dec)
 
 
-class _KeptPreActs(torch.autograd.Function):
+class _ActivePreActs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, kept: KeptEntries, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None
+        ctx: Any, values: Tensor, entries: ActiveEntries, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc)
-        ctx.kept, ctx.subtracts_b_dec = kept, b_dec is not None
+        ctx.entries, ctx.subtracts_b_dec = entries, b_dec is not None
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, Tensor, Tensor, Tensor | None]:
         x, W_enc = ctx.saved_tensors
-        grad_W_enc = _sum_by_latent(grads[0], ctx.kept, x)
+        grad_W_enc = _sum_by_latent(grads[0], ctx.entries, x)
         if active.on_cuda(x):
-            grad_b_enc = _sum_by_latent(grads[0], ctx.kept, x.new_ones(len(x), 1)).squeeze(1)
+            grad_b_enc = _sum_by_latent(grads[0], ctx.entries, x.new_ones(len(x), 1)).squeeze(1)
         else:
             grad_b_enc = torch.segment_reduce(
-                grads[0][ctx.kept.by_latent], "sum", offsets=ctx.kept.latent_start, initial=0.0
+                grads[0][ctx.entries.by_latent], "sum", offsets=ctx.entries.latent_start, initial=0.0
             )
         return None, None, None, grad_W_enc, grad_b_enc, -(grad_b_enc @ W_enc) if ctx.subtracts_b_dec else None
 
@@ -115,46 +115,50 @@ class _TritonDecode(torch.autograd.Function):
     """x_hat with its gradient to the values; none to W_dec."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, kept: KeptEntries, W_dec: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, entries: ActiveEntries, W_dec: Tensor) -> Tensor:
         ctx.save_for_backward(W_dec)
-        ctx.kept = kept
-        return _sums_of_rows(values, kept.latent, kept.row_start, W_dec)
+        ctx.entries = entries
+        return _sums_of_rows(values, entries.latent, entries.row_start, W_dec)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (W_dec,), kept = ctx.saved_tensors, ctx.kept
-        return active.triton_kernels().entry_dots(grads[0], kept.row, W_dec, kept.latent, kept.by_latent), None, None
+        (W_dec,), entries = ctx.saved_tensors, ctx.entries
+        return (
+            active.triton_kernels().entry_dots(grads[0], entries.row, W_dec, entries.latent, entries.by_latent),
+            None,
+            None,
+        )
 
 
 class _WithDecoderGradient(torch.autograd.Function):
     """x_hat as it is; backward passes its gradient on and gives W_dec the sum by latent."""
 
     @staticmethod
-    def forward(ctx: Any, x_hat: Tensor, values: Tensor, kept: KeptEntries, W_dec: Tensor) -> Tensor:
+    def forward(ctx: Any, x_hat: Tensor, values: Tensor, entries: ActiveEntries, W_dec: Tensor) -> Tensor:
         ctx.save_for_backward(values)
-        ctx.kept = kept
+        ctx.entries = entries
         return x_hat.view_as(x_hat)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         (values,) = ctx.saved_tensors
-        to_W_dec = _sum_by_latent(values, ctx.kept, grads[0].contiguous()) if ctx.needs_input_grad[3] else None
+        to_W_dec = _sum_by_latent(values, ctx.entries, grads[0].contiguous()) if ctx.needs_input_grad[3] else None
         return grads[0], None, None, to_W_dec
 
 
-def _csr_pattern(kept: KeptEntries, like: Tensor) -> Tensor:
+def _csr_pattern(entries: ActiveEntries, like: Tensor) -> Tensor:
     with warnings.catch_warnings():  # that CSR tensors are in beta state
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(
-            kept.row_start, kept.latent, like.new_zeros(len(kept.latent)), size=(len(like), kept.d_sae)
+            entries.row_start, entries.latent, like.new_zeros(len(entries.latent)), size=(len(like), entries.d_sae)
         )
 
 
 def _sum_by_latent(
-    values: Float[Tensor, " kept"], kept: KeptEntries, rows: Float[Tensor, "batch d_in"]
+    values: Float[Tensor, " active"], entries: ActiveEntries, rows: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, "d_sae d_in"]:
-    """Latent i is the sum of values[j] * rows[row[j]] over its kept entries j: a weight gradient."""
-    return _sums_of_rows(values.index_select(0, kept.by_latent), kept.row_by_latent, kept.latent_start, rows)
+    """Latent i is the sum of values[j] * rows[row[j]] over its active entries j: a weight gradient."""
+    return _sums_of_rows(values.index_select(0, entries.by_latent), entries.row_by_latent, entries.latent_start, rows)
 
 
 def _sums_of_rows(

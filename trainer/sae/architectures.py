@@ -16,35 +16,35 @@ from torch import Tensor
 
 from trainer.config.settings import TRANSCODERS, SAEConfig, subtracts_b_dec
 from trainer.kernels import active, select, sparse
-from trainer.kernels.active import KeptEntries, Workspace
+from trainer.kernels.active import ActiveEntries, Workspace
 from trainer.sae import activations
 
 Weights = Mapping[str, Tensor]
 LATENTS_AT_ONCE = 512  # whose pre-activations on the whole sample are in memory together
-DENSEST_SPARSE = 1 / 8  # share of kept entries above which gathering costs more than the dense products
+DENSEST_SPARSE = 1 / 8  # share of active entries above which gathering costs more than the dense products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SAEOutput:
     """What the forward pass of training hands to the losses.
 
-    pre_acts, feature_acts: of the kept entries, one after another, or of all entries [batch, d_sae] where kept is None;
-    pre_acts of gated are those of its gate. encoder_input: what W_enc multiplied, x or x - b_dec. prefix_x_hats: of
-    matryoshka_batchtopk, x_hat from each prefix of the latents; the last is x_hat.
+    pre_acts, feature_acts: of the active entries, one after another; of all entries, [batch, d_sae], where `entries` is
+    None. pre_acts of gated are those of its gate. encoder_input: what W_enc multiplied, x or x - b_dec. prefix_x_hats:
+    of matryoshka_batchtopk, x_hat from each prefix of the latents; the last is x_hat.
     """
 
     pre_acts: Float[Tensor, "*entries"]
     feature_acts: Float[Tensor, "*entries"]
-    kept: KeptEntries | None
+    entries: ActiveEntries | None
     encoder_input: Float[Tensor, "batch d_in"]
     x_hat: Float[Tensor, "batch d_out"]
     prefix_x_hats: Float[Tensor, "prefix batch d_in"] | None = None
 
     def firing_counts(self) -> Int[Tensor, " d_sae"]:
         """How many rows of the batch each latent is active in."""
-        if self.kept is None:
+        if self.entries is None:
             return torch.count_nonzero(self.feature_acts, dim=0)
-        return active.firing_counts(self.feature_acts, self.kept)
+        return active.firing_counts(self.feature_acts, self.entries)
 
 
 def initial_weights(
@@ -117,8 +117,8 @@ def forward(
 def _standard(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = ReLU(x W_enc^T + b_enc); x_hat = f W_dec + b_dec (Anthropic, "Circuits Updates - April 2024")."""
     all_pre_acts = select.encoder_pre_acts(x, weights["W_enc"], weights["b_enc"], workspace)
-    pre_acts, kept = _sparse_if_few(all_pre_acts, all_pre_acts.new_zeros(()), x, weights["W_enc"], weights["b_enc"])
-    return _decoded(pre_acts, activations.relu(pre_acts), kept, weights, x)
+    pre_acts, entries = _sparse_if_few(all_pre_acts, all_pre_acts.new_zeros(()), x, weights["W_enc"], weights["b_enc"])
+    return _decoded(pre_acts, activations.relu(pre_acts), entries, weights, x)
 
 
 def _skip_transcoder(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
@@ -130,31 +130,31 @@ def _skip_transcoder(config: SAEConfig, weights: Weights, x: Tensor, k: int, wor
 def _topk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = ReLU(TopK_k((x - b_dec) W_enc^T + b_enc)) (Gao et al. 2024, arXiv:2406.04093)."""
     encoder_input = x - weights["b_dec"].detach()
-    pre_acts, kept = _topk_kept(config, weights, encoder_input, k, workspace, by_magnitude=False)
-    return _decoded(pre_acts, activations.relu(pre_acts), kept, weights, encoder_input)
+    pre_acts, entries = _topk_active(config, weights, encoder_input, k, workspace, by_magnitude=False)
+    return _decoded(pre_acts, activations.relu(pre_acts), entries, weights, encoder_input)
 
 
 def _abstopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = the k entries of (x - b_dec) W_enc^T + b_enc of largest magnitude, with their sign (arXiv:2510.00404)."""
     encoder_input = x - weights["b_dec"].detach()
-    pre_acts, kept = _topk_kept(config, weights, encoder_input, k, workspace, by_magnitude=True)
-    return _decoded(pre_acts, pre_acts, kept, weights, encoder_input)
+    pre_acts, entries = _topk_active(config, weights, encoder_input, k, workspace, by_magnitude=True)
+    return _decoded(pre_acts, pre_acts, entries, weights, encoder_input)
 
 
-def _topk_kept(
+def _topk_active(
     config: SAEConfig, weights: Weights, encoder_input: Tensor, k: int, workspace: Workspace, *, by_magnitude: bool
-) -> tuple[Tensor, KeptEntries]:
-    """(pre-activations of the kept entries, which they are)."""
+) -> tuple[Tensor, ActiveEntries]:
+    """(pre-activations of the active entries, and which entries those are)."""
     ranked = _to_be_ranked(config, encoder_input, weights)
     values, latents = select.topk_pre_acts(*ranked, k, workspace, by_magnitude=by_magnitude)
-    kept = kept_topk(latents, config.d_sae)
-    return _exact_pre_acts(config, values.flatten(), kept, weights, encoder_input), kept
+    entries = topk_entries(latents, config.d_sae)
+    return _exact_pre_acts(config, values.flatten(), entries, weights, encoder_input), entries
 
 
 def _batchtopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = BatchTopK_k((x - b_dec) W_enc^T + b_enc) (Bussmann et al. 2024, arXiv:2412.06410)."""
-    encoder_input, feature_acts, kept = _batchtopk_kept(config, weights, x, k, workspace)
-    return _decoded(feature_acts, feature_acts, kept, weights, encoder_input)
+    encoder_input, feature_acts, entries = _batchtopk_active(config, weights, x, k, workspace)
+    return _decoded(feature_acts, feature_acts, entries, weights, encoder_input)
 
 
 def _matryoshka(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
@@ -163,38 +163,38 @@ def _matryoshka(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspac
     What the latents between two prefixes add is decoded as rows of its own: each entry is gathered once.
     """
     assert config.matryoshka_widths is not None
-    encoder_input, feature_acts, kept = _batchtopk_kept(config, weights, x, k, workspace)
+    encoder_input, feature_acts, entries = _batchtopk_active(config, weights, x, k, workspace)
     widths, batch = config.matryoshka_widths, len(x)
     n_parts = len(widths)
     # compared with numbers: a tensor of the widths would be copied to the device at each step
-    part = torch.stack([kept.latent >= width for width in widths]).sum(0)
+    part = torch.stack([entries.latent >= width for width in widths]).sum(0)
     by_part = part.argsort(stable=True)
-    parted = KeptEntries.of(
-        (part * batch + kept.row)[by_part], kept.latent[by_part], batch=n_parts * batch, d_sae=config.d_sae
+    parted = ActiveEntries.of(
+        (part * batch + entries.row)[by_part], entries.latent[by_part], batch=n_parts * batch, d_sae=config.d_sae
     )
     added = sparse.sparse_decode(feature_acts[by_part], parted, weights["W_dec"]).view(n_parts, batch, -1)
     prefix_x_hats = weights["b_dec"] + added.cumsum(0)
     return SAEOutput(
         pre_acts=feature_acts,
         feature_acts=feature_acts,
-        kept=kept,
+        entries=entries,
         encoder_input=encoder_input,
         x_hat=prefix_x_hats[-1],
         prefix_x_hats=prefix_x_hats,
     )
 
 
-def _batchtopk_kept(
+def _batchtopk_active(
     config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace
-) -> tuple[Tensor, Tensor, KeptEntries]:
-    """(encoder input, feature_acts of the kept entries, which they are)."""
+) -> tuple[Tensor, Tensor, ActiveEntries]:
+    """(encoder input, feature_acts of the active entries, and which entries those are)."""
     encoder_input = x - weights["b_dec"].detach()
     ranked = _to_be_ranked(config, encoder_input, weights)
     all_pre_acts = select.encoder_pre_acts(*ranked, workspace)
     row, latent = select.batch_topk_entries(all_pre_acts, k)
-    kept = KeptEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
-    pre_acts = _exact_pre_acts(config, all_pre_acts[row, latent], kept, weights, encoder_input)
-    return encoder_input, activations.relu(pre_acts), kept
+    entries = ActiveEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
+    pre_acts = _exact_pre_acts(config, all_pre_acts[row, latent], entries, weights, encoder_input)
+    return encoder_input, activations.relu(pre_acts), entries
 
 
 def _to_be_ranked(config: SAEConfig, encoder_input: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,22 +206,22 @@ def _to_be_ranked(config: SAEConfig, encoder_input: Tensor, weights: Weights) ->
 
 
 def _exact_pre_acts(
-    config: SAEConfig, values: Tensor, kept: KeptEntries, weights: Weights, encoder_input: Tensor
-) -> Float[Tensor, " kept"]:
-    """Of the kept entries, with gradient; values: as they were compared."""
+    config: SAEConfig, values: Tensor, entries: ActiveEntries, weights: Weights, encoder_input: Tensor
+) -> Float[Tensor, " active"]:
+    """Of the active entries, with gradient; values: as they were compared."""
     if config.encoder_dtype == "bfloat16":
-        values = sparse.entry_pre_acts(kept, encoder_input, weights["W_enc"], weights["b_enc"])
-    return kept_pre_acts(values, kept, weights, encoder_input, config)
+        values = sparse.entry_pre_acts(entries, encoder_input, weights["W_enc"], weights["b_enc"])
+    return active_pre_acts(values, entries, weights, encoder_input, config)
 
 
 def _gated(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = 1[pi > 0] ReLU(exp(r_mag) u + b_mag), u = (x - b_dec) W_enc^T, pi = u + b_gate (arXiv:2404.16014)."""
     W_enc, b_gate, encoder_input = weights["W_enc"], weights["b_gate"], x - weights["b_dec"].detach()
     all_gates = select.encoder_pre_acts(encoder_input, W_enc, b_gate, workspace)
-    gate, kept = _sparse_if_few(all_gates, all_gates.new_zeros(()), encoder_input, W_enc, b_gate, weights["b_dec"])
-    u = gate - per_entry(b_gate, kept)
-    magnitude = u * per_entry(weights["r_mag"].exp(), kept) + per_entry(weights["b_mag"], kept)
-    return _decoded(gate, activations.relu(magnitude) * (gate > 0), kept, weights, encoder_input)
+    gate, entries = _sparse_if_few(all_gates, all_gates.new_zeros(()), encoder_input, W_enc, b_gate, weights["b_dec"])
+    u = gate - per_entry(b_gate, entries)
+    magnitude = u * per_entry(weights["r_mag"].exp(), entries) + per_entry(weights["b_mag"], entries)
+    return _decoded(gate, activations.relu(magnitude) * (gate > 0), entries, weights, encoder_input)
 
 
 def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
@@ -236,11 +236,11 @@ def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace:
     bandwidth, threshold = config.jumprelu_bandwidth, weights["threshold"]
     all_pre_acts = select.encoder_pre_acts(x, W_enc, b_enc, workspace)
     if config.pre_act_loss_coefficient:  # reaches every latent below its threshold
-        pre_acts, kept = sparse.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, None), None
+        pre_acts, entries = sparse.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, None), None
     else:
-        pre_acts, kept = _sparse_if_few(all_pre_acts, threshold.detach() - bandwidth, x, W_enc, b_enc)
-    feature_acts = activations.jumprelu(pre_acts, per_entry(threshold, kept), bandwidth)
-    return _decoded(pre_acts, feature_acts, kept, weights, x)
+        pre_acts, entries = _sparse_if_few(all_pre_acts, threshold.detach() - bandwidth, x, W_enc, b_enc)
+    feature_acts = activations.jumprelu(pre_acts, per_entry(threshold, entries), bandwidth)
+    return _decoded(pre_acts, feature_acts, entries, weights, x)
 
 
 _FORWARD: dict[str, Callable[[SAEConfig, Weights, Tensor, int, Workspace], SAEOutput]] = {
@@ -257,50 +257,54 @@ _FORWARD: dict[str, Callable[[SAEConfig, Weights, Tensor, int, Workspace], SAEOu
 }
 
 
-def per_entry(per_latent: Float[Tensor, " d_sae"], kept: KeptEntries | None) -> Float[Tensor, "..."]:
+def per_entry(per_latent: Float[Tensor, " d_sae"], entries: ActiveEntries | None) -> Float[Tensor, "..."]:
     """A value of each latent, to go with each entry of pre_acts or feature_acts."""
-    return per_latent if kept is None else per_latent.index_select(0, kept.latent)
+    return per_latent if entries is None else per_latent.index_select(0, entries.latent)
 
 
-def kept_topk(latents: Int[Tensor, "batch k"], d_sae: int) -> KeptEntries:
+def topk_entries(latents: Int[Tensor, "batch k"], d_sae: int) -> ActiveEntries:
     """k entries in every row, given their latents."""
     batch, k = latents.shape
     row = torch.arange(batch, device=latents.device).repeat_interleave(k)
-    return KeptEntries.of(row, latents.flatten(), batch=batch, d_sae=d_sae)
+    return ActiveEntries.of(row, latents.flatten(), batch=batch, d_sae=d_sae)
 
 
-def kept_pre_acts(
-    values: Float[Tensor, " kept"],
-    kept: KeptEntries,
+def active_pre_acts(
+    values: Float[Tensor, " active"],
+    entries: ActiveEntries,
     weights: Weights,
     encoder_input: Float[Tensor, "batch d_in"],
     config: SAEConfig,
-) -> Float[Tensor, " kept"]:
-    """Pre-activations of the kept entries with their gradient to W_enc, b_enc and, where it is subtracted, b_dec."""
+) -> Float[Tensor, " active"]:
+    """Pre-activations of the active entries with their gradient to W_enc, b_enc and, where it is subtracted, b_dec."""
     b_dec = weights["b_dec"] if subtracts_b_dec(config.architecture) else None
-    return sparse.kept_pre_acts(values, kept, encoder_input, weights["W_enc"], weights["b_enc"], b_dec)
+    return sparse.active_pre_acts(values, entries, encoder_input, weights["W_enc"], weights["b_enc"], b_dec)
 
 
 def _sparse_if_few(
     all_pre_acts: Tensor, cut: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None
-) -> tuple[Tensor, KeptEntries | None]:
+) -> tuple[Tensor, ActiveEntries | None]:
     """The pre-activations above `cut` where they are few, else all of them; with gradients, as `kernels` gives them."""
     batch, d_sae = all_pre_acts.shape
-    is_kept = select.above(all_pre_acts, cut)
-    n_kept = active.n_true(is_kept)  # worth CUDA's wait: without it every step would be dense, five times the FLOPs
-    if n_kept > DENSEST_SPARSE * batch * d_sae:
+    is_active = select.exceeds(all_pre_acts, cut)
+    n_active = active.count_true(
+        is_active
+    )  # worth CUDA's wait: without it every step would be dense, five times the FLOPs
+    if n_active > DENSEST_SPARSE * batch * d_sae:
         return sparse.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, b_dec), None
-    row, latent = active.true_entries(is_kept, n_kept)
-    kept = KeptEntries.of(row, latent, batch=batch, d_sae=d_sae)
+    row, latent = active.indices_of_true(is_active, n_active)
+    entries = ActiveEntries.of(row, latent, batch=batch, d_sae=d_sae)
     values = all_pre_acts[row, latent]
-    return sparse.kept_pre_acts(values, kept, x, W_enc, b_enc, b_dec), kept
+    return sparse.active_pre_acts(values, entries, x, W_enc, b_enc, b_dec), entries
 
 
 def _decoded(
-    pre_acts: Tensor, feature_acts: Tensor, kept: KeptEntries | None, weights: Weights, encoder_input: Tensor
+    pre_acts: Tensor, feature_acts: Tensor, entries: ActiveEntries | None, weights: Weights, encoder_input: Tensor
 ) -> SAEOutput:
-    if kept is None:
+    if entries is None:
         x_hat = torch.addmm(weights["b_dec"], feature_acts, weights["W_dec"])
     else:
-        x_hat = sparse.sparse_decode(feature_acts, kept, weights["W_dec"]) + weights["b_dec"]
-    return SAEOutput(pre_acts=pre_acts, feature_acts=feature_acts, kept=kept, encoder_input=encoder_input, x_hat=x_hat)
+        x_hat = sparse.sparse_decode(feature_acts, entries, weights["W_dec"]) + weights["b_dec"]
+    return SAEOutput(
+        pre_acts=pre_acts, feature_acts=feature_acts, entries=entries, encoder_input=encoder_input, x_hat=x_hat
+    )

@@ -12,7 +12,7 @@ from trainer.config.settings import TRANSCODERS, SAEConfig
 from trainer.kernels import active, select, sparse
 from trainer.kernels.active import Workspace
 from trainer.sae import activations
-from trainer.sae.architectures import SAEOutput, Weights, kept_pre_acts, kept_topk, per_entry
+from trainer.sae.architectures import SAEOutput, Weights, active_pre_acts, per_entry, topk_entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -85,17 +85,19 @@ def aux_k_loss(
     nothing = error.new_zeros(())
     if dead is None or config.k_aux == 0 or config.aux_coefficient == 0:
         return nothing
-    n_dead = active.n_true(dead)  # worth CUDA's wait: the encoder of all latents and k_aux a row would cost far more
+    n_dead = active.count_true(
+        dead
+    )  # worth CUDA's wait: the encoder of all latents and k_aux a row would cost far more
     if n_dead == 0:
         return nothing
     k_aux = min(config.k_aux, n_dead)
-    _, dead_latents = active.true_entries(dead[None], n_dead)
+    _, dead_latents = active.indices_of_true(dead[None], n_dead)
     W_enc, b_enc = weights["W_enc"].detach()[dead_latents], weights["b_enc"].detach()[dead_latents]
     signed = config.architecture == "abstopk"
     values, which = select.topk_pre_acts(output.encoder_input, W_enc, b_enc, k_aux, workspace, by_magnitude=signed)
-    kept = kept_topk(dead_latents[which], config.d_sae)
-    pre_acts = kept_pre_acts(values.flatten(), kept, weights, output.encoder_input, config)
-    e_hat = sparse.sparse_decode(pre_acts if signed else activations.relu(pre_acts), kept, weights["W_dec"])
+    entries = topk_entries(dead_latents[which], config.d_sae)
+    pre_acts = active_pre_acts(values.flatten(), entries, weights, output.encoder_input, config)
+    e_hat = sparse.sparse_decode(pre_acts if signed else activations.relu(pre_acts), entries, weights["W_dec"])
     weight = config.aux_coefficient * k_aux / config.k_aux
     error = error.detach()
     return weight * _sum_squares(e_hat + error) * _reciprocal_or_zero(_sum_squares(error))
@@ -106,10 +108,10 @@ def _gate_loss(
 ) -> Float[Tensor, ""]:
     """E||x - x_hat(ReLU(pi))||^2, whose decoder gets no gradient: it trains the gate (arXiv:2404.16014, eq. 8)."""
     gate, W_dec, b_dec = activations.relu(output.pre_acts), weights["W_dec"].detach(), weights["b_dec"].detach()
-    if output.kept is None:
+    if output.entries is None:
         x_hat = torch.addmm(b_dec, gate, W_dec)
     else:
-        x_hat = sparse.sparse_decode(gate, output.kept, W_dec) + b_dec
+        x_hat = sparse.sparse_decode(gate, output.entries, W_dec) + b_dec
     return _sum_squares(x_hat - x) / len(x)
 
 
@@ -119,7 +121,7 @@ def _pre_act_loss(
     """lambda_P E sum_i ReLU(theta_i - h_i) ||d_i||: pulls silent latents back (Anthropic, January 2025 update)."""
     if not config.pre_act_loss_coefficient:
         return output.x_hat.new_zeros(())
-    below = activations.relu(weights["threshold"] - output.pre_acts)  # all of them: kept is None
+    below = activations.relu(weights["threshold"] - output.pre_acts)  # all of them: entries is None
     return config.pre_act_loss_coefficient * (below.sum(0) @ weights["W_dec"].norm(dim=1)) / len(x)
 
 
@@ -130,7 +132,7 @@ def _gate_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Te
 
 def _weighted_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
     """E sum_i f_i ||d_i||: shrinking f while growing d_i gains nothing."""
-    return (output.feature_acts * per_entry(weights["W_dec"].norm(dim=1), output.kept)).sum() / len(output.x_hat)
+    return (output.feature_acts * per_entry(weights["W_dec"].norm(dim=1), output.entries)).sum() / len(output.x_hat)
 
 
 def _jumprelu_penalty(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
@@ -141,10 +143,10 @@ def _jumprelu_penalty(config: SAEConfig, weights: Weights, output: SAEOutput) ->
     """
     if config.jumprelu_sparsity_loss_mode == "tanh":
         assert config.jumprelu_tanh_scale is not None
-        norms = per_entry(weights["W_dec"].norm(dim=1), output.kept)
+        norms = per_entry(weights["W_dec"].norm(dim=1), output.entries)
         return (config.jumprelu_tanh_scale * output.feature_acts * norms).tanh().sum() / len(output.x_hat)
     assert config.jumprelu_bandwidth is not None
-    threshold = per_entry(weights["threshold"], output.kept)
+    threshold = per_entry(weights["threshold"], output.entries)
     l0 = activations.heaviside(output.pre_acts, threshold, config.jumprelu_bandwidth).sum() / len(output.x_hat)
     if config.jumprelu_sparsity_loss_mode == "step":
         return l0
@@ -156,7 +158,7 @@ def _crosscoder_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Fl
     """E sum_i f_i sum_l ||d_i^l||: the norm of each hook's part of a decoder row, added (Lindsey et al. 2024)."""
     parts = weights["W_dec"].split(list(config.hook_widths or ()), dim=1)
     norms = torch.stack([part.norm(dim=1) for part in parts]).sum(0)
-    return (output.feature_acts * per_entry(norms, output.kept)).sum() / len(output.x_hat)
+    return (output.feature_acts * per_entry(norms, output.entries)).sum() / len(output.x_hat)
 
 
 _PENALTY: dict[str, Callable[[SAEConfig, Weights, SAEOutput], Tensor]] = {

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.files import remove_partials, write_atomically
+from actcache.files import remove_leftovers, write_atomically
 from trainer.config.settings import SAEConfig
 from trainer.training.step import TrainState, initial_state
 
@@ -46,7 +46,7 @@ def save_checkpoint(state: TrainState, folder: Path, *, keep: int = 1) -> Path:
         "step": state.step,
         "n_tokens": state.n_tokens,
         "config_sha256": config_sha256(state.config),
-        "optimizer": [_numbers(group) for group in state.optimiser.param_groups],
+        "optimizer": [_numbers(group) for group in state.optimizer.param_groups],
     }
     write_atomically(path, [save(_tensors(state), {"state": json.dumps(counters)})])
     others = [other for other in _checkpoints(folder) if other != path]
@@ -60,7 +60,7 @@ def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = 
 
     Raises ManifestError for a damaged file, CacheMismatch for a checkpoint of another config.
     """
-    remove_partials(path.parent)
+    remove_leftovers(path.parent)
     state = initial_state(config, torch.zeros(config.d_out, device=device))
     try:
         with safe_open(path, framework="pt") as file:
@@ -96,7 +96,7 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     tensors = {"tokens_since_fired": state.tokens_since_fired}
     for name, weight in state.weights.items():
         tensors[f"weights/{name}"] = weight.detach()
-        for what, tensor in state.optimiser.state[weight].items():
+        for what, tensor in state.optimizer.state[weight].items():
             tensors[f"optimizer/{name}/{what}"] = tensor
     return tensors | {f"average/{name}": average for name, average in state.average.items()}
 
@@ -107,14 +107,14 @@ def _fill(state: TrainState, stored: dict[str, Tensor], groups: Sequence[Mapping
     for name, weight in state.weights.items():
         with torch.no_grad():
             weight.copy_(stored[f"weights/{name}"])
-        state.optimiser.state[weight] = {
+        state.optimizer.state[weight] = {
             key.removeprefix(f"optimizer/{name}/"): _fitting(tensor, weight, key)
             for key, tensor in stored.items()
             if key.startswith(f"optimizer/{name}/")
         }
         if f"average/{name}" in stored:
             state.average[name] = _fitting(stored[f"average/{name}"], weight, f"average/{name}")
-    for group, numbers in zip(state.optimiser.param_groups, groups, strict=True):
+    for group, numbers in zip(state.optimizer.param_groups, groups, strict=True):
         group.update(numbers)
 
 

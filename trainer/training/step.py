@@ -13,15 +13,15 @@ from actcache.flow import Batch
 from trainer.config.settings import PENALISED, SAEConfig, ScaledHook
 from trainer.kernels import active
 from trainer.kernels.active import Workspace
-from trainer.kernels.select import batch_topk_kept, encoder_pre_acts
+from trainer.kernels.select import batch_topk_active, encoder_pre_acts
 from trainer.sae.architectures import SAEOutput, forward, initial_weights
 from trainer.sae.losses import LossTerms, loss_terms
 from trainer.sae.metrics import explained_variance
-from trainer.training.optimiser import (
+from trainer.training.optimizer import (
     clip_gradients_,
     k_at,
     lr_at,
-    optimizer,
+    new_optimizer,
     remove_parallel_gradient_,
     schedule_free_average,
     sparsity_coefficient_at,
@@ -36,13 +36,13 @@ _PENALTY_KEY = {name: "losses/l0_loss" if name == "jumprelu" else "losses/l1_los
 class TrainState:
     """All that changes while an SAE trains, and so all that a checkpoint holds (with the config's hash).
 
-    step: optimiser steps done. n_tokens: rows seen. tokens_since_fired: rows seen since each latent was last active.
+    step: optimizer steps done. n_tokens: rows seen. tokens_since_fired: rows seen since each latent was last active.
     average: running average of the weights where the config has an ema_decay, empty before the first step.
     """
 
     config: SAEConfig
     weights: dict[str, Tensor]
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     average: dict[str, Tensor]
     step: int
     n_tokens: int
@@ -84,7 +84,7 @@ def initial_state(
     return TrainState(
         config=config,
         weights=weights,
-        optimiser=optimizer(config, weights),
+        optimizer=new_optimizer(config, weights),
         average={},
         step=0,
         n_tokens=0,
@@ -99,7 +99,7 @@ def train_step(
     *,
     y: Float[Tensor, "batch d_out"] | None = None,
 ) -> StepOutcome:
-    """One optimiser step on x, float32 and scaled as the config's `inputs` say.
+    """One optimizer step on x, float32 and scaled as the config's `inputs` say.
 
     y: what is to be reconstructed, scaled as its `outputs` say; x if None.
 
@@ -190,7 +190,7 @@ def learned_weights(state: TrainState) -> dict[str, Tensor]:
     if state.average:
         learned = dict(state.average)
     elif config.optimizer == "schedule_free" and state.step > 0:
-        iterates = {name: state.optimiser.state[weight]["z"] for name, weight in state.weights.items()}
+        iterates = {name: state.optimizer.state[weight]["z"] for name, weight in state.weights.items()}
         learned = {name: schedule_free_average(config, w, iterates[name]) for name, w in state.weights.items()}
     else:
         return {name: weight.detach() for name, weight in state.weights.items()}
@@ -219,7 +219,7 @@ def calibrated_threshold(
     smallest = []
     for x in batches:
         pre_acts = encoder_pre_acts(x - weights["b_dec"], weights["W_enc"], weights["b_enc"], workspace)
-        kept = pre_acts[batch_topk_kept(pre_acts, k)]
+        kept = pre_acts[batch_topk_active(pre_acts, k)]
         if len(kept) > 0:
             smallest.append(kept.min())
     return torch.stack(smallest).mean() if smallest else state.weights["b_dec"].new_zeros(())
@@ -232,10 +232,10 @@ def _update_weights(state: TrainState, lr: float) -> None:
         remove_parallel_gradient_(W_dec)
     if config.max_grad_norm is not None:
         clip_gradients_(state.weights.values(), config.max_grad_norm)
-    for group in state.optimiser.param_groups:
+    for group in state.optimizer.param_groups:
         group["lr"] = lr
-    state.optimiser.step()
-    state.optimiser.zero_grad(set_to_none=True)
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
     if config.has_unit_norm_decoder:
         unit_norm_rows_(W_dec)
     if "threshold" in state.weights:

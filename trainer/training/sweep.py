@@ -32,7 +32,7 @@ from trainer.kernels.active import Workspace
 from trainer.run_folder import CHECKPOINTS, CONFIG_FILE, SAE_FOLDER, check_folder, check_out, is_over, write_json
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
-from trainer.training.optimiser import check_optimizer
+from trainer.training.optimizer import check_optimizer
 from trainer.training.plan import SweepPlan, free_memory, plan_passes
 from trainer.training.run import Run, RunRecord, saved_step, stored_record
 from trainer.training.step import TrainState, calibrated_threshold, inference_weights, initial_state, scaled_rows

@@ -107,6 +107,6 @@ def test_a_docstring_follows_the_name_of_its_object(documents):
 
 
 def test_another_process_reads_the_same_documents_and_imports_no_module(documents):
-    command = [sys.executable, "-c", READ_DOCUMENTS, str(bundled_model_path().parent / "bundled.py")]
+    command = [sys.executable, "-c", READ_DOCUMENTS, str(bundled_model_path().parent / "documents.py")]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.split() == [hashlib.sha256("".join(documents).encode()).hexdigest(), "set()"]

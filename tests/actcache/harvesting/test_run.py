@@ -15,7 +15,7 @@ from support.places import CHILD
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, DatasetError, ManifestError, NonFiniteActivations
-from actcache.harvesting import run
+from actcache.harvesting import loop
 from actcache.harvesting.window import Window
 from actcache.integrity.verify import verify
 from actcache.models.huggingface import HuggingFaceModel
@@ -272,12 +272,12 @@ def test_empty_text_is_refused(tiny_model, tmp_path):
 
 
 def test_overflow_of_the_stored_dtype_stops_with_the_token_range(tiny_model, tiny_texts, tmp_path, monkeypatch):
-    real = HuggingFaceModel.show
+    real = HuggingFaceModel.run_until
 
-    def loud(self, token_ids, hook_names, see):
-        real(self, token_ids, hook_names, lambda name, x: see(name, x * 1e6))
+    def loud(self, token_ids, hook_names, on_activation):
+        real(self, token_ids, hook_names, lambda name, x: on_activation(name, x * 1e6))
 
-    monkeypatch.setattr(HuggingFaceModel, "show", loud)
+    monkeypatch.setattr(HuggingFaceModel, "run_until", loud)
     with pytest.raises(NonFiniteActivations, match=r"as float16 for \d+ tokens between \d+ and \d+ of train"):
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", dtype="float16")
 
@@ -293,7 +293,7 @@ def test_a_full_disk_stops_cleanly_and_resumes(tiny_model, tiny_texts, tiny_cach
             raise OSError(28, "No space left on device")
         return real(path, parts)
 
-    for module in ("actcache.store.zarr_metadata", "actcache.harvesting.run"):
+    for module in ("actcache.store.shard_file", "actcache.store.zarr_metadata", "actcache.harvesting.run"):
         monkeypatch.setattr(sys.modules[module], "write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c")
@@ -359,7 +359,7 @@ def test_a_model_that_leaves_no_core_has_one_window_and_the_same_bytes(
 ):
     """torch runs on one thread here."""
     made = []
-    monkeypatch.setattr(run, "Window", lambda *args: made.append(Window(*args)) or made[-1])
+    monkeypatch.setattr(loop, "Window", lambda *args: made.append(Window(*args)) or made[-1])
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c")
     assert len(made) == n_windows

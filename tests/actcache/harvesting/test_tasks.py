@@ -14,7 +14,7 @@ from actcache.errors import CacheLocked, CacheMismatch, ConfigError, DatasetErro
 from actcache.integrity.verify import verify
 from actcache.store.cache import open_cache
 from actcache.store.journal import Journal
-from actcache.store.locks import settling
+from actcache.store.locks import exclusive
 
 TOKENS = 2000
 
@@ -257,7 +257,7 @@ def test_settling_waits_for_the_one_before(tmp_path):
 
     (tmp_path / "manifest").mkdir()
     order = []
-    with settling(tmp_path):
+    with exclusive(tmp_path):
         thread = threading.Thread(target=lambda: order.append(_settled(tmp_path)))
         thread.start()
         thread.join(0.2)
@@ -267,5 +267,5 @@ def test_settling_waits_for_the_one_before(tmp_path):
 
 
 def _settled(root: Path) -> bool:
-    with settling(root):
+    with exclusive(root):
         return True

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny_caches import HOOKS, harvest_tiny
 
-from actcache.loading.buffers import KEPT, STAGED_CHUNKS, WILL_NEED_CHUNKS, DeviceRoom, Recycler, will_need
+from actcache.loading.buffers import KEPT, STAGED_CHUNKS, WILL_NEED_CHUNKS, BufferPool, DeviceBuffers, will_need
 from actcache.loading.loader import Loader
 from actcache.loading.mixture import Mixture
 from actcache.store.reader import HookReader
@@ -68,16 +68,16 @@ def test_rows_come_back_from_device_groups_in_the_order_asked(cache, fake_cuda, 
     reader = cache.hook_reader("train", HOOKS[0])
     n_chunks = STAGED_CHUNKS + 3  # every staging buffer serves, some twice
     n_served = int(kept * n_chunks * reader.chunk_rows)
-    room = DeviceRoom(reader, torch.device("cpu"), group_chunks=n_chunks)
-    group = room.group()
+    room = DeviceBuffers(reader, torch.device("cpu"), group_chunks=n_chunks)
+    group = room.new_group()
     chunks = np.random.default_rng(0).permutation(reader.n_chunks)[:n_chunks].tolist()
     served = np.random.default_rng(1).permutation(n_chunks * reader.chunk_rows)[:n_served]
     places = np.full(n_chunks * reader.chunk_rows, n_served)
     places[served] = np.arange(n_served)
     group.expect(places)
     for number in reversed(range(n_chunks)):
-        group.put(number, chunks[number])
-    group.landed()
+        group.decode_chunk(number, chunks[number])
+    group.finish()
     parts = [group.rows(10, 40), group.rows(60, 80)]
     whole = reader.read(0, reader.n_rows)
     rows = [chunks[s // reader.chunk_rows] * reader.chunk_rows + s % reader.chunk_rows for s in served.tolist()]
@@ -88,17 +88,17 @@ def test_rows_come_back_from_device_groups_in_the_order_asked(cache, fake_cuda, 
 def test_device_groups_wait_for_each_other_and_for_nothing_else(tiny_cache, fake_cuda):
     log, current = fake_cuda
     reader = tiny_cache.hook_reader("train", HOOKS[0])
-    room = DeviceRoom(reader, torch.device("cpu"), group_chunks=2)
-    group = room.group()
+    room = DeviceBuffers(reader, torch.device("cpu"), group_chunks=2)
+    group = room.new_group()
     copies = room._copies
     assert (copies, "waits for", current) in log, "the memory may still be in use by whoever had it"
     log.clear()
     group.expect(np.arange(2 * reader.chunk_rows))
-    group.put(0, 0)
+    group.decode_chunk(0, 0)
     ((host, _, reused), (recorded_on, _, copied)) = log
     assert (host, recorded_on, reused) == ("host", copies, copied), "staging is written after its last copy"
     log.clear()
-    group.landed()
+    group.finish()
     assert [entry[:2] for entry in log] == [(copies, "records")]
     arrived = log[0][2]
     log.clear()
@@ -107,7 +107,7 @@ def test_device_groups_wait_for_each_other_and_for_nothing_else(tiny_cache, fake
     copied = log[-1][2]
     assert log[-1][:2] == (current, "records")
     log.clear()
-    group.vacate()
+    group.release()
     assert log == [(copies, "waits for", copied)]
 
 
@@ -123,21 +123,21 @@ def test_will_need_asks_for_every_chunk_once_a_bounded_distance_ahead(tiny_cache
 
 
 def test_recycled_memory_is_bounded():
-    recycler = Recycler(100, (7,), "uint16")
-    held = [recycler.lend(100) for _ in range(50)]
+    pool = BufferPool(100, (7,), "uint16")
+    held = [pool.acquire(100) for _ in range(50)]
     assert len({rows.ctypes.data for rows in held}) == 50
     del held
-    assert len(recycler._spare) == KEPT
-    spare = {memory.ctypes.data for memory in recycler._spare}
-    lent = [recycler.lend(3), recycler.lend(100), recycler.lend()]
+    assert len(pool._spare) == KEPT
+    spare = {memory.ctypes.data for memory in pool._spare}
+    lent = [pool.acquire(3), pool.acquire(100), pool.acquire()]
     assert {rows.ctypes.data for rows in lent} == spare
     assert [rows.shape for rows in lent] == [(3, 7), (100, 7), (100, 7)]
     assert not np.shares_memory(lent[0], lent[1])
-    more = recycler.lend()
+    more = pool.acquire()
     del more
-    assert recycler._spare == [], "three are lent"
+    assert pool._spare == [], "three are lent"
     del lent
-    assert len(recycler._spare) == KEPT
+    assert len(pool._spare) == KEPT
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from actcache.errors import CacheMismatch, ConfigError, CorruptShard
 from actcache.flow import Batch
 from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
-from actcache.loading.buffers import HostRoom, Recycler
+from actcache.loading.buffers import BufferPool, HostBuffers
 from actcache.loading.loader import Loader
 from actcache.models.load import wrap_model
 from actcache.store.cache import open_cache
@@ -246,16 +246,16 @@ def test_a_gradient_of_an_earlier_batch_is_its_own(caches):
 @pytest.mark.parametrize("profile", ["lossless", "raw", "float32"])
 def test_a_batch_is_a_part_of_its_group_whose_memory_serves_again(caches, profile, monkeypatch):
     """Three groups take turns: one decodes, one is served, and of one the caller still has the last batch."""
-    made, lend = set(), Recycler.lend
+    made, lend = set(), BufferPool.lend
     whole: dict[int, range] = {}
 
-    def noted(recycler, n_rows=None):
-        rows = lend(recycler, n_rows)
+    def noted(pool, n_rows=None):
+        rows = acquire(pool, n_rows)
         made.add(rows.ctypes.data)
         whole[rows.ctypes.data] = range(rows.ctypes.data, rows.ctypes.data + rows.nbytes)
         return rows
 
-    monkeypatch.setattr(Recycler, "lend", noted)
+    monkeypatch.setattr(BufferPool, "acquire", noted)
     inside = 0
     with Loader(caches[profile], HOOKS[0], batch_tokens=16, group_chunks=2, epochs=3) as loader:
         for batch in loader:
@@ -276,8 +276,8 @@ def test_the_next_group_decodes_while_one_is_served(tiny_cache, monkeypatch):
 
 def test_two_groups_are_all_that_is_ever_made(tiny_cache, monkeypatch):
     made = []
-    group = HostRoom.group
-    monkeypatch.setattr(HostRoom, "group", lambda room: made.append(room) or group(room))
+    new_group = HostBuffers.new_group
+    monkeypatch.setattr(HostBuffers, "new_group", lambda buffers: made.append(buffers) or new_group(buffers))
     rows(Loader(tiny_cache, HOOKS[:2], batch_tokens=100, group_chunks=2, epochs=2))
     assert len(made) == 2 * 2
     rows(Loader(tiny_cache, HOOKS[0], batch_tokens=100))

@@ -163,12 +163,14 @@ def test_hooks_are_shown_in_the_order_of_the_model_and_not_kept(make, request):
     model = request.getfixturevalue(make)("gpt2")
     names = [f"blocks.{layer}.hook_resid_post" for layer in (1, 0)]
     expected, seen = model.activations(TOKENS, names), {}
-    model.show(TOKENS, names, lambda name, x: seen.update({name: (weakref.ref(x), torch.equal(x, expected[name]))}))
+    model.run_until(
+        TOKENS, names, lambda name, x: seen.update({name: (weakref.ref(x), torch.equal(x, expected[name]))})
+    )
     assert list(seen) == names[::-1]
     assert all(equal for _, equal in seen.values())
     assert not any(shown() is not None for shown, _ in seen.values())
     with pytest.raises(ZeroDivisionError):
-        model.show(TOKENS, names, lambda name, x: 1 / 0)
+        model.run_until(TOKENS, names, lambda name, x: 1 / 0)
     assert torch.equal(model.activations(TOKENS, names)[names[0]], expected[names[0]]), "the hooks were removed"
 
 
@@ -379,12 +381,12 @@ def test_a_pass_from_a_stream_that_does_not_fit_is_refused(ours, bridge):
 def test_the_original_pass_shows_what_is_asked_for(backend, request):
     model, seen = request.getfixturevalue(backend)("llama"), {}
     names = hook_names("llama")
-    logits = model.logits(TOKENS, show={name: lambda x, name=name: seen.update({name: x}) for name in names})
+    logits = model.logits(TOKENS, hook_fns={name: lambda x, name=name: seen.update({name: x}) for name in names})
     assert torch.equal(logits, model.logits(TOKENS))
     x = model.activations(TOKENS, names)
     assert all(torch.equal(seen[name], x[name]) for name in names)
     with pytest.raises(ModelError, match="no hook"):
-        model.logits(TOKENS, show={"blocks.1.resid_post": print})
+        model.logits(TOKENS, hook_fns={"blocks.1.resid_post": print})
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt_neox_sequential", "llama", "gemma2", "gemma3_text"])

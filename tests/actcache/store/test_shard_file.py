@@ -8,7 +8,7 @@ import tensorstore
 import zarr
 
 from actcache.errors import CorruptShard
-from actcache.files import remove_partials, write_atomically
+from actcache.files import remove_leftovers, write_atomically
 from actcache.format.arrays import ArraySpec
 from actcache.format.codecs import CODECS, codec
 from actcache.format.paths import shard_key
@@ -149,5 +149,5 @@ def test_partials_of_killed_writers_are_removed(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / ".0.abc.partial").write_bytes(b"torn")
     (tmp_path / "a" / "0").write_bytes(b"whole")
-    remove_partials(tmp_path)
+    remove_leftovers(tmp_path)
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["0"]

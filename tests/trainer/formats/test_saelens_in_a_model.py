@@ -101,7 +101,7 @@ def spliced(model: LanguageModel, sae: SAE) -> Tensor:
         return sae.reconstruct(x.flatten(0, 1))[1].view_as(y)
 
     show = None if source == target else {source: lambda x: seen.update(x=x)}
-    return model.logits_with(token_ids(), target, replace_, show=show)
+    return model.logits_with(token_ids(), target, replace_, hook_fns=show)
 
 
 def close(theirs: Tensor, ours: Tensor) -> bool:

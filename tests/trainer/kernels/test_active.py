@@ -21,7 +21,7 @@ from trainer.config.settings import SAEConfig
 from trainer.kernels import active
 from trainer.kernels.active import Workspace
 from trainer.sae.architectures import initial_weights
-from trainer.training.optimiser import optimizer
+from trainer.training.optimizer import new_optimizer
 from trainer.training.step import StepOutcome, TrainState, train_step
 
 BATCH = 32
@@ -62,7 +62,7 @@ def a_state(config: SAEConfig, n_tokens: int = 0) -> TrainState:
     return TrainState(
         config=config,
         weights=weights,
-        optimiser=optimizer(config, weights),
+        optimizer=new_optimizer(config, weights),
         average={},
         step=0,
         n_tokens=n_tokens,
@@ -92,16 +92,16 @@ def test_a_step_of_the_topk_family_does_not_wait(architecture: str, encoder_dtyp
 
 
 @pytest.mark.usefixtures("_no_device")
-@pytest.mark.parametrize("n_kept", [BATCH, BATCH * 48], ids=["sparse", "dense"])
+@pytest.mark.parametrize("n_active", [BATCH, BATCH * 48], ids=["sparse", "dense"])
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in TOPK_FAMILY])
 def test_the_others_wait_for_the_number_of_kept_entries_alone(
-    architecture: str, n_kept: int, monkeypatch: pytest.MonkeyPatch
+    architecture: str, n_active: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(architecture, max_grad_norm=1.0)
     with pytest.raises(WAITS):
         two_steps(a_state(config))
     asked: list[Tensor] = []
-    monkeypatch.setattr(active, "n_true", lambda mask: asked.append(mask) or n_kept)
+    monkeypatch.setattr(active, "count_true", lambda mask: asked.append(mask) or n_active)
     two_steps(a_state(config))
     assert len(asked) == 2, "once a step"
 
@@ -113,7 +113,7 @@ TANH = {"jumprelu_sparsity_loss_mode": "tanh", "jumprelu_tanh_scale": 4.0}
 @pytest.mark.usefixtures("_no_device")
 @pytest.mark.parametrize("mode", [QUADRATIC, TANH], ids=["quadratic", "tanh"])
 def test_no_mode_of_jumprelu_waits_for_more(mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(active, "n_true", lambda mask: BATCH)
+    monkeypatch.setattr(active, "count_true", lambda mask: BATCH)
     two_steps(a_state(make_config("jumprelu", **mode)))
 
 
@@ -131,7 +131,7 @@ def test_aux_k_waits_for_the_number_of_dead_latents_alone(
     config = make_config(architecture, aux_coefficient=1 / 32, k_aux=8, dead_window=1000)
     with pytest.raises(WAITS):
         two_steps(a_state(config, n_tokens=1001))
-    monkeypatch.setattr(active, "n_true", lambda mask: n_dead)
+    monkeypatch.setattr(active, "count_true", lambda mask: n_dead)
     two_steps(a_state(config, n_tokens=1001))
 
 

@@ -6,16 +6,16 @@ from support.reference import FLOAT64, batch_topk_reference
 from torch import Tensor
 
 from trainer.kernels import active, select, sparse
-from trainer.kernels.active import KeptEntries, Workspace
+from trainer.kernels.active import ActiveEntries, Workspace
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def kept_of(mask: Tensor) -> KeptEntries:
+def kept_of(mask: Tensor) -> ActiveEntries:
     row, latent = mask.nonzero(as_tuple=True)
-    return KeptEntries.of(row, latent, batch=mask.shape[0], d_sae=mask.shape[1])
+    return ActiveEntries.of(row, latent, batch=mask.shape[0], d_sae=mask.shape[1])
 
 
 MASKS = {
@@ -36,21 +36,23 @@ def test_a_sparse_autoencoder_has_the_dense_values_and_gradients(name: str, subt
     x, target = random(batch, d_in), random(batch, d_in, seed=2)
     values = {"W_enc": random(d_sae, d_in, seed=3), "b_enc": random(d_sae, seed=4)}
     values |= {"W_dec": random(d_sae, d_in, seed=5), "b_dec": random(d_in, seed=6)}
-    sparse, dense = ({key: value.clone().requires_grad_() for key, value in values.items()} for _ in range(2))
+    ours, dense = ({key: value.clone().requires_grad_() for key, value in values.items()} for _ in range(2))
 
     encoder_input = dense["b_dec"].neg() + x if subtracts_b_dec else x
     f = (encoder_input @ dense["W_enc"].T + dense["b_enc"]) * mask
     dense_x_hat = f @ dense["W_dec"] + dense["b_dec"]
     (dense_x_hat * target).sum().backward()
 
-    kept = kept_of(mask)
-    b_dec = sparse["b_dec"] if subtracts_b_dec else None
-    acts = sparse.kept_pre_acts(f.detach()[mask], kept, encoder_input.detach(), sparse["W_enc"], sparse["b_enc"], b_dec)
-    x_hat = sparse.sparse_decode(acts, kept, sparse["W_dec"]) + sparse["b_dec"]
+    entries = kept_of(mask)
+    b_dec = ours["b_dec"] if subtracts_b_dec else None
+    acts = sparse.active_pre_acts(
+        f.detach()[mask], entries, encoder_input.detach(), ours["W_enc"], ours["b_enc"], b_dec
+    )
+    x_hat = sparse.sparse_decode(acts, entries, ours["W_dec"]) + ours["b_dec"]
     (x_hat * target).sum().backward()
 
     torch.testing.assert_close(x_hat, dense_x_hat, **FLOAT64)
-    for key, weight in sparse.items():
+    for key, weight in ours.items():
         torch.testing.assert_close(weight.grad, dense[key].grad, msg=lambda text, key=key: f"{key}: {text}", **FLOAT64)
 
 
@@ -92,34 +94,36 @@ def test_topk_by_magnitude_keeps_the_sign(d_sae: int, k: int) -> None:
 
 
 def test_a_detached_decoder_gets_no_gradient() -> None:
-    kept, W_dec = kept_of(MASKS["random"]), random(17, 6).requires_grad_()
-    values = random(len(kept.row), seed=3).requires_grad_()
-    sparse.sparse_decode(values, kept, W_dec.detach()).sum().backward()
+    entries, W_dec = kept_of(MASKS["random"]), random(17, 6).requires_grad_()
+    values = random(len(entries.row), seed=3).requires_grad_()
+    sparse.sparse_decode(values, entries, W_dec.detach()).sum().backward()
     assert W_dec.grad is None
-    torch.testing.assert_close(values.grad, W_dec.detach().sum(1)[kept.latent], **FLOAT64)
+    torch.testing.assert_close(values.grad, W_dec.detach().sum(1)[entries.latent], **FLOAT64)
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_kept_entries_are_indexed_both_ways(name: str) -> None:
     mask = MASKS[name]
-    kept = kept_of(mask)
-    assert kept.row_start.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
-    assert kept.latent_start.tolist() == [0, *mask.sum(0).cumsum(0).tolist()]
-    in_latent_order = list(zip(kept.latent[kept.by_latent].tolist(), kept.row[kept.by_latent].tolist(), strict=True))
+    entries = kept_of(mask)
+    assert entries.row_start.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
+    assert entries.latent_start.tolist() == [0, *mask.sum(0).cumsum(0).tolist()]
+    in_latent_order = list(
+        zip(entries.latent[entries.by_latent].tolist(), entries.row[entries.by_latent].tolist(), strict=True)
+    )
     assert in_latent_order == sorted(in_latent_order), "by latent, and by row within one: the order of the sums"
 
 
 @pytest.mark.parametrize("d_sae", [1 << 15, (1 << 15) + 1])
 def test_wide_latents_sort_right_around_the_limit_of_int16(d_sae: int) -> None:
     latent = torch.tensor([d_sae - 1, 0, d_sae // 2, 3])
-    kept = KeptEntries.of(torch.arange(4), latent, batch=4, d_sae=d_sae)
-    assert kept.by_latent.tolist() == [1, 3, 2, 0]
-    assert kept.d_sae == d_sae
+    entries = ActiveEntries.of(torch.arange(4), latent, batch=4, d_sae=d_sae)
+    assert entries.by_latent.tolist() == [1, 3, 2, 0]
+    assert entries.d_sae == d_sae
 
 
 def test_firing_counts_leave_out_kept_zeros() -> None:
-    kept = kept_of(torch.tensor([[True, True, False], [True, False, False]]))
-    assert active.firing_counts(torch.tensor([0.0, 2.0, 3.0]), kept).tolist() == [1, 1, 0]
+    entries = kept_of(torch.tensor([[True, True, False], [True, False, False]]))
+    assert active.firing_counts(torch.tensor([0.0, 2.0, 3.0]), entries).tolist() == [1, 1, 0]
 
 
 def test_the_workspace_is_allocated_once() -> None:
@@ -137,7 +141,7 @@ def test_entries_are_found_once_their_number_is_known(
 ) -> None:
     mask = MASKS[name]
     monkeypatch.setattr(active, "on_cuda", lambda _: on_cuda)
-    row, latent = active.true_entries(mask, active.n_true(mask))
+    row, latent = active.indices_of_true(mask, active.count_true(mask))
     assert list(zip(row.tolist(), latent.tolist(), strict=True)) == [tuple(each) for each in mask.nonzero().tolist()]
     assert row.is_contiguous()
     assert latent.is_contiguous(), "the Triton kernels read them by their addresses"
@@ -157,9 +161,9 @@ def test_the_largest_of_a_batch_are_those_of_the_definition(
     row, latent = select.batch_topk_entries(pre_acts, k)
     places = (row * d_sae + latent).tolist()
     assert places == sorted(set(places))
-    kept, expected = pre_acts[row, latent].relu(), batch_topk_reference(pre_acts, k)
-    assert kept[kept > 0].double().sort().values.tolist() == expected[expected > 0].sort().values.tolist()
-    assert not on_cuda or len(kept) == k * batch, "a number that is known before"
+    found, expected = pre_acts[row, latent].relu(), batch_topk_reference(pre_acts, k)
+    assert found[found > 0].double().sort().values.tolist() == expected[expected > 0].sort().values.tolist()
+    assert not on_cuda or len(found) == k * batch, "a number that is known before"
 
 
 def test_nan_is_among_the_largest_of_a_batch_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +184,8 @@ def test_pre_acts_of_the_kept_entries_alone(name: str) -> None:
 def test_pre_acts_of_entries_in_no_order_within_their_row() -> None:
     x, W_enc, b_enc = random(9, 6), random(17, 6, seed=3), random(17, seed=4)
     latents = torch.stack([torch.randperm(17, generator=torch.Generator().manual_seed(row))[:5] for row in range(9)])
-    kept = KeptEntries.of(torch.arange(9).repeat_interleave(5), latents.flatten(), batch=9, d_sae=17)
-    got = sparse.entry_pre_acts(kept, x, W_enc, b_enc)
+    entries = ActiveEntries.of(torch.arange(9).repeat_interleave(5), latents.flatten(), batch=9, d_sae=17)
+    got = sparse.entry_pre_acts(entries, x, W_enc, b_enc)
     torch.testing.assert_close(got.view(9, 5), (x @ W_enc.T + b_enc).gather(1, latents), **FLOAT64)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.reference import batch_topk_reference, jumprelu_gradients_reference
 
-from trainer.kernels.select import above, batch_topk_kept
+from trainer.kernels.select import batch_topk_active, exceeds
 from trainer.sae.activations import heaviside, jumprelu, matching_pursuit, relu
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -18,8 +18,8 @@ def shuffled(batch: int, d_sae: int, dtype: torch.dtype) -> torch.Tensor:
 
 def batch_topk(pre_acts: torch.Tensor, k: int) -> torch.Tensor:
     """The kept entries where they were, zeros elsewhere."""
-    kept = batch_topk_kept(pre_acts.detach(), k)
-    return torch.zeros_like(pre_acts).index_put(kept, pre_acts[kept])
+    entries = batch_topk_active(pre_acts.detach(), k)
+    return torch.zeros_like(pre_acts).index_put(entries, pre_acts[entries])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -54,8 +54,8 @@ def test_batch_topk_breaks_ties_by_index() -> None:
 
 def test_nan_is_kept_so_that_the_loss_shows_it() -> None:
     pre_acts = torch.tensor([[1.0, float("nan"), -1.0, 2.0]])
-    assert 1 in batch_topk_kept(pre_acts, 1)[1].tolist()
-    assert above(pre_acts, torch.tensor(0.0)).tolist() == [[True, True, False, True]]
+    assert 1 in batch_topk_active(pre_acts, 1)[1].tolist()
+    assert exceeds(pre_acts, torch.tensor(0.0)).tolist() == [[True, True, False, True]]
     assert jumprelu(pre_acts, torch.full((4,), 0.5), 0.1).isnan().tolist() == [[False, True, False, False]]
 
 

@@ -14,10 +14,10 @@ from trainer.sae.architectures import DENSEST_SPARSE, SAEOutput, forward, initia
 
 
 def dense_acts(output: SAEOutput, d_sae: int) -> Tensor:
-    if output.kept is None:
+    if output.entries is None:
         return output.feature_acts
     f = output.feature_acts.new_zeros(len(output.x_hat), d_sae)
-    f[output.kept.row, output.kept.latent] = output.feature_acts
+    f[output.entries.row, output.entries.latent] = output.feature_acts
     return f
 
 
@@ -39,10 +39,10 @@ def test_few_active_latents_take_the_sparse_path(architecture: str) -> None:
     config = make_config(architecture)
     many, few = (double_weights(config, b_enc=b_enc) for b_enc in (0.0, -2.0))
     x = rows(37, config.d_in)
-    assert forward(config, many, x, Workspace()).kept is None
+    assert forward(config, many, x, Workspace()).entries is None
     output = forward(config, few, x, Workspace())
-    assert output.kept is not None
-    assert 0 < len(output.kept.row) <= DENSEST_SPARSE * 37 * config.d_sae
+    assert output.entries is not None
+    assert 0 < len(output.entries.row) <= DENSEST_SPARSE * 37 * config.d_sae
 
 
 @pytest.mark.parametrize("architecture", TOPK_FAMILY)
@@ -118,12 +118,12 @@ def test_an_encoder_in_bfloat16_chooses_and_float32_computes(architecture: str) 
     got = dense_acts(output, config.d_sae).detach()
     centred = (x - weights["b_dec"]).detach()
     error = 2**-7 * (centred.abs() @ weights["W_enc"].detach().abs().T + weights["b_enc"].detach().abs())
-    kept, size = f != 0, f.abs()
+    entries, size = f != 0, f.abs()
     by_row = config.architecture in ("topk", "abstopk")
     h = (centred @ weights["W_enc"].detach().T + weights["b_enc"].detach()).double()
     ranked = h.abs() if architecture == "abstopk" else h
-    smallest = torch.where(kept, size, torch.inf).amin(1, keepdim=True)
-    largest = torch.where(kept, -torch.inf, ranked).amax(1, keepdim=True)
+    smallest = torch.where(entries, size, torch.inf).amin(1, keepdim=True)
+    largest = torch.where(entries, -torch.inf, ranked).amax(1, keepdim=True)
     if not by_row:
         smallest, largest = smallest.amin(), largest.amax()
     doubtful = (ranked - (smallest + largest) / 2).abs() <= (smallest - largest) / 2 + error

@@ -279,7 +279,7 @@ def finished(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_runs(one: Path, other: Path, besides: Sequence[str] = ()) -> None:
-    """Equal weights, optimisers, counters, metrics and saved SAEs."""
+    """Equal weights, optimizers, counters, metrics and saved SAEs."""
     for name in ARCHITECTURES:
         files = ["metrics.jsonl", "config.json", "sae/cfg.json", "sae/sae_weights.safetensors"]
         files.append(f"checkpoint/{latest_checkpoint(one / name / 'checkpoint').name}")

@@ -80,7 +80,7 @@ def test_nothing_of_the_state_changes(architecture: str) -> None:
     for name, weight in state.weights.items():
         assert torch.equal(weight, same.weights[name])
         assert weight.grad is None
-    assert (state.step, state.n_tokens, len(state.optimiser.state)) == (0, 0, 0)
+    assert (state.step, state.n_tokens, len(state.optimizer.state)) == (0, 0, 0)
     assert torch.equal(state.tokens_since_fired, same.tokens_since_fired)
 
 

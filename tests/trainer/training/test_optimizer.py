@@ -8,11 +8,11 @@ from support.reference import FLOAT64, adam_reference
 from support.tiny_saes import make_config
 from torch import Tensor
 
-from trainer.training.optimiser import (
+from trainer.training.optimizer import (
     clip_gradients_,
     k_at,
     lr_at,
-    optimizer,
+    new_optimizer,
     remove_parallel_gradient_,
     schedule_free_average,
     sparsity_coefficient_at,
@@ -76,10 +76,10 @@ def test_adam_is_the_papers(beta1: float, eps: float) -> None:
     generator = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(5, 3, dtype=torch.float64, generator=generator) for _ in range(5))
     weight = start.clone().requires_grad_()
-    optimiser = optimizer(make_config("topk", adam_beta1=beta1, adam_eps=eps, lr=0.01), {"W_dec": weight})
+    optimizer = new_optimizer(make_config("topk", adam_beta1=beta1, adam_eps=eps, lr=0.01), {"W_dec": weight})
     for gradient in gradients:
         weight.grad = gradient.clone()
-        optimiser.step()
+        optimizer.step()
     expected = adam_reference(start, gradients, lr=0.01, beta1=beta1, beta2=0.999, eps=eps)
     torch.testing.assert_close(weight.detach(), expected, **FLOAT64)
 
@@ -88,7 +88,7 @@ def test_adamw_is_torchs() -> None:
     start, gradients = drawn(4)
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
     config = make_config("topk", optimizer="adamw", weight_decay=0.1, lr=0.01)
-    stepped(ours, optimizer(config, {"W_dec": ours}), gradients)
+    stepped(ours, new_optimizer(config, {"W_dec": ours}), gradients)
     stepped(theirs, torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, betas=(0.9, 0.999), fused=False), gradients)
     torch.testing.assert_close(ours.detach(), theirs.detach(), **FLOAT64)
 
@@ -98,7 +98,7 @@ def test_signum_is_the_papers() -> None:
     start, gradients = drawn(4)
     weight, momentum, expected = start.clone().requires_grad_(), torch.zeros_like(start), start.clone()
     config = make_config("topk", optimizer="signum", momentum=0.9, lr=0.01)
-    stepped(weight, optimizer(config, {"W_dec": weight}), gradients)
+    stepped(weight, new_optimizer(config, {"W_dec": weight}), gradients)
     for gradient in gradients:
         momentum = 0.9 * momentum + 0.1 * gradient
         expected = expected - 0.01 * momentum.sign()
@@ -110,7 +110,7 @@ def test_schedule_free_is_the_papers() -> None:
     start, gradients = drawn(5)
     weight = start.clone().requires_grad_()
     config = make_config("topk", optimizer="schedule_free", lr=0.01)
-    ours = optimizer(config, {"W_dec": weight})
+    ours = new_optimizer(config, {"W_dec": weight})
     stepped(weight, ours, gradients)
     x, z, v = start.clone(), start.clone(), torch.zeros_like(start)
     for t, gradient in enumerate(gradients, start=1):
@@ -124,7 +124,7 @@ def test_schedule_free_is_the_papers() -> None:
 def test_muon_steps_matrices_along_orthogonal_directions_and_the_rest_by_adam() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {"W_dec": torch.zeros(12, 8).requires_grad_(), "b_enc": torch.zeros(12).requires_grad_()}
-    ours = optimizer(make_config("topk", optimizer="muon", momentum=0.95, lr=0.01), weights)
+    ours = new_optimizer(make_config("topk", optimizer="muon", momentum=0.95, lr=0.01), weights)
     for weight in weights.values():
         weight.grad = torch.randn(weight.shape, generator=generator)
     gradient = weights["b_enc"].grad.clone()
@@ -142,10 +142,10 @@ def drawn(n_gradients: int) -> tuple[Tensor, list[Tensor]]:
     return start, gradients
 
 
-def stepped(weight: Tensor, optimiser: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
+def stepped(weight: Tensor, optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> None:
     for gradient in gradients:
         weight.grad = gradient.clone()
-        optimiser.step()
+        optimizer.step()
 
 
 def test_the_average_begins_as_the_weights_and_follows_them() -> None:

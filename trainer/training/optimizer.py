@@ -47,7 +47,7 @@ def sparsity_coefficient_at(config: SAEConfig, step: int) -> float:
     return (config.sparsity_coefficient or 0.0) * _ramp(step + 1, config.sparsity_warm_up_steps)
 
 
-def optimizer(config: SAEConfig, weights: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+def new_optimizer(config: SAEConfig, weights: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     """The config's optimizer over the weights, in their order.
 
     adam and adamw are torch's, fused; signum (Bernstein et al. 2018, arXiv:1802.04434), muon (Jordan et al. 2024, with
