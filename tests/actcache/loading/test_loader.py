@@ -246,7 +246,7 @@ def test_a_gradient_of_an_earlier_batch_is_its_own(caches):
 @pytest.mark.parametrize("profile", ["lossless", "raw", "float32"])
 def test_a_batch_is_a_part_of_its_group_whose_memory_serves_again(caches, profile, monkeypatch):
     """Three groups take turns: one decodes, one is served, and of one the caller still has the last batch."""
-    made, lend = set(), BufferPool.lend
+    made, acquire = set(), BufferPool.acquire
     whole: dict[int, range] = {}
 
     def noted(pool, n_rows=None):
