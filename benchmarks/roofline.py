@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.measure import interleaved_seconds
 
-REPEATS, N_COPIED, GEMM_SIZE = 7, 1 << 30, 8192
+REPEATS = 7
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of the encoder's product
 
 
@@ -94,24 +94,26 @@ def roofline_seconds(shape: Shape, precision: str, rates: Rates, *, strict: bool
     return step_flops(shape) / rates.gemm[precision] + n_bytes / rates.copy
 
 
-def measured_rates() -> Rates:
-    """Medians of a copy of N_COPIED bytes, and of square products."""
-    source = torch.empty(N_COPIED, dtype=torch.uint8, device="cuda")
+def measured_rates(device: str, n_copied: int, gemm_size: int) -> Rates:
+    """Medians of a copy of n_copied bytes, and of square products."""
+    source = torch.empty(n_copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    run = {"copy": synchronised(lambda: target.copy_(source))}
+    run = {"copy": repeated(lambda: target.copy_(source), 1, device)}
     for name, dtype in PRECISIONS.items():
-        a, b = (torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=dtype) for _ in range(2))
-        run[name] = synchronised(lambda a=a, b=b: a @ b)
+        a, b = (torch.randn(gemm_size, gemm_size, device=device, dtype=dtype) for _ in range(2))
+        run[name] = repeated(lambda a=a, b=b: a @ b, 1, device)
     seconds = {name: statistics.median(s) for name, s in interleaved_seconds(run, REPEATS).items()}
-    gemm = {name: 2 * GEMM_SIZE**3 / seconds[name] for name in PRECISIONS}
-    return Rates(gemm=gemm, copy=2 * N_COPIED / seconds["copy"])
+    gemm = {name: 2 * gemm_size**3 / seconds[name] for name in PRECISIONS}
+    return Rates(gemm=gemm, copy=2 * n_copied / seconds["copy"])
 
 
-def synchronised(kernel: Callable[[], object]) -> Callable[[], None]:
-    """One run, and the wait until it is done."""
+def repeated(call: Callable[[], object], n: int, device: str) -> Callable[[], None]:
+    """n calls, and the wait until the device is done."""
 
-    def run_once() -> None:
-        kernel()
-        torch.cuda.synchronize()
+    def calls() -> None:
+        for _ in range(n):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
-    return run_once
+    return calls

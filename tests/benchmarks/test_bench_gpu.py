@@ -1,8 +1,18 @@
-"""What `benchmarks.gpu` can show without a GPU: its formulas, and how it declines."""
+"""What `benchmarks.gpu` can show without a GPU: its formulas, its way through all parts on a CPU, and how it fails."""
+
+import json
+import signal
+import subprocess
+import sys
+from functools import reduce
+from operator import getitem
+from pathlib import Path
 
 import pytest
+from support.places import CHILD, ROOT
 
-from benchmarks.gpu import SHAPES, main
+from benchmarks.gpu import FULL, IMPORTED_ONCE, main
+from benchmarks.gpu_kernels import OF_TORCH, OF_TRITON
 from benchmarks.roofline import Rates, Shape, kernel_bytes, roofline_seconds, step_bytes, step_flops
 
 TINY = Shape(d_in=3, d_sae=7, k=2, batch=5)  # 21 weights a matrix, 52 parameters, 15 numbers of x, 10 entries
@@ -43,7 +53,7 @@ def test_the_roofline_adds_both_times():
 
 
 def test_no_kernel_moves_more_than_its_step():
-    for shape in SHAPES.values():
+    for shape in FULL.shapes.values():
         step = step_bytes(shape, "float32", strict=True)
         alone = kernel_bytes(shape, shape.batch)
         assert alone["adam"] < step["adam"] + step["gradients"]
@@ -58,6 +68,168 @@ def test_without_cuda_it_says_so_in_one_line(capsys, monkeypatch):
     assert err == "benchmarks.gpu: needs a CUDA device, torch finds none; run it where there is one\n"
 
 
+def test_what_is_imported_once_leaves_cuda_to_the_parts():
+    """CUDA cannot be used in a fork of a process that has asked for it."""
+    watch = "import torch\nfor name in ('is_available', 'device_count', 'init', '_lazy_init'):\n"
+    watch += "    setattr(torch.cuda, name, lambda: exit('asked for CUDA'))\n"
+    imports = "".join(f"import {name}\n" for name in IMPORTED_ONCE)
+    done = subprocess.run([sys.executable, "-c", watch + imports], cwd=ROOT, env=CHILD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_it_takes_no_arguments():
     with pytest.raises(SystemExit, match="2"):
         main(["--fast"])
+
+
+class Report:
+    """A script in its own process, whose last line on stdout must be JSON. said: the lines on stderr so far."""
+
+    def __init__(self, script: str, folder: Path):
+        (folder / "script.py").write_text(script)
+        self.said = list[str]()
+        self._process = subprocess.Popen(
+            [sys.executable, folder / "script.py"],
+            cwd=ROOT,
+            env=CHILD,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, row: str) -> None:
+        """Until the row is measured."""
+        while not (self.said and self.said[-1].startswith(f"{row}: ")):
+            line = self._process.stderr.readline()
+            assert line, f"{row} was never measured: {self.said}"
+            self.said.append(line)
+
+    def interrupt(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> tuple[int, dict]:
+        """(exit code, the JSON)."""
+        out, err = self._process.communicate(timeout=600)
+        self.said += err.splitlines(keepends=True)
+        lines = out.splitlines()
+        assert len(lines) == 1, "".join(self.said)
+        return self._process.returncode, json.loads(lines[0], parse_constant=pytest.fail)
+
+
+PARTS = """
+import os, sys, time
+from functools import partial
+from benchmarks.gpu_parts import Parts
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+if __name__ == "__main__":
+    parts = Parts(say, seconds={seconds}, part_seconds=2)
+    sys.exit(parts.report({measure_all}))
+"""
+
+
+def test_what_goes_wrong_costs_one_row(tmp_path):
+    wrong = {
+        "raises": ('partial(int, "x")', "ValueError: invalid literal for int() with base 10: 'x'"),
+        "dies": ("os.abort", "its process ended with exit code -6"),
+        "hangs": ("partial(time.sleep, 60)", "stopped after the 2 s that a part may take"),
+        "has a NaN": ('partial(dict, seconds=float("nan"))', "ValueError: Out of range float values are not JSON"),
+    }
+    calls = [f"parts.measure({part}, 'wrong', '{name}')" for name, (part, _) in wrong.items()]
+    calls.append("""parts.measure(partial(eval, "print('noise') or {'seconds': 1.5}"), 'right')""")
+    code, found = Report(PARTS.format(seconds=600, measure_all=f"lambda parts: [{', '.join(calls)}]"), tmp_path).end()
+    assert code == 1
+    assert found["failed"] == [f"wrong, {name}" for name in wrong]
+    assert found["right"] == {"seconds": 1.5}
+    for name, (_, why) in wrong.items():
+        assert found["wrong"][name]["error"].startswith(why)
+
+
+def test_what_would_begin_too_late_says_so(tmp_path):
+    calls = "parts.measure(partial(time.sleep, 60), 'a'), parts.measure(partial(dict, seconds=1.5), 'b')"
+    code, found = Report(PARTS.format(seconds=1, measure_all=f"lambda parts: ({calls})"), tmp_path).end()
+    stopped, late = ({"error": f"{how}: the time for all parts was over"} for how in ("stopped", "not begun"))
+    assert (code, found) == (1, {"a": stopped, "b": late, "failed": ["a", "b"]})
+
+
+def test_an_error_between_the_parts_leaves_the_rows(tmp_path):
+    calls = "parts.measure(partial(dict, seconds=1.5), 'a'), 1 / 0"
+    report = Report(PARTS.format(seconds=600, measure_all=f"lambda parts: ({calls})"), tmp_path)
+    assert report.end() == (1, {"a": {"seconds": 1.5}, "failed": []})
+    assert "ZeroDivisionError" in report.said[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_the_rows_so_far(tmp_path, number):
+    sleep = "import sys, time; print('asleep: ', file=sys.stderr, flush=True); time.sleep(60)"
+    right, asleep, late = "partial(dict, seconds=1.5)", f'partial(exec, "{sleep}")', "partial(dict, seconds=1.5)"
+    calls = f"parts.measure({right}, 'a'), parts.measure({asleep}, 'b'), parts.measure({late}, 'c')"
+    report = Report(PARTS.format(seconds=600, measure_all=f"lambda parts: ({calls})"), tmp_path)
+    report.wait_for("asleep")
+    report.interrupt(number)
+    stopped, late = ({"error": f"{how}: interrupted by {number.name}"} for how in ("stopped", "not begun"))
+    assert report.end() == (1, {"a": {"seconds": 1.5}, "b": stopped, "c": late, "failed": ["b", "c"]})
+
+
+OF_A_GPU = [f"tiny, kernels, {kernel}" for kernel in OF_TRITON]  # fail on a CPU, be triton installed or not
+ON_A_CPU = """
+import sys
+from benchmarks import gpu
+from benchmarks.roofline import Shape
+
+if __name__ == "__main__":
+    shape = Shape(d_in={d_in}, d_sae=128, k=4, batch=256)
+    sizes = {{"n_copied": {n_copied}, "gemm_size": 64, "seconds": 600, "part_seconds": 300}}
+    sys.exit(gpu.run(gpu.Bench(device="cpu", shapes={{"tiny": shape}}, **sizes)))
+"""
+
+
+def row_of(found: dict, name: str) -> dict:
+    return reduce(getitem, name.split(", "), found)
+
+
+def test_all_parts_but_those_of_a_gpu_are_measured_on_a_cpu(tmp_path):
+    report = Report(ON_A_CPU.format(d_in=64, n_copied=1 << 20), tmp_path)
+    code, found = report.end()
+    assert found["failed"] == OF_A_GPU, "".join(report.said)
+    assert code == 1
+    of_precisions = [f"tiny, {precision}, {{}}" for precision in ("float32", "bfloat16")]
+    in_order = ["machine", "rates", "tiny, harvest", "tiny, loader"]
+    in_order += [name.format(part) for name in of_precisions for part in ("step", "fed")]
+    in_order += [f"tiny, kernels, {kernel}" for kernel in (*OF_TRITON, *OF_TORCH)]
+    in_order += [name.format(part) for part in ("deterministic", *found["peers"]) for name in of_precisions]
+    assert [name for line in report.said if (name := line.split(": ")[0]) in in_order] == in_order
+    rates, tiny = Rates(**found["rates"]), found["tiny"]
+    for precision in ("float32", "bfloat16"):
+        step = tiny[precision]["step"]
+        assert step["share_of_roofline"] * step["resident_seconds"] == pytest.approx(step["roofline_seconds"])
+        assert step["roofline_seconds"] == roofline_seconds(Shape(**tiny["shape"]), precision, rates, strict=False)
+        assert step["tokens_per_second"] * step["resident_seconds"] == pytest.approx(256)
+        assert step["is_cached"]
+        assert tiny[precision]["fed"]["fed_seconds"] > 0
+        assert tiny[precision]["deterministic"]["plain_repeats"]
+    assert tiny["kernels"]["adam"]["share"] > 0
+
+
+def test_without_rates_and_cache_and_until_a_signal(tmp_path):
+    report = Report(ON_A_CPU.format(d_in=48, n_copied=-1), tmp_path)  # no head of a GPT-2 is as narrow as 48
+    report.wait_for("tiny, kernels, encoder")
+    report.interrupt(signal.SIGTERM)
+    code, found = report.end()
+    assert code == 1
+    lost = ["rates", "tiny, harvest", "tiny, loader", "tiny, float32, fed", "tiny, bfloat16, fed"]
+    assert found["failed"][:9] == [*lost, *OF_A_GPU]
+    assert "tiny, bfloat16, deterministic" in found["failed"][9:]
+    for name in found["failed"][9:]:
+        assert "interrupted by SIGTERM" in row_of(found, name)["error"]
+    for precision in ("float32", "bfloat16"):
+        step, fed = found["tiny"][precision]["step"], found["tiny"][precision]["fed"]
+        assert step["resident_seconds"] > 0
+        assert step["share_of_roofline"] is None
+        assert not step["is_cached"]
+        assert (fed["fed_seconds"], fed["fed_over_resident"]) == (None, None)
+    encoder = found["tiny"]["kernels"]["encoder"]
+    assert encoder["seconds"] > 0
+    assert (encoder["bound"], encoder["share"]) == (None, None)
