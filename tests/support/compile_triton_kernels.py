@@ -2,54 +2,63 @@
 
     python compile_triton_kernels.py 90        compute capability 9.0
 
-Prints one line a kernel. What runs in the interpreter may still be refused by the compiler, by ptxas in particular.
+Triton's own launcher compiles them, and stops where it would run them. So each kernel is specialised for its arguments
+as at run time: 1 and None are compiled in, and numbers and addresses that are divisible by 16 are known to be. Both
+kinds occur: a d_in or k may be odd, and so may be the row at which a slice of a matrix begins.
+
+Prints one line a kernel, with the types of its arguments; d marks those known to be divisible. What runs in the
+interpreter may still be refused by the compiler, by ptxas in particular.
 """
 
 import sys
+from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from trainer.kernels import triton_kernels
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+
+def compile_instead(kernel: Any, grid: tuple[int, ...], *arguments: Any, **sizes: Any) -> None:
+    """A stand-in for `_launch`."""
+    compiled = kernel.run(*arguments, grid=grid, warmup=True, **sizes)
+    types, hints = compiled.src.signature.values(), compiled.src.attrs
+    known = [f"{kind}{' d' * bool(hints.get((place,)))}" for place, kind in enumerate(types)]
+    print(kernel.__name__, known, list(compiled.src.constants.values()), len(compiled.asm["cubin"]), "bytes")
 
 
-def kind_of(argument: object) -> str:
-    """As Triton's launcher sees it: 1 and None are compiled in."""
-    if isinstance(argument, torch.Tensor):
-        return POINTERS[argument.dtype]
-    return "constexpr" if argument is None or argument == 1 else "i32"
+def zeros(*shape: int, dtype: torch.dtype = torch.float32, is_aligned: bool) -> Tensor:
+    """A tensor whose first element is at an address divisible by 16, or is the one behind it."""
+    first = 0 if is_aligned else 1
+    tensor = torch.zeros(first + prod(shape), dtype=dtype)[first:].view(shape)
+    assert (tensor.data_ptr() % 16 == 0) == is_aligned
+    return tensor
 
 
-def compiler(target: GPUTarget) -> Any:
-    """A stand-in for `_launch` that compiles what it would run."""
-
-    def compile_instead(kernel: Any, grid: tuple[int, ...], *arguments: Any, **sizes: Any) -> None:
-        given = dict(zip(kernel.arg_names, arguments, strict=False))
-        signature = {name: kind_of(value) for name, value in given.items()} | dict.fromkeys(sizes, "constexpr")
-        constants = {name: value for name, value in given.items() if signature[name] == "constexpr"} | sizes
-        source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
-        compiled = triton.compile(source, target=target)
-        print(kernel.__name__, list(signature.values()), constants, len(compiled.asm["cubin"]), "bytes")
-
-    return compile_instead
+def compile_sums(d_in: int, n_entries: int, *, is_aligned: bool) -> None:
+    index, start = (zeros(n, dtype=torch.int64, is_aligned=is_aligned) for n in (n_entries, 3))
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = zeros(5, d_in, dtype=dtype, is_aligned=is_aligned)
+        triton_kernels.segment_sums(zeros(n_entries, is_aligned=is_aligned), index, start, rows)
+        triton_kernels.entry_dots(zeros(5, d_in, is_aligned=is_aligned), index, rows, index, index)
 
 
 def main(capability: int) -> None:
-    triton_kernels._launch = compiler(GPUTarget("cuda", capability, 32))
-    values, index, start = torch.ones(600), torch.zeros(600, dtype=torch.int64), torch.tensor([0, 1, 600])
-    for d_in in (1, 2304):
-        for dtype in (torch.float32, torch.bfloat16):
-            rows = torch.ones(5, d_in, dtype=dtype)
-            triton_kernels.segment_sums(values, index, start, rows)
-            triton_kernels.entry_dots(rows.float(), index, rows, index, index)
-    for d_sae, k in ((1, 1), (5000, 5000), (65536, 64)):
-        triton_kernels.topk_latents(torch.ones(1, d_sae), k, by_magnitude=False)
-    triton_kernels.topk_latents(torch.ones(1, 65536, dtype=torch.bfloat16), 64, by_magnitude=True)
+    target = GPUTarget("cuda", capability, 32)
+    current = {"get_current_device": lambda: 0, "get_current_stream": lambda _: 0, "get_current_target": lambda: target}
+    triton.runtime.driver.set_active(SimpleNamespace(**current))
+    triton_kernels._launch = compile_instead
+    for is_aligned, n_entries in ((True, 608), (False, 601)):
+        for d_in in (1, 2304, 2305):
+            compile_sums(d_in, n_entries, is_aligned=is_aligned)
+        for d_sae, k in ((1, 1), (5000, 5000), (8192, 8192), (65536, 64), (65536, 50), (65537, 64)):
+            for dtype in (torch.float32, torch.bfloat16):
+                pre_acts = zeros(1, d_sae, dtype=dtype, is_aligned=is_aligned)
+                triton_kernels.topk_latents(pre_acts, k, by_magnitude=dtype == torch.bfloat16)
 
 
 if __name__ == "__main__":

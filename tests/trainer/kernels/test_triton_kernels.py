@@ -22,8 +22,9 @@ def test_kernels_in_the_interpreter():
 
 
 @needs_triton
-def test_kernels_compile_without_a_gpu(tmp_path):
-    run("tests/support/compile_triton_kernels.py", "90", interpreted=False, TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_kernels_compile_without_a_gpu(tmp_path, capability):
+    run("tests/support/compile_triton_kernels.py", capability, interpreted=False, TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.gpu
