@@ -1,4 +1,4 @@
-"""The memory that the README promises of a harvest, measured."""
+"""The memory that docs/explanation/memory.md promises of a harvest, measured."""
 
 import subprocess
 import sys
