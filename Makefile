@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test test-faults test-long test-browser lint bench clean
+.PHONY: demo test test-faults test-long test-browser lint docs bench clean
 
 demo: .venv/.base
 	$(BIN)/actcache demo --out demo
@@ -25,6 +25,10 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+# the page of the command line, from the command line itself; a test fails if it is another
+docs: .venv/.dev
+	$(BIN)/typer cli utils docs --name actcache --title "The command line" --output docs/reference/command-line.md
 
 bench: .venv/.dev
 	for what in harvest codecs write read feed shuffle kernels train sweep quality eval features; do $(BIN)/actcache bench $$what || exit 1; done

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from actcache.store.cache import Cache, open_cache
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "Loader", "Mixture", "__version__", "harvest", "load_model", "open_cache"]
+__all__ = ["Cache", "Loader", "Mixture", "harvest", "load_model", "open_cache"]
 
 __getattr__ = lazily(
     __name__,

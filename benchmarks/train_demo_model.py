@@ -4,7 +4,7 @@ Trains a byte-level BPE tokenizer and a small GPT-2 from scratch on `standard_li
 and compares its bits per byte on held-out documents with `xz -9`. Equal seed, steps, threads, text and versions give
 an equal file on the same machine. Last stdout line is one JSON object.
 
-    python -m benchmarks.train_demo_model --out actcache/bundled/model --curve benchmarks/results/demo_model_curve.csv
+    python -m benchmarks.train_demo_model --out actcache/bundled/bundled_model --curve demo_model_curve.csv
 """
 
 import argparse

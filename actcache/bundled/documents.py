@@ -18,7 +18,7 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 def bundled_model_path() -> Path:
     """The folder of the bundled model: weights (safetensors), config and tokenizer, as transformers saves them."""
-    return Path(__file__).parent / "model"
+    return Path(__file__).parent / "bundled_model"
 
 
 def standard_library_documents() -> list[str]:

@@ -92,7 +92,7 @@ class LanguageModel(ABC):
             on_activation(hook_name, x)
             left.discard(hook_name)
             if not left:
-                raise StopForward
+                raise _StopForward
 
         for hook_name in hook_names:
             self._check(hook_name)
@@ -100,7 +100,7 @@ class LanguageModel(ABC):
             self._forward(
                 token_ids, {hook_name: partial(hook_fn, hook_name) for hook_name in dict.fromkeys(hook_names)}
             )
-        except StopForward:
+        except _StopForward:
             return
         raise ModelError(f"{self.identity['name']}: the forward pass never reached {sorted(left)}; leave them out")
 
@@ -206,7 +206,7 @@ def unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str]
     )
 
 
-class StopForward(Exception):
+class _StopForward(Exception):
     """Raised inside the forward pass when the last asked activation was shown; never leaves this module."""
 
 

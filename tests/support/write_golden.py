@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from golden import (
+from actcache.bundled.documents import bundled_model_path
+from support.golden import (
     ENVIRONMENT,
     EXPECTED,
     GOLDEN,
@@ -32,8 +33,6 @@ from golden import (
     skeletons,
     this_platform,
 )
-
-from actcache.bundled import bundled_model_path
 
 ROOT = GOLDEN.parent.parent
 WORK = Path("/tmp/golden")

@@ -3,11 +3,10 @@
 import ast
 import builtins
 import re
-from pathlib import Path
 
 import pytest
+from support.places import ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "reference" / "errors.md").read_text()
 PACKAGES = [ROOT / "actcache", ROOT / "trainer"]
 SOURCES = [ROOT / "cli.py", *(path for package in PACKAGES for path in sorted(package.rglob("*.py")))]

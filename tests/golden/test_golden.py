@@ -34,7 +34,7 @@ from support.golden import (
 )
 
 from actcache import open_cache
-from actcache.bundled import bundled_model_path
+from actcache.bundled.documents import bundled_model_path
 from actcache.errors import ManifestError
 from trainer import load_sae
 
