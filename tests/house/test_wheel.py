@@ -1,5 +1,6 @@
 """A wheel built from a clean clone holds every sub-package and asset, and works where nothing else of ours is."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -16,9 +17,10 @@ NOT_PACKED = ("benchmarks/results/",)  # documents for who reads the repository
 
 
 def run(*command: object, cwd: Path) -> str:
-    """What a command prints; it finds nothing of ours by itself."""
+    """What a command prints; no PYTHONPATH leads it to the repository."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env={"PATH": "/usr/bin:/bin"}, check=False
+        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=environment, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -29,7 +31,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a clone, in which there is nothing but what git has."""
     folder = tmp_path_factory.mktemp("wheel")
     run("git", "clone", "--quiet", ROOT, "clone", cwd=folder)
-    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, "clone", cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--wheel-dir",
+        folder,
+        folder / "clone",
+        cwd=folder,
+    )
     (found,) = folder.glob("*.whl")
     return found
 
