@@ -217,6 +217,20 @@ def test_the_page_of_the_command_line_is_what_the_command_line_says(tmp_path):
     assert text_of("reference/command-line.md") == page.read_text(), "make docs writes it anew"
 
 
+@pytest.mark.parametrize("package", ["actcache", "trainer"])
+def test_the_house_has_the_rooms_of_its_page(package):
+    (drawn,) = blocks(text_of("explanation/the-house.md"), "text")
+    listed = section_of_tree(drawn, package)
+    folders = {f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")}
+    assert listed == folders | {path.name for path in (ROOT / package).glob("[!_]*.py")}
+
+
+def section_of_tree(tree: str, folder: str) -> set[str]:
+    """What stands, indented, below a folder of a drawn tree."""
+    below = tree.split(f"{folder}/\n")[1].split("\n\n")[0]
+    return set(re.findall(r"^  (\w[\w.]*/?)", below, re.MULTILINE))
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
