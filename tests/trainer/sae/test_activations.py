@@ -2,67 +2,9 @@
 
 import pytest
 import torch
-from support.reference import batch_topk_reference, jumprelu_gradients_reference
+from support.reference import jumprelu_gradients_reference
 
-from trainer.kernels.select import batch_topk_active, exceeds
 from trainer.sae.activations import heaviside, jumprelu, matching_pursuit, relu
-
-EXACT = {"rtol": 0.0, "atol": 0.0}
-
-
-def shuffled(batch: int, d_sae: int, dtype: torch.dtype) -> torch.Tensor:
-    """Half positive, distinct in float32 (ties in bfloat16 are of equal values, of which any set has the same sum)."""
-    values = torch.linspace(-1, 1, batch * d_sae).to(dtype)
-    return values[torch.randperm(batch * d_sae, generator=torch.Generator().manual_seed(0))].view(batch, d_sae)
-
-
-def batch_topk(pre_acts: torch.Tensor, k: int) -> torch.Tensor:
-    """The kept entries where they were, zeros elsewhere."""
-    entries = batch_topk_active(pre_acts.detach(), k)
-    return torch.zeros_like(pre_acts).index_put(entries, pre_acts[entries])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("k", [1, 3, 16])
-def test_batch_topk_equals_the_definition(k: int, dtype: torch.dtype) -> None:
-    pre_acts = shuffled(8, 16, dtype)
-    torch.testing.assert_close(batch_topk(pre_acts, k).double(), batch_topk_reference(pre_acts, k), **EXACT)
-
-
-@pytest.mark.parametrize("k", [1, 64])
-def test_batch_topk_of_a_sampled_matrix_equals_the_definition(k: int) -> None:
-    pre_acts = torch.randn(512, 512, generator=torch.Generator().manual_seed(1))  # four times SAMPLED_ENTRIES
-    torch.testing.assert_close(batch_topk(pre_acts, k).double(), batch_topk_reference(pre_acts, k), **EXACT)
-
-
-def test_batch_topk_is_exact_when_the_sample_misleads() -> None:
-    pre_acts = torch.full((512, 512), 0.5)
-    pre_acts.view(-1)[:: 512 * 512 // (1 << 16) | 1] = 3.0  # exactly the entries that are sampled
-    assert batch_topk(pre_acts, 200).count_nonzero() == 200 * 512
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 3)], ids=str)
-def test_nothing_positive_keeps_nothing(shape: tuple[int, int]) -> None:
-    assert batch_topk(torch.full(shape, -2.0), 1).count_nonzero() == 0
-
-
-def test_batch_topk_breaks_ties_by_index() -> None:
-    pre_acts = torch.tensor([[1.0, 2.0, 1.0], [1.0, 0.0, 1.0]])
-    assert batch_topk(pre_acts, 1).tolist() == [[1.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
-    assert batch_topk(pre_acts, 2).tolist() == [[1.0, 2.0, 1.0], [1.0, 0.0, 0.0]]
-
-
-def test_nan_is_kept_so_that_the_loss_shows_it() -> None:
-    pre_acts = torch.tensor([[1.0, float("nan"), -1.0, 2.0]])
-    assert 1 in batch_topk_active(pre_acts, 1)[1].tolist()
-    assert exceeds(pre_acts, torch.tensor(0.0)).tolist() == [[True, True, False, True]]
-    assert jumprelu(pre_acts, torch.full((4,), 0.5), 0.1).isnan().tolist() == [[False, True, False, False]]
-
-
-@pytest.mark.parametrize("k", [0, 17])
-def test_a_bad_k_is_named(k: int) -> None:
-    with pytest.raises(ValueError, match=rf"got k={k}"):
-        batch_topk(torch.zeros(2, 16), k)
 
 
 def test_relu_is_max_with_zero() -> None:
