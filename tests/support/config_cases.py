@@ -8,8 +8,6 @@ from trainer.config.settings import SAEConfig
 from trainer.config.sweep import SweepConfig
 
 HOOK = "blocks.1.hook_resid_post"
-
-
 BASE = {"architecture": "topk", "hook_name": HOOK, "d_sae": 1024, "k": 16}
 
 

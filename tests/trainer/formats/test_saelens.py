@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.saelens_cases import D_IN, D_SAE, SCALE, K, raw_activations, save
 from support.tiny_saes import (
     ARCHITECTURES,
     BATCH_FAMILY,
@@ -20,14 +21,6 @@ from torch import Tensor
 from actcache.errors import CacheMismatch, ManifestError
 from trainer.config.settings import SAEConfig, ScaledHook
 from trainer.formats.saelens import export_sae, load_sae, save_inference_sae
-from trainer.sae.sae import SAE
-
-D_IN, D_SAE, K, SCALE = 16, 48, 5, 0.37  # of the configs that make_config gives
-METADATA = {"model_name": "tiny", "dataset_path": "text", "context_size": 32, "prepend_bos": True}
-
-
-def raw_activations(n: int = 200) -> Tensor:
-    return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(11)) * 3 + 1
 
 
 def trained_reconstruction(config: SAEConfig, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,11 +50,6 @@ def scales(hooks: tuple[ScaledHook, ...], config: SAEConfig) -> Tensor:
     """What each channel is multiplied by; one number for one hook."""
     each = [torch.full((width,), hook.scale) for hook, width in zip(hooks, config.hook_widths or (1,), strict=True)]
     return torch.cat(each).double()
-
-
-def save(tmp_path: Path, architecture: str, **changes: object) -> Path:
-    config = make_config(architecture, **changes)
-    return save_inference_sae(config, make_weights(architecture), tmp_path / "run" / "sae", metadata=METADATA)
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -225,13 +213,6 @@ def test_the_smallest_config_loads_and_defaults_as_saelens(tmp_path):
     (folder / "cfg.json").write_text(json.dumps(cfg))
     sae = load_sae(folder)
     assert (sae.hook_name, sae.subtracts_b_dec) == ("blocks.0.hook_resid_pre", True)
-
-
-def test_bfloat16_weights_are_computed_in_bfloat16(tmp_path):
-    weights = {name: tensor.bfloat16() for name, tensor in make_weights("topk").items()}
-    sae = load_sae(save_inference_sae(make_config("topk"), weights, tmp_path / "sae", metadata={}))
-    assert sae.encode(raw_activations()).dtype == torch.bfloat16
-    assert isinstance(sae, SAE)
 
 
 @pytest.mark.parametrize(
