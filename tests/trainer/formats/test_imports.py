@@ -1,17 +1,15 @@
-"""SAEs of others become runs: SAELens' directories, checkpoints and releases; evaluated, exported and refused."""
+"""SAEs of others become runs: folders and releases of SAELens and of others; evaluated, exported and refused."""
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.foreign_saes import dictionary_folder, sparsify_folder
+from support.saelens_peers import D_IN, D_OUT, D_SAE, HOOK, METADATA, SCALE, K, equal_files, equal_outputs, fill_, rows
 from support.tiny_saes import make_config, make_run
-from torch import Tensor
 
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
 from actcache.store.cache import Cache
@@ -30,26 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:decoder_init_norm must be set to 1.0:UserWarning",
     "ignore:You are loading an SAE using the HuggingFace repo_id:UserWarning",
 )
-D_IN, D_OUT, D_SAE, K, SCALE = 16, 12, 48, 5, 0.37
-HOOK = "blocks.1.hook_resid_post"
-METADATA = {"hook_name": HOOK, "model_name": "tiny", "context_size": 32, "neuronpedia_id": "tiny/1-res"}
 VARIANTS = (*SAELENS_ARCHITECTURES, "topk rescaled", "abstopk rescaled")
-TRAINED = ("standard", "gated", "topk", "abstopk", "jumprelu", "matching_pursuit", "batchtopk", "matryoshka_batchtopk")
-
-
-def rows(n: int = 200) -> Tensor:
-    return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(11)) * 3 + 1
-
-
-def fill_(module: torch.nn.Module) -> None:
-    """Random weights and biases, thresholds above 0; decoder rows of norm 1 where pursuit needs them."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            values = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-            tensor.copy_(values.abs() if "threshold" in name else values)
-        if "matching_pursuit" in module.cfg.architecture():
-            module.W_dec /= module.W_dec.norm(dim=1, keepdim=True)
 
 
 def their_sae(variant: str, **changes: object) -> Any:
@@ -64,22 +43,6 @@ def their_sae(variant: str, **changes: object) -> Any:
     sae = sae_lens.SAE.from_dict(cfg | changes)
     fill_(sae)
     return sae
-
-
-def equal_outputs(theirs: Any, ours: Any) -> None:
-    """Bit for bit: the same operations in the same order on the same shapes."""
-    x = rows()
-    with torch.no_grad():
-        feature_acts = theirs.encode(x)
-        assert torch.equal(feature_acts, ours.encode(x))
-        assert torch.equal(theirs.decode(feature_acts), ours.decode(feature_acts))
-        assert torch.equal(theirs(x), ours.reconstruct(x)[1])
-
-
-def equal_files(one: Path, other: Path) -> None:
-    tensors, others = (load_file(folder / "sae_weights.safetensors") for folder in (one, other))
-    assert set(tensors) == set(others)
-    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
 # --- SAELens ---
@@ -126,108 +89,6 @@ def test_bfloat16_stays_bfloat16(tmp_path):
     run = import_sae(tmp_path / "theirs", tmp_path / "run")
     equal_files(tmp_path / "theirs", run / "sae")
     assert load_sae(run).W_enc.dtype == torch.bfloat16
-
-
-def training_sae(architecture: str, **changes: object) -> Any:
-    from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
-
-    cfg: dict[str, object] = {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "metadata": METADATA}
-    if architecture in ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk"):
-        cfg["k"] = K
-    if architecture == "matryoshka_batchtopk":
-        cfg["matryoshka_widths"] = [12, D_SAE]
-    if architecture == "matching_pursuit":
-        cfg["decoder_init_norm"] = 1.0
-    config = TrainingSAEConfig.from_dict(cfg | changes)
-    sae = TrainingSAE.get_sae_class_for_architecture(architecture)(config)
-    fill_(sae)
-    return sae
-
-
-@pytest.mark.parametrize("scale", [None, SCALE])
-@pytest.mark.parametrize("architecture", TRAINED)
-def test_a_checkpoint_is_what_saelens_saves_at_the_end(architecture, scale, tmp_path):
-    """Against fold_activation_norm_scaling_factor and save_inference_model of SAELens, as its trainer calls them."""
-    from sae_lens.training.activation_scaler import ActivationScaler
-
-    normalisation = "none" if scale is None else "expected_average_only_in"
-    theirs = training_sae(architecture, normalize_activations=normalisation)
-    theirs.save_model(tmp_path / "checkpoint")
-    ActivationScaler(scaling_factor=scale).save(str(tmp_path / "checkpoint" / "activation_scaler.json"))
-    ours = load_sae(import_sae(tmp_path / "checkpoint", tmp_path / "run"))
-    if scale is not None:
-        theirs.fold_activation_norm_scaling_factor(scale)
-    theirs.save_inference_model(tmp_path / "final")
-    final = sae_lens.SAE.load_from_disk(tmp_path / "final")
-    is_batch = architecture in ("batchtopk", "matryoshka_batchtopk")
-    assert ours.architecture == final.cfg.architecture() == ("jumprelu" if is_batch else architecture)
-    assert ours.metadata["training_architecture"] == architecture
-    if architecture in ("topk", "abstopk"):  # there the decoder norms are folded; here they stay, for the same outputs
-        x = rows()
-        with torch.no_grad():
-            f, theirs_f = ours.encode(x), theirs.encode(x)
-            assert torch.equal(f, theirs_f), "as in training"
-            assert torch.equal(ours.decode(f), theirs.decode(theirs_f))
-        return
-    if architecture == "matching_pursuit" and scale is not None:
-        # its W_dec comes out as W_dec * s / s, two roundings away from ours, which stays; a row takes at most D_IN
-        # steps, each with a product of D_IN terms that are no larger than the row
-        x = rows()
-        bound = D_IN * (D_IN + 4) * 2.0**-24 * x.norm(dim=1, keepdim=True)
-        with torch.no_grad():
-            assert ((final.encode(x) - ours.encode(x)).abs() <= bound).all()
-        return
-    equal_outputs(final, ours)
-    equal_files(tmp_path / "final", tmp_path / "run" / "sae")
-
-
-def test_an_older_checkpoint_has_the_logarithm_of_its_threshold(tmp_path):
-    from safetensors.torch import save_file
-
-    theirs = training_sae("jumprelu")
-    theirs.save_model(tmp_path / "checkpoint")
-    path = tmp_path / "checkpoint" / "sae_weights.safetensors"
-    tensors = load_file(path)
-    tensors["log_threshold"] = tensors.pop("threshold").log()
-    save_file(tensors, path)
-    ours = load_sae(import_sae(tmp_path / "checkpoint", tmp_path / "run"))
-    assert torch.equal(ours.threshold, tensors["log_threshold"].exp())
-
-
-def test_a_checkpoint_of_a_real_training_run_loads(tmp_path):
-    """SAELens' SAETrainer writes it, with its scale and its own state beside it."""
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    sae = training_sae("batchtopk", normalize_activations="expected_average_only_in")
-    batches: Iterator[Tensor] = iter(lambda: rows(64), None)
-    settings = SAETrainerConfig(
-        total_training_samples=640,
-        train_batch_size_samples=64,
-        lr=1e-3,
-        lr_end=1e-4,
-        lr_warm_up_steps=0,
-        lr_decay_steps=0,
-        n_checkpoints=1,
-        checkpoint_path=str(tmp_path),
-        n_batches_for_norm_estimate=2,
-        dead_feature_window=10,
-        device="cpu",
-        logger=LoggingConfig(log_to_wandb=False),
-    )
-    SAETrainer(cfg=settings, sae=sae, data_provider=batches).fit()
-    (checkpoint,) = (path for path in tmp_path.iterdir() if path.name.isdecimal())
-    assert json.loads((checkpoint / "activation_scaler.json").read_text())["scaling_factor"] != 1
-    ours = load_sae(import_sae(checkpoint, tmp_path / "run"))
-    assert ours.architecture == "jumprelu"
-    assert ours.threshold is not None
-    assert 0 < float(ours.threshold.unique()) < 100
-
-
-def test_a_checkpoint_without_its_scale_is_refused(tmp_path):
-    training_sae("topk", normalize_activations="expected_average_only_in").save_model(tmp_path / "checkpoint")
-    with pytest.raises(ManifestError, match=r"activation_scaler\.json must say scaling_factor"):
-        import_sae(tmp_path / "checkpoint", tmp_path / "run")
 
 
 @pytest.mark.parametrize(
