@@ -1,46 +1,16 @@
-"""Token strings join to the text they were cut from; the words of a run are those of its tokenizer and its lens."""
+"""The words of a run are those of its tokenizer and of its logit lens."""
 
 import json
 
 import pytest
 from support.tiny_caches import HOOKS
-from support.tiny_models import TEXT, make_tokenizer
 from support.tiny_saes import make_config, make_run
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from actcache.errors import ManifestError
 from trainer.features.logit_lens import logit_lens
 from trainer.features.token_strings import token_strings
 from trainer.features.words import N_LENS, read_words, write_words
 from trainer.formats.saelens import load_sae
-
-
-def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """Words with a mark for the space before them, as Llama 2 and Gemma have."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>"], show_progress=False)
-    tokenizer.train_from_iterator(TEXT.replace("\n", " ").split("."), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-
-
-@pytest.mark.parametrize("tokenizer", [make_tokenizer(), sentencepiece_like()], ids=["bytes", "pieces"])
-def test_the_strings_of_a_text_join_to_it(tokenizer):
-    text = " the old lighthouse keeper climbed the stairs"
-    ids = tokenizer.encode(text.removeprefix(" "), add_special_tokens=False)
-    strings = token_strings(tokenizer, ids)
-    assert "".join(strings[i] for i in ids).removeprefix(" ") == text.removeprefix(" ")
-    assert any(string.startswith(" ") and len(string) > 1 for string in strings.values()), "a space is kept"
-
-
-def test_what_is_no_text_keeps_its_name():
-    tokenizer = make_tokenizer()
-    pieces = tokenizer.encode("é", add_special_tokens=False)
-    assert len(pieces) == 2, "two bytes, of which neither is a character"
-    strings = token_strings(tokenizer, [0, 1, *pieces, len(tokenizer) + 3])
-    assert list(strings.values()) == ["<bos>", "<eos>", "Ã", "©", f"[{len(tokenizer) + 3}]"]
 
 
 def test_the_words_of_a_run(tiny_cache, tiny_model, tmp_path):

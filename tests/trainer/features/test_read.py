@@ -1,0 +1,100 @@
+"""What built features answer: planted answers, and refusals of damage and of wrong questions."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.feature_cases import (
+    CONTEXT_SIZE,
+    A,
+    B,
+    Dense,
+    assert_same,
+    dense,
+    double_run,
+    planted_acts,
+    planted_run,
+)
+
+from actcache.errors import ConfigError, ManifestError
+from trainer.features.build import build_features
+from trainer.features.read import BINS, open_features
+
+
+def test_planted_features_are_found_exactly(planted_cache, tmp_path):
+    sequences, special = planted_cache.sequences("validation"), planted_cache.special_token_ids
+    assert len(planted_cache.manifest.shards["validation"]) > 3
+    assert len(sequences) * CONTEXT_SIZE % planted_cache.manifest.shard_rows, "a partial tail"
+    acts = [planted_acts(token, i, special) for row in sequences.tolist() for i, token in enumerate(row)]
+    expected = Dense(np.array(acts), sequences)
+    got = build_features(planted_run(tmp_path, planted_cache), planted_cache)
+    assert_same(got, expected, list(range(5)))
+
+    assert (got.d_sae, got.context_size) == (5, CONTEXT_SIZE)
+    assert got.n_tokens == sum(token not in special for token in sequences.flatten().tolist())
+    assert got.cache_fingerprint == planted_cache.fingerprint
+    best = got.top(0, 1)[0]
+    assert best.token_ids[best.peak] == A
+    assert best.act == best.acts[best.peak] == 1 + best.position / 8
+    last = max(i for row in sequences.tolist() for i, token in enumerate(row) if token == A)
+    assert best.position == last, "the latent grows with the position"
+    assert got.coactive(0)[0] == (1, got.n_fired[0]), "1 fires on A too; 3 as often, but is a higher latent"
+    assert (got.top(2), got.coactive(2), got.bands(2)) == ([], [], [[]] * 5)
+    assert got.histogram(2)[0].sum() == got.histogram(2)[1].max() == 0
+    assert got.histogram(3)[0].tolist() == [0] * (BINS - 1) + [got.n_tokens]
+    assert {context.token_ids[context.peak] for context in got.top(1, 10**6)} == {A, B}
+
+
+def test_abstopk_ranks_by_magnitude(tiny_cache, tmp_path):
+    run = double_run(tmp_path, tiny_cache, "abstopk")
+    features, acts = build_features(run, tiny_cache), dense(run, tiny_cache)
+    negative = [i for i in range(40) if -acts[:, i].min() > acts[:, i].max()]
+    assert negative, "some latent is at its strongest below zero"
+    assert features.top(negative[0], 1)[0].act == -features.max_act[negative[0]] < 0
+
+
+def test_damaged_features_are_named(planted_cache, tmp_path):
+    whole = planted_run(tmp_path, planted_cache)
+    build_features(whole, planted_cache)
+    first = min((whole / "features").glob("codes-*")).name
+    for number, (name, damage) in enumerate(
+        {
+            f"{first} of another length": lambda data: data[: len(data) // 2],
+            f"{first} empty": lambda data: b"",
+            f"{first} of another kind": lambda data: b"x" * len(data),
+            f"{first} of other fields": lambda data: data.replace(b'"token_id"', b'"token_ix"'),
+            "latents.safetensors of another length": lambda data: data[:-8],
+            "source.json of other fields": lambda data: data.replace(b"n_rows", b"n_rowz"),
+            "source.json of another kind": lambda data: b"[]",
+        }.items()
+    ):
+        run = Path(shutil.copytree(whole, tmp_path / str(number)))
+        path = run / "features" / name.split()[0]
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(ManifestError, match="features"):
+            open_features(run)
+    run = Path(shutil.copytree(whole, tmp_path / "hole"))
+    (run / "features" / first).unlink()
+    with pytest.raises(ManifestError, match=r"must hold the codes from token 0 on; remove it and build it anew"):
+        open_features(run)
+    run = Path(shutil.copytree(whole, tmp_path / "short"))
+    max((run / "features").glob("codes-*")).unlink()
+    with pytest.raises(ManifestError, match=r"its files must hold all \d+ rows"):
+        open_features(run)
+
+
+def test_wrong_questions_are_named(planted_cache, tmp_path):
+    features = build_features(planted_run(tmp_path, planted_cache), planted_cache)
+    for latent in (-1, 5):
+        for ask in (features.top, features.bands, features.histogram, features.coactive):
+            with pytest.raises(ConfigError, match=rf"latent must be in \[0, d_sae=5\), got {latent}"):
+                ask(latent)
+    for ask in (
+        lambda: features.top(0, 0),
+        lambda: features.coactive(0, 0),
+        lambda: features.bands(0, 0),
+        lambda: features.bands(0, 1, 0),
+    ):
+        with pytest.raises(ConfigError, match="must be at least 1, got 0"):
+            ask()
