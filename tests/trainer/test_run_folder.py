@@ -1,0 +1,146 @@
+"""A folder of runs as it lies there: what is read of it, what is refused, and which cache it remembers."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.tiny_reports import add_baseline, add_logs, evaluation
+from support.tiny_saes import make_config, make_run
+
+from actcache.errors import CacheMismatch, ManifestError
+from trainer.run_folder import (
+    check_folder,
+    check_out,
+    finite,
+    is_over,
+    read_harvests,
+    read_json,
+    read_runs,
+    remembered_cache,
+    whole_lines,
+    write_json,
+)
+
+MODEL = {"name": "tiny", "revision": "abc123"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "runs", make_config("topk", name="b"), MODEL)
+
+
+def test_runs_come_by_name_and_baselines_last(run: Path) -> None:
+    add_baseline(run.parent)
+    make_run(run.parent, make_config("topk", name="z"), MODEL)
+    (run / "eval.json").write_text(json.dumps(evaluation()))
+    add_logs(run, n=2)
+    (run / "failed.json").write_text(json.dumps({"step": 3, "error": "the loss became NaN"}))
+    found = read_runs(run.parent)
+    assert [(each.name, each.is_baseline) for each in found] == [
+        ("b", False),
+        ("z", False),
+        ("pca-k4-blocks.1.hook_resid_post", True),
+    ]
+    b, z, pca = found
+    assert (b.error, b.evaluation["l0"], b.sae["k"]) == ("the loss became NaN", 4.25, 5)
+    assert [line["step"] for line in b.metrics] == [line["step"] for line in b.timing] == [10, 20], "whole lines alone"
+    assert (b.about("model", "name"), b.about("model", "size"), pca.about("model", "name")) == ("tiny", None, None)
+    assert (z.evaluation, z.metrics, z.timing, z.error) == ({}, [], [], None)
+    assert (pca.sae["k"], pca.sae["architecture"]) == (4, "pca")
+    assert [each.name for each in read_runs(run)] == ["b"], "one run is a folder of one"
+
+
+def test_harvests_are_read_once_a_cache_by_time(run: Path, tmp_path: Path) -> None:
+    log = tmp_path / "cache" / "log"
+    log.mkdir(parents=True)
+    for number, (finished, n_tokens) in enumerate((("2026-01-02", 30), ("2026-01-01", 20), ("2026-01-03", 0))):
+        seconds = {"n_tokens": n_tokens, "model_busy": 1.5, "total": 2.0}
+        (log / f"harvest-{number}.json").write_text(json.dumps({"finished": finished, "seconds": seconds}))
+    other = make_run(run.parent, make_config("topk", name="other"), MODEL)
+    for each in (run, other):
+        config = json.loads((each / "config.json").read_text())
+        config["cache"]["path"] = str(tmp_path / "cache")
+        (each / "config.json").write_text(json.dumps(config))
+    found = read_harvests(read_runs(run.parent))
+    assert [(time.finished, time.n_tokens) for time in found] == [("2026-01-01", 20), ("2026-01-02", 30)]
+    assert (found[0].total_seconds, found[0].model_seconds) == (2.0, 1.5)
+    (log / "harvest-1.json").write_text('{"finished": "2026-01-01"}')
+    with pytest.raises(ManifestError, match=r"harvest-1\.json must be the log of a harvest, it lacks 'seconds'"):
+        read_harvests(read_runs(run))
+
+
+def test_what_is_a_finite_number() -> None:
+    assert [finite(value) for value in (3, -0.5, 0)] == [3, -0.5, 0]
+    for value in (True, None, "3", [3], float("nan"), float("inf")):
+        assert finite(value) is None
+
+
+def test_runs_go_into_an_empty_folder_or_beside_other_runs(run: Path, tmp_path: Path) -> None:
+    check_out(tmp_path / "nowhere", {"a"})
+    check_out(run.parent, {"a"})
+    (tmp_path / "empty").mkdir()
+    check_out(tmp_path / "empty", {"a"})
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    with pytest.raises(CacheMismatch, match=r"must be empty or hold runs, holds thesis\.tex; pass another --out"):
+        check_out(tmp_path / "thesis", {"a"})
+    with pytest.raises(CacheMismatch, match="must be a folder for runs, is a file"):
+        check_out(tmp_path / "thesis" / "thesis.tex", {"a"})
+
+
+def test_a_folder_is_of_this_very_run(run: Path, tmp_path: Path) -> None:
+    here = read_json(run / "config.json")
+    check_folder(tmp_path / "nowhere", here)
+    check_folder(run, here)
+    moved = {**here, "cache": {**here["cache"], "path": "elsewhere"}, "train": {**here["train"], "keep_checkpoints": 9}}
+    check_folder(run, moved)
+    other = {**here, "sae": {**here["sae"], "lr": 0.5}, "model": {**here["model"], "name": "big"}}
+    with pytest.raises(
+        CacheMismatch, match=r"another run: model\.name is 'tiny' there, 'big' here; sae\.lr is 0\.001 there, 0\.5 here"
+    ):
+        check_folder(run, other)
+    (tmp_path / "aside").mkdir()
+    (tmp_path / "aside" / ".config.json.partial").write_text("{")
+    check_folder(tmp_path / "aside", here)
+    (tmp_path / "aside" / "notes.txt").write_text("mine")
+    with pytest.raises(CacheMismatch, match=r"must be a run or absent, it has no config\.json"):
+        check_folder(tmp_path / "aside", here)
+
+
+def test_a_run_is_over_when_it_has_an_sae_or_has_failed(run: Path, tmp_path: Path) -> None:
+    assert is_over(run)
+    assert not is_over(tmp_path)
+    (tmp_path / "failed.json").write_text("{}")
+    assert is_over(tmp_path)
+
+
+def test_lines_are_read_up_to_the_first_torn_one(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    assert whole_lines(log) == []
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "n_tok')
+    assert whole_lines(log) == [{"step": 1}, {"step": 2}]
+    log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    assert whole_lines(log) == [{"step": 1}], "what follows a torn line is not trusted"
+
+
+def test_json_is_written_canonically_and_read_back(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": 1, "a": [0.5]})
+    assert (tmp_path / "a.json").read_text() == '{\n "a": [\n  0.5\n ],\n "b": 1\n}\n'
+    assert read_json(tmp_path / "a.json") == {"a": [0.5], "b": 1}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"b": float("nan")})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"], "nothing is left aside"
+    assert read_json(tmp_path / "a.json") == {"a": [0.5], "b": 1}
+    (tmp_path / "a.json").write_text("[1]")
+    with pytest.raises(ManifestError, match=r"a\.json: must be a JSON object, got list"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(ManifestError, match=r"b\.json: must be readable JSON, got FileNotFoundError"):
+        read_json(tmp_path / "b.json")
+
+
+def test_the_cache_of_the_first_run_that_remembers_one(run: Path, tmp_path: Path) -> None:
+    (run.parent / "a").mkdir()
+    (run.parent / "a" / "config.json").write_text("{}")
+    assert remembered_cache(run) == remembered_cache(run.parent) == Path("cache")
+    with pytest.raises(ManifestError, match="holds no run that remembers its cache; train first, or pass --cache"):
+        remembered_cache(tmp_path)
