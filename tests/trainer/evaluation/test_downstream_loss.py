@@ -25,11 +25,6 @@ from trainer.evaluation.evaluate import evaluate, evaluate_all
 from trainer.sae.sae import SAE
 
 
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    return new_model()
-
-
 @pytest.fixture
 def cache(model: LanguageModel, tmp_path: Path) -> Cache:
     """A cache of which nothing is kept yet."""

@@ -5,10 +5,9 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-from support.evaluation_cases import D_IN, HOOK, OTHER_HOOK, ROUNDING, make_sae, new_cache, new_model, validation_rows
+from support.evaluation_cases import D_IN, HOOK, OTHER_HOOK, ROUNDING, make_sae, new_cache, validation_rows
 from support.places import CHILD, SUPPORT
 from support.tiny_models import make_model, make_tokenizer
 from support.tiny_saes import make_config, make_run
@@ -20,23 +19,15 @@ from actcache.models.load import wrap_model
 from actcache.store.cache import Cache
 from trainer.evaluation.downstream_loss import MODEL_METRICS
 from trainer.evaluation.evaluate import evaluate, evaluate_all, evaluate_runs
-from trainer.evaluation.pca import PCA, fit_pca
+from trainer.evaluation.pca import PCA
 from trainer.formats.saelens import load_sae
 from trainer.sae.sae import SAE
 
 MIB = 1 << 20
+
+
 # one thread, and an allocator that gives every freed block back
 ALLOCATED_IS_RESIDENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-
-
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    return new_model()
-
-
-@pytest.fixture(scope="module")
-def cache(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return new_cache(tmp_path_factory.mktemp("caches") / "cache", model)
 
 
 @pytest.mark.parametrize("exclude_special_tokens", [True, False])
@@ -116,30 +107,6 @@ def test_several_saes_share_a_pass_and_equal_each_alone(cache, model):
     assert calls == sorted(calls)
     assert calls[-1] == (together[0]["n_tokens"] + 96,) * 2
     assert {total for _, total in calls} == {together[0]["n_tokens"] + 96}
-
-
-def test_pca_equals_the_singular_vectors(cache):
-    from actcache.loading.loader import Loader
-
-    with Loader(cache, HOOK, batch_tokens=100) as loader:
-        pca = fit_pca(loader, HOOK, 5)
-    x = cache.hook_reader("train", HOOK).read(0, cache.n_rows())
-    ids = cache.token_reader("train", "id").read(0, cache.n_rows())
-    x = x[torch.from_numpy(~np.isin(ids, cache.special_token_ids))].double()
-    centred = x - x.mean(0)
-    u, s, vh = torch.linalg.svd(centred, full_matrices=False)
-    best = (u[:, :5] * s[:5]) @ vh[:5] + x.mean(0)
-    x_hat = pca.decode(pca.encode(x.float())).double()
-    # float32 arithmetic on vectors of d_in terms; the components' own rounding turns the subspace by as little
-    assert ((x_hat - best).norm(dim=1) <= 8 * D_IN * 2.0**-24 * x.norm(dim=1)).all()
-    assert (pca.n_rows, pca.d_sae, pca.d_in) == (len(x), 5, D_IN)
-    first = pca.leading(2)
-    torch.testing.assert_close(first.encode(x.float()), pca.encode(x.float())[:, :2], rtol=1e-5, atol=1e-4)
-    for wrong in (0, 33):
-        with pytest.raises(ValueError, match=rf"n_components must be in \[1, 32\], got {wrong}"):
-            fit_pca(Loader(cache, HOOK), HOOK, wrong)
-    with pytest.raises(ValueError, match="needs at least one batch"):
-        fit_pca([], HOOK, 3)
 
 
 def config_of(name: str, architecture: str = "topk", **changes: object):

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.evaluation_cases import D_IN, HOOK, ROUNDING, filled, make_sae, new_cache, new_model, validation_rows
+from support.evaluation_cases import D_IN, HOOK, ROUNDING, filled, make_sae, validation_rows
 from support.tiny_models import make_model
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from actcache.models.language_model import LanguageModel
 from actcache.store.cache import Cache
 from trainer.evaluation.evaluate import evaluate
 from trainer.formats.saelens import load_sae
@@ -28,16 +27,6 @@ FROM_THE_MODEL = (
     *("ce_loss_score", "ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation"),
     *("kl_div_score", "kl_div_with_sae", "kl_div_with_ablation"),
 )
-
-
-@pytest.fixture(scope="module")
-def model() -> LanguageModel:
-    return new_model()
-
-
-@pytest.fixture(scope="module")
-def cache(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    return new_cache(tmp_path_factory.mktemp("caches") / "cache", model)
 
 
 @pytest.fixture(scope="module")
