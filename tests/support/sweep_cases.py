@@ -11,13 +11,13 @@ import torch
 from actcache.flow import Batch
 from support.tiny_saes import TOPK_FAMILY, TRANSCODERS, make_config
 from support.training_cases import rows
-from trainer.config.settings import SAEConfig
+from trainer.config.settings import SAEConfig, TrainConfig
+from trainer.training.step import TrainState, initial_state
 from trainer.training.sweep import SweepProgress
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
-
-
 N_STEPS, BATCH, TOKENS = 12, 32, 11 * 32 + 1  # the last batch is one row
+EVERY_2 = TrainConfig(batch_tokens=BATCH, log_every=2, checkpoint_every=5)
 
 
 def batches(start: int = 0) -> Iterator[Batch]:
@@ -43,6 +43,10 @@ def a_config(architecture: str, **changes: object) -> SAEConfig:
     if architecture == "crosscoder":
         settings |= {"hook_name": HOOKS[0], "hook_names": HOOKS, "hook_widths": (16, 16), "d_in": 32, "d_out": 32}
     return make_config(architecture, **settings | changes)
+
+
+def new_states(configs: list[SAEConfig]) -> list[TrainState]:
+    return [initial_state(config, torch.full((config.d_out,), 0.1)) for config in configs]
 
 
 def log_lines(folder: Path) -> list[dict]:

@@ -16,7 +16,18 @@ from typing import Any
 import pytest
 import torch
 from support.places import ROOT
-from support.sweep_cases import BATCH, HOOKS, TOKENS, Stop, a_config, batches, held_out, log_lines, stop_after
+from support.sweep_cases import (
+    EVERY_2,
+    HOOKS,
+    TOKENS,
+    Stop,
+    a_config,
+    batches,
+    held_out,
+    log_lines,
+    new_states,
+    stop_after,
+)
 from support.tiny_caches import harvest_tiny, write_texts
 from support.tiny_models import make_model, make_tokenizer
 from support.tiny_saes import ARCHITECTURES, TRANSCODERS
@@ -30,16 +41,12 @@ from actcache.store.cache import Cache, open_cache
 from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.config.sweep import SweepConfig
 from trainer.formats.saelens import load_sae
-from trainer.kernels import active
 from trainer.kernels.active import Workspace
 from trainer.sae.architectures import forward
-from trainer.training import run
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.plan import pass_bytes
-from trainer.training.step import TrainState, initial_state
 from trainer.training.sweep import SweepProgress, plan, sweep, train
 
-EVERY_2 = TrainConfig(batch_tokens=BATCH, log_every=2, checkpoint_every=5)
 EVALUATED = dataclasses.replace(EVERY_2, eval_every=5)
 HELD_OUT_KEYS = {f"validation/{name}" for name in ("explained_variance", "l0", "mse", "dead_fraction")}
 
@@ -59,10 +66,6 @@ def mixed_configs() -> list[SAEConfig]:
     configs.append(a_config("topk", name="other-hook", hook_name=HOOKS[0], input_scale=2.0))
     configs.append(a_config("topk", name="wide", d_sae=96, k=3, seed=4))
     return configs
-
-
-def new_states(configs: list[SAEConfig]) -> list[TrainState]:
-    return [initial_state(config, torch.full((config.d_out,), 0.1)) for config in configs]
 
 
 def test_an_sae_of_a_sweep_equals_the_same_trained_alone(tmp_path: Path) -> None:
@@ -176,45 +179,6 @@ def test_a_diverging_sae_leaves_the_others_untouched(architecture: str, eval_eve
     assert "wild: " in error
     assert json.loads((tmp_path / "both" / "wild" / "failed.json").read_text())["error"] == error
     assert records["calm-topk"].error is None
-
-
-@pytest.mark.parametrize("due", ["log_every", "checkpoint_every", "LOOK_EVERY"])
-def test_a_loss_that_is_looked_at_later_stops_its_sae_and_nothing_is_written(
-    due: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on CUDA, where looking means to wait. The fifth batch is infinite; a look is due after the eighth step.
-
-    standard, as dense as it begins, for on CUDA sparse sums are Triton's.
-    """
-    monkeypatch.setattr(active, "on_cuda", lambda _: True)
-    monkeypatch.setattr(run, "LOOK_EVERY", 8 if due == "LOOK_EVERY" else 100)
-    settings = {"log_every": 100, "checkpoint_every": 100} | ({due: 8} if due != "LOOK_EVERY" else {})
-
-    def poisoned() -> Iterator[Batch]:
-        for batch in batches():
-            x = {hook: x * torch.inf if batch.step == 4 else x for hook, x in batch.x.items()}
-            yield dataclasses.replace(batch, x=x)
-
-    (state,) = new_states([a_config("standard")])
-    records = sweep(poisoned(), [state], TrainConfig(batch_tokens=BATCH, **settings), tmp_path)
-    assert "got nan at step 4; lower lr" in str(records["a-standard"].error)
-    assert state.step == 8
-    assert sorted(each.name for each in (tmp_path / "a-standard").iterdir()) == [
-        "failed.json",
-        "metrics.jsonl",
-        "timing.jsonl",
-    ]
-    assert log_lines(tmp_path / "a-standard") == []
-
-
-def test_looking_later_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    states = new_states([a_config("standard"), a_config("standard")])
-    sweep(batches(), states[:1], EVERY_2, tmp_path / "at once")
-    monkeypatch.setattr(active, "on_cuda", lambda _: True)
-    records = sweep(batches(), states[1:], EVERY_2, tmp_path / "later")
-    assert_same_state(*states)
-    assert log_lines(tmp_path / "at once" / "a-standard") == log_lines(tmp_path / "later" / "a-standard")
-    assert records["a-standard"].seconds > 0
 
 
 def test_each_sae_joins_at_its_own_step(tmp_path: Path) -> None:
@@ -413,8 +377,6 @@ from trainer import SweepConfig, train
 cache, sweep_file, out = sys.argv[1:]
 train(open_cache(cache), SweepConfig.from_yaml(sweep_file), out, progress=lambda progress: time.sleep(0.05))
 """
-
-
 CHILD_SETTINGS: dict[str, Any] = {
     "cwd": ROOT,
     "env": {**os.environ, "OMP_NUM_THREADS": "1"},
