@@ -2,7 +2,7 @@
 
 A folder that actcache, SAELens, sparsify or dictionary_learning wrote comes in.
 An `SAE` goes out that computes what the folder's own library computes, or a folder that SAELens can load.
-Nothing here may execute code from a file, drop a setting that it does not know, or leave half a folder behind.
+Nothing here may run code that a file holds, load an SAE that it cannot compute, or leave half a folder behind.
 
 Public:
     saelens.load_sae                             reads a run or SAELens directory

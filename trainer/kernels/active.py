@@ -1,4 +1,8 @@
-"""Active entries of a batch, sorted by row and by latent, and the buffers that steps share."""
+"""The active entries of a batch, sorted by row and by latent, and the buffer that steps share.
+
+The other modules of `kernels` sum over `ActiveEntries` alone. This module also says which tensors are on CUDA, where
+reading a value waits for the device, and it imports `triton_kernels` when it is first needed.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,13 @@ from torch import Tensor
 
 
 class Workspace:
-    """A [batch, d_sae] buffer that steps reuse: a fresh one of this size costs as much as filling it."""
+    """A [batch, d_sae] buffer that steps reuse. To allocate a new one would take as long as to fill it."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
     def empty(self, n_rows: int, d_sae: int, like: Tensor) -> Float[Tensor, "{n_rows} {d_sae}"]:
-        """An uninitialised matrix of like's dtype and device; it shares memory with the last one handed out."""
+        """An uninitialised matrix with the dtype and device of `like`. The next call hands out the same memory."""
         held = self._buffer
         if held.numel() < n_rows * d_sae or held.dtype != like.dtype or held.device != like.device:
             self._buffer = like.new_empty(n_rows * d_sae)
@@ -29,9 +33,13 @@ class Workspace:
 class ActiveEntries:
     """The active entries of a [batch, d_sae] matrix, ordered by row and by latent. A row may have any number of them.
 
-    row, latent: of each entry, rows ascending. row_start: entries of row b are row_start[b] : row_start[b + 1].
-    by_latent: the stable order of the entries by latent; row_by_latent, latent_start: as row and row_start, in that
-    order.
+    Attributes:
+        row: the row of each entry, ascending.
+        latent: the latent of each entry.
+        row_start: row b has the entries row_start[b] : row_start[b + 1].
+        by_latent: the indices that sort the entries by latent; entries of one latent stay in the order of their rows.
+        row_by_latent: `row`, sorted by latent.
+        latent_start: latent i has the entries latent_start[i] : latent_start[i + 1], once they are sorted by latent.
     """
 
     row: Int[Tensor, " active"]
@@ -43,8 +51,9 @@ class ActiveEntries:
 
     @staticmethod
     def of(row: Int[Tensor, " active"], latent: Int[Tensor, " active"], *, batch: int, d_sae: int) -> ActiveEntries:
-        """From the coordinates, rows ascending."""
-        # Stable, for the order changes sums; of the narrowest type, for a radix sort of int16 is three times faster.
+        """Make the entries from their coordinates, which must come with ascending rows."""
+        # The sort is stable because the order of a sum changes its rounding. It runs on the narrowest type because a
+        # radix sort of int16 is three times faster.
         narrow = latent.to(torch.int16 if d_sae <= 1 << 15 else torch.int32)
         by_latent = narrow.argsort(stable=True)
         return ActiveEntries(
@@ -63,12 +72,15 @@ class ActiveEntries:
 
 
 def count_true(mask: Bool[Tensor, "*shape"]) -> int:
-    """How many entries are True. On CUDA it waits for the device."""
+    """How many entries are True. On CUDA this waits for the device."""
     return int(mask.count_nonzero())
 
 
 def indices_of_true(mask: Bool[Tensor, "batch d_sae"], n: int) -> tuple[Int[Tensor, " {n}"], Int[Tensor, " {n}"]]:
-    """(row, latent) of the n entries that are True, in row-major order. n: from `count_true`; this does not wait."""
+    """(row, latent) of the n entries that are True, in row-major order.
+
+    n: what `count_true` returned. Because it is known, this function does not wait for the device.
+    """
     if on_cuda(mask):
         found = torch.nonzero_static(mask, size=n)  # (n, 2)
         return found[:, 0].contiguous(), found[:, 1].contiguous()
@@ -77,25 +89,28 @@ def indices_of_true(mask: Bool[Tensor, "batch d_sae"], n: int) -> tuple[Int[Tens
 
 
 def firing_counts(values: Float[Tensor, " active"], entries: ActiveEntries) -> Int[Tensor, " d_sae"]:
-    """How many rows each latent is active (nonzero) in."""
-    if on_cuda(values):  # bincount and a boolean mask would wait for the device
+    """In how many rows each latent is active (not zero)."""
+    if on_cuda(values):  # bincount and boolean masks would wait for the device
         before = torch.nn.functional.pad((values.detach() != 0)[entries.by_latent].cumsum(0), (1, 0))
         return before[entries.latent_start].diff()
     return torch.bincount(entries.latent[values.detach() != 0], minlength=entries.d_sae)
 
 
 def on_cuda(tensor: Tensor) -> bool:
-    """Whether a tensor's values can only be looked at by waiting for what was asked of the device before."""
+    """Whether a tensor is on CUDA, where reading a value waits until the device has done its earlier work."""
     return tensor.is_cuda
 
 
 def triton_kernels() -> Any:
-    """`triton_kernels`, imported when first needed: a machine without CUDA need not have triton."""
+    """The module `triton_kernels`, imported when it is first needed: a machine without CUDA need not have triton."""
     return importlib.import_module("trainer.kernels.triton_kernels")
 
 
 def _starts(keys: Int[Tensor, " active"], order: Int[Tensor, " active"] | None, n: int) -> Int[Tensor, " n_plus_1"]:
-    """Where each of 0 .. n-1 starts when the keys are sorted by `order` (None: they are), and the end."""
+    """Where each key of 0 .. n-1 starts once the keys are sorted, and where the last one ends.
+
+    order: the indices that sort the keys; None if they are sorted already.
+    """
     if on_cuda(keys):  # bincount would wait for the device
         in_order = keys if order is None else keys[order]
         return torch.searchsorted(in_order, torch.arange(n + 1, dtype=keys.dtype, device=keys.device))

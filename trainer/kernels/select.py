@@ -13,10 +13,10 @@ from torch.nn.functional import max_pool1d
 from trainer.kernels import active
 from trainer.kernels.active import Workspace
 
-RANKED_AT_ONCE = 1 << 24  # pre-activations that are in memory together on a CPU: smaller products are slower
+RANKED_AT_ONCE = 1 << 24  # pre-activations that a CPU holds at a time; smaller products are slower
 RANKED_AT_ONCE_ON_CUDA = 1 << 28
-FOLD = 8  # latents of which only the largest is looked at first
-SAMPLED_ENTRIES = 1 << 16  # entries looked at to guess where the batch's k-th largest lies
+FOLD = 8  # latents in a group; only the largest of a group is ranked first
+SAMPLED_ENTRIES = 1 << 16  # entries from which the batch's k-th largest is guessed
 
 
 def topk_pre_acts(
@@ -28,9 +28,13 @@ def topk_pre_acts(
     *,
     by_magnitude: bool = False,
 ) -> tuple[Float[Tensor, "batch {k}"], Int[Tensor, "batch {k}"]]:
-    """The k largest pre-activations of each row, or of largest magnitude, and their latents, in no order.
+    """(values, latents) of the k largest pre-activations x W_enc^T + b_enc of each row, in no order, without gradient.
 
-    Without gradient.
+    Args:
+        x: what the encoder multiplies, of the dtype of the weights.
+        k: how many entries of each row are active.
+        workspace: holds the pre-activations of one chunk of rows.
+        by_magnitude: rank |h| instead of h; the values keep their signs.
     """
     values, latents = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     with torch.no_grad():
@@ -46,7 +50,7 @@ def topk_pre_acts(
 
 
 def topk_chunk_rows(d_sae: int, *, is_cuda: bool) -> int:
-    """How many rows are encoded and ranked at a time."""
+    """How many rows `topk_pre_acts` encodes and ranks at a time."""
     return max(1, (RANKED_AT_ONCE_ON_CUDA if is_cuda else RANKED_AT_ONCE) // d_sae)
 
 
@@ -55,16 +59,18 @@ def batch_topk_entries(
 ) -> tuple[Int[Tensor, " active"], Int[Tensor, " active"]]:
     """(row, latent) of the `k * batch` largest entries of the whole batch, in row-major order.
 
-    On a CPU `batch_topk_active`, the positive ones alone. On CUDA those that are not positive are among them,
-    for `activations.relu` to silence: how many there are nobody knows without a wait. Of equal entries it keeps any.
+    On a CPU these are the positive ones alone, as `batch_topk_active` chooses them. On CUDA they include entries that
+    are not positive, because their number cannot be known without waiting for the device; `activations.relu` makes
+    them 0. On CUDA, which of several equal entries are chosen is not defined.
     """
     if not active.on_cuda(pre_acts):
         return batch_topk_active(pre_acts, k)
     batch, d_sae = pre_acts.shape
-    # with groups of about sqrt(d_sae / k), groups and candidates are equally many; gcd: a power of two that divides
+    # Groups of about sqrt(d_sae / k) entries make groups and candidates equally many. gcd finds a power of two that
+    # divides d_sae.
     fold = gcd(d_sae, 1 << (isqrt(d_sae // k).bit_length() - 1))
-    places = _largest_places(pre_acts.view(-1, fold), k * batch).sort().values
-    return places // d_sae, places % d_sae
+    indices = _largest_of_all(pre_acts.view(-1, fold), k * batch).sort().values
+    return indices // d_sae, indices % d_sae
 
 
 def encoder_pre_acts(
@@ -73,7 +79,7 @@ def encoder_pre_acts(
     b_enc: Float[Tensor, " d_sae"],
     workspace: Workspace,
 ) -> Float[Tensor, "batch d_sae"]:
-    """x W_enc^T + b_enc in the workspace, without gradient; valid until the workspace is used again."""
+    """x W_enc^T + b_enc in the workspace, without gradient. It is valid until the workspace is used again."""
     with torch.no_grad():
         return torch.addmm(b_enc, x, W_enc.T, out=workspace.empty(len(x), len(W_enc), x))
 
@@ -84,28 +90,31 @@ def batch_topk_active(
     """(row, latent) of the `k * batch` largest positive entries of the whole batch, in row-major order.
 
     Bussmann et al. 2024, "BatchTopK Sparse Autoencoders" (arXiv:2412.06410). L0 is at most k on average over the batch,
-    not per row. Of equal entries the first are kept; NaN counts as the largest. Raises ValueError when k is outside
-    [1, d_sae].
+    not per row. Of equal entries the first in row-major order are chosen. NaN counts as the largest.
 
-    A sample of the entries gives a cut that about a fifth too many pass; the exact choice is made among those.
+    A sample of the entries gives a cut that about a quarter too many entries exceed. The exact choice is made among
+    these.
+
+    Raises:
+        ValueError: k is outside [1, d_sae].
     """
     batch, d_sae = pre_acts.shape
-    _check_k("batch_topk", k, d_sae)
+    if not 1 <= k <= d_sae:
+        raise ValueError(f"batch_topk: k must be in [1, d_sae={d_sae}], got k={k}; pick a smaller k or a wider SAE")
     n_active = k * batch
     row, latent = exceeds(pre_acts, _guessed_cut(pre_acts, n_active)).nonzero(as_tuple=True)
     if len(row) < n_active:
         row, latent = exceeds(pre_acts, pre_acts.new_zeros(())).nonzero(as_tuple=True)
     if len(row) <= n_active:
         return row, latent
-    candidates = pre_acts[row, latent]
-    entries = _largest(candidates, n_active)
-    return row[entries], latent[entries]
+    chosen = _largest(pre_acts[row, latent], n_active)
+    return row[chosen], latent[chosen]
 
 
 def exceeds(
     pre_acts: Float[Tensor, "batch d_sae"], cut: Float[Tensor, "#d_sae"] | Float[Tensor, ""]
 ) -> Bool[Tensor, "batch d_sae"]:
-    """Which entries exceed `cut` (a number, or one per latent); NaN does, so that the loss will show it."""
+    """Which entries exceed `cut`, a number or one number per latent. NaN does, so that the loss will show it."""
     return (pre_acts <= cut).logical_not_()
 
 
@@ -116,10 +125,10 @@ def _chunks(n_rows: int, chunk_rows: int) -> Iterator[slice]:
 def _largest_of_rows(
     ranked: Float[Tensor, "batch d_sae"], k: int
 ) -> tuple[Float[Tensor, "batch {k}"], Int[Tensor, "batch {k}"]]:
-    """(values, latents) of the k largest of each row; NaN counts as the largest.
+    """(values, latents) of the k largest entries of each row. NaN counts as the largest.
 
-    They lie in the k groups of FOLD latents with the largest maxima, which are soon found: torch.topk takes a few
-    nanoseconds for each number that it looks at.
+    They lie in the k groups of FOLD latents whose maxima are largest. To rank the maxima first saves time, because
+    torch.topk takes a few nanoseconds for each number that it ranks.
     """
     batch, d_sae = ranked.shape
     n_groups = d_sae // FOLD
@@ -128,17 +137,17 @@ def _largest_of_rows(
         return values, latents
     maxima = max_pool1d(ranked[:, None], FOLD)[:, 0]
     groups = maxima.topk(k, sorted=False).indices
-    in_store = groups + torch.arange(batch, device=ranked.device)[:, None] * n_groups
-    candidates = ranked.view(batch * n_groups, FOLD).index_select(0, in_store.flatten()).view(batch, k * FOLD)
-    values, places = candidates.topk(k, sorted=False)
-    return values, groups.gather(1, places // FOLD) * FOLD + places % FOLD
+    group_row = groups + torch.arange(batch, device=ranked.device)[:, None] * n_groups
+    candidates = ranked.view(batch * n_groups, FOLD).index_select(0, group_row.flatten()).view(batch, k * FOLD)
+    values, chosen = candidates.topk(k, sorted=False)
+    return values, groups.gather(1, chosen // FOLD) * FOLD + chosen % FOLD
 
 
-def _largest_places(grouped: Float[Tensor, "group fold"], n: int) -> Int[Tensor, " {n}"]:
-    """Where the n largest of all lie, counted through, in no order; NaN counts as the largest.
+def _largest_of_all(grouped: Float[Tensor, "group fold"], n: int) -> Int[Tensor, " {n}"]:
+    """Flat indices of the n largest entries of the whole matrix, in no order. NaN counts as the largest.
 
-    They lie in the n groups with the largest maxima. torch.topk of one long row takes time with its square on CUDA: it
-    looks at two short ones instead.
+    They lie in the n groups whose maxima are largest. On CUDA the time of torch.topk grows with the square of the
+    row's length, so two short rows are ranked instead of one long one.
     """
     fold = grouped.shape[1]
     groups = grouped.amax(1).topk(n, sorted=False).indices
@@ -147,9 +156,11 @@ def _largest_places(grouped: Float[Tensor, "group fold"], n: int) -> Int[Tensor,
 
 
 def _guessed_cut(pre_acts: Float[Tensor, "batch d_sae"], n_active: int) -> Float[Tensor, ""]:
-    """A value >= 0 that about 1.25 * n_active entries exceed; 0 where so many positive ones are unlikely."""
+    """A value >= 0 that about 1.25 * n_active entries exceed. It is 0 where so many positive entries are unlikely."""
     flat = pre_acts.reshape(-1)
-    stride = max(1, flat.numel() // SAMPLED_ENTRIES) | 1  # odd: meets every latent of a power-of-two width
+    stride = (
+        max(1, flat.numel() // SAMPLED_ENTRIES) | 1
+    )  # an odd stride reaches every latent where d_sae is a power of two
     sample = flat[::stride]
     rank = 1 + int(1.25 * n_active / flat.numel() * sample.numel())
     if rank >= sample.numel():
@@ -158,15 +169,10 @@ def _guessed_cut(pre_acts: Float[Tensor, "batch d_sae"], n_active: int) -> Float
 
 
 def _largest(values: Float[Tensor, " candidate"], n: int) -> Int[Tensor, " largest"]:
-    """Indices of the n largest values, ascending; of equal ones the first."""
+    """Indices of the n largest values, ascending. Of equal values the first are chosen."""
     smallest = values.kthvalue(len(values) - n + 1).values
-    entries = values < smallest
-    surplus = len(values) - int(entries.sum()) - n
+    is_left_out = values < smallest
+    surplus = len(values) - int(is_left_out.sum()) - n
     if surplus > 0:
-        entries[(values == smallest).nonzero().squeeze(1)[-surplus:]] = True
-    return entries.logical_not_().nonzero().squeeze(1)
-
-
-def _check_k(who: str, k: int, d_sae: int) -> None:
-    if not 1 <= k <= d_sae:
-        raise ValueError(f"{who}: k must be in [1, d_sae={d_sae}], got k={k}; pick a smaller k or a wider SAE")
+        is_left_out[(values == smallest).nonzero().squeeze(1)[-surplus:]] = True
+    return is_left_out.logical_not_().nonzero().squeeze(1)

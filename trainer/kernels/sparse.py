@@ -1,9 +1,9 @@
-"""The sparse path of a training step: encode densely once, then touch only the active entries.
+"""The sparse products of a training step, and their gradients: each touches the active entries alone.
 
-A dense step costs 10 * batch * d_in * d_sae FLOPs; here only the encoder's 2 * batch * d_in * d_sae stay, the decoder
-and both weight gradients gather the active rows. On a CPU everything is plain torch; for tensors on CUDA
-`triton_kernels` takes its place, and no call but `count_true` waits for the device. Each sum runs in one fixed order
-(by row in the decoder, by latent in the gradients), so results repeat bit for bit.
+A dense step costs 10 * batch * d_in * d_sae FLOPs. Here only the encoder's 2 * batch * d_in * d_sae remain; the decoder
+and both weight gradients gather the active rows. On a CPU everything is plain torch. On CUDA `triton_kernels` does the
+same, and nothing in this module waits for the device. Each sum runs in one fixed order, by row in the decoder and by
+latent in the gradients, so results repeat bit for bit.
 """
 
 import warnings
@@ -24,7 +24,10 @@ def entry_pre_acts(
     W_enc: Float[Tensor, "d_sae d_in"],
     b_enc: Float[Tensor, " d_sae"],
 ) -> Float[Tensor, " active"]:
-    """x W_enc^T + b_enc at the active entries alone, without gradient: for those that were chosen in a shorter type."""
+    """x W_enc^T + b_enc at the active entries alone, without gradient.
+
+    It serves entries that were chosen by pre-activations of a shorter dtype, and that are now needed in full.
+    """
     with torch.no_grad():
         if active.on_cuda(x):
             dots = active.triton_kernels().entry_dots(x, entries.row, W_enc, entries.latent, entries.by_latent)
@@ -42,10 +45,15 @@ def active_pre_acts(
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"] | None,
 ) -> Float[Tensor, " active"]:
-    """`values`, the pre-activations of the active entries as computed before, with their gradient to the encoder.
+    """Return `values` unchanged, and give them a gradient to the encoder.
 
-    x: what the encoder multiplied; no gradient goes to it. b_dec: given where x is the input less b_dec, which then
-    gets -(grad b_enc) W_enc, the gradient that x would have passed on.
+    Args:
+        values: the pre-activations of the active entries, as they were computed before.
+        entries: which entries these are.
+        x: what the encoder multiplied. It gets no gradient.
+        W_enc: gets the gradient of the active entries.
+        b_enc: gets the gradient of the active entries.
+        b_dec: given where x is the input less b_dec. It gets -(grad b_enc) W_enc, which x would have passed on to it.
     """
     return _ActivePreActs.apply(values, entries, x, W_enc, b_enc, b_dec)
 
@@ -57,16 +65,16 @@ def dense_pre_acts(
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"] | None,
 ) -> Float[Tensor, "batch d_sae"]:
-    """All pre-activations, as computed before, with their gradient to the encoder; b_dec as in `active_pre_acts`."""
+    """As `active_pre_acts`, for the pre-activations of all entries."""
     return _DensePreActs.apply(pre_acts, x, W_enc, b_enc, b_dec)
 
 
 def sparse_decode(
     values: Float[Tensor, " active"], entries: ActiveEntries, W_dec: Float[Tensor, "d_sae d_in"]
 ) -> Float[Tensor, "batch d_in"]:
-    """Row b is the sum of values[j] * W_dec[latent[j]] over its active entries j; gradients to values and W_dec.
+    """Row b of the result is the sum of values[j] * W_dec[latent[j]] over the active entries j of row b.
 
-    A detached W_dec costs no gradient.
+    Gradients go to `values` and to `W_dec`. If W_dec is detached, its gradient is not computed.
     """
     if active.on_cuda(values):
         x_hat = _TritonDecode.apply(values, entries, W_dec.detach())
@@ -112,7 +120,7 @@ class _DensePreActs(torch.autograd.Function):
 
 
 class _TritonDecode(torch.autograd.Function):
-    """x_hat with its gradient to the values; none to W_dec."""
+    """x_hat with a gradient to the values and none to W_dec."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, entries: ActiveEntries, W_dec: Tensor) -> Tensor:
@@ -131,7 +139,7 @@ class _TritonDecode(torch.autograd.Function):
 
 
 class _WithDecoderGradient(torch.autograd.Function):
-    """x_hat as it is; backward passes its gradient on and gives W_dec the sum by latent."""
+    """x_hat unchanged. Backward passes its gradient on, and gives W_dec the sum of each latent's entries."""
 
     @staticmethod
     def forward(ctx: Any, x_hat: Tensor, values: Tensor, entries: ActiveEntries, W_dec: Tensor) -> Tensor:
@@ -147,7 +155,7 @@ class _WithDecoderGradient(torch.autograd.Function):
 
 
 def _csr_pattern(entries: ActiveEntries, like: Tensor) -> Tensor:
-    with warnings.catch_warnings():  # that CSR tensors are in beta state
+    with warnings.catch_warnings():  # torch warns that CSR tensors are in beta state
         warnings.simplefilter("ignore", UserWarning)
         return torch.sparse_csr_tensor(
             entries.row_start, entries.latent, like.new_zeros(len(entries.latent)), size=(len(like), entries.d_sae)
@@ -157,7 +165,10 @@ def _csr_pattern(entries: ActiveEntries, like: Tensor) -> Tensor:
 def _sum_by_latent(
     values: Float[Tensor, " active"], entries: ActiveEntries, rows: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, "d_sae d_in"]:
-    """Latent i is the sum of values[j] * rows[row[j]] over its active entries j: a weight gradient."""
+    """Row i of the result is the sum of values[j] * rows[row[j]] over the active entries j of latent i.
+
+    The gradient of a weight is such a sum.
+    """
     return _sums_of_rows(values.index_select(0, entries.by_latent), entries.row_by_latent, entries.latent_start, rows)
 
 
@@ -167,7 +178,7 @@ def _sums_of_rows(
     start: Int[Tensor, " segment_plus_1"],
     rows: Float[Tensor, "row d_in"],
 ) -> Float[Tensor, "segment d_in"]:
-    """Row i is the sum of values[j] * rows[index[j]] over start[i] <= j < start[i + 1]."""
+    """Row i of the result is the sum of values[j] * rows[index[j]] over start[i] <= j < start[i + 1]."""
     if active.on_cuda(rows):
         return active.triton_kernels().segment_sums(values, index, start, rows)
     return embedding_bag(index, rows, start, mode="sum", per_sample_weights=values, include_last_offset=True)

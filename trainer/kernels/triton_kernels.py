@@ -1,26 +1,27 @@
 """The kernels of the sparse path for CUDA, in Triton: top-k, weighted sums of rows, and dot products of rows.
 
-Of `trainer.kernels` alone, for tensors on the device; importing this module imports triton, which torch brings along
-where it is built for CUDA. Sums are of float32 products in float32, in an order that shapes and segment bounds fix,
-without atomics: equal inputs give equal bits on one kind of device. Offsets into matrices are int64. Nothing waits for
-the device. `no_type_check` keeps jaxtyping's import hook from wrapping a kernel: Triton compiles what it finds there.
+Only `trainer.kernels` calls them, with tensors on the device. Importing this module imports triton, which comes with
+the builds of torch for CUDA. Products and sums are float32. Shapes and segment bounds fix the order of each sum, and
+no atomics are used, so equal inputs give equal bits on one kind of device. Offsets into matrices are int64. No function
+waits for the device. `no_type_check` keeps jaxtyping's import hook from wrapping a kernel, which Triton could then not
+compile.
 
-The block sizes below are reasoned, not timed. COLUMNS is small so that the programs that run side by side, which share
-a block of columns, gather from a part of the matrix that fits into the level-2 cache.
+The block sizes below are reasoned, not timed. The programs that run side by side share a block of columns. COLUMNS is
+small so that the part of the matrix from which they gather fits into the level-2 cache.
 """
 
 from math import isqrt
 from typing import Any, no_type_check
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]: no dependency on a machine without CUDA
+import triton  # pyright: ignore[reportMissingImports]: a machine without CUDA need not have it
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor
 
-ENTRIES, COLUMNS = 16, 128  # entries gathered at a time, and how much of their rows
-CHUNK = 256  # entries that one program sums; longer segments are summed chunk by chunk, and then over the chunks
-PLACES = 4096  # places of a row that are ranked at a time
+ENTRIES, COLUMNS = 16, 128  # entries gathered at a time, and columns of their rows
+CHUNK = 256  # entries that one program sums; a longer segment is summed chunk by chunk, then over its chunks
+CANDIDATES = 4096  # columns of a row that are ranked at a time
 
 
 def segment_sums(
@@ -29,9 +30,18 @@ def segment_sums(
     start: Int64[Tensor, " segment_plus_1"],
     rows: Float[Tensor, "row d_in"],
 ) -> Float32[Tensor, "segment d_in"]:
-    """Row i is the sum of values[j] * rows[index[j]] over start[i] <= j < start[i + 1]; 0 where there are none.
+    """Row i of the result is the sum of values[j] * rows[index[j]] over start[i] <= j < start[i + 1].
 
-    values and rows: float32 or bfloat16 (ValueError for others). Segments may be as uneven as they like.
+    Segments may be of any lengths; the sum of an empty one is 0.
+
+    Args:
+        values: a factor for each entry, float32 or bfloat16.
+        index: the row that each entry gathers.
+        start: where each segment starts among the entries, and where the last one ends.
+        rows: the rows to gather, float32 or bfloat16.
+
+    Raises:
+        ValueError: `values` or `rows` have another dtype.
     """
     _check_dtypes("segment_sums", values, rows)
     values, rows, d_in = values.contiguous(), rows.contiguous(), rows.shape[1]
@@ -39,7 +49,7 @@ def segment_sums(
     n_blocks = triton.cdiv(d_in, columns)
     sizes = {"CHUNK": CHUNK, "ENTRIES": ENTRIES, "COLUMNS": columns}
     out = torch.empty(len(start) - 1, d_in, device=rows.device)
-    parts = out  # never read where no segment can be long
+    parts = out  # never read where no segment can be longer than a chunk
     if len(index) > CHUNK:
         segment = _segments_at_chunk_ends(start, len(index))
         parts = torch.empty(*segment.shape, d_in, device=rows.device)
@@ -56,9 +66,17 @@ def entry_dots(
     latent: Int64[Tensor, " entry"],
     order: Int64[Tensor, " entry"],
 ) -> Float32[Tensor, " entry"]:
-    """x[row[j]] . W[latent[j]] of each entry j, taken in `order`: by latent, each row of W comes from memory once.
+    """The dot product x[row[j]] . W[latent[j]] of each entry j.
 
-    x and W: float32 or bfloat16 (ValueError for others).
+    Args:
+        x: the rows of the batch, float32 or bfloat16.
+        row: the row of each entry.
+        W: a row for each latent, float32 or bfloat16.
+        latent: the latent of each entry.
+        order: the order in which the entries are computed. Sorted by latent, each row of W is read from memory once.
+
+    Raises:
+        ValueError: x or W have another dtype.
     """
     _check_dtypes("entry_dots", x, W)
     x, W, d_in = x.contiguous(), W.contiguous(), x.shape[1]
@@ -70,14 +88,21 @@ def entry_dots(
 
 
 def topk_latents(pre_acts: Float[Tensor, "batch d_sae"], k: int, *, by_magnitude: bool) -> Int64[Tensor, "batch {k}"]:
-    """The latents of the k largest entries of each row, or of largest magnitude, ascending; of equal ones the first.
+    """The latents of the k largest entries of each row, or of those of largest magnitude, in ascending order.
 
-    pre_acts: float32 or bfloat16; NaN counts as the largest, -0 as 0. Raises ValueError for another dtype, or unless
-    1 <= k <= d_sae.
+    Of equal entries the first are chosen. NaN counts as the largest, and -0 as 0.
 
-    Each row is cut into groups. The k best entries lie in the k groups whose best entries are best (of equal ones the
-    first), for an entry of another group comes behind k of those. So one pass finds the groups' maxima, and two small
-    selections follow: k of the groups, and k of the entries in these.
+    Each row is cut into groups. The k largest entries lie in the k groups whose maxima are largest, because k entries
+    come before any entry of another group. So one pass finds the maxima of the groups. Two small selections follow: k
+    of the groups, and then k of the entries in these groups.
+
+    Args:
+        pre_acts: float32 or bfloat16.
+        k: how many latents of each row are chosen.
+        by_magnitude: rank |h| instead of h.
+
+    Raises:
+        ValueError: pre_acts has another dtype, or k is outside [1, d_sae].
     """
     _check_dtypes("topk_latents", pre_acts)
     d_sae = pre_acts.shape[1]
@@ -91,7 +116,7 @@ def topk_latents(pre_acts: Float[Tensor, "batch d_sae"], k: int, *, by_magnitude
 
 
 def _group_size(d_sae: int, k: int) -> int:
-    """A power of two near sqrt(d_sae / k), where maxima and candidates are equally many; 1 if grouping saves little."""
+    """A power of two near sqrt(d_sae / k), which makes maxima and candidates equally many; 1 if groups save little."""
     size = 1 << (isqrt(d_sae // k).bit_length() - 1)
     return size if size >= 4 else 1
 
@@ -99,9 +124,9 @@ def _group_size(d_sae: int, k: int) -> int:
 def _group_maxima(
     pre_acts: Float[Tensor, "batch d_sae"], group: int, by_magnitude: bool
 ) -> Int32[Tensor, "batch n_groups"]:
-    """The order key of the best of each `group` neighbours."""
+    """The largest order key in each group of `group` neighbouring entries."""
     batch, d_sae = pre_acts.shape
-    n_groups, groups = triton.cdiv(d_sae, group), PLACES // group
+    n_groups, groups = triton.cdiv(d_sae, group), CANDIDATES // group
     maxima = torch.empty(batch, n_groups, dtype=torch.int32, device=pre_acts.device)
     sizes = {"BY_MAGNITUDE": by_magnitude, "GROUP": group, "GROUPS": groups}
     _launch(_rank_groups, (batch, triton.cdiv(n_groups, groups)), pre_acts, maxima, d_sae, n_groups, **sizes)
@@ -111,17 +136,24 @@ def _group_maxima(
 def _selected(
     ranked: Tensor, groups: Int64[Tensor, "batch k"] | None, k: int, group: int, by_magnitude: bool
 ) -> Int64[Tensor, "batch {k}"]:
-    """The columns of the k best of each row, ascending: among all columns, or among those of some groups."""
+    """The columns of the k largest entries of each row, ascending.
+
+    groups: the groups of each row whose columns are ranked; None to rank all columns.
+    """
     batch, n_columns = ranked.shape
-    n_places = n_columns if groups is None else groups.shape[1] * group
+    n_candidates = n_columns if groups is None else groups.shape[1] * group
     selected = torch.empty(batch, k, dtype=torch.int64, device=ranked.device)
-    sizes = {"BY_MAGNITUDE": by_magnitude, "GROUP": group, "PLACES": min(PLACES, triton.next_power_of_2(n_places))}
-    _launch(_select, (batch,), ranked, groups, selected, n_columns, n_places, k, **sizes)
+    sizes = {
+        "BY_MAGNITUDE": by_magnitude,
+        "GROUP": group,
+        "CANDIDATES": min(CANDIDATES, triton.next_power_of_2(n_candidates)),
+    }
+    _launch(_select, (batch,), ranked, groups, selected, n_columns, n_candidates, k, **sizes)
     return selected
 
 
 def _segments_at_chunk_ends(start: Int64[Tensor, " segment_plus_1"], n_entries: int) -> Int64[Tensor, "chunk 2"]:
-    """The segment of the first entry of each chunk, and of its last."""
+    """The segments to which the first and the last entry of each chunk belong."""
     first = torch.arange(0, n_entries, CHUNK, device=start.device)
     ends = torch.stack([first, (first + CHUNK - 1).clamp_max(n_entries - 1)], dim=1)
     return torch.searchsorted(start, ends, right=True) - 1
@@ -144,7 +176,7 @@ def _check_dtypes(who: str, *tensors: Tensor) -> None:
 def _sum_segments(
     values, index, start, rows, parts, out, d_in, CHUNK: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """One segment, one block of columns: of its entries, or of its parts where it is long."""
+    """Sum one segment in one block of columns: its entries, or its parts where it is longer than a chunk."""
     segment = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first, last = tl.load(start + segment), tl.load(start + segment + 1)
@@ -169,9 +201,10 @@ def _sum_parts(
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """What a chunk holds of the long segment at its first entry (part 0), and of another one at its last (part 1).
+    """Sum the entries of one chunk that belong to a segment longer than a chunk.
 
-    A segment longer than a chunk holds the first or the last entry of every chunk that it meets.
+    Part 0 is of the segment at the chunk's first entry. Part 1 is of the segment at its last entry, if that is another
+    one. A segment longer than a chunk covers the first or the last entry of every chunk that it meets.
     """
     part = tl.program_id(0).to(tl.int64)
     chunk_first = part // 2 * CHUNK
@@ -205,7 +238,11 @@ def _sum_of_entries(values, index, rows, first, last, columns, d_in, ENTRIES: tl
 @triton.jit
 @no_type_check
 def _sum_of_parts(parts, first, last, columns, d_in, CHUNK: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
-    """The parts of a long segment: part 1 of the chunk in which it begins, unless with it, and part 0 of the others."""
+    """Sum the parts of a long segment: one part of each chunk that it meets.
+
+    That is part 1 of the chunk in which the segment begins, if it begins after the chunk's first entry. It is part 0 of
+    every other chunk.
+    """
     total = tl.zeros((ENTRIES, COLUMNS), tl.float32)
     end = (last - 1) // CHUNK + 1
     for at in range(first // CHUNK, end, ENTRIES):
@@ -219,10 +256,10 @@ def _sum_of_parts(parts, first, last, columns, d_in, CHUNK: tl.constexpr, ENTRIE
 @triton.jit
 @no_type_check
 def _dot_entries(x, row, W, latent, order, dots, n_entries, d_in, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr):
-    """ENTRIES neighbours of the order."""
-    place = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
-    exists = place < n_entries
-    entry = tl.load(order + place, mask=exists, other=0)
+    """The dot products of ENTRIES entries that are neighbours in `order`."""
+    rank = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    exists = rank < n_entries
+    entry = tl.load(order + rank, mask=exists, other=0)
     x_at = tl.load(row + entry, mask=exists, other=0)[:, None] * d_in
     W_at = tl.load(latent + entry, mask=exists, other=0)[:, None] * d_in
     total = tl.zeros((ENTRIES, COLUMNS), tl.float32)
@@ -252,39 +289,43 @@ def _select(
     groups,
     selected,
     n_columns,
-    n_places,
+    n_candidates,
     k,
     BY_MAGNITUDE: tl.constexpr,
     GROUP: tl.constexpr,
-    PLACES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
 ):
-    """One row: the k-th largest key bit by bit from the top, then all above it and the first of those that equal it."""
+    """Select the k largest keys of one row.
+
+    The k-th largest key is found bit by bit, from the highest bit down. All larger keys are selected, and of those that
+    equal it the first.
+    """
     row = tl.program_id(0).to(tl.int64)
     x += row * n_columns
     selected += row * k
     if groups is not None:
         groups += row * k
-    _, first = _candidates(x, groups, 0, n_columns, n_places, BY_MAGNITUDE, GROUP, PLACES)  # stays in registers
+    _, first = _candidates(x, groups, 0, n_columns, n_candidates, BY_MAGNITUDE, GROUP, CANDIDATES)  # stays in registers
     kth = tl.full((), -(2**31), tl.int32)
     for i in range(32):
         higher = kth ^ (tl.full((), 1, tl.int32) << (31 - i))
         n_reached = tl.sum((first >= higher).to(tl.int32), 0)
-        for at in range(PLACES, n_places, PLACES):
-            _, key = _candidates(x, groups, at, n_columns, n_places, BY_MAGNITUDE, GROUP, PLACES)
+        for at in range(CANDIDATES, n_candidates, CANDIDATES):
+            _, key = _candidates(x, groups, at, n_columns, n_candidates, BY_MAGNITUDE, GROUP, CANDIDATES)
             n_reached += tl.sum((key >= higher).to(tl.int32), 0)
         kth = tl.where(n_reached >= k, higher, kth)
     n_above = tl.sum((first > kth).to(tl.int32), 0)
-    for at in range(PLACES, n_places, PLACES):
-        _, key = _candidates(x, groups, at, n_columns, n_places, BY_MAGNITUDE, GROUP, PLACES)
+    for at in range(CANDIDATES, n_candidates, CANDIDATES):
+        _, key = _candidates(x, groups, at, n_columns, n_candidates, BY_MAGNITUDE, GROUP, CANDIDATES)
         n_above += tl.sum((key > kth).to(tl.int32), 0)
     n_equal, n_written = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32)
-    for at in range(0, n_places, PLACES):
-        column, key = _candidates(x, groups, at, n_columns, n_places, BY_MAGNITUDE, GROUP, PLACES)
+    for at in range(0, n_candidates, CANDIDATES):
+        column, key = _candidates(x, groups, at, n_columns, n_candidates, BY_MAGNITUDE, GROUP, CANDIDATES)
         is_equal = (key == kth).to(tl.int32)
         is_early = n_equal + tl.cumsum(is_equal, 0) <= k - n_above
         is_selected = ((key > kth) | ((key == kth) & is_early)).to(tl.int32)
-        place = n_written + tl.cumsum(is_selected, 0) - 1
-        tl.store(selected + place, column.to(tl.int64), mask=is_selected != 0)
+        written_to = n_written + tl.cumsum(is_selected, 0) - 1
+        tl.store(selected + written_to, column.to(tl.int64), mask=is_selected != 0)
         n_equal += tl.sum(is_equal, 0)
         n_written += tl.sum(is_selected, 0)
 
@@ -296,25 +337,28 @@ def _candidates(
     groups,
     at,
     n_columns,
-    n_places,
+    n_candidates,
     BY_MAGNITUDE: tl.constexpr,
     GROUP: tl.constexpr,
-    PLACES: tl.constexpr,
+    CANDIDATES: tl.constexpr,
 ):
-    """(column, key) of PLACES neighbouring places: columns themselves, or members of the listed groups."""
-    place = at + tl.arange(0, PLACES)
-    exists = place < n_places
+    """(column, key) of CANDIDATES neighbouring candidates: of all columns, or of the columns in `groups`."""
+    candidate = at + tl.arange(0, CANDIDATES)
+    exists = candidate < n_candidates
     if groups is not None:
-        column = tl.load(groups + place // GROUP, mask=exists, other=0) * GROUP + place % GROUP
+        column = tl.load(groups + candidate // GROUP, mask=exists, other=0) * GROUP + candidate % GROUP
     else:
-        column = place
+        column = candidate
     return column, _order_keys(x, column, exists & (column < n_columns), BY_MAGNITUDE)
 
 
 @triton.jit
 @no_type_check
 def _order_keys(x, column, exists, BY_MAGNITUDE: tl.constexpr):
-    """int32 in the order of x: NaN largest, -0 equal to 0, what does not exist below all. Keys stay as they are."""
+    """int32 keys in the order of x: NaN is largest, -0 equals 0, and what does not exist is below all.
+
+    If x holds such keys already, they are returned unchanged.
+    """
     loaded = tl.load(x + column, mask=exists, other=0)
     if x.dtype.element_ty == tl.int32:
         key = loaded
@@ -323,7 +367,9 @@ def _order_keys(x, column, exists, BY_MAGNITUDE: tl.constexpr):
         if BY_MAGNITUDE:
             value = tl.abs(value)
         bits = value.to(tl.int32, bitcast=True)
-        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the more negative, the larger the bits: turned round
+        key = bits ^ (
+            (bits >> 31) & 0x7FFFFFFF
+        )  # the more negative a float, the larger its bits: their order is reversed
         key = tl.where(bits == -(2**31), 0, key)
         key = tl.where(value != value, 0x7FFFFFFF, key)
     return tl.where(exists, key, -(2**31))

@@ -2,7 +2,7 @@
 
 A finished run comes in whose features and words are built.
 Files go out that another site imports as they are.
-Nothing here may upload anything, or compute what `trainer.features` has not stored.
+Nothing here may upload anything, run a language model, or give other bytes for equal features.
 
 Public:
     neuronpedia.export_neuronpedia  writes files for Neuronpedia's import
