@@ -1,4 +1,7 @@
-"""The sparsifying functions, pure: pre_acts in, feature_acts of the same shape or the entries that are kept out."""
+"""The activation functions of SAEs, as pure functions: ReLU, JumpReLU with its gradients, and matching pursuit.
+
+TopK and BatchTopK choose entries instead; they are in `trainer.kernels.select`.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 
 def relu(pre_acts: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """max(h, 0); the gradient at 0 is 0."""
+    """max(h, 0). The gradient at 0 is 0."""
     return torch.relu(pre_acts)
 
 
@@ -22,9 +25,15 @@ def matching_pursuit(
 ) -> Float[Tensor, "batch d_sae"]:
     """Feature activations by matching pursuit (Mallat and Zhang 1993; as an SAE, Costa et al. 2025, arXiv:2506.03093).
 
-    Again and again the direction with the largest product with what is left of x takes that product (ReLU of it) away.
-    A row stops when the norm of its rest is below `residual_threshold` (0: never), when it has taken no new latent
-    (`stop_on_duplicate_support`), or after `max_iterations` (None: d_in).
+    The rest of a row begins as x. Each iteration finds the latent whose direction has the largest dot product with the
+    rest, adds ReLU of that product to the latent's activation, and subtracts the product times the direction.
+
+    Args:
+        x: the rows to encode, in the dtype of W_dec.
+        W_dec: the direction of each latent.
+        residual_threshold: a row stops once the norm of its rest is below this; 0 never stops it.
+        max_iterations: a row stops after so many iterations; None stands for d_in.
+        stop_on_duplicate_support: a row stops once an iteration adds no new latent.
     """
     rest, feature_acts = x.clone(), x.new_zeros(len(x), len(W_dec))
     row, goes_on = torch.arange(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -49,8 +58,12 @@ def jumprelu(
 ) -> Float[Tensor, "*shape"]:
     """h * H(h - theta), with the straight-through gradient of Rajamanoharan et al. 2024 (arXiv:2407.14435), eq. 11.
 
-    df/dh = H(h - theta); df/dtheta = -(theta / eps) K((h - theta) / eps), with K(u) = 1[|u| < 1/2] and eps = bandwidth.
-    threshold: one per latent (d_sae,), or one per entry.
+    df/dh = H(h - theta) and df/dtheta = -(theta / eps) K((h - theta) / eps), where K(u) = 1[|u| < 1/2].
+
+    Args:
+        pre_acts: h.
+        threshold: theta, one for each latent or one for each entry.
+        bandwidth: eps.
     """
     return _JumpReLU.apply(pre_acts, threshold, bandwidth)
 
@@ -58,7 +71,10 @@ def jumprelu(
 def heaviside(
     pre_acts: Float[Tensor, "*shape"], threshold: Float[Tensor, "*shape"] | Float[Tensor, " d_sae"], bandwidth: float
 ) -> Float[Tensor, "*shape"]:
-    """H(h - theta): 1 where the latent fires; dH/dtheta = -(1 / eps) K((h - theta) / eps) and dH/dh = 0 (eq. 12)."""
+    """H(h - theta), which is 1 where the latent fires, with the straight-through gradient of eq. 12 of the same paper.
+
+    dH/dtheta = -(1 / eps) K((h - theta) / eps) and dH/dh = 0. The arguments are those of `jumprelu`.
+    """
     return _Heaviside.apply(pre_acts, threshold, bandwidth)
 
 
@@ -91,5 +107,5 @@ class _Heaviside(torch.autograd.Function):
 
 
 def _in_window(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """K((h - theta) / eps) on the pre-activation h (on f the half below theta would be lost)."""
+    """K((h - theta) / eps). It takes h, because f is 0 in the half of the window below theta."""
     return ((pre_acts - threshold) / bandwidth).abs() < 0.5

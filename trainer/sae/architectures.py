@@ -1,9 +1,9 @@
-"""The SAEs side by side: initial weights, and the forward pass of training from x to feature_acts and x_hat.
+"""The architectures side by side: their initial weights, and their forward pass of training.
 
-Weights are a dict of leaf tensors: W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and for
-jumprelu threshold [d_sae]; gated has b_gate, b_mag and r_mag, all [d_sae], instead of b_enc. x is already
-multiplied by the config's input_scale. A transcoder's W_dec is [d_sae, d_out] and its b_dec [d_out]; skip_transcoder
-has W_skip [d_out, d_in] too. A crosscoder's x is that of all its hooks side by side.
+The weights are a dict of leaf tensors. W_enc is [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_out] and b_dec [d_out];
+d_out equals d_in except in a transcoder. jumprelu also has threshold [d_sae], and skip_transcoder W_skip [d_out, d_in].
+gated has b_gate, b_mag and r_mag, all [d_sae], instead of b_enc. x is multiplied by the config's input_scale before it
+comes here. A crosscoder's x holds the activations at all of its hooks, side by side.
 """
 
 import math
@@ -20,17 +20,22 @@ from trainer.kernels.active import ActiveEntries, Workspace
 from trainer.sae import activations
 
 Weights = Mapping[str, Tensor]
-LATENTS_AT_ONCE = 512  # whose pre-activations on the whole sample are in memory together
-DENSEST_SPARSE = 1 / 8  # share of active entries above which gathering costs more than the dense products
+LATENTS_AT_ONCE = 512  # latents whose pre-activations on the whole sample are in memory at a time
+DENSEST_SPARSE = 1 / 8  # share of active entries above which gathers cost more than dense products
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SAEOutput:
     """What the forward pass of training hands to the losses.
 
-    pre_acts, feature_acts: of the active entries, one after another; of all entries, [batch, d_sae], where `entries` is
-    None. pre_acts of gated are those of its gate. encoder_input: what W_enc multiplied, x or x - b_dec. prefix_x_hats:
-    of matryoshka_batchtopk, x_hat from each prefix of the latents; the last is x_hat.
+    Attributes:
+        pre_acts: the pre-activations of the active entries, one after another. Where `entries` is None they are those
+            of all entries, [batch, d_sae]. gated has those of its gate here.
+        feature_acts: the activations of the same entries.
+        entries: which entries are active; None where the pass was dense.
+        encoder_input: what W_enc multiplied, x or x - b_dec.
+        x_hat: the reconstruction.
+        prefix_x_hats: for matryoshka_batchtopk, x_hat from each prefix of the latents. The last one is x_hat.
     """
 
     pre_acts: Float[Tensor, "*entries"]
@@ -41,7 +46,7 @@ class SAEOutput:
     prefix_x_hats: Float[Tensor, "prefix batch d_in"] | None = None
 
     def firing_counts(self) -> Int[Tensor, " d_sae"]:
-        """How many rows of the batch each latent is active in."""
+        """In how many rows of the batch each latent is active."""
         if self.entries is None:
             return torch.count_nonzero(self.feature_acts, dim=0)
         return active.firing_counts(self.feature_acts, self.entries)
@@ -54,13 +59,18 @@ def initial_weights(
     x_mean: Float[Tensor, " d_in"] | None = None,
     sample: Float[Tensor, "row d_in"] | None = None,
 ) -> dict[str, Tensor]:
-    """Random decoder directions, the encoder their transpose, b_enc 0 and b_dec as given: float32 leaves.
+    """The weights before the first step: float32 leaves that require gradients, on b_dec's device.
 
-    A transcoder's encoder has random directions of its own; its decoder and W_skip begin at 0.
+    The decoder has random directions, and W_enc [d_sae, d_in] begins as W_dec times encoder_init_scale. A transcoder's
+    encoder has the random directions; its decoder and W_skip begin at 0. The directions are drawn on the CPU from a
+    generator seeded with `config.seed`.
 
-    Drawn on the CPU from a generator seeded with `config.seed`, then moved to b_dec's device. b_dec is in units of the
-    scaled rows that are reconstructed. x_mean: of the scaled rows of x, for a transcoder's b_enc = -W_enc E x. sample:
-    scaled rows of x, for the b_enc of a config with init_firing_rate: each latent fires on that share of them.
+    Args:
+        config: the SAE.
+        b_dec: the initial b_dec, in units of the scaled rows that are reconstructed.
+        x_mean: the mean of the scaled rows of x. With it a transcoder's b_enc begins at -W_enc E x; else b_enc is 0.
+        sample: scaled rows of x. Where config.init_firing_rate is set, b_enc makes each latent fire on that share of
+            these rows.
     """
     directions = _random_directions(config)
     b_enc = torch.zeros(config.d_sae)
@@ -85,7 +95,7 @@ def initial_weights(
 
 
 def _random_directions(config: SAEConfig) -> Float[Tensor, "d_sae d_in"]:
-    """Rows of norm `decoder_init_norm`, or where that is None entries uniform within 1 / sqrt(d_in) of 0."""
+    """Random rows of norm `decoder_init_norm`. Where that is None, entries are uniform within 1 / sqrt(d_in) of 0."""
     generator, shape = torch.Generator().manual_seed(config.seed), (config.d_sae, config.d_in)
     if config.decoder_init_norm is None:
         return (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(config.d_in)
@@ -96,7 +106,7 @@ def _random_directions(config: SAEConfig) -> Float[Tensor, "d_sae d_in"]:
 def _firing_b_enc(
     config: SAEConfig, rate: float, W_enc: Float[Tensor, "d_sae d_in"], sample: Float[Tensor, "row d_in"]
 ) -> Float[Tensor, " d_sae"]:
-    """What brings the threshold to the quantile of each latent over the sample that `rate` of the rows exceed."""
+    """The b_enc with which each latent exceeds the threshold on the share `rate` of the sample's rows."""
     n_silent = max(1, len(sample) - max(1, round(rate * len(sample))))
     quantiles = [(sample @ rows.T).kthvalue(n_silent, dim=0).values for rows in W_enc.split(LATENTS_AT_ONCE)]
     return (config.jumprelu_init_threshold or 0.0) - torch.cat(quantiles)
@@ -110,7 +120,15 @@ def forward(
     *,
     k: int | None = None,
 ) -> SAEOutput:
-    """One training forward pass; gradients go to the weights, none to x. k: active latents now, config.k if None."""
+    """One forward pass of training. Gradients go to the weights, none to x.
+
+    Args:
+        config: the SAE.
+        weights: as the module describes them.
+        x: scaled rows, float32.
+        workspace: holds the dense pre-activations of the batch.
+        k: the number of active latents at this step; config.k if None.
+    """
     return _FORWARD[config.architecture](config, weights, x, k or config.k or 0, workspace)
 
 
@@ -122,7 +140,7 @@ def _standard(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace:
 
 
 def _skip_transcoder(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
-    """x_hat of standard + W_skip x (Paulo et al. 2025, arXiv:2501.18823)."""
+    """As standard, with W_skip x added to x_hat (Paulo et al. 2025, arXiv:2501.18823)."""
     output = _standard(config, weights, x, k, workspace)
     return replace(output, x_hat=output.x_hat + x @ weights["W_skip"].T)
 
@@ -135,7 +153,7 @@ def _topk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Wor
 
 
 def _abstopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
-    """f = the k entries of (x - b_dec) W_enc^T + b_enc of largest magnitude, with their sign (arXiv:2510.00404)."""
+    """f = the k entries of (x - b_dec) W_enc^T + b_enc of largest magnitude, with their signs (arXiv:2510.00404)."""
     encoder_input = x - weights["b_dec"].detach()
     pre_acts, entries = _topk_active(config, weights, encoder_input, k, workspace, by_magnitude=True)
     return _decoded(pre_acts, pre_acts, entries, weights, encoder_input)
@@ -144,7 +162,7 @@ def _abstopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: 
 def _topk_active(
     config: SAEConfig, weights: Weights, encoder_input: Tensor, k: int, workspace: Workspace, *, by_magnitude: bool
 ) -> tuple[Tensor, ActiveEntries]:
-    """(pre-activations of the active entries, and which entries those are)."""
+    """(the pre-activations of the active entries, which entries these are)."""
     ranked = _to_be_ranked(config, encoder_input, weights)
     values, latents = select.topk_pre_acts(*ranked, k, workspace, by_magnitude=by_magnitude)
     entries = topk_entries(latents, config.d_sae)
@@ -160,13 +178,13 @@ def _batchtopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace
 def _matryoshka(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f as batchtopk; x_hat_g = b_dec + sum_{i < width_g} f_i d_i for each prefix g (Bussmann et al. 2025, 2503.17547).
 
-    What the latents between two prefixes add is decoded as rows of its own: each entry is gathered once.
+    The latents between two prefixes are decoded into rows of their own, so that each entry is gathered once.
     """
     assert config.matryoshka_widths is not None
     encoder_input, feature_acts, entries = _batchtopk_active(config, weights, x, k, workspace)
     widths, batch = config.matryoshka_widths, len(x)
     n_parts = len(widths)
-    # compared with numbers: a tensor of the widths would be copied to the device at each step
+    # The widths are compared as numbers: a tensor of them would be copied to the device at each step.
     part = torch.stack([entries.latent >= width for width in widths]).sum(0)
     by_part = part.argsort(stable=True)
     parted = ActiveEntries.of(
@@ -187,7 +205,7 @@ def _matryoshka(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspac
 def _batchtopk_active(
     config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace
 ) -> tuple[Tensor, Tensor, ActiveEntries]:
-    """(encoder input, feature_acts of the active entries, and which entries those are)."""
+    """(encoder input, feature_acts of the active entries, which entries these are)."""
     encoder_input = x - weights["b_dec"].detach()
     ranked = _to_be_ranked(config, encoder_input, weights)
     all_pre_acts = select.encoder_pre_acts(*ranked, workspace)
@@ -198,7 +216,7 @@ def _batchtopk_active(
 
 
 def _to_be_ranked(config: SAEConfig, encoder_input: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, W_enc, b_enc) in the type in which pre-activations are compared; what is kept is computed anew in full."""
+    """(x, W_enc, b_enc) in the dtype in which pre-activations are ranked."""
     x, W_enc, b_enc = encoder_input, weights["W_enc"], weights["b_enc"]
     return (
         (x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16()) if config.encoder_dtype == "bfloat16" else (x, W_enc, b_enc)
@@ -208,7 +226,10 @@ def _to_be_ranked(config: SAEConfig, encoder_input: Tensor, weights: Weights) ->
 def _exact_pre_acts(
     config: SAEConfig, values: Tensor, entries: ActiveEntries, weights: Weights, encoder_input: Tensor
 ) -> Float[Tensor, " active"]:
-    """Of the active entries, with gradient; values: as they were compared."""
+    """The pre-activations of the active entries in float32, with gradient.
+
+    values: the pre-activations that were ranked. Where they are bfloat16, they are computed anew.
+    """
     if config.encoder_dtype == "bfloat16":
         values = sparse.entry_pre_acts(entries, encoder_input, weights["W_enc"], weights["b_enc"])
     return active_pre_acts(values, entries, weights, encoder_input, config)
@@ -227,15 +248,16 @@ def _gated(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Wo
 def _jumprelu(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
     """f = h * H(h - theta), h = x W_enc^T + b_enc, theta = threshold (arXiv:2407.14435).
 
-    The paper learns log theta. theta itself, kept at 0 or above, answers the penalty in short runs too: Adam moves
-    either by about lr a step, which of the logarithm of a small theta is next to nothing. Entries down to a bandwidth
-    below theta are kept too: the straight-through window, where f is 0 but theta learns.
+    The paper learns log theta. Here theta itself is learned and held at 0 or above, so that it answers the penalty in
+    short runs too: Adam moves either by about lr a step, and such a step of log theta hardly moves a small theta.
+    Entries less than a bandwidth below theta are active entries too: f is 0 there, but theta learns from them through
+    the straight-through window.
     """
     assert config.jumprelu_bandwidth is not None
     W_enc, b_enc = weights["W_enc"], weights["b_enc"]
     bandwidth, threshold = config.jumprelu_bandwidth, weights["threshold"]
     all_pre_acts = select.encoder_pre_acts(x, W_enc, b_enc, workspace)
-    if config.pre_act_loss_coefficient:  # reaches every latent below its threshold
+    if config.pre_act_loss_coefficient:  # this loss reaches every latent below its threshold
         pre_acts, entries = sparse.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, None), None
     else:
         pre_acts, entries = _sparse_if_few(all_pre_acts, threshold.detach() - bandwidth, x, W_enc, b_enc)
@@ -258,12 +280,12 @@ _FORWARD: dict[str, Callable[[SAEConfig, Weights, Tensor, int, Workspace], SAEOu
 
 
 def per_entry(per_latent: Float[Tensor, " d_sae"], entries: ActiveEntries | None) -> Float[Tensor, "..."]:
-    """A value of each latent, to go with each entry of pre_acts or feature_acts."""
+    """Each latent's value, repeated for each entry of pre_acts or feature_acts."""
     return per_latent if entries is None else per_latent.index_select(0, entries.latent)
 
 
 def topk_entries(latents: Int[Tensor, "batch k"], d_sae: int) -> ActiveEntries:
-    """k entries in every row, given their latents."""
+    """The active entries of a batch in which every row has k of them, given their latents."""
     batch, k = latents.shape
     row = torch.arange(batch, device=latents.device).repeat_interleave(k)
     return ActiveEntries.of(row, latents.flatten(), batch=batch, d_sae=d_sae)
@@ -276,7 +298,7 @@ def active_pre_acts(
     encoder_input: Float[Tensor, "batch d_in"],
     config: SAEConfig,
 ) -> Float[Tensor, " active"]:
-    """Pre-activations of the active entries with their gradient to W_enc, b_enc and, where it is subtracted, b_dec."""
+    """`sparse.active_pre_acts` with these weights. b_dec gets a gradient where the architecture subtracts it from x."""
     b_dec = weights["b_dec"] if subtracts_b_dec(config.architecture) else None
     return sparse.active_pre_acts(values, entries, encoder_input, weights["W_enc"], weights["b_enc"], b_dec)
 
@@ -284,12 +306,14 @@ def active_pre_acts(
 def _sparse_if_few(
     all_pre_acts: Tensor, cut: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None = None
 ) -> tuple[Tensor, ActiveEntries | None]:
-    """The pre-activations above `cut` where they are few, else all of them; with gradients, as `kernels` gives them."""
+    """(pre-activations, which entries these are): those above `cut` if they are few, else all of them and None.
+
+    Their gradients go to W_enc, b_enc and b_dec, as `sparse.active_pre_acts` says.
+    """
     batch, d_sae = all_pre_acts.shape
     is_active = select.exceeds(all_pre_acts, cut)
-    n_active = active.count_true(
-        is_active
-    )  # worth CUDA's wait: without it every step would be dense, five times the FLOPs
+    # On CUDA this waits, which is worth it: without the count every step would be dense, at five times the FLOPs.
+    n_active = active.count_true(is_active)
     if n_active > DENSEST_SPARSE * batch * d_sae:
         return sparse.dense_pre_acts(all_pre_acts, x, W_enc, b_enc, b_dec), None
     row, latent = active.indices_of_true(is_active, n_active)

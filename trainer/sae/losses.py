@@ -1,4 +1,4 @@
-"""The loss of each architecture, as the terms that are logged. Sums run over d_in and d_sae, means over the batch."""
+"""The loss of each architecture, as the terms that are logged. Sums run over d_out and d_sae, means over the batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ from trainer.sae.architectures import SAEOutput, Weights, active_pre_acts, per_e
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossTerms:
-    """Scalars. mse is E||x - x_hat||^2 of the scaled x; the other three are the summands of the loss, weighted."""
+    """The terms of a loss, as scalars. mse is E||x - x_hat||^2 of the scaled x.
+
+    The loss is the sum of the other three, which are weighted already.
+    """
 
     mse: Float[Tensor, ""]
     reconstruction: Float[Tensor, ""]
@@ -26,11 +29,11 @@ class LossTerms:
 
     @property
     def total(self) -> Float[Tensor, ""]:
-        """What is minimised."""
+        """The loss, which is minimised."""
         return self.reconstruction + self.sparsity + self.aux
 
     def detach(self) -> "LossTerms":
-        """The values without the graph that they hold on to."""
+        """The same values without their autograd graph."""
         return LossTerms(
             mse=self.mse.detach(),
             reconstruction=self.reconstruction.detach(),
@@ -49,10 +52,16 @@ def loss_terms(
     dead: Bool[Tensor, " d_sae"] | None,
     workspace: Workspace,
 ) -> LossTerms:
-    """The loss of one batch, whose x is what is to be reconstructed.
+    """The loss of one batch.
 
-    sparsity_coefficient: lambda at this step (all but the TopK family). dead: latents that AuxK revives (TopK family);
-    None where there can be none.
+    Args:
+        config: the SAE.
+        weights: its weights.
+        x: the scaled rows that are to be reconstructed.
+        output: what `architectures.forward` returned for the batch.
+        sparsity_coefficient: lambda at this step. The TopK family does not use it.
+        dead: the latents that AuxK revives; None where no latent can be dead yet. Only the TopK family uses it.
+        workspace: holds the pre-activations of the dead latents.
     """
     error = output.x_hat - x
     mse = _sum_squares(error) / len(x)
@@ -62,7 +71,7 @@ def loss_terms(
         aux = _AUX[config.architecture](config, weights, x, output) if config.architecture in _AUX else nothing
         return LossTerms(mse=mse, reconstruction=mse, sparsity=sparsity_coefficient * penalty, aux=aux)
     reconstruction = mse
-    if output.prefix_x_hats is not None:  # the mean over the prefixes, which divides by their number once
+    if output.prefix_x_hats is not None:  # the mean over the prefixes
         reconstruction = _sum_squares(output.prefix_x_hats - x) / (len(output.prefix_x_hats) * len(x))
     aux = aux_k_loss(config, weights, output, error, dead, workspace)
     return LossTerms(mse=mse, reconstruction=reconstruction / config.total_variance, sparsity=nothing, aux=aux)
@@ -78,16 +87,23 @@ def aux_k_loss(
 ) -> Float[Tensor, ""]:
     """alpha * min(1, n_dead / k_aux) * ||e - e_hat||^2 / ||e||^2 (AuxK: Gao et al. 2024, arXiv:2406.04093).
 
-    e = x - x_hat = -error, without gradient; e_hat = ReLU(TopK_k_aux(h of the dead latents)) W_dec, without b_dec;
-    abstopk takes the largest |h| instead, with their sign. 0 where no latent is dead or e is 0. alpha presumes a
-    reconstruction loss divided by the variance.
+    e = x - x_hat, without gradient. e_hat = ReLU(TopK_k_aux(h of the dead latents)) W_dec, without b_dec. abstopk takes
+    the largest |h| instead, with their signs. The loss is 0 where no latent is dead or e is 0. alpha is chosen for a
+    reconstruction loss that is divided by the variance.
+
+    Args:
+        config: holds alpha (aux_coefficient) and k_aux.
+        weights: the SAE's weights.
+        output: what `architectures.forward` returned for the batch.
+        error: x_hat - x, which is -e.
+        dead: which latents are dead; None if none can be.
+        workspace: holds the pre-activations of the dead latents.
     """
     nothing = error.new_zeros(())
     if dead is None or config.k_aux == 0 or config.aux_coefficient == 0:
         return nothing
-    n_dead = active.count_true(
-        dead
-    )  # worth CUDA's wait: the encoder of all latents and k_aux a row would cost far more
+    # On CUDA this waits, which is worth it: without the count all latents would have to be encoded again.
+    n_dead = active.count_true(dead)
     if n_dead == 0:
         return nothing
     k_aux = min(config.k_aux, n_dead)
@@ -106,7 +122,7 @@ def aux_k_loss(
 def _gate_loss(
     config: SAEConfig, weights: Weights, x: Float[Tensor, "batch d_in"], output: SAEOutput
 ) -> Float[Tensor, ""]:
-    """E||x - x_hat(ReLU(pi))||^2, whose decoder gets no gradient: it trains the gate (arXiv:2404.16014, eq. 8)."""
+    """E||x - x_hat(ReLU(pi))||^2. It trains the gate, and the decoder gets no gradient (arXiv:2404.16014, eq. 8)."""
     gate, W_dec, b_dec = activations.relu(output.pre_acts), weights["W_dec"].detach(), weights["b_dec"].detach()
     if output.entries is None:
         x_hat = torch.addmm(b_dec, gate, W_dec)
@@ -118,28 +134,31 @@ def _gate_loss(
 def _pre_act_loss(
     config: SAEConfig, weights: Weights, x: Float[Tensor, "batch d_in"], output: SAEOutput
 ) -> Float[Tensor, ""]:
-    """lambda_P E sum_i ReLU(theta_i - h_i) ||d_i||: pulls silent latents back (Anthropic, January 2025 update)."""
+    """lambda_P E sum_i ReLU(theta_i - h_i) ||d_i||. It revives silent latents (Anthropic, January 2025 update)."""
     if not config.pre_act_loss_coefficient:
         return output.x_hat.new_zeros(())
-    below = activations.relu(weights["threshold"] - output.pre_acts)  # all of them: entries is None
+    below = activations.relu(
+        weights["threshold"] - output.pre_acts
+    )  # of all entries, because output.entries is None here
     return config.pre_act_loss_coefficient * (below.sum(0) @ weights["W_dec"].norm(dim=1)) / len(x)
 
 
 def _gate_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
-    """E sum_i ReLU(pi_i); the decoder's rows have norm 1."""
+    """E sum_i ReLU(pi_i). It needs no decoder norms, because the rows of W_dec have norm 1."""
     return activations.relu(output.pre_acts).sum() / len(output.x_hat)
 
 
 def _weighted_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
-    """E sum_i f_i ||d_i||: shrinking f while growing d_i gains nothing."""
+    """E sum_i f_i ||d_i||. With the norms, a smaller f with a longer d_i gains nothing."""
     return (output.feature_acts * per_entry(weights["W_dec"].norm(dim=1), output.entries)).sum() / len(output.x_hat)
 
 
 def _jumprelu_penalty(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
-    """By mode.
+    """The penalty of the config's jumprelu_sparsity_loss_mode.
 
-    step: L0 = E sum_i H(h_i - theta_i), whose gradient reaches theta alone (arXiv:2407.14435, eq. 9). quadratic:
-    (L0 / target_l0 - 1)^2 (there, appendix). tanh: E sum_i tanh(c f_i ||d_i||) (Anthropic, January 2025 update).
+    step: L0 = E sum_i H(h_i - theta_i), whose gradient reaches theta alone (arXiv:2407.14435, eq. 9).
+    quadratic: (L0 / target_l0 - 1)^2 (the same paper, appendix).
+    tanh: E sum_i tanh(c f_i ||d_i||) (Anthropic, January 2025 update).
     """
     if config.jumprelu_sparsity_loss_mode == "tanh":
         assert config.jumprelu_tanh_scale is not None
@@ -155,7 +174,7 @@ def _jumprelu_penalty(config: SAEConfig, weights: Weights, output: SAEOutput) ->
 
 
 def _crosscoder_l1(config: SAEConfig, weights: Weights, output: SAEOutput) -> Float[Tensor, ""]:
-    """E sum_i f_i sum_l ||d_i^l||: the norm of each hook's part of a decoder row, added (Lindsey et al. 2024)."""
+    """E sum_i f_i sum_l ||d_i^l||, where d_i^l is the part of a decoder row that is of hook l (Lindsey et al. 2024)."""
     parts = weights["W_dec"].split(list(config.hook_widths or ()), dim=1)
     norms = torch.stack([part.norm(dim=1) for part in parts]).sum(0)
     return (output.feature_acts * per_entry(norms, output.entries)).sum() / len(output.x_hat)
@@ -179,7 +198,7 @@ def _sum_squares(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
 
 
 class _SumSquares(torch.autograd.Function):
-    """torch.dot(x, x), whose own gradient passes over x three times; this one once."""
+    """torch.dot(x, x). The gradient of torch.dot passes over x three times, this one once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""What a reconstruction is worth: one definition of each metric, under SAELens' names, summed in float64.
+"""Metrics of a reconstruction: one definition of each, under SAELens' names, summed in float64.
 
-Everything here is arithmetic on tensors and numbers: no disk, no model. `ReconstructionSums` holds a whole split as
-sums, so that a metric never depends on how the rows were cut into batches.
+`ReconstructionSums` holds the sums over a whole split, so that no metric depends on how the rows were cut into batches.
 """
 
 from dataclasses import dataclass
@@ -10,26 +9,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SMALLEST_NORM = 1e-4  # an x shorter than this has no ratio of norms: SAELens divides its x_hat by 1 instead
-COUNTED_AT_ONCE = 1 << 18  # activations: what a CPU makes of so many to count them stays in its cache
-RESOLUTION = 1e-12  # of E||x||^2: below it a float64 difference of sums is rounding, not variance
-
-
-def l0(feature_acts: Float[Tensor, "batch d_sae"]) -> float:
-    """Mean number of active latents per row, E[count(f != 0)] (SAELens `l0`); signed activations count too.
-
-    Raises:
-        ValueError: there are no rows.
-    """
-    return int(torch.count_nonzero(feature_acts)) / _n_rows(feature_acts, "l0")
+SMALLEST_NORM = 1e-4  # where ||x|| is smaller, SAELens divides ||x_hat|| by 1 instead
+COUNTED_AT_ONCE = 1 << 18  # activations; a CPU counts so many without leaving its cache
+RESOLUTION = 1e-12  # share of E||x||^2 below which a float64 difference of sums is rounding, not variance
 
 
 def explained_variance(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> float:
     """1 - E||x - x_hat||^2 / (E||x||^2 - ||E x||^2) over the rows of one batch, in float64.
 
-    SAELens `explained_variance`. The means run over rows, the norms over d_in: one variance for all channels, not a
-    mean of per-channel ratios. 1 is perfect, 0 is what the mean of x would reach, negative is worse than that. Rows
-    without variance: 1.0 where x_hat equals them, else 0.0.
+    This is SAELens' `explained_variance`. The means run over rows and the norms over d_in, so it is one ratio for all
+    channels and not a mean of ratios per channel. 1 is perfect. 0 is what the mean of x would reach, and a negative
+    value is worse than that. Where the rows have no variance it is 1.0 if x_hat equals x, else 0.0.
 
     Raises:
         ValueError: there are no rows.
@@ -44,8 +34,9 @@ def explained_variance(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "bat
 def ce_loss_score(*, ce_loss_without_sae: float, ce_loss_with_sae: float, ce_loss_with_ablation: float) -> float | None:
     """(CE_ablated - CE_sae) / (CE_ablated - CE_original): the share of zero ablation's harm that is won back.
 
-    SAELens `ce_loss_score`; "loss recovered" of Rajamanoharan et al. 2024 (arXiv:2404.16014). 1 is the original model,
-    0 is zero ablation. None where ablation leaves the loss as it was, for then the score has no scale.
+    This is SAELens' `ce_loss_score`, and "loss recovered" of Rajamanoharan et al. 2024 (arXiv:2404.16014). The losses
+    are means per token in nats. 1 is the original model and 0 is zero ablation. The score is None where ablation leaves
+    the loss as it was, because it then has no scale.
     """
     lost = ce_loss_with_ablation - ce_loss_without_sae
     return None if lost == 0.0 else (ce_loss_with_ablation - ce_loss_with_sae) / lost
@@ -54,16 +45,18 @@ def ce_loss_score(*, ce_loss_without_sae: float, ce_loss_with_sae: float, ce_los
 def kl_div_score(*, kl_div_with_sae: float, kl_div_with_ablation: float) -> float | None:
     """(KL_ablated - KL_sae) / KL_ablated, where KL is the mean per token of KL(original || new) in nats.
 
-    SAELens `kl_div_score`. 1 is the original model, 0 is zero ablation; None where ablation changes no prediction.
+    This is SAELens' `kl_div_score`. 1 is the original model and 0 is zero ablation. The score is None where ablation
+    changes no prediction.
     """
     return None if kl_div_with_ablation == 0.0 else (kl_div_with_ablation - kl_div_with_sae) / kl_div_with_ablation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReconstructionSums:
-    """Sums over rows of one SAE's reconstruction, float64, from which every metric of the whole split follows.
+    """Sums over rows of one SAE's reconstruction, in float64. Every metric of the whole split follows from them.
 
-    `of` makes one from a batch, `merge` adds two. Merging is a float64 sum: its order moves a metric by rounding only.
+    `of` makes the sums of one batch, and `merge` adds two of them. The order of merging changes a metric by rounding
+    alone.
     """
 
     n_rows: int
@@ -75,7 +68,7 @@ class ReconstructionSums:
     cosine: float  # sum of <x, x_hat> / (||x|| ||x_hat||)
     norm_ratio: float  # sum of ||x_hat|| / ||x||
     absolute: float  # sum of |f| over latents too
-    fired: Int[Tensor, " d_sae"]  # int64, rows on which each latent was active
+    fired: Int[Tensor, " d_sae"]  # int64, number of rows in which each latent is active
 
     @classmethod
     def of(
@@ -84,7 +77,7 @@ class ReconstructionSums:
         feature_acts: Float[Tensor, "batch d_sae"],
         x_hat: Float[Tensor, "batch d_in"],
     ) -> "ReconstructionSums":
-        """The sums of one batch, made on its device and kept on the CPU.
+        """The sums of one batch. They are made on its device and returned on the CPU.
 
         Raises:
             ValueError: there are no rows.
@@ -104,9 +97,13 @@ class ReconstructionSums:
         absolute: float,
         fired: Int[Tensor, " d_sae"],
     ) -> "ReconstructionSums":
-        """As `of`, where the activations are already counted, so that no [batch, d_sae] matrix is needed.
+        """As `of`, from counts of the activations instead of a [batch, d_sae] matrix of them.
 
-        absolute: sum of |f| over the batch. fired: int64, rows on which each latent was active.
+        Args:
+            x: what was to be reconstructed.
+            x_hat: its reconstruction.
+            absolute: the sum of |f| over the batch and the latents.
+            fired: in how many rows each latent is active, int64.
 
         Raises:
             ValueError: there are no rows.
@@ -130,7 +127,7 @@ class ReconstructionSums:
         )
 
     def merge(self, other: "ReconstructionSums") -> "ReconstructionSums":
-        """The sums over the rows of both; both must be of the same SAE."""
+        """The sums over the rows of both, which must be of the same SAE."""
         return ReconstructionSums(
             n_rows=self.n_rows + other.n_rows,
             x=self.x + other.x,
@@ -151,46 +148,46 @@ class ReconstructionSums:
 
     @property
     def mse(self) -> float:
-        """E||x - x_hat||^2: the sum over d_in, the mean over rows (SAELens `mse`)."""
+        """E||x - x_hat||^2, a sum over d_in and a mean over rows (SAELens' `mse`)."""
         return self.square_error / self.n_rows
 
     @property
     def cossim(self) -> float:
-        """E[<x, x_hat> / (||x|| ||x_hat||)] (SAELens `cossim`); a zero row counts 0, where SAELens gets NaN."""
+        """E[<x, x_hat> / (||x|| ||x_hat||)] (SAELens' `cossim`). A row of zeros counts 0, where SAELens gets NaN."""
         return self.cosine / self.n_rows
 
     @property
     def l2_ratio(self) -> float:
-        """E[||x_hat|| / ||x||] (SAELens `l2_ratio`): under 1 is shrinkage; where ||x|| < 1e-4 the divisor is 1."""
+        """E[||x_hat|| / ||x||] (SAELens' `l2_ratio`). Below 1, x shrinks. Where ||x|| < 1e-4 the divisor is 1."""
         return self.norm_ratio / self.n_rows
 
     @property
     def relative_reconstruction_bias(self) -> float | None:
-        """E||x_hat||^2 / E<x, x_hat>: 1 is unbiased, under 1 is shrinkage.
+        """E||x_hat||^2 / E<x, x_hat>. 1 is unbiased; below 1 the SAE shrinks x.
 
-        Rajamanoharan et al. 2024 (arXiv:2404.16014), equation 10, over all rows, where SAELens takes the mean of its
-        batches' ratios. None where x_hat is orthogonal to x on average (all zeros, say).
+        Rajamanoharan et al. 2024 (arXiv:2404.16014), equation 10. It is one ratio over all rows, where SAELens
+        takes the mean of its batches' ratios. It is None where E<x, x_hat> is 0, as it is where x_hat is all zeros.
         """
         return None if self.dot == 0.0 else self.square_norm_hat / self.dot
 
     @property
     def l0(self) -> float:
-        """Mean number of active latents per row (SAELens `l0`)."""
+        """Mean number of active latents per row (SAELens' `l0`). Signed activations count too."""
         return int(self.fired.sum()) / self.n_rows
 
     @property
     def l1(self) -> float:
-        """Mean over rows of sum_i |f_i|, without decoder norms (SAELens `l1`)."""
+        """Mean over rows of sum_i |f_i|, without decoder norms (SAELens' `l1`)."""
         return self.absolute / self.n_rows
 
     @property
     def feature_density(self) -> Float[Tensor, " d_sae"]:
-        """Share of the rows on which each latent is active, float64 in [0, 1] (SAELens `feature_density`)."""
+        """Share of the rows in which each latent is active, float64 in [0, 1] (SAELens' `feature_density`)."""
         return self.fired.double() / self.n_rows
 
     @property
     def dead_fraction(self) -> float:
-        """Share of the latents that fired on none of these rows; few rows make rare latents look dead."""
+        """Share of the latents that are active in none of these rows. With few rows, rare latents look dead."""
         return int((self.fired == 0).sum()) / len(self.fired)
 
 

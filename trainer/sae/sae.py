@@ -1,4 +1,4 @@
-"""An SAE as it is used: encode, decode, forward."""
+"""A trained SAE for inference: `SAE` encodes, decodes and reconstructs raw activations."""
 
 from __future__ import annotations
 
@@ -17,18 +17,24 @@ PURSUIT = ("residual_threshold", "max_iterations", "stop_on_duplicate_support") 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SAE:
-    """A sparse autoencoder for inference on raw activations, as SAELens defines its architectures.
+    """A sparse autoencoder for inference on raw activations, with SAELens' definitions of the architectures.
 
-    h = (x - b_dec if subtracts_b_dec else x) W_enc + b_enc; feature_acts are ReLU(h) (standard), ReLU of the k largest
-    h of a row (topk), the k of largest |h| (abstopk; both ranked and scaled by ||d_i|| where
-    rescale_acts_by_decoder_norm), or ReLU(h) where h > threshold (jumprelu). gated has no b_enc: feature_acts are
-    ReLU(exp(r_mag) h + b_mag) where h + b_gate > 0. x_hat = feature_acts W_dec + b_dec. Everything is computed in the
-    weights' dtype, on their device.
+    h = x W_enc + b_enc, or (x - b_dec) W_enc + b_enc where subtracts_b_dec is set. x_hat = feature_acts W_dec + b_dec.
+    Everything is computed in the weights' dtype, on their device.
 
-    transcoder is as standard, but x_hat is of the activation at hook_name_out; jumprelu_transcoder and topk_transcoder
-    are as jumprelu and topk in the same way; where the name has `skip` in it, W_skip x is added. A crosscoder is as
-    standard for the activations at all of its hook_names side by side. matching_pursuit has no encoder of its own: its
-    W_enc is W_dec transposed, and b_dec is added to x_hat only where it is subtracted from x.
+    feature_acts, by architecture:
+        standard          ReLU(h).
+        topk              ReLU of the k largest h of a row.
+        abstopk           the k entries of a row with the largest |h|, with their signs.
+        jumprelu          ReLU(h) where h > threshold, else 0.
+        gated             ReLU(exp(r_mag) h + b_mag) where h + b_gate > 0, else 0. h has no b_enc here.
+        matching_pursuit  as `activations.matching_pursuit`. W_enc is W_dec transposed. b_dec is added to x_hat only
+                          where it is subtracted from x.
+        crosscoder        as standard, where x and x_hat are the activations at all hook_names, side by side.
+
+    With rescale_acts_by_decoder_norm, topk and abstopk multiply h by ||d_i|| first, and the decoder divides by it.
+    A transcoder is as standard, but x_hat predicts the activation at hook_name_out. jumprelu_transcoder and
+    topk_transcoder are as jumprelu and topk in the same way. Where the name holds `skip`, W_skip x is added to x_hat.
     """
 
     architecture: str
@@ -55,17 +61,17 @@ class SAE:
 
     @property
     def input_hooks(self) -> tuple[str, ...]:
-        """Whose activations x is, side by side."""
+        """The hooks whose activations are x, side by side."""
         return self.hook_names or (self.hook_name,)
 
     @property
     def output_hooks(self) -> tuple[str, ...]:
-        """Whose activations x_hat is."""
+        """The hooks whose activations x_hat reconstructs, side by side."""
         return self.input_hooks if self.hook_name_out is None else (self.hook_name_out,)
 
     @property
     def d_in(self) -> int:
-        """Width of the activations it takes."""
+        """Width of x."""
         return self.W_enc.shape[0]
 
     @property
@@ -80,11 +86,11 @@ class SAE:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and so where x must be."""
+        """The device of the weights. x must be there too."""
         return self.W_enc.device
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """Feature activations of raw activations of any float dtype; the result has the weights' dtype."""
+        """The feature activations of raw activations x, which may have any float dtype, in the weights' dtype."""
         x = x.to(self.W_enc.dtype)
         centred = x - self.b_dec if self.subtracts_b_dec else x
         if self.architecture == "matching_pursuit":
@@ -100,8 +106,8 @@ class SAE:
         if self.k is not None:
             signed = self.architecture == "abstopk"
             top = (pre_acts.abs() if signed else pre_acts).topk(self.k, dim=-1, sorted=False).indices
-            kept = pre_acts.gather(-1, top)
-            return torch.zeros_like(pre_acts).scatter_(-1, top, kept if signed else kept.relu())
+            active = pre_acts.gather(-1, top)
+            return torch.zeros_like(pre_acts).scatter_(-1, top, active if signed else active.relu())
         if self.threshold is not None:
             return pre_acts.relu() * (pre_acts > self.threshold)
         return pre_acts.relu()
@@ -115,7 +121,7 @@ class SAE:
         return feature_acts, x_hat if self.W_skip is None else x_hat + x.to(self.W_skip.dtype) @ self.W_skip.T
 
     def decode(self, feature_acts: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_out"]:
-        """What the latents give of x_hat, in the weights' dtype: all of it, but where there is a W_skip."""
+        """x_hat from the feature activations, in the weights' dtype. W_skip x, if there is one, is not part of it."""
         if self.rescale_acts_by_decoder_norm:
             feature_acts = feature_acts * (1 / self.W_dec.norm(dim=-1))
         x_hat = feature_acts @ self.W_dec
