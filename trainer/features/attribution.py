@@ -1,9 +1,8 @@
-"""What single latents do: on the tokens of a text, to the logits, and beside the latents of another SAE.
+"""Logit attribution: how much each active latent adds to the logit of a token by the direct path.
 
-What is said of logits is about the direct path: what a vector that is added to the residual stream does to them if
-nothing in between reads it. The final norm is made linear: its gain is folded into the unembedding, with its centring
-where it is a LayerNorm, and its scale is frozen. Logits are relative to their mean over the vocabulary, which the
-softmax does not see.
+The direct path is what a vector in the residual stream does to a logit if no later block reads it. The final norm is
+made linear: its gain, and its centring if it is a LayerNorm, are folded into the unembedding, and its scale is frozen.
+Logits are relative to their mean over the vocabulary, which a softmax does not see.
 """
 
 import math
@@ -23,7 +22,13 @@ from trainer.sae.sae import SAE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
-    """What an active latent adds to a logit by the direct path."""
+    """What an active latent adds to a logit by the direct path.
+
+    Attributes:
+        latent: the number of the latent.
+        activation: its activation at the position.
+        logit: what it adds.
+    """
 
     latent: int
     activation: float
@@ -32,11 +37,17 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitAttribution:
-    """A logit, relative to its mean over the vocabulary, as a sum: features + bias + error + rest.
+    """A logit, relative to its mean over the vocabulary, as the sum features + bias + error + rest.
 
-    position: of the token after which the logit predicts. features: of the active latents, the largest part in
-    magnitude first. bias: of b_dec, and of W_skip x where there is one. error: of what the SAE leaves unexplained.
-    rest: of everything else that the stream and the head hold.
+    Attributes:
+        token_id: the token whose logit it is.
+        token: this token as it stands in a text.
+        position: the position of the text that predicts the token after it.
+        logit: the whole logit.
+        features: what each active latent adds, the largest in magnitude first.
+        bias: what b_dec adds, with W_skip x where there is one.
+        error: what the SAE's error adds, which is the activation less its reconstruction.
+        rest: what everything else in the residual stream and in the head adds.
     """
 
     token_id: int
@@ -56,17 +67,24 @@ class LogitAttribution:
 
 @torch.no_grad()
 def logit_attribution(sae: SAE, model: Model, text: str, position: int, token: str | int) -> LogitAttribution:
-    """What the SAE's latents at one position of a text add to the logit of `token` as the next, by the direct path.
+    """What each latent at one position of a text adds, by the direct path, to the logit of `token` as the next token.
 
-    Contribution i is f_i <W_U[token] less the mean row, gain * centred(d_i)> / scale, the final norm's scale frozen at
-    what it is there. All in float64, so that the parts sum to the logit but for the rounding of the model's own pass.
+    Latent i adds f_i <u, gain * centred(d_i)> / scale, where u is W_U[token] less the mean row of W_U. The final norm's
+    scale is frozen at its value at this position. All parts are float64, so their sum differs from the model's logit
+    only by the rounding of the model's own pass.
 
     Args:
-        position: index of a token of the text, BOS included as in `encode_text`; negative from the end.
-        token: the id, or a text that is one token, with its leading space.
+        sae: its latents are directions of the residual stream.
+        model: the language model of its hook.
+        text: the text that the model reads.
+        position: index of a token of the text, with BOS counted as in `encode_text`; negative counts from the end.
+        token: a token id, or a text that is exactly one token, with its leading space.
+
+    Returns:
+        The logit and its parts.
 
     Raises:
-        ConfigError: the position or the token is not one, or the SAE's hooks are not of the residual stream.
+        ConfigError: there is no such position or token, or the SAE's hooks are not of the residual stream.
         CacheMismatch, ModelError: as `encode_text` and `logit_lens`.
     """
     check_stream(sae, "logit_attribution")
@@ -100,11 +118,8 @@ def logit_attribution(sae: SAE, model: Model, text: str, position: int, token: s
     )
 
 
-# What steering needs too
-
-
 def _bias(sae: SAE, x: Float[Tensor, " d_in"]) -> Float64[Tensor, " d_out"]:
-    """What of x_hat is of no latent: b_dec, and W_skip x where there is one."""
+    """The part of x_hat that no latent makes: b_dec, and W_skip x where there is one."""
     b_dec = sae.b_dec.double().cpu()
     return b_dec if sae.W_skip is None else b_dec + sae.W_skip.double().cpu() @ x.double().cpu()
 

@@ -1,4 +1,8 @@
-"""Encode the validation split once, and write what every latent fires on beside the run."""
+"""`build_features` encodes the validation split once, and writes beside the run what every latent fires on.
+
+`read` says which files it writes. Every file is written aside and renamed. A build that was killed goes on after the
+last file that is whole.
+"""
 
 from __future__ import annotations
 
@@ -39,28 +43,32 @@ from trainer.run_folder import CONFIG_FILE, FAILED_FILE, read_json, write_json
 from trainer.sae.sae import SAE
 
 LOCK_FILE = "lock"
-FILE_ENTRIES = 1 << 22  # after this many a file ends before its shard does: sorting them takes 250 MB
-Progress = Callable[[int, int], None]  # rows of the split done, and in all
+FILE_ENTRIES = 1 << 22  # entries after which a file ends before its shard does; to sort so many takes 250 MB
+Progress = Callable[[int, int], None]  # rows done, and rows of the split
 
 
 def build_features(
     run: Path | str, cache: Cache, *, device: torch.device | str = "cpu", progress: Progress | None = None
 ) -> Features:
-    """Encode the validation split with the SAE of a RUN folder into RUN/features/; nothing to do if that is there.
+    """Encode the validation split with the SAE of a RUN folder, and write RUN/features/, unless it is whole already.
 
-    Memory, however long the split and whatever fires: the stored rows of one shard of each hook that the SAE takes (at
-    most 1 GiB a hook) and 32 bytes for each of them; the buffers of one batch of `feature_acts.SparseEncoder`
-    (4,096 rows; fewer where [batch, d_sae] would be over 2^24 numbers); and 64 bytes for each of FILE_ENTRIES entries
-    and of those of one batch.
+    The memory does not depend on the length of the split, nor on how much fires. It is the sum of three parts:
+        the stored rows of one shard of each hook that the SAE takes, at most 1 GiB a hook, and 32 bytes for each row;
+        the buffers of one batch of `feature_acts.SparseEncoder`: 4,096 rows, or fewer where [batch, d_sae] would hold
+            more than 2^24 numbers;
+        64 bytes for each of FILE_ENTRIES entries, and for each entry of one batch.
 
     Args:
-        run: a finished RUN folder; the SAE may be of any architecture that `load_sae` takes.
-        cache: harvested from the model that it was trained on, with its hooks.
+        run: a finished RUN folder. Its SAE may have any architecture that `load_sae` takes.
+        cache: a cache of the model that the SAE was trained on, with its hooks.
         device: where rows are encoded.
-        progress: called with rows done, first of all with those that an earlier build did, and rows in all.
+        progress: called with the rows done and the rows in all. The first call counts the rows of earlier builds.
+
+    Returns:
+        The features, mapped.
 
     Raises:
-        ManifestError: `run` is no RUN folder, is not finished or diverged, or a file of it is damaged.
+        ManifestError: `run` is no RUN folder, is not finished or diverged, or one of its files is damaged.
         CacheMismatch: the cache is of another model, lacks a hook or holds it with another width, or RUN/features is of
             another cache or SAE.
         DatasetError: the validation split has no token that is not special.
@@ -98,11 +106,11 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 
 def _check_cache(run: Path, config: Mapping[str, Any], sae: SAE, cache: Cache) -> None:
-    """The cache must hold the SAE's hooks, of the model that the run names."""
+    """Raise CacheMismatch unless the cache holds the SAE's hooks, of the model that the run names."""
     trained, cached = config.get("model"), cache.identity["model"]
     if not isinstance(trained, dict) or "name" not in trained:
         raise ManifestError(f"features: {run / CONFIG_FILE} must name the model of the run; is it that of a run?")
-    revisions = {trained.get("revision"), cached["revision"]} - {None}  # an imported SAE knows none
+    revisions = {trained.get("revision"), cached["revision"]} - {None}  # an imported SAE knows no revision
     if trained["name"] != cached["name"] or len(revisions) > 1:
         raise CacheMismatch(
             f"features: {run} was trained on activations of {trained['name']!r} ({trained.get('revision')}), "
@@ -117,7 +125,7 @@ def _check_cache(run: Path, config: Mapping[str, Any], sae: SAE, cache: Cache) -
 
 
 def _source(run: Path, sae: SAE, cache: Cache) -> dict[str, Any]:
-    """What the features are of, as source.json says it."""
+    """What source.json says: of which SAE and which cache the features are."""
     return {
         "format_version": FORMAT_VERSION,
         "sae_crc32c": sae_checksums(run),
@@ -130,7 +138,7 @@ def _source(run: Path, sae: SAE, cache: Cache) -> dict[str, Any]:
 
 
 def _n_tokens(cache: Cache) -> int:
-    """Tokens of the validation split that are not special. Raises DatasetError if there is none."""
+    """How many tokens of the validation split are not special. Raises DatasetError if there is none."""
     n_tokens = 0
     if cache.n_rows(SPLIT) > 0:
         n_tokens = RowFilter(cache, SPLIT, (), exclude_special_tokens=True, positions=None, max_norm_ratio=None).n_rows
@@ -155,12 +163,19 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Shard:
-    """A shard of the split in token order. row: of each token, in the shard's rows as stored."""
+    """A shard of the split, with its tokens in the order of the split.
+
+    Attributes:
+        first_token: number of the first token in the split.
+        token_id: the id of each token.
+        row: the stored row of each token, counted from the shard's first row.
+        stored: the stored rows of each hook, as `HookReader.read_stored` gives them.
+    """
 
     first_token: int
     token_id: Int32[np.ndarray, " token"]
     row: Int64[np.ndarray, " token"]
-    stored: tuple[tuple[Shaped[np.ndarray, "token _"], ...], ...]  # for each hook, what its reader gave
+    stored: tuple[tuple[Shaped[np.ndarray, "token _"], ...], ...]
 
     @property
     def stop(self) -> int:
@@ -169,7 +184,16 @@ class _Shard:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Coded:
-    """Consecutive tokens and what fires on them; `token` counts from first_token, on the CPU like the rest."""
+    """Consecutive tokens and the entries that fire on them, on the CPU.
+
+    Attributes:
+        first_token: number of the first token in the split.
+        token_id: the id of each token.
+        ends_shard: whether the last token ends a shard.
+        token: the token of each entry, counted from first_token.
+        latent: the latent of each entry.
+        act: the activation of each entry.
+    """
 
     first_token: int
     token_id: Int32[np.ndarray, " batch"]
@@ -184,7 +208,7 @@ class _Coded:
 
 
 def _write_codes(sae: SAE, cache: Cache, folder: Path, progress: Progress | None) -> None:
-    """Every file of codes that is not there yet. A file ends with its shard, or after FILE_ENTRIES entries."""
+    """Write every file of codes that is not there yet. A file ends with its shard, or after FILE_ENTRIES entries."""
     there, n_rows = map_all_codes(folder), cache.n_rows(SPLIT)
     start = there[-1].stop if there else 0
     held: list[_Coded] = []
@@ -212,7 +236,7 @@ def _write_file(folder: Path, held: Sequence[_Coded], d_sae: int) -> None:
 
 
 def _coded(sae: SAE, cache: Cache, start: int) -> Iterator[_Coded]:
-    """All tokens of the split from `start` on, batch after batch; no batch spans two shards."""
+    """Encode all tokens of the split from `start` on, batch after batch. No batch spans two shards."""
     encoder, special = SparseEncoder(sae), np.array(cache.special_token_ids, dtype=np.int32)
     readers = [cache.hook_reader(SPLIT, hook_name) for hook_name in sae.input_hooks]
     for index in range(start // cache.manifest.shard_rows, len(cache.manifest.shards[SPLIT])):
@@ -226,17 +250,17 @@ def _coded_shard(
     special: Int32[np.ndarray, " special"],
     start: int,
 ) -> Iterator[_Coded]:
-    """The tokens of a shard from `start` on, which may lie before it."""
+    """Encode the tokens of one shard from `start` on, or all of them if `start` lies before the shard."""
     for first in range(max(start, shard.first_token), shard.stop, encoder.batch_rows):
         tokens = slice(first - shard.first_token, first - shard.first_token + encoder.batch_rows)
         token_id = shard.token_id[tokens]
-        kept = np.flatnonzero(~np.isin(token_id, special))
-        row, latent, act = encoder.entries(_rows(readers, shard, shard.row[tokens][kept]))
+        encoded = np.flatnonzero(~np.isin(token_id, special))
+        row, latent, act = encoder.entries(_rows(readers, shard, shard.row[tokens][encoded]))
         yield _Coded(
             first_token=first,
             token_id=token_id,
             ends_shard=first + len(token_id) == shard.stop,
-            token=torch.from_numpy(kept.astype(np.int32))[row.cpu()],
+            token=torch.from_numpy(encoded.astype(np.int32))[row.cpu()],
             latent=latent.int().cpu(),
             act=act.float().cpu(),
         )
@@ -253,8 +277,10 @@ def _shard(cache: Cache, readers: Sequence[HookReader], index: int) -> _Shard:
     return _Shard(first_token=first, token_id=token_id[row], row=row, stored=stored)
 
 
-def _rows(readers: Sequence[HookReader], shard: _Shard, row: Int64[np.ndarray, " kept"]) -> Float[Tensor, "kept d_in"]:
-    """Stored rows of a shard in the order asked, those of all hooks side by side."""
+def _rows(
+    readers: Sequence[HookReader], shard: _Shard, row: Int64[np.ndarray, " chosen"]
+) -> Float[Tensor, "chosen d_in"]:
+    """The chosen rows of a shard, in the order of `row`, with all hooks side by side."""
     parts = [
         reader.values(reader.tensors([part[row] for part in stored]))
         for reader, stored in zip(readers, shard.stored, strict=True)
@@ -263,7 +289,7 @@ def _rows(readers: Sequence[HookReader], shard: _Shard, row: Int64[np.ndarray, "
 
 
 def _write_latents(folder: Path, codes: Sequence[Codes]) -> None:
-    """n_fired and max_act of every latent, one file of codes after the other; this makes the features whole."""
+    """Write n_fired and max_act of every latent. Once this file is there, the features are whole."""
     d_sae = len(codes[0].latent_start) - 1
     n_fired, max_act = np.zeros(d_sae, dtype=np.int64), np.zeros(d_sae, dtype=np.float32)
     for each in codes:

@@ -1,7 +1,8 @@
-"""Sparse codes: what fires in a batch of rows, never kept as [rows, d_sae], and the codes of many tokens in one file.
+"""Sparse feature activations: how a batch of rows is encoded to them, and the file that holds those of many tokens.
 
-The file is plain safetensors with the fields of `Codes`, mapped when it is read: nothing is loaded but what is looked
-at. Both orders are in it, for a latent's tokens are asked as often as a token's latents.
+`SparseEncoder` gives the entries of a batch that are not zero; no dense copy of the split is ever made. `Codes` are the
+entries of consecutive tokens, in one safetensors file with the same fields. The file is mapped when it is read, so only
+what is looked at is loaded. It holds the entries both by token and by latent, because both are asked for.
 """
 
 import json
@@ -20,8 +21,8 @@ from trainer.kernels.active import ActiveEntries, Workspace
 from trainer.kernels.select import encoder_pre_acts, exceeds, topk_chunk_rows, topk_pre_acts
 from trainer.sae.sae import SAE
 
-MAX_ROWS = 4096  # encoded at a time: more make the product no faster
-STORED = {"I64": "<i8", "I32": "<i4", "F32": "<f4"}  # safetensors' names
+MAX_ROWS = 4096  # rows encoded at a time; more make the product no faster
+STORED = {"I64": "<i8", "I32": "<i4", "F32": "<f4"}  # safetensors' dtype -> numpy's
 HEADER_LENGTH_BYTES = 8
 
 Entries = tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]  # row, latent, activation
@@ -30,8 +31,8 @@ Entries = tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " en
 class SparseEncoder:
     """`SAE.encode` without its zeros, to within the rounding of the weights' dtype.
 
-    The pre-activations of a batch lie in one buffer that is used again: [batch, d_sae] of the weights' dtype, and as
-    many bytes for what fires. What has no b_enc, such as gated, is encoded densely, in five such buffers.
+    The pre-activations of every batch use one buffer, [batch, d_sae] of the weights' dtype. The entries that fire take
+    at most as many bytes. An SAE without b_enc, such as gated, is encoded densely, in five such buffers.
     """
 
     def __init__(self, sae: SAE):
@@ -45,12 +46,12 @@ class SparseEncoder:
 
     @property
     def batch_rows(self) -> int:
-        """Rows to encode at a time."""
+        """How many rows to encode at a time."""
         return min(MAX_ROWS, topk_chunk_rows(self._sae.d_sae, is_cuda=self._sae.device.type == "cuda"))
 
     @torch.no_grad()
     def entries(self, x: Float[Tensor, "batch d_in"]) -> Entries:
-        """(row, latent, activation) of all that is not zero, rows ascending, on the SAE's device.
+        """(row, latent, activation) of all entries that are not zero, with ascending rows, on the SAE's device.
 
         x: raw activations of any float dtype, on any device.
 
@@ -78,8 +79,8 @@ class SparseEncoder:
         values, latents = topk_pre_acts(
             x, self._W_enc, self._b_enc, self._sae.k, self._workspace, by_magnitude=self._is_signed
         )
-        row, place = (values != 0 if self._is_signed else exceeds(values, self._cut)).nonzero(as_tuple=True)
-        return row, latents[row, place], values[row, place]
+        row, rank = (values != 0 if self._is_signed else exceeds(values, self._cut)).nonzero(as_tuple=True)
+        return row, latents[row, rank], values[row, rank]
 
 
 def _nonzero(feature_acts: Float[Tensor, "batch d_sae"]) -> Entries:
@@ -89,10 +90,20 @@ def _nonzero(feature_acts: Float[Tensor, "batch d_sae"]) -> Entries:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Codes:
-    """What fires on tokens first_token, first_token + 1, ... of a split; token t here is the t-th of them.
+    """The entries that fire on tokens first_token, first_token + 1, ... of a split.
 
-    token_id: of each token. Its entries, in no order: token_start[t] : token_start[t + 1] of latent and act. Those of
-    latent i, tokens ascending: latent_start[i] : latent_start[i + 1] of token_by_latent and act_by_latent.
+    Token t below is the t-th of these tokens.
+
+    Attributes:
+        first_token: number of the first token in the split.
+        token_id: the id of each token.
+        token_start: token t has the entries token_start[t] : token_start[t + 1] of `latent` and `act`, in no order.
+        latent: the latent of each entry, by token.
+        act: the activation of each entry, by token.
+        latent_start: latent i has the entries latent_start[i] : latent_start[i + 1] of `token_by_latent` and
+            `act_by_latent`, with ascending tokens.
+        token_by_latent: the token of each entry, by latent.
+        act_by_latent: the activation of each entry, by latent.
     """
 
     first_token: int
@@ -110,14 +121,14 @@ class Codes:
         return self.first_token + len(self.token_id)
 
     def of_latent(self, latent: int) -> slice:
-        """Where its entries are in token_by_latent and act_by_latent."""
+        """Where the latent's entries are in token_by_latent and act_by_latent."""
         return slice(int(self.latent_start[latent]), int(self.latent_start[latent + 1]))
 
     def latents_at(self, tokens: Int32[np.ndarray, " chosen"]) -> Int32[np.ndarray, " entry_of_chosen"]:
-        """The latents that fire on the chosen tokens, one after the other."""
+        """The latents that fire on the chosen tokens, token after token."""
         start = self.token_start[tokens]
         counts = self.token_start[tokens + 1] - start
-        first = np.cumsum(counts) - counts  # of each token, among those returned
+        first = np.cumsum(counts) - counts  # where the latents of each token begin in the result
         return self.latent[np.repeat(start - first, counts) + np.arange(counts.sum())]
 
 
@@ -129,7 +140,16 @@ def write_codes(
     act: Float[Tensor, " entry"],
     d_sae: int,
 ) -> None:
-    """Write the codes of consecutive tokens, whole or not at all; entries come with tokens ascending, from 0."""
+    """Write the codes of consecutive tokens, whole or not at all.
+
+    Args:
+        path: the file to write.
+        token_id: the id of each token.
+        token: the token of each entry, counted from 0, ascending.
+        latent: the latent of each entry.
+        act: the activation of each entry.
+        d_sae: the number of latents.
+    """
     entries = ActiveEntries.of(token, latent, batch=len(token_id), d_sae=d_sae)
     tensors = {
         "token_id": token_id,
@@ -144,7 +164,7 @@ def write_codes(
 
 
 def map_codes(path: Path, first_token: int) -> Codes:
-    """Map what `write_codes` wrote. Raises ManifestError if it is not that."""
+    """Map a file of `write_codes` that begins with token `first_token`. Raises ManifestError if it is damaged."""
     arrays = map_arrays(path)
     names = [name for name in Codes.__slots__ if name != "first_token"]
     try:
@@ -159,7 +179,7 @@ def map_codes(path: Path, first_token: int) -> Codes:
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, read-only and mapped. Raises ManifestError."""
+    """The arrays of a safetensors file, read-only and mapped. Raises ManifestError if it is not one."""
     try:
         mapped = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
         start = HEADER_LENGTH_BYTES + int.from_bytes(mapped[:HEADER_LENGTH_BYTES].tobytes(), "little")
@@ -175,7 +195,7 @@ def map_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def damaged(path: Path, error: Exception) -> ManifestError:
-    """The error of a file that `build_features` wrote and that is something else now."""
+    """The error for a file of `build_features` that no longer holds what was written."""
     return ManifestError(
         f"{path}: must be as the features were written, got {type(error).__name__}: {error}; remove {path.parent} and "
         "build them anew"

@@ -1,4 +1,7 @@
-"""The logit lens of a latent: which tokens its decoder direction promotes and suppresses."""
+"""The logit lens of a latent: which tokens its decoder direction promotes and suppresses.
+
+This module also holds what other readers of decoder directions share: the directions, and checks of latents and hooks.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from trainer.features.token_strings import token_string
 from trainer.sae.sae import SAE
 
 STREAM_SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
-VOCAB_AT_ONCE = 16_384  # rows of W_U in float32 at a time
+VOCAB_AT_ONCE = 16_384  # rows of W_U that are float32 at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogit:
-    """A token and what a direction does to its logit."""
+    """A token, and what one unit of a latent's activation adds to its logit, times the final norm's scale."""
 
     token_id: int
     token: str
@@ -31,7 +34,7 @@ class TokenLogit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitLens:
-    """The tokens whose logits a latent raises most, and those it lowers most; the most changed first."""
+    """The tokens whose logits a latent raises most, and those that it lowers most, the most changed first."""
 
     latent: int
     promoted: tuple[TokenLogit, ...]
@@ -40,10 +43,21 @@ class LogitLens:
 
 @torch.no_grad()
 def logit_lens(sae: SAE, model: Model, latents: Sequence[int], n: int = 10) -> tuple[LogitLens, ...]:
-    """The `n` tokens that each of `latents` promotes and suppresses most, in the order given.
+    """The `n` tokens that each of `latents` promotes most, and those that it suppresses most.
 
-    The logit lens (nostalgebraist 2020) of decoder directions, as `lens_logits`. Tokens that the tokenizer does not
-    know (padding of the vocabulary) are left out.
+    It is the logit lens (nostalgebraist 2020) of decoder directions. The logits are W_U (gain * centred(d_i)), less
+    their mean over the vocabulary: what one unit of activation adds by the direct path, times the final norm's scale.
+    The norm's gain is folded in. Its scale depends on the text and is left out. The logits are float32, or float64 for
+    a float64 model. Tokens that the tokenizer does not know, which pad the vocabulary, are left out.
+
+    Args:
+        sae: its latents are directions of the residual stream.
+        model: the language model of its hook.
+        latents: which latents to read.
+        n: how many tokens at either end.
+
+    Returns:
+        One value for each of `latents`, in their order.
 
     Raises:
         ConfigError: a latent or n is out of range, or the SAE's hook is not of the residual stream.
@@ -63,20 +77,11 @@ def logit_lens(sae: SAE, model: Model, latents: Sequence[int], n: int = 10) -> t
     return tuple(lenses)
 
 
-@torch.no_grad()
-def lens_logits(sae: SAE, model: Model, latents: Sequence[int]) -> Float[Tensor, "latent vocab"]:
-    """What one unit of activation of each latent adds to every logit by the direct path, times the final norm's scale.
-
-    W_U (gain * centred(d_i)), less its mean over the vocabulary, in float32 (float64 for a float64 model) on the device
-    of W_U: the norm's gain is folded and its scale, which depends on the text, left out. Raises as `logit_lens`.
-    """
-    check_latents(sae, latents)
-    check_stream(sae, "logit_lens")
-    return _lens_logits(model.unembedding(), directions(sae, latents))
-
-
 def directions(sae: SAE, latents: Sequence[int]) -> Float[Tensor, "latent d_out"]:
-    """What one unit of activation of each latent adds to x_hat: its decoder row, of norm 1 where the SAE rescales."""
+    """What one unit of activation of each latent adds to x_hat.
+
+    That is its decoder row. Where the SAE rescales activations by the decoder norm, it is the row at norm 1.
+    """
     rows = sae.W_dec[list(latents)]
     return rows * (1 / rows.norm(dim=-1, keepdim=True)) if sae.rescale_acts_by_decoder_norm else rows
 
@@ -89,6 +94,7 @@ def check_latents(sae: SAE, latents: Sequence[int]) -> None:
 
 
 def in_parts(latents: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The latents, ROWS_AT_ONCE at a time."""
     for first in range(0, len(latents), ROWS_AT_ONCE):
         yield latents[first : first + ROWS_AT_ONCE]
 
@@ -103,6 +109,7 @@ def check_stream(sae: SAE, who: str) -> None:
 
 
 def _lens_logits(unembedding: Unembedding, d: Float[Tensor, "latent d_model"]) -> Float[Tensor, "latent vocab"]:
+    """What the directions add to every logit, as `logit_lens` defines it, on the device of W_U."""
     W_U = unembedding.W_U
     dtype = torch.promote_types(W_U.dtype, torch.float32)
     rows = (unembedding.centred(d.double().cpu()) * unembedding.gain).to(W_U.device, dtype)
@@ -113,7 +120,7 @@ def _lens_logits(unembedding: Unembedding, d: Float[Tensor, "latent d_model"]) -
 def _extremes(
     tokenizer: Any, logits: Float[Tensor, "latent vocab"], n: int, *, largest: bool
 ) -> list[tuple[TokenLogit, ...]]:
-    """The n tokens of largest, or of smallest, logits for each latent."""
+    """For each latent the n tokens with the largest logits, or with the smallest."""
     top = logits.topk(n, largest=largest)
     return [
         tuple(

@@ -1,12 +1,14 @@
-"""What every latent of an SAE fires on: one pass over the validation split, sparse all the way, kept beside the run.
+"""The features of a run, read: `open_features` maps what `build_features` wrote, and `Features` answers questions.
 
-RUN/features/ holds source.json (of which SAE and which cache), one `codes-<first token>.safetensors` for each shard of
-the split, or several where much fires (`feature_acts`), and at last latents.safetensors, n_fired and max_act. Every
-file is written aside and renamed; a build that was killed goes on after the last one that is there. One process builds
-at a time, by a lock on `lock`.
+RUN/features/ holds these files.
 
-Special tokens are not encoded, as in training. Activations are those of `SAE.encode`; only abstopk has negative ones,
-and wherever the largest is spoken of it is the largest in magnitude.
+    source.json                        which SAE and which cache the features are of
+    codes-<first token>.safetensors    what fires on the tokens of a shard (`feature_acts`); several where much fires
+    latents.safetensors                n_fired and max_act of every latent; it is written last
+    lock                               one process at a time builds the features
+
+Special tokens are not encoded. Activations are those of `SAE.encode`. Only abstopk has negative ones, and "largest"
+always means largest in magnitude.
 """
 
 import bisect
@@ -28,7 +30,7 @@ from trainer.run_folder import SAE_FOLDER, read_json
 SPLIT = "validation"
 FOLDER, SOURCE_FILE, LATENTS_FILE, CODES = "features", "source.json", "latents.safetensors", "codes-*.safetensors"
 FORMAT_VERSION = 1
-BINS = 40
+BINS = 40  # of a histogram of activations
 WINDOW = (10, 10)  # tokens shown before and after the one that a context is about
 
 
@@ -36,8 +38,13 @@ WINDOW = (10, 10)  # tokens shown before and after the one that a context is abo
 class Context:
     """A token on which a latent fires, with the tokens around it in the same sequence.
 
-    sequence, position: where it is in the split. act: its activation. token_ids, acts: of the tokens shown, 0.0 where
-    the latent does not fire; `peak` is its own place among them.
+    Attributes:
+        sequence: the sequence of the split that holds the token.
+        position: the position of the token in the sequence.
+        act: the latent's activation on it.
+        token_ids: the ids of the tokens shown.
+        acts: the latent's activation on each of these, 0.0 where it does not fire.
+        peak: the index of the token among these.
     """
 
     sequence: int
@@ -52,12 +59,17 @@ class Context:
 class Features:
     """The features of one SAE on the validation split, read from mapped files.
 
-    n_tokens: encoded, that is not special; n_fired: on how many of them each latent fires, so that n_fired / n_tokens
-    is its density. max_act: its largest activation, in magnitude; 0 where it never fires. cache_fingerprint: of the
-    cache that was encoded.
+    A question about a latent reads its own entries alone, 8 bytes for each token on which it fires. `coactive` also
+    reads all latents of these tokens, one file after another.
 
-    Asking about a latent reads its own entries alone, 8 bytes for each token it fires on; `coactive` reads all latents
-    of these tokens too, one file after the other.
+    Attributes:
+        d_sae: the number of latents.
+        n_tokens: how many tokens were encoded. Special tokens are not.
+        context_size: tokens in a sequence.
+        cache_fingerprint: the fingerprint of the cache that was encoded.
+        n_fired: on how many tokens each latent fires; n_fired / n_tokens is its density.
+        max_act: the largest activation of each latent, in magnitude; 0 where it never fires.
+        codes: the entries of all tokens, in the order of the split.
     """
 
     d_sae: int
@@ -69,18 +81,32 @@ class Features:
     codes: tuple[Codes, ...]
 
     def top(self, latent: int, n: int = 20, *, window: tuple[int, int] = WINDOW) -> list[Context]:
-        """The n tokens with the largest activations, largest first; of equal ones the first in the split.
+        """The n tokens with the largest activations of a latent, largest first; of equal ones the first in the split.
 
-        window: how many tokens of the sequence to show before and after each. Raises ConfigError if there is no such
-        latent, or n is less than 1.
+        Args:
+            latent: the number of the latent.
+            n: how many tokens.
+            window: how many tokens of the sequence to show before and after each.
+
+        Raises:
+            ConfigError: there is no such latent, or n is less than 1.
         """
         tokens, acts = self._entries(latent)
-        return [self._context(tokens, acts, place, window) for place in _largest(np.abs(acts), n)]
+        return [self._context(tokens, acts, entry, window) for entry in _largest(np.abs(acts), n)]
 
     def bands(self, latent: int, n_bands: int = 5, n_each: int = 4) -> list[list[Context]]:
-        """From each of n_bands equal parts of (0, max_act], the strongest first, up to n_each tokens, largest first.
+        """Some tokens from each band of a latent's activations. The bands cut (0, max_act] into equal parts.
 
-        Which of a band's tokens is random, the same at every call. A band may be empty. Raises ConfigError as `top`.
+        The strongest band comes first. A band's tokens are drawn at random, the same at every call, and ordered by
+        their activations, largest first. A band may be empty.
+
+        Args:
+            latent: the number of the latent.
+            n_bands: how many bands.
+            n_each: how many tokens of a band, at most.
+
+        Raises:
+            ConfigError: there is no such latent, or a number is less than 1.
         """
         _check_positive(n_bands=n_bands, n_each=n_each)
         tokens, acts = self._entries(latent)
@@ -88,15 +114,16 @@ class Features:
         band = n_bands - np.ceil(sizes * n_bands / self.max_act[latent])
         drawn = np.random.Philox(key=latent).random_raw(len(tokens))
         inside = [np.flatnonzero(band == number) for number in range(n_bands)]
-        chosen = [places[np.argsort(drawn[places], kind="stable")[:n_each]] for places in inside]
-        ordered = [places[np.lexsort((places, -sizes[places]))] for places in chosen]
-        return [[self._context(tokens, acts, place, WINDOW) for place in places.tolist()] for places in ordered]
+        chosen = [entries[np.argsort(drawn[entries], kind="stable")[:n_each]] for entries in inside]
+        ordered = [entries[np.lexsort((entries, -sizes[entries]))] for entries in chosen]
+        return [[self._context(tokens, acts, entry, WINDOW) for entry in entries.tolist()] for entries in ordered]
 
     def histogram(self, latent: int) -> tuple[Int64[np.ndarray, " bins"], Float64[np.ndarray, " bins_plus_1"]]:
-        """(counts, edges) of the activations on the tokens where it fires: BINS equal bins from 0 to the largest.
+        """(counts, edges) of a latent's activations on the tokens on which it fires, in BINS equal bins.
 
-        The last bin holds its right edge. From the most negative activation where there is one (abstopk); all edges are
-        0 where it never fires. Raises ConfigError if there is no such latent.
+        The bins go from 0, or from the most negative activation if there is one (abstopk), to the largest. The last bin
+        includes its right edge. All edges are 0 if the latent never fires. Raises ConfigError if there is no such
+        latent.
         """
         _, acts = self._entries(latent)
         edges = np.linspace(float(acts.min(initial=0.0)), float(acts.max(initial=0.0)), BINS + 1)
@@ -104,9 +131,10 @@ class Features:
         return counts.astype(np.int64), edges
 
     def coactive(self, latent: int, n: int = 10) -> list[tuple[int, int]]:
-        """(other latent, tokens on which both fire) of the n that fire together with it most, largest first.
+        """(other latent, number of tokens on which both fire) of the n latents that fire most often with this one.
 
-        Of equal ones the lower latent; none that never does. Raises ConfigError as `top`.
+        The largest number comes first, and of equal ones the lower latent. A latent that never fires with this one is
+        left out. Raises ConfigError as `top`.
         """
         self._check(latent)
         counts = np.zeros(self.d_sae, dtype=np.int64)
@@ -117,7 +145,7 @@ class Features:
         return [(other, int(counts[other])) for other in _largest(counts, n) if counts[other] > 0]
 
     def _entries(self, latent: int) -> tuple[Int64[np.ndarray, " entry"], Float32[np.ndarray, " entry"]]:
-        """(tokens of the split, activations) where the latent fires, tokens ascending."""
+        """(tokens of the split, activations) on which the latent fires, with ascending tokens."""
         self._check(latent)
         where = [codes.of_latent(latent) for codes in self.codes]
         tokens = [
@@ -130,11 +158,11 @@ class Features:
         self,
         tokens: Int64[np.ndarray, " entry"],
         acts: Float32[np.ndarray, " entry"],
-        place: int,
+        entry: int,
         window: tuple[int, int],
     ) -> Context:
-        """Of the place-th entry of a latent."""
-        token = int(tokens[place])
+        """The context of one entry of a latent, given all of its entries."""
+        token = int(tokens[entry])
         sequence, position = divmod(token, self.context_size)
         start = token - min(position, window[0])
         stop = token + min(self.context_size - 1 - position, window[1]) + 1
@@ -144,14 +172,14 @@ class Features:
         return Context(
             sequence=sequence,
             position=position,
-            act=float(acts[place]),
+            act=float(acts[entry]),
             token_ids=self._token_ids(start, stop),
             acts=tuple(shown.tolist()),
             peak=token - start,
         )
 
     def _token_ids(self, start: int, stop: int) -> tuple[int, ...]:
-        """Of tokens [start, stop) of the split, whichever files they are in."""
+        """The ids of tokens [start, stop) of the split, which several files may hold."""
         ids: list[int] = []
         number = bisect.bisect_right(self.codes, start, key=lambda codes: codes.first_token) - 1
         while start < stop:
@@ -167,11 +195,11 @@ class Features:
 
 
 def open_features(run: Path | str) -> Features:
-    """What `build_features` wrote, mapped.
+    """Map the features that `build_features` wrote for a RUN folder.
 
     Raises:
-        ManifestError: it was not built, not to the end, or is damaged.
-        CacheMismatch: it is of another SAE than the run holds now.
+        ManifestError: they were not built, the build did not end, or a file is damaged.
+        CacheMismatch: they are of another SAE than the run holds now.
     """
     run = Path(run)
     folder = run / FOLDER
@@ -191,11 +219,8 @@ def open_features(run: Path | str) -> Features:
     return features
 
 
-# --- what is encoded -----------------------------------------------------------------------------------------------
-
-
 def sae_checksums(run: Path) -> list[int]:
-    """CRC-32C of the two files of its SAE."""
+    """CRC-32C of the two files of a run's SAE."""
     files = [run / SAE_FOLDER / name for name in (SAE_CONFIG_FILE, WEIGHTS_FILE)]
     try:
         return [crc32c(np.memmap(path, dtype=np.uint8, mode="r")) for path in files]
@@ -207,6 +232,7 @@ def sae_checksums(run: Path) -> list[int]:
 
 
 def check_source(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise CacheMismatch unless source.json, which holds `held`, says what is wanted."""
     differing = [name for name, value in wanted.items() if held.get(name) != value]
     if differing:
         name = differing[0]
@@ -216,11 +242,8 @@ def check_source(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any
         )
 
 
-# --- the pass over the split -----------------------------------------------------------------------------------------
-
-
 def map_all_codes(folder: Path) -> tuple[Codes, ...]:
-    """The files of codes that are there, which follow each other from token 0 on. Raises ManifestError."""
+    """Map every file of codes, in the order of the split. Raises ManifestError if they leave out a token."""
     codes = tuple(map_codes(path, int(path.stem.partition("-")[2])) for path in sorted(folder.glob(CODES)))
     stop = 0
     for each in codes:
@@ -230,11 +253,8 @@ def map_all_codes(folder: Path) -> tuple[Codes, ...]:
     return codes
 
 
-# --- choosing -------------------------------------------------------------------------------------------------------
-
-
 def _largest(sizes: Shaped[np.ndarray, " n"], n: int) -> list[int]:
-    """Places of the n largest, largest first; of equal ones the first."""
+    """Indices of the n largest sizes, largest first; of equal ones the first."""
     _check_positive(n=n)
     cut = np.partition(sizes, len(sizes) - n)[len(sizes) - n] if n < len(sizes) else sizes.min(initial=0)
     candidates = np.flatnonzero(sizes >= cut)

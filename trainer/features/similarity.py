@@ -1,4 +1,4 @@
-"""The latents of one SAE beside those of another."""
+"""How similar the latents of one SAE are to those of others, by the cosines of their decoder directions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from trainer.sae.sae import SAE
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SimilarFeatures:
-    """For some latents of one SAE those of another with the nearest decoder directions, and the cosines; nearest first.
+    """For some latents of one SAE, the latents of another SAE with the nearest decoder directions.
 
-    On the CPU.
+    Attributes:
+        latents: the latents of the other SAE, nearest first, on the CPU.
+        cosines: the cosines of their directions, on the CPU.
     """
 
     latents: Int64[Tensor, "latent n"]
@@ -27,13 +29,19 @@ class SimilarFeatures:
 
 @torch.no_grad()
 def similar_features(a: SAE, b: SAE, n: int = 1, *, latents: Sequence[int] | None = None) -> SimilarFeatures:
-    """For each of `latents` of `a` (all if None) the `n` of `b` whose decoder rows have the largest cosine with it.
+    """For each of `latents` of `a`, the `n` latents of `b` whose decoder rows have the largest cosine with its own.
 
-    One pass over those rows of `a`, 128 at a time, against all of `b`: two matrices [128, d_sae of b] and one copy of
-    b's decoder are in memory. A row of zeros has cosine 0 with every other.
+    128 rows of `a` at a time are compared with all rows of `b`. This holds two matrices [128, d_sae of b] and one copy
+    of b's decoder in memory. A row of zeros has cosine 0 with every other row.
+
+    Args:
+        a: the SAE whose latents are looked up.
+        b: the SAE in which they are looked for.
+        n: how many latents of `b` to return for each.
+        latents: which latents of `a`; None for all.
 
     Raises:
-        CacheMismatch: the decoders are of different widths.
+        CacheMismatch: the decoders have different widths.
         ConfigError: n is outside [1, d_sae of b], or a latent is not one of `a`.
     """
     chosen = range(a.d_sae) if latents is None else latents
@@ -53,15 +61,15 @@ def similar_features(a: SAE, b: SAE, n: int = 1, *, latents: Sequence[int] | Non
 
 
 def stability(saes: Sequence[SAE]) -> Float[Tensor, " d_sae"]:
-    """For each latent of the first SAE the mean over the others of its largest cosine with a latent of theirs.
+    """How surely each latent of the first SAE is found in the others, which were trained with other seeds.
 
-    The max cosine similarity across seeds; its mean over latents is the MMCS of Sharkey et al. 2022 ("Taking features
-    out of superposition with sparse autoencoders"). 1 is found in every SAE; random directions reach about
-    sqrt(2 ln(d_sae) / d_in).
+    It is the largest cosine of the latent's decoder row with a row of another SAE, as a mean over the other SAEs. Its
+    mean over latents is the MMCS of Sharkey et al. 2022 ("Taking features out of superposition with sparse
+    autoencoders"). A latent with 1 is in every SAE. Random directions reach about sqrt(2 ln(d_sae) / d_in).
 
     Raises:
         ConfigError: there are fewer than two SAEs.
-        CacheMismatch: they are not of one width.
+        CacheMismatch: their decoders have different widths.
     """
     if len(saes) < 2:
         raise ConfigError(f"stability: needs SAEs of at least two seeds, got {len(saes)}")

@@ -1,4 +1,7 @@
-"""What fires on the tokens of a text: the language model runs, and the SAE encodes its activations."""
+"""What fires on the tokens of a text: the language model runs, and the SAE encodes its activations.
+
+This module also holds what the other readers of a text share: its token ids, the rows of a hook, and checks of widths.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from actcache.models.unembedding import Unembedding
 from trainer.features.token_strings import token_string
 from trainer.sae.sae import SAE
 
-ROWS_AT_ONCE = 128  # tokens encoded, latents read as logits, latents compared
+ROWS_AT_ONCE = 128  # tokens encoded at a time, or latents read as logits or compared
 
 
 @runtime_checkable
 class Model(Protocol):
-    """What analysis needs of a language model; `actcache.models.load.LanguageModel` is one."""
+    """What this room needs of a language model. `actcache.models.language_model.LanguageModel` is one."""
 
     tokenizer: Any
     n_layers: int
@@ -38,9 +41,14 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenFeatures:
-    """The active latents of one token: (latent, activation), of largest magnitude first.
+    """A token and its active latents.
 
-    is_special: BOS and the like, which an SAE is not trained on unless asked: its latents there mean little.
+    Attributes:
+        token_id: the id of the token.
+        token: the token as it stands in a text.
+        is_special: whether it is BOS, EOS or the like. SAEs are usually not trained on these, so their latents mean
+            little there.
+        features: (latent, activation) of each active latent, of largest magnitude first.
     """
 
     token_id: int
@@ -51,12 +59,22 @@ class TokenFeatures:
 
 @torch.no_grad()
 def encode_text(sae: SAE, model: Model, text: str) -> tuple[TokenFeatures, ...]:
-    """The active latents of every token of a text, BOS first where the SAE's cache begins sequences with it.
+    """The active latents of every token of a text.
+
+    BOS is the first token if the sequences of the SAE's cache begin with it.
+
+    Args:
+        sae: encodes the activations at its hooks.
+        model: the language model that the SAE was trained on.
+        text: at least one token long.
+
+    Returns:
+        One value for each token, in the order of the text.
 
     Raises:
         ConfigError: the text has no token.
-        CacheMismatch: the model's hook is of another width than the SAE takes.
-        ModelError: the model lacks the hook, or takes no text as long.
+        CacheMismatch: the model's hook has another width than the SAE takes.
+        ModelError: the model lacks the hook, or the text is too long for it.
     """
     token_ids = prompt_ids(sae, model.tokenizer, text)
     special = set(model.tokenizer.all_special_ids)
@@ -73,10 +91,10 @@ def encode_text(sae: SAE, model: Model, text: str) -> tuple[TokenFeatures, ...]:
 
 
 def prompt_ids(sae: SAE, tokenizer: Any, text: str) -> Int64[Tensor, "1 position"]:
-    """Token ids of a text as the SAE's cache had them: BOS comes first where its sequences begin with BOS.
+    """The token ids of a text. BOS comes first if the sequences of the SAE's cache begin with it.
 
     Raises:
-        ConfigError: there is no token.
+        ConfigError: the text has no token.
     """
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     bos_id = tokenizer.bos_token_id if sae.metadata.get("prepend_bos", True) else None
@@ -88,7 +106,7 @@ def prompt_ids(sae: SAE, tokenizer: Any, text: str) -> Int64[Tensor, "1 position
 
 
 def hook_rows(sae: SAE, model: Model, token_ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position d_in"]:
-    """The activations that the SAE takes, on its device. Raises CacheMismatch if they are of another width."""
+    """The activations that the SAE takes, on its device. Raises CacheMismatch if they have another width."""
     x = model.activations(token_ids, sae.input_hooks)
     rows = torch.cat([x[name][0].to(sae.device) for name in sae.input_hooks], dim=1)
     check_width(sae, rows)
@@ -96,7 +114,7 @@ def hook_rows(sae: SAE, model: Model, token_ids: Int[Tensor, "1 position"]) -> F
 
 
 def check_width(sae: SAE, x: Float[Tensor, "row width"]) -> None:
-    """Raise CacheMismatch unless x is as wide as the SAE takes it."""
+    """Raise CacheMismatch unless x has the width that the SAE takes."""
     if x.shape[1] != sae.d_in:
         raise CacheMismatch(
             f"{sae.hook_name}: the SAE takes activations of width {sae.d_in}, the model gives {x.shape[1]}; pass the "

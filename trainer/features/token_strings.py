@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-UNDECODED = "\ufffd"  # what a decoder gives for bytes that are no whole character
+UNDECODED = "\ufffd"  # a decoder gives it for bytes that are not a whole character
 
 
 def token_string(tokenizer: Any, token_id: int) -> str:
-    """A token as it stands in a text, with its leading space; U+FFFD for a piece of a character."""
+    """A token as it stands in a text, with its leading space. A piece of a character becomes U+FFFD."""
     text = tokenizer.decode([token_id])
-    # a tokenizer of the SentencePiece kind takes the space of a first token for its own mark
+    # Decoded alone, a token of a SentencePiece tokenizer loses its leading space.
     marked = str(tokenizer.convert_ids_to_tokens(token_id)).startswith("▁")
     return f" {text}" if marked and not text.startswith(" ") else text
 
@@ -19,10 +19,10 @@ def token_string(tokenizer: Any, token_id: int) -> str:
 def token_strings(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     """Each token as it stands in a text, with its leading space.
 
-    A special token keeps its name, and so does one that is only a piece of a character: the bytes, as the vocabulary
-    writes them. An id that the tokenizer does not know, as a model may be wider than its vocabulary, is [id].
+    A special token keeps its name. A token that is only a piece of a character keeps the bytes that the vocabulary
+    writes for it. A model may have more ids than its tokenizer knows; such an id becomes [id].
 
-    tokenizer: any of transformers.
+    tokenizer: any tokenizer of transformers.
     """
     special, known = set(tokenizer.all_special_ids), len(tokenizer)
     strings = {}

@@ -1,8 +1,8 @@
-"""The words beside a run's features, so that nobody needs a language model to show them: token strings, logit lens.
+"""The words beside a run's features: token strings and the logit lens. With them no one needs the model to show them.
 
-RUN/features/lens.json says for each latent which token ids its decoder direction promotes and suppresses, and by how
-much. RUN/features/tokens.json is {token id: string} of these and of all in the validation split. It is written last:
-where it is, what a report draws of the run is complete.
+RUN/features/lens.json holds the logit lens: for each latent the token ids that its decoder direction promotes and
+suppresses, and by how much. RUN/features/tokens.json holds {token id: string} of these tokens and of all tokens in the
+validation split. It is written last, so a run that has it has all that a report draws.
 """
 
 import json
@@ -24,41 +24,54 @@ from trainer.formats.saelens import load_sae
 from trainer.run_folder import read_json
 
 TOKENS_FILE, LENS_FILE = "tokens.json", "lens.json"
-N_LENS = 10  # tokens that are promoted, and as many that are suppressed, of each latent
+N_LENS = 10  # promoted tokens of each latent, and as many suppressed ones
 
-Weighed = tuple[int, float]  # a token id, and what its logit gains from one unit of activation
+TokenWeight = tuple[int, float]  # a token id, and what its logit gains from one unit of activation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lens:
-    """The tokens whose logits a decoder direction raises, and lowers, most; the most changed first."""
+    """The tokens whose logits a decoder direction raises most and lowers most, the most changed first."""
 
-    promoted: tuple[Weighed, ...]
-    suppressed: tuple[Weighed, ...]
+    promoted: tuple[TokenWeight, ...]
+    suppressed: tuple[TokenWeight, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
-    """What RUN/features says in words. lens: of each latent; None where a logit lens makes no sense."""
+    """What RUN/features says in words.
+
+    Attributes:
+        tokens: the string of each token id.
+        lens: the logit lens of each latent; None where the SAE or its model has no logit lens.
+    """
 
     tokens: dict[int, str]
     lens: tuple[Lens, ...] | None
 
     def text(self, token_id: int) -> str:
-        """The token as it stands in a text; its number in brackets if it was not there when these were written."""
+        """The token as it stands in a text. A token that has no string here becomes [id]."""
         return self.tokens.get(token_id, f"[{token_id}]")
 
 
 def has_words(run: Path | str) -> bool:
-    """Whether the words of a run's features are written, and so its features built."""
+    """Whether the words of a run's features are written. They are written after the features."""
     return (Path(run) / FOLDER / TOKENS_FILE).is_file()
 
 
 def write_words(run: Path | str, cache: Cache, model: Model) -> None:
-    """Write RUN/features/lens.json and tokens.json, of an SAE that `load_sae` takes; nothing to do if they are there.
+    """Write RUN/features/lens.json and RUN/features/tokens.json. Where they are written already, do nothing.
 
     No lens.json is written for an SAE whose latents are not directions of the residual stream, nor for a model without
     an output head.
+
+    Args:
+        run: a RUN folder whose features are built.
+        cache: the cache that they were built from; its validation split says which tokens need strings.
+        model: the language model of the cache.
+
+    Raises:
+        ManifestError, CacheMismatch: as `load_sae`.
     """
     folder = Path(run) / FOLDER
     if has_words(run):
@@ -72,10 +85,10 @@ def write_words(run: Path | str, cache: Cache, model: Model) -> None:
 
 
 def read_words(run: Path | str) -> Words:
-    """What `write_words` wrote.
+    """Read what `write_words` wrote.
 
     Raises:
-        ManifestError: tokens.json is not there, or a file is not what it should be.
+        ManifestError: there is no tokens.json, or a file is malformed.
     """
     folder = Path(run) / FOLDER
     if not has_words(run):
@@ -94,18 +107,18 @@ def read_words(run: Path | str) -> Words:
     return Words(tokens=tokens, lens=lens)
 
 
-def _logit_lens(run: Path | str, model: Model) -> list[tuple[list[Weighed], list[Weighed]]] | None:
-    """(promoted, suppressed) of each latent; None where there is no lens to be had."""
+def _logit_lens(run: Path | str, model: Model) -> list[tuple[list[TokenWeight], list[TokenWeight]]] | None:
+    """(promoted, suppressed) of each latent; None where the SAE or the model has no logit lens."""
     sae = load_sae(run)
     try:
         found: Sequence[LogitLens] = logit_lens(sae, model, range(sae.d_sae), N_LENS)
     except (ConfigError, ModelError):
         return None
-    return [(_weighed(latent.promoted), _weighed(latent.suppressed)) for latent in found]
+    return [(_token_weights(latent.promoted), _token_weights(latent.suppressed)) for latent in found]
 
 
-def _weighed(tokens: Sequence[TokenLogit]) -> list[Weighed]:
-    """Four digits are more than anyone reads, and a fourth of the file."""
+def _token_weights(tokens: Sequence[TokenLogit]) -> list[TokenWeight]:
+    """The tokens with logits of four digits: nobody reads more, and the file is a quarter as long."""
     return [(token.token_id, float(f"{token.logit:.4g}")) for token in tokens]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from actcache.errors import ManifestError
 from actcache.files import write_atomically
 from trainer.features.read import Context, Features, open_features
-from trainer.features.words import Weighed, Words, read_words
+from trainer.features.words import TokenWeight, Words, read_words
 from trainer.formats.saelens import load_sae
 from trainer.sae.sae import SAE
 
@@ -155,7 +155,7 @@ def _feature(source: _Source, features: Features, words: Words, latent: int) -> 
     }
 
 
-def _logits(which: str, tokens: Iterable[Weighed], words: Words) -> Row:
+def _logits(which: str, tokens: Iterable[TokenWeight], words: Words) -> Row:
     pairs = list(tokens)
     return {f"{which}_str": [words.text(i) for i, _ in pairs], f"{which}_values": [logit for _, logit in pairs]}
 

@@ -10,7 +10,7 @@ from actcache.errors import ConfigError
 from actcache.models.bridge import BridgeModel
 from actcache.models.load import wrap_model
 from trainer.features.attribution import logit_attribution
-from trainer.features.logit_lens import lens_logits, logit_lens
+from trainer.features.logit_lens import logit_lens
 from trainer.features.text import ROWS_AT_ONCE
 from trainer.features.token_strings import token_string
 
@@ -19,7 +19,11 @@ from trainer.features.token_strings import token_string
 def test_the_lens_equals_its_definition(family):
     """Float64 products over d_model on both sides; the measured gain may be off by the norm's own rounding."""
     sae, latents = make_sae(), [5, 0, 95]
-    logits = lens_logits(sae, model_of(family), latents)
+    n_tokens = len(make_tokenizer())
+    whole = [lens.promoted for lens in logit_lens(sae, model_of(family), latents, n_tokens)]
+    assert all(sorted(token.token_id for token in tokens) == list(range(n_tokens)) for tokens in whole)
+    by_id = [[token.logit for token in sorted(tokens, key=lambda t: t.token_id)] for tokens in whole]
+    logits = torch.tensor(by_id, dtype=torch.float64)
     rows, folded = sae.W_dec[latents], folded_by_hand(family)
     gain, bias, _ = norm_by_hand(module_of(family), family)
     W_U = module_of(family).get_output_embeddings().weight.detach()
@@ -80,8 +84,7 @@ def test_wrong_arguments_of_the_lens(latents, n, says):
 
 def test_hooks_beside_the_stream_are_refused():
     sae = make_sae(hook_name="blocks.1.attn.hook_z")
-    for call in (lambda: logit_lens(sae, model_of("gpt2"), [0]), lambda: lens_logits(sae, model_of("gpt2"), [0])):
-        with pytest.raises(ConfigError, match=r"logit_lens: x_hat must be at one of .* got blocks\.1\.attn\.hook_z"):
-            call()
+    with pytest.raises(ConfigError, match=r"logit_lens: x_hat must be at one of .* got blocks\.1\.attn\.hook_z"):
+        logit_lens(sae, model_of("gpt2"), [0])
     with pytest.raises(ConfigError, match="logit_attribution: x_hat must be"):
         logit_attribution(sae, model_of("gpt2"), TEXT, -1, 5)
