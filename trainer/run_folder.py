@@ -1,6 +1,15 @@
-"""The files of a sweep as they lie there, for whoever only draws: a run's folder, and the log of the harvest behind it.
+"""The folder of a run, RUNS/<name>/: what its files are called, how they are read, and how they are written whole.
 
-A file that is not there yet is empty here; one that is there and damaged is an error.
+    config.json      the settings of the SAE and of training; the cache and the model
+    metrics.jsonl    a line for each logged step; a resumed run writes the same lines
+    timing.jsonl     how long the same steps took
+    checkpoint/      the training states that were saved last
+    sae/             the trained weights, once training has ended
+    failed.json      why training was stopped, where the SAE diverged
+    eval.json        the metrics on held-out rows, once they are measured
+
+`read_runs` and `read_harvests` read these files, and the logs of harvests, for the report. To them a file that is not
+there yet is empty, and a damaged one is an error.
 """
 
 import json
@@ -16,20 +25,29 @@ from actcache.files import write_atomically
 Number = int | float
 CONFIG_FILE, METRICS_FILE, TIMING_FILE, FAILED_FILE = "config.json", "metrics.jsonl", "timing.jsonl", "failed.json"
 CHECKPOINTS, SAE_FOLDER = "checkpoint", "sae"
-# between two calls on one folder: they change no result
+# These settings may differ between two calls on one folder, because they change no result.
 _MAY_DIFFER = ("cache.path", "train.checkpoint_every", "train.keep_checkpoints")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
-    """What one folder of RUNS holds: config.json, and the rest where it is there."""
+    """What the files of one folder of RUNS hold.
+
+    Attributes:
+        folder: the folder.
+        config: config.json.
+        evaluation: eval.json; {} where there is none.
+        metrics: the lines of metrics.jsonl.
+        timing: the lines of timing.jsonl.
+        error: the error in failed.json; None where there is none.
+    """
 
     folder: Path
     config: dict[str, Any]
-    evaluation: dict[str, Any]  # {} without eval.json
+    evaluation: dict[str, Any]
     metrics: list[dict[str, Any]]
     timing: list[dict[str, Any]]
-    error: str | None  # of failed.json
+    error: str | None
 
     @property
     def name(self) -> str:
@@ -38,23 +56,30 @@ class RunFiles:
 
     @property
     def sae(self) -> dict[str, Any]:
-        """The SAE's settings: config.json of a baseline says them at its top."""
+        """The SAE's settings. A baseline has them at the top of its config.json, a run under `sae`."""
         return self.config.get("sae", self.config)
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is a PCA, which was not trained."""
+        """Whether this is a PCA baseline, which was not trained."""
         return self.sae.get("architecture") == "pca"
 
     def about(self, what: str, key: str) -> Any:
-        """A value of the block `what` (cache, model) of config.json; None where there is none."""
+        """The value of a key of the block `what` (cache or model) of config.json; None where there is none."""
         block = self.config.get(what)
         return block.get(key) if isinstance(block, dict) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HarvestTime:
-    """One call of `actcache harvest`: when it ended, the rows it made, its seconds, and those within the model."""
+    """What one call of `actcache harvest` logged.
+
+    Attributes:
+        finished: when the call ended.
+        n_tokens: how many rows it made.
+        total_seconds: how long it took.
+        model_seconds: how long the language model ran.
+    """
 
     finished: str
     n_tokens: int
@@ -63,11 +88,13 @@ class HarvestTime:
 
 
 def read_runs(runs: Path) -> list[RunFiles]:
-    """The files of every folder of `runs` with a config.json (or of `runs`, if it has one): runs by name, then
-    baselines.
+    """Read every folder of `runs` that has a config.json, or `runs` itself if it has one.
+
+    Returns:
+        The runs by name, then the baselines by name.
 
     Raises:
-        ManifestError: there is none, or a file is malformed.
+        ManifestError: there is no such folder, or a file is malformed.
     """
     folders = [runs] if (runs / "config.json").is_file() else [path.parent for path in runs.glob("*/config.json")]
     if not folders:
@@ -77,7 +104,9 @@ def read_runs(runs: Path) -> list[RunFiles]:
 
 
 def read_harvests(runs: Sequence[RunFiles]) -> list[HarvestTime]:
-    """Every call that made rows of the caches that the runs remember, by time; none of a cache that is gone.
+    """Read the log of every harvest that added rows to a cache that the runs name, in the order of time.
+
+    A cache that is no longer there has no logs.
 
     Raises:
         ManifestError: a log is malformed.
@@ -96,7 +125,10 @@ def finite(value: object) -> Number | None:
 
 
 def check_out(out: Path, names: set[str]) -> None:
-    """Raises CacheMismatch for a file, and for a folder with things in it of which none is a run."""
+    """Raise CacheMismatch unless `out` is absent, empty, or a folder that holds a run.
+
+    names: the names of the runs that are to be written; a folder with one of these names counts as a run.
+    """
     if out.is_file():
         raise CacheMismatch(f"{out}: must be a folder for runs, is a file; pass another --out")
     held = sorted(path.name for path in out.iterdir()) if out.exists() else []
@@ -105,7 +137,7 @@ def check_out(out: Path, names: set[str]) -> None:
 
 
 def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
-    """Raises CacheMismatch unless the folder is absent, empty, or of this very run."""
+    """Raise CacheMismatch unless the folder is absent, empty, or holds the run of this config.json."""
     if not folder.exists():
         return
     if not (folder / CONFIG_FILE).is_file():
@@ -123,12 +155,12 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
 
 
 def is_over(folder: Path) -> bool:
-    """Whether an earlier call finished this run, or saw it diverge (it would again)."""
+    """Whether an earlier call finished this run, or saw it diverge, as it would again."""
     return (folder / SAE_FOLDER).is_dir() or (folder / FAILED_FILE).is_file()
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log, up to the first that a kill has torn; [] without a file."""
+    """The lines of a log, up to the first one that a kill left incomplete; [] without a file."""
     lines: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
         try:
@@ -139,7 +171,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ManifestError for anything else."""
+    """The JSON object in a file. Raises ManifestError if the file cannot be read or holds anything else."""
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -150,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write canonical JSON (sorted keys, finite numbers, one newline at the end), whole or not at all."""
+    """Write canonical JSON, whole or not at all: sorted keys, finite numbers, one newline at the end."""
     write_atomically(path, [(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()])
 
 
@@ -179,12 +211,12 @@ def _harvest_time(path: Path, log: dict[str, Any]) -> HarvestTime:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is no file."""
+    """The JSON object in a file; {} where there is no file."""
     return _parsed(path, path.read_bytes()) if path.is_file() else {}
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """One JSON object a line; [] where there is no file. A last line without an end is still being written."""
+    """The JSON object of each line; [] where there is no file. A last line without a newline is still being written."""
     if not path.is_file():
         return []
     return [_parsed(path, line) for line in path.read_bytes().split(b"\n")[:-1]]
@@ -209,10 +241,10 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def remembered_cache(runs: Path) -> Path:
-    """The cache that the first run of a folder says it was trained on.
+    """The cache that the first run of a folder was trained on, as its config.json says.
 
     Raises:
-        ManifestError: no run there says one.
+        ManifestError: no run there names a cache.
     """
     for config in [runs / CONFIG_FILE, *sorted(runs.glob(f"*/{CONFIG_FILE}"))]:
         if config.is_file() and (cache := read_json(config).get("cache")):

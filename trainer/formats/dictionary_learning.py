@@ -1,4 +1,4 @@
-"""SAEs of dictionary_learning: config.json beside ae.pt, a pickle of which only tensors are loaded."""
+"""SAEs of dictionary_learning: a folder holds config.json and ae.pt, a pickle from which only tensors are loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOPK = {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "b_dec"}
 _PLAIN = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
 _GATED = {"b_dec": "decoder_bias", "b_gate": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"}
 _DICTIONARIES: dict[str, tuple[str, str, bool, dict[str, str]]] = {
-    # class -> architecture, the one it was trained as, whether x - b_dec is encoded, our tensor -> theirs
+    # class -> architecture here, architecture of its training, whether x - b_dec is encoded, our tensor -> theirs
     "AutoEncoder": ("standard", "standard", True, {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "bias"}),
     "AutoEncoderNew": ("standard", "standard", False, {**_LINEAR, "b_enc": "encoder.bias", "b_dec": "decoder.bias"}),
     "GatedAutoEncoder": ("gated", "gated", True, {**_LINEAR, **_GATED}),
@@ -35,11 +35,11 @@ _DICTIONARIES: dict[str, tuple[str, str, bool, dict[str, str]]] = {
 
 
 def dictionary_learning_sae(folder: Path, names: Names) -> SAE:
-    """A Dictionary of dictionary_learning, computing what its `load_dictionary` computes.
+    """Read a Dictionary of dictionary_learning. The SAE computes what their `load_dictionary` computes.
 
     Raises:
         ManifestError: a file is missing or malformed, or the class is not one of _DICTIONARIES.
-        ConfigError: the folder does not say the model or the hook, and neither was given.
+        ConfigError: neither the folder nor `names` says the model, or neither says the hook.
     """
     config = read_json(folder / DICTIONARY_LEARNING_FILES[0])
     trainer = config.get("trainer")
@@ -59,7 +59,7 @@ def dictionary_learning_sae(folder: Path, names: Names) -> SAE:
 
 
 def _of_norm_one(weights: Mapping[str, Tensor]) -> Tensors:
-    """Decoder rows of norm 1 and the encoder in their units, where they are not, as `AutoEncoder.from_pretrained`."""
+    """The weights with decoder rows of norm 1, as `AutoEncoder.from_pretrained` makes them; {} if they have norm 1."""
     norm = weights["W_dec"].norm(dim=1)
     if torch.allclose(norm, torch.ones_like(norm)):
         return {}
@@ -68,7 +68,7 @@ def _of_norm_one(weights: Mapping[str, Tensor]) -> Tensors:
 
 
 def _unpickled(path: Path) -> Tensors:
-    """The tensors of a state dict that torch.save wrote. Nothing else is unpickled: code in the file is not run."""
+    """The tensors of a state dict that torch.save wrote. Nothing else is unpickled, so no code in the file runs."""
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
@@ -82,7 +82,10 @@ def _unpickled(path: Path) -> Tensors:
 
 
 def _dictionary_learning_names(folder: Path, config: Mapping[str, Any], names: Names) -> Names:
-    """`resid_post_layer_3` or a module's name; the layer alone does not say which activation of it was taken."""
+    """The names of the model and the hook. submodule_name says the hook, as `resid_post_layer_3` or a module's name.
+
+    The number of the layer alone does not say which of its activations was taken.
+    """
     trainer, buffer = config["trainer"], config.get("buffer")
     submodule = str(trainer.get("submodule_name"))
     model_name = names.model_name or trainer.get("lm_name")

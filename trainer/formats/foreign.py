@@ -1,4 +1,4 @@
-"""What readers of foreign SAE folders share: the names that a folder may not say, and its tensors."""
+"""What the readers of other libraries' folders share: the names that a folder may lack, and checks of its tensors."""
 
 from __future__ import annotations
 
@@ -18,20 +18,33 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """What the caller says of an SAE that its folder may not say, or may say otherwise; None: as the folder says."""
+    """Names that the caller gives for an SAE, because its folder lacks them or says others. None keeps the folder's.
+
+    Attributes:
+        model_name: the model, as its caches name it.
+        hook_name: the hook that the SAE reads.
+        hook_name_out: the hook that a transcoder predicts.
+    """
 
     model_name: str | None = None
     hook_name: str | None = None
     hook_name_out: str | None = None
 
     def over(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
-        """The metadata with what was said in the place of what it held."""
-        said = {name: getattr(self, name) for name in ("model_name", "hook_name", "hook_name_out")}
-        return {**metadata, **{name: value for name, value in said.items() if value is not None}}
+        """The metadata, in which the names that the caller gave replace those that it held."""
+        given = {name: getattr(self, name) for name in ("model_name", "hook_name", "hook_name_out")}
+        return {**metadata, **{name: value for name, value in given.items() if value is not None}}
 
 
 def known_names(names: Names, folder: Path, said: str, *, needs_out: bool = False) -> Names:
-    """The names, if they are all there."""
+    """Return the names. Raises ConfigError if one of them is None.
+
+    Args:
+        names: what the caller and the folder say together.
+        folder: named in the error.
+        said: what the folder says of its hook, for the error.
+        needs_out: whether hook_name_out is needed too.
+    """
     wanted = {"model_name": "--model-name", "hook_name": "--hook-name"}
     wanted |= {"hook_name_out": "--hook-name-out"} if needs_out else {}
     unknown = [option for name, option in wanted.items() if getattr(names, name) is None]
@@ -44,7 +57,10 @@ def known_names(names: Names, folder: Path, said: str, *, needs_out: bool = Fals
 
 
 def stored_tensor(stored: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:
-    """A tensor of a state dict; a matrix of torch's Linear, [out, in], comes out as [in, out]."""
+    """A tensor of a state dict. The weight of torch's Linear, [out, in], is returned as [in, out].
+
+    Raises ManifestError if there is no tensor of this name, or a weight is not a matrix.
+    """
     is_linear = name in ("encoder.weight", "decoder.weight")
     if name not in stored or (stored[name].ndim != 2 and (is_linear or name.startswith("W_"))):
         got = tuple(stored[name].shape) if name in stored else ", ".join(stored) or "nothing"
@@ -55,7 +71,15 @@ def stored_tensor(stored: Mapping[str, Tensor], name: str, folder: Path) -> Tens
 def foreign_sae(
     own: Mapping[str, Any], weights: Mapping[str, Tensor], folder: Path, names: Names, about: Mapping[str, Any]
 ) -> SAE:
-    """The SAE in the words of SAELens' cfg.json: `own` are its settings, `about` is metadata."""
+    """Make an SAE by way of a cfg.json as SAELens writes it.
+
+    Args:
+        own: settings for cfg.json: the architecture, k, and whether x - b_dec is encoded.
+        weights: the tensors by our names.
+        folder: named in errors.
+        names: the model and the hooks.
+        about: more metadata.
+    """
     (d_in, d_sae), d_out = weights["W_enc"].shape, weights["W_dec"].shape[1]
     cfg = {
         **{"d_in": d_in, "d_sae": d_sae, "d_out": d_out},

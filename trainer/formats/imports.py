@@ -1,7 +1,14 @@
-"""SAEs that others trained become RUN folders: config.json and sae/, as a finished run of ours has them.
+"""Imports: SAEs that others trained become RUN folders with config.json and sae/, like a finished run.
 
-What only training knows (learning rate, tokens, ...) is null in config.json, which says in `imported` where the SAE
-came from, and names no cache.
+| folder holds                      | format              | it is                                                 |
+|-----------------------------------|---------------------|-------------------------------------------------------|
+| cfg.json, sae_weights.safetensors | saelens             | an SAE for inference, or a checkpoint of training     |
+| cfg.json, sae.safetensors         | sparsify            | one hookpoint of a run; config.json lies above it     |
+| config.json, ae.pt                | dictionary_learning | a pickle, from which nothing but tensors is loaded    |
+
+Hooks get TransformerLens' names. A block's name, such as `layers.3` or `transformer.h.3`, stands for its output
+`blocks.3.hook_resid_post`. In config.json of the run, settings of training such as the learning rate are null, the
+block `imported` says where the SAE came from, and no cache is named.
 """
 
 import json
@@ -21,7 +28,7 @@ from trainer.run_folder import CONFIG_FILE as RUN_CONFIG
 from trainer.run_folder import SAE_FOLDER
 from trainer.sae.sae import SAE
 
-READERS: dict[str, tuple[tuple[str, str], Callable[[Path, Names], SAE]]] = {  # format -> the files of a folder, reader
+READERS: dict[str, tuple[tuple[str, str], Callable[[Path, Names], SAE]]] = {  # format -> files, reader
     "saelens": ((CONFIG_FILE, WEIGHTS_FILE), saelens_sae),
     "sparsify": (SPARSIFY_FILES, sparsify_sae),
     "dictionary_learning": (DICTIONARY_LEARNING_FILES, dictionary_learning_sae),
@@ -29,18 +36,22 @@ READERS: dict[str, tuple[tuple[str, str], Callable[[Path, Names], SAE]]] = {  # 
 
 
 def import_sae(folder: Path | str, out: Path | str, names: Names | None = None) -> Path:
-    """Make a RUN folder at `out` of an SAE saved by SAELens, sparsify or dictionary_learning; returns `out`.
+    """Make a RUN folder at `out` of an SAE that SAELens, sparsify or dictionary_learning saved.
 
     The SAE computes what theirs computes, within the rounding of its dtype. The same call again does nothing.
 
     Args:
-        folder: holds the two files of one of READERS; of a sparsify run, the folder of one hookpoint.
-        names: of model and hooks, where the folder does not say them, or calls them by other names than the cache.
+        folder: holds the two files of one of READERS. Of a sparsify run it is the folder of one hookpoint.
+        out: the RUN folder to write.
+        names: the model and the hooks, where the folder lacks their names, or names them otherwise than the cache.
+
+    Returns:
+        `out`.
 
     Raises:
-        ManifestError: there is no such SAE, it is malformed, or is one that `SAE` cannot compute.
-        CacheMismatch: it was trained on a centred stream; or `out` holds something else.
-        ConfigError: the folder does not say the model or the hook, and `names` does not either.
+        ManifestError: the folder holds no such SAE, the SAE is malformed, or `SAE` cannot compute it.
+        CacheMismatch: the SAE was trained on a centred stream, or `out` holds something else.
+        ConfigError: neither the folder nor `names` says the model, or neither says the hook.
     """
     folder = Path(folder)
     layout, read = _reader(folder)
@@ -49,13 +60,22 @@ def import_sae(folder: Path | str, out: Path | str, names: Names | None = None) 
 
 
 def import_release(release: str, sae_id: str, out: Path | str, names: Names | None = None) -> Path:
-    """Make a RUN folder at `out` of a pretrained SAE, as `sae_lens.SAE.from_pretrained` finds and loads it.
+    """Make a RUN folder at `out` of a pretrained SAE that `sae_lens.SAE.from_pretrained` finds and loads.
 
-    Weights come in float32, with the scale of their inputs folded in where SAELens' registry knows it.
+    The weights are float32. Where SAELens' registry knows the scale of their inputs, it is folded into them.
+
+    Args:
+        release: a release of SAELens' registry.
+        sae_id: an SAE of the release.
+        out: the RUN folder to write.
+        names: as `import_sae`.
+
+    Returns:
+        `out`.
 
     Raises:
         ConfigError: sae_lens is not installed, or there is no such release or id.
-        ManifestError, CacheMismatch: as `import_sae`; or the files cannot be had.
+        ManifestError, CacheMismatch: as `import_sae`, or the files cannot be downloaded.
     """
     try:
         from sae_lens import SAE as TheirSAE
@@ -63,7 +83,7 @@ def import_release(release: str, sae_id: str, out: Path | str, names: Names | No
         raise ConfigError("import: --release needs sae_lens; pip install 'actcache[saelens]'") from error
     try:
         theirs = TheirSAE.from_pretrained(release, sae_id)
-    except (OSError, RuntimeError) as error:  # some of the hub's are ValueErrors too
+    except (OSError, RuntimeError) as error:  # some errors of the hub are ValueErrors too
         raise ManifestError(
             f"import: {release} {sae_id} cannot be loaded by sae_lens ({type(error).__name__}: {error})"
         ) from error
@@ -77,7 +97,10 @@ def import_release(release: str, sae_id: str, out: Path | str, names: Names | No
 
 
 def _reader(folder: Path) -> tuple[str, Callable[[Path, Names], SAE]]:
-    """(format, reader) of the folder. Raises ManifestError, naming the folders below it that are one."""
+    """(format, reader) of a folder.
+
+    Raises ManifestError if no reader takes it. The error names folders below it that hold an SAE.
+    """
     found = _layout(folder)
     if found is not None:
         return found, READERS[found][1]
@@ -97,7 +120,7 @@ def _weights_files() -> set[str]:
 
 
 def _write_run(sae: SAE, out: Path, source: dict[str, Any]) -> Path:
-    """Write the RUN folder, whole or not at all, unless it is there already."""
+    """Write the RUN folder, whole or not at all. Where it is written already, do nothing."""
     if not sae.metadata.get("model_name"):
         raise ConfigError(f"import: {_said(source)} does not say which model it is of; pass --model-name")
     files = {f"{SAE_FOLDER}/{name}": data for name, data in sae_files(sae).items()}
@@ -114,7 +137,7 @@ def _write_run(sae: SAE, out: Path, source: dict[str, Any]) -> Path:
 
 
 def _description(sae: SAE, out: Path, source: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the run: every setting of an SAEConfig, null where an SAE alone does not tell."""
+    """config.json of the run: every setting of an SAEConfig, null where the SAE alone does not say it."""
     details = sae.metadata.get("training_architecture_details")
     k = sae.k if sae.k is not None else details.get("k") if isinstance(details, dict) else None
     known = {

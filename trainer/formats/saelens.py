@@ -1,9 +1,10 @@
-"""Inference SAEs in SAELens' directory format: cfg.json beside sae_weights.safetensors, written and read without
-sae_lens.
+"""SAEs for inference in SAELens' directory format, written and read without sae_lens.
 
-What is written takes raw activations: the input scale is folded into the weights. With s the scale of training,
-h = (s x - b_dec) W_enc + b_enc = (x - b_dec / s) (s W_enc) + b_enc, so W_enc *= s, W_dec /= s, b_dec /= s;
-pre-activations, b_enc and thresholds stay as they are.
+A directory holds cfg.json and sae_weights.safetensors. Runs keep their trained SAE in this format too.
+
+The SAE that is written takes raw activations, because the input scale is folded into the weights. With s the scale of
+training, h = (s x - b_dec) W_enc + b_enc = (x - b_dec / s) (s W_enc) + b_enc. So W_enc is multiplied by s, and W_dec
+and b_dec are divided by it. Pre-activations, b_enc and thresholds stay as they are.
 """
 
 import json
@@ -25,31 +26,33 @@ from actcache.files import sync_folder, write_atomically
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
 from trainer.sae.sae import PURSUIT, SAE
 
-SAE_LENS_VERSION = "6.54.12"  # whose format is written; a reader drops the metadata of anything under 6.0.0
+SAE_LENS_VERSION = "6.54.12"  # the version whose format is written; readers drop the metadata of versions below 6.0.0
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAELENS_ARCHITECTURES = (
     *("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit"),
     *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
 )
-# the last three in the same two files, which SAELens cannot read
+# SAELens cannot read the last three, though they are stored in the same two files
 ARCHITECTURES = (*SAELENS_ARCHITECTURES, "crosscoder", "topk_transcoder", "topk_skip_transcoder")
-RESCALED = ("topk", "abstopk")  # whose cfg.json has rescale_acts_by_decoder_norm
-RANKED = (*RESCALED, "topk_transcoder", "topk_skip_transcoder")  # whose cfg.json has k
-PURSUIT_THRESHOLD = 1e-2  # SAELens' default of the first
+RESCALED = ("topk", "abstopk")  # their cfg.json has rescale_acts_by_decoder_norm
+RANKED = (*RESCALED, "topk_transcoder", "topk_skip_transcoder")  # their cfg.json has k
+PURSUIT_THRESHOLD = 1e-2  # SAELens' default of residual_threshold
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def save_inference_sae(
     config: SAEConfig, weights: Mapping[str, Tensor], out: Path | str, *, metadata: Mapping[str, Any]
 ) -> Path:
-    """Write a trained SAE as a SAELens directory at `out`, whole or not at all; one that is there is replaced.
+    """Write a trained SAE as a SAELens directory at `out`, whole or not at all. An older one is replaced.
 
     Args:
-        config: the SAE's config; `input_scale` is folded, the rest goes into cfg.json under metadata.actcache.
-        weights: the training weights, which see scaled activations: W_enc [d_sae, d_in] (transposed here), W_dec
-            [d_sae, d_in], b_enc [d_sae] (gated: b_gate, b_mag and r_mag), b_dec [d_in]; threshold on pre-activations,
-            [d_sae] or a scalar, for jumprelu, batchtopk and matryoshka_batchtopk, all written as jumprelu.
-        metadata: what else cfg.json's metadata should say (model_name, context_size, ...), plain JSON values.
+        config: the SAE's config. Its scales are folded into the weights, and all of it goes into cfg.json under
+            metadata.actcache.
+        weights: the training weights, which take scaled activations; `architectures` gives their shapes. batchtopk and
+            matryoshka_batchtopk need a threshold on pre-activations too, [d_sae] or a scalar; they are written as
+            jumprelu.
+        out: the directory to write.
+        metadata: what else the metadata in cfg.json should say (model_name, context_size, ...), as plain JSON values.
 
     Returns:
         `out`.
@@ -80,7 +83,7 @@ def save_inference_sae(
 
 
 def sae_files(sae: SAE) -> dict[str, bytes]:
-    """Name -> bytes of the two files of a SAELens directory, in the dtype of the weights."""
+    """Name -> bytes of the two files of a SAELens directory. Tensors keep their dtype."""
     hook_out = {} if sae.hook_name_out is None else {"hook_name_out": sae.hook_name_out}
     cfg: dict[str, Any] = {
         "architecture": sae.architecture,
@@ -90,7 +93,7 @@ def sae_files(sae: SAE) -> dict[str, bytes]:
         "device": "cpu",
         "apply_b_dec_to_input": sae.subtracts_b_dec,
         "normalize_activations": "none",
-        # SAELens gets [..., head, d_head] there and flattens it, if it is told to
+        # the activation of hook_z is [..., head, d_head]; SAELens flattens it only if it is told to
         "reshape_activations": "hook_z" if sae.hook_name.endswith("hook_z") and not hook_out else "none",
         "metadata": {**sae.metadata, "sae_lens_version": SAE_LENS_VERSION, "hook_name": sae.hook_name, **hook_out},
     }
@@ -110,13 +113,13 @@ def sae_files(sae: SAE) -> dict[str, bytes]:
 
 
 def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
-    """Read a RUN folder, its sae/, or any SAELens (6.0 or later) directory of one of ARCHITECTURES.
+    """Read the SAE of a RUN folder, of its sae/, or of a directory of SAELens 6.0 or later, if it is in ARCHITECTURES.
 
     Raises:
-        ManifestError: a file is missing or malformed, a tensor is missing, too many, of a wrong shape or not finite, or
-        the
-            directory asks for what is not supported (another architecture, normalize_activations, a single head).
-        CacheMismatch: the SAE was trained on a centred stream (center_writing_weights), which a raw one is not.
+        ManifestError: a file is missing or malformed; a tensor is missing, unknown, of a wrong shape or not finite; or
+            the SAE is not supported (another architecture, normalize_activations, a single head).
+        CacheMismatch: the SAE was trained on a centred residual stream (center_writing_weights), and a cache holds the
+            raw one.
     """
     folder = _sae_folder(Path(path))
     return sae_of(read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE), folder, device=device)
@@ -125,7 +128,7 @@ def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
 def sae_of(
     cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, *, device: torch.device | str = "cpu"
 ) -> SAE:
-    """The SAE of a cfg.json and its tensors, in cfg's dtype; `folder` is who errors name. Raises as `load_sae`."""
+    """The SAE of a cfg.json and its tensors, in cfg's dtype. Errors name `folder`. Raises as `load_sae`."""
     cfg = _checked_config(folder / CONFIG_FILE, cfg)
     architecture, metadata = cfg["architecture"], cfg["metadata"]
     known: dict[str, Any] = {**_checked_tensors(folder / WEIGHTS_FILE, cfg, tensors, device)}
@@ -146,11 +149,11 @@ def sae_of(
 
 
 def export_sae(run: Path | str, out: Path | str) -> Path:
-    """Copy the SAE of a RUN folder (or of a SAELens directory) to `out`, where SAELens can load it; returns `out`.
+    """Copy the SAE of a RUN folder, or of a SAELens directory, to `out`, where SAELens can load it. Returns `out`.
 
     Raises:
-        ManifestError: there is no SAE at `run` that `load_sae` takes, or one of an architecture that SAELens has not.
-        CacheMismatch: `out` is there and holds something else than the same SAE.
+        ManifestError: `load_sae` takes no SAE at `run`, or SAELens lacks its architecture.
+        CacheMismatch: `out` exists and does not hold the same SAE.
     """
     if (architecture := load_sae(run).architecture) not in SAELENS_ARCHITECTURES:
         raise ManifestError(
@@ -169,7 +172,7 @@ def export_sae(run: Path | str, out: Path | str) -> Path:
 
 
 def _folded(config: SAEConfig, architecture: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the file: checked, scale folded in float64, W_enc transposed, contiguous, on the CPU."""
+    """The tensors of the file, checked and on the CPU. The scales are folded in float64, and W_enc is transposed."""
     shapes = _shapes(architecture, config.d_in, config.d_sae, config.d_out)
     names = [name for name in shapes if name != "W_enc"]
     if set(weights) != {"W_enc", *names}:
@@ -187,7 +190,7 @@ def _folded(config: SAEConfig, architecture: str, weights: Mapping[str, Tensor])
 
 
 def _per_channel(hooks: Sequence[ScaledHook], config: SAEConfig) -> Float[Tensor, " #width"]:
-    """What each channel of the hooks side by side is multiplied by, float64; one number where they are one hook."""
+    """The scale of each channel of the hooks side by side, float64. For a single hook it is one number."""
     widths = config.hook_widths or (1,)
     scales = torch.tensor([hook.scale for hook in hooks], dtype=torch.float64)
     return scales.repeat_interleave(torch.tensor(widths))
@@ -198,7 +201,7 @@ def _is_transcoder(architecture: str) -> bool:
 
 
 def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a SAELens directory, exactly."""
+    """Name -> shape of every tensor that a SAELens directory must hold. No other may be in it."""
     decoder: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
     if architecture == "matching_pursuit":
         return decoder
@@ -220,10 +223,10 @@ def _sae_folder(path: Path) -> Path:
 
 
 def read_sae_config(folder: Path) -> dict[str, Any]:
-    """cfg.json of a SAELens directory, unchecked but for being an object with an object `metadata`."""
+    """cfg.json of a SAELens directory. Only this is checked: it is an object, and its `metadata` is one too."""
     path = folder / CONFIG_FILE
     try:
-        cfg = json.loads(path.read_bytes(), parse_constant=lambda _: None)  # SAELens writes the L0 of no step as NaN
+        cfg = json.loads(path.read_bytes(), parse_constant=lambda _: None)  # SAELens writes NaN for an L0 without steps
     except (OSError, ValueError) as error:
         raise ManifestError(f"load_sae: {path} must be readable JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(cfg, dict) or not isinstance(cfg.get("metadata", {}), dict):
@@ -232,7 +235,7 @@ def read_sae_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file. Raises ManifestError for anything else."""
+    """Every tensor of a safetensors file. Raises ManifestError if it is not one."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -240,7 +243,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _checked_config(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """cfg.json, checked to be of an SAE that `SAE` computes; settings of matching_pursuit default as in SAELens."""
+    """cfg.json, once `SAE` is known to compute it. Settings of matching_pursuit that it lacks get SAELens' defaults."""
     if cfg.get("architecture") == "matching_pursuit":
         cfg = {**dict(zip(PURSUIT, (PURSUIT_THRESHOLD, None, True), strict=True)), **cfg}
     cfg = dict(cfg)
@@ -308,7 +311,7 @@ def _check_hooks(path: Path, cfg: dict[str, Any]) -> None:
 
 
 def _check_stream(path: Path, cfg: dict[str, Any]) -> None:
-    """Refuse an SAE whose x is not the raw activation of one whole hook."""
+    """Raise for an SAE whose x is not the raw activation of whole hooks."""
     normalisation = cfg.get("normalize_activations", "none")
     if normalisation != "none":
         raise ManifestError(
@@ -333,7 +336,7 @@ def _dtype_name(cfg: Mapping[str, Any]) -> str:
 def _checked_tensors(
     path: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str
 ) -> dict[str, Tensor]:
-    """The tensors in cfg's dtype, if they are those of its architecture, of its shapes, and finite."""
+    """The tensors in cfg's dtype. Raises ManifestError if their names or shapes are wrong, or one is not finite."""
     d_out = cfg["d_out"] if _is_transcoder(cfg["architecture"]) else cfg["d_in"]
     shapes = _shapes(cfg["architecture"], cfg["d_in"], cfg["d_sae"], d_out)
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -350,7 +353,10 @@ def _json_bytes(values: Mapping[str, Any]) -> bytes:
 
 
 def write_directory(out: Path, files: Mapping[str, bytes]) -> Path:
-    """Write the files aside, fsync, and rename the folder to `out`; a kill leaves either no `out` or a whole one."""
+    """Write the files into a folder aside, fsync them, and rename it to `out`. A kill leaves no `out` or a whole one.
+
+    Returns `out`.
+    """
     aside, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)

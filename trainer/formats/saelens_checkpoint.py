@@ -1,4 +1,4 @@
-"""SAELens' training checkpoints, read as inference SAEs."""
+"""SAEs that SAELens saved, training checkpoints among them, read as SAEs for inference."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from trainer.formats.saelens import PURSUIT_THRESHOLD, WEIGHTS_FILE, read_sae_co
 from trainer.run_folder import read_json
 from trainer.sae.sae import SAE
 
-SCALE_FILE = "activation_scaler.json"  # beside SAELens' checkpoints: by what the rows were multiplied
-SMALLEST_NORM = 1e-8  # of a decoder row that SAELens divides by
+SCALE_FILE = "activation_scaler.json"  # beside a checkpoint of SAELens; it says by what the rows were multiplied
+SMALLEST_NORM = 1e-8  # the least norm of a decoder row by which SAELens divides
 
 
 def saelens_sae(folder: Path, names: Names) -> SAE:
-    """An SAE saved by SAELens 6 (`save_model`, `save_inference_model`), or one of its training checkpoints.
+    """Read an SAE that SAELens 6 saved (`save_model`, `save_inference_model`), or one of its training checkpoints.
 
     Raises:
-        ManifestError, CacheMismatch: as `saelens.load_sae`; or the scale of a checkpoint's rows is not there.
+        ManifestError: as `saelens.load_sae`, or the file with the scale of a checkpoint's rows is missing.
+        CacheMismatch: as `saelens.load_sae`.
     """
     cfg, tensors = read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE)
     if cfg.get("normalize_activations") == "expected_average_only_in":
@@ -34,20 +35,20 @@ def saelens_sae(folder: Path, names: Names) -> SAE:
 
 
 def saelens_sae_of(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, names: Names) -> SAE:
-    """The SAE of SAELens' cfg and state dict, of inference or of training; `folder` is who errors name."""
+    """The SAE of SAELens' cfg and state dict, whether of inference or of training. Errors name `folder`."""
     cfg, tensors = _for_inference(cfg, tensors)
     metadata = names.over(cfg["metadata"])
     module = hooks_of(str(metadata.get("hook_name")), metadata.get("model_name"))
-    if module is not None:  # of a model that SAELens did not run through TransformerLens
+    if module is not None:  # the model's own name of a module, where SAELens ran it without TransformerLens
         metadata["hook_name"] = module[1]
     return sae_of({**cfg, "metadata": metadata}, tensors, folder)
 
 
 def _unscaled(cfg: Mapping[str, Any], tensors: Tensors, path: Path) -> tuple[dict[str, Any], Tensors]:
-    """For raw rows: with s the scale of training, W_enc *= s, W_dec /= s and b_dec /= s.
+    """Fold the scale s of training into the weights, so that they take raw rows.
 
-    A threshold on h ||d_i|| shrinks with the decoder; one on h stays. matching_pursuit has one matrix for both, which
-    stays: its activations, and the rest that it stops at, become those of the raw rows.
+    W_enc is multiplied by s; W_dec and b_dec are divided by it. A threshold on h ||d_i|| is divided too, and one on h
+    stays. matching_pursuit has one matrix for encoder and decoder, which stays; its residual_threshold is divided by s.
     """
     scale = read_json(path).get("scaling_factor") if path.is_file() else None
     if not isinstance(scale, float | int):
@@ -66,9 +67,9 @@ def _unscaled(cfg: Mapping[str, Any], tensors: Tensors, path: Path) -> tuple[dic
 
 
 def _for_inference(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensors]:
-    """What SAELens makes of a training state when it saves it for inference; inference states stay as they are.
+    """What SAELens makes of a training state when it saves it for inference. A state of inference stays as it is.
 
-    batchtopk and matryoshka_batchtopk become jumprelu, whose threshold is one number for all latents; where that is on
+    batchtopk and matryoshka_batchtopk become jumprelu with one threshold for all latents. Where that threshold is on
     h ||d_i||, decoder rows are brought to norm 1 first.
     """
     cfg, tensors = dict(cfg), dict(tensors)

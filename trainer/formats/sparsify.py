@@ -1,13 +1,6 @@
-"""SAEs as SAELens, sparsify and dictionary_learning save them, read as an `SAE`: equal outputs, another layout.
+"""SAEs of EleutherAI's sparsify: a folder for each hookpoint holds cfg.json and sae.safetensors.
 
-| folder holds                      | format              |                                                       |
-|-----------------------------------|---------------------|-------------------------------------------------------|
-| cfg.json, sae_weights.safetensors | saelens             | of inference, or a checkpoint of training             |
-| cfg.json, sae.safetensors         | sparsify            | one folder a hookpoint; config.json lies above        |
-| config.json, ae.pt                | dictionary_learning | a pickle, of which nothing but tensors is loaded      |
-
-Hooks get TransformerLens' names: that of a block, `layers.3` or `transformer.h.3`, is its output
-`blocks.3.hook_resid_post`.
+config.json of the whole run lies one folder above; it names the language model.
 """
 
 import re
@@ -23,20 +16,15 @@ from trainer.sae.sae import SAE
 SPARSIFY_FILES = ("cfg.json", "sae.safetensors")
 
 
-# --- SAELens ---------------------------------------------------------------------------------------------------------
-
-
-# --- sparsify --------------------------------------------------------------------------------------------------------
-
-
 def sparsify_sae(folder: Path, names: Names) -> SAE:
-    """A SparseCoder of EleutherAI's sparsify, as `save_to_disk` leaves it in the folder of a hookpoint.
+    """Read a SparseCoder of sparsify from the folder of a hookpoint, as `save_to_disk` wrote it.
 
-    f = ReLU(TopK_k((x - b_dec) W_enc + b_enc)); a transcoder's encoder sees x. x_hat = f W_dec + b_dec (+ W_skip x).
+    f = ReLU(TopK_k((x - b_dec) W_enc + b_enc)), where a transcoder encodes x instead of x - b_dec.
+    x_hat = f W_dec + b_dec, to which W_skip x is added where there is a W_skip.
 
     Raises:
         ManifestError: a file is missing or malformed, or the activation is not topk.
-        ConfigError: the folder does not say the model or the hook, and neither was given.
+        ConfigError: neither the folder nor `names` says the model, or neither says the hook.
     """
     cfg, tensors = read_json(folder / SPARSIFY_FILES[0]), read_tensors(folder / SPARSIFY_FILES[1])
     if cfg.get("activation", "topk") != "topk" or cfg.get("signed", False):
@@ -55,7 +43,7 @@ _SPARSIFY = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec
 
 
 def _sparsify_names(folder: Path, transcodes: bool, skips: bool, names: Names) -> Names:
-    """The hookpoint is the name of the folder (or of the one above `seed0`); config.json of the run is above it."""
+    """The names of the model and the hooks. The folder, or the one above a `seed0`, is named after the hookpoint."""
     hookpoint = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
     above = hookpoint.resolve().parent / "config.json"
     model_name = names.model_name or (read_json(above).get("model") if above.is_file() else None)
@@ -67,9 +55,3 @@ def _sparsify_names(folder: Path, transcodes: bool, skips: bool, names: Names) -
         hook_name_out=names.hook_name_out or (target if transcodes else hook_name if skips else None),
     )
     return known_names(found, folder, f"hookpoint {hookpoint.resolve().name!r}", needs_out=transcodes or skips)
-
-
-# --- dictionary_learning ---------------------------------------------------------------------------------------------
-
-
-# --- what the last two share -----------------------------------------------------------------------------------------
