@@ -1,6 +1,6 @@
-"""Named presets: what a paper trains an architecture with, given the width of the SAE and the facts of the cache.
+"""Presets: the settings with which a paper trains an architecture, given the SAE's width and the facts of the cache.
 
-A preset fills the settings that a run leaves out. The first one of an architecture is what it gets unasked.
+A preset fills the settings that a run leaves out. A run that names no preset gets the first one of its architecture.
 """
 
 import math
@@ -15,7 +15,14 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookFacts:
-    """What a cache knows of one hook's training rows: width, E||x||, E||x||^2 and variance summed over the width."""
+    """What a cache says about the training rows of one hook.
+
+    Attributes:
+        d_in: their width.
+        mean_norm: E||x||.
+        mean_square_norm: E||x||^2.
+        total_variance: their variance, summed over the width.
+    """
 
     d_in: int
     mean_norm: float
@@ -23,7 +30,7 @@ class HookFacts:
     total_variance: float
 
     def scale(self, normalize_activations: Normalization) -> float:
-        """Factor that gives x E||x|| = sqrt(d_in) or E||x||^2 = 1."""
+        """The factor of x that makes E||x|| = sqrt(d_in), or E||x||^2 = 1, or 1.0 for "none"."""
         if normalize_activations == "expected_average_only_in":
             return math.sqrt(self.d_in) / self.mean_norm
         if normalize_activations == "unit_mean_square":
@@ -33,7 +40,14 @@ class HookFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What the cache and the length of training add to a run's settings. inputs, outputs: the hooks of x and x_hat."""
+    """What the cache and the length of training add to a run's settings.
+
+    Attributes:
+        inputs: the hooks of x.
+        outputs: the hooks of x_hat.
+        training_tokens: rows to train on.
+        n_steps: optimizer steps.
+    """
 
     inputs: tuple[HookFacts, ...]
     outputs: tuple[HookFacts, ...]
@@ -48,20 +62,20 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """The architectures that may be trained so, and the settings in which they differ from `_COMMON`."""
+    """The architectures that a preset is for, and the settings in which it differs from `_COMMON`."""
 
     architectures: tuple[Architecture, ...]
     settings: Callable[[int, Facts], Settings]
 
 
 def preset_settings(preset: str, d_sae: int, facts: Facts) -> Settings:
-    """Every setting that a run may leave out, as the preset has it."""
+    """The preset's value of every setting that a run may leave out."""
     dead_window = max(1, min(10_000_000, facts.training_tokens // 10))
     return _COMMON | {"dead_window": dead_window} | PRESETS[preset].settings(d_sae, facts)
 
 
 def default_preset(architecture: Architecture) -> str:
-    """The preset that an architecture is trained with unless a run names another."""
+    """The preset of an architecture for runs that name none."""
     return next(name for name, preset in PRESETS.items() if architecture in preset.architectures)
 
 
@@ -118,7 +132,7 @@ def _anthropic_april(d_sae: int, facts: Facts) -> Settings:
 
 
 def _openai_topk(d_sae: int, facts: Facts) -> Settings:
-    """Gao et al. 2024 (arXiv:2406.04093): lr falls with the root of the width; k_aux: a power of two near d_in / 2."""
+    """Gao et al. 2024 (arXiv:2406.04093). lr falls with the root of d_sae. k_aux is a power of two near d_in / 2."""
     return {
         "lr": 2e-4 / math.sqrt(d_sae / 2**14),
         "adam_eps": 6.25e-10,
@@ -129,7 +143,7 @@ def _openai_topk(d_sae: int, facts: Facts) -> Settings:
 
 
 def _eleuther_topk(d_sae: int, facts: Facts) -> Settings:
-    """EleutherAI's sparsify: signum, no AuxK; its lr is 5e-3 at a width of 2^14."""
+    """EleutherAI's sparsify: signum without AuxK. lr is 5e-3 at a width of 2^14."""
     return {
         "optimizer": "signum",
         "momentum": 0.95,
@@ -139,7 +153,7 @@ def _eleuther_topk(d_sae: int, facts: Facts) -> Settings:
 
 
 def _bussmann_batchtopk(d_sae: int, facts: Facts) -> Settings:
-    """Bussmann et al. 2024 (arXiv:2412.06410); AuxK as for topk."""
+    """Bussmann et al. 2024 (arXiv:2412.06410), with AuxK as for topk."""
     return _openai_topk(d_sae, facts) | {"lr": 3e-4, "adam_beta2": 0.99, "adam_eps": 1e-8}
 
 
@@ -150,9 +164,9 @@ def _bussmann_matryoshka(d_sae: int, facts: Facts) -> Settings:
 
 
 def _gdm_jumprelu(d_sae: int, facts: Facts) -> Settings:
-    """Rajamanoharan et al. 2024 (arXiv:2407.14435), and Gemma Scope (arXiv:2408.05147) after it.
+    """Rajamanoharan et al. 2024 (arXiv:2407.14435), which Gemma Scope (arXiv:2408.05147) follows.
 
-    Their warm-ups of 1,000 and 10,000 steps are at most a tenth of the run.
+    Their warm-ups of 1,000 and 10,000 steps are cut to a tenth of the run.
     """
     return {
         "lr": 7e-5,
@@ -168,10 +182,10 @@ def _gdm_jumprelu(d_sae: int, facts: Facts) -> Settings:
 
 
 def _anthropic_january(d_sae: int, facts: Facts) -> Settings:
-    """Anthropic, "Circuits Updates - January 2025", on JumpReLU with a tanh penalty; lr as in their April 2024 update.
+    """Anthropic, "Circuits Updates - January 2025", on JumpReLU with a tanh penalty. lr is that of April 2024.
 
-    Each latent is to fire on 10,000 / d_sae of the rows at first, on half of them at most. lambda_S has no default, for
-    it is not the same wherever it is quoted.
+    At first each latent fires on 10,000 / d_sae of the rows, and on half of them at most. lambda_S has no default,
+    because sources quote different values.
     """
     return {
         "lr": 5e-5,
@@ -190,7 +204,7 @@ def _anthropic_january(d_sae: int, facts: Facts) -> Settings:
 
 
 def _gdm_gated(d_sae: int, facts: Facts) -> Settings:
-    """Adam without momentum, as in arXiv:2404.16014; lr as for batchtopk, decay and warm-up as for standard."""
+    """Adam without momentum, as in arXiv:2404.16014. lr is that of batchtopk; decay and warm-up are standard's."""
     return {
         "lr": 3e-4,
         "adam_beta1": 0.0,
@@ -201,15 +215,15 @@ def _gdm_gated(d_sae: int, facts: Facts) -> Settings:
 
 
 def _dunefsky_transcoder(d_sae: int, facts: Facts) -> Settings:
-    """Dunefsky et al. 2024 (arXiv:2406.11944): a decoder that begins at 0, for a bias that begins at the mean of y.
+    """Dunefsky et al. 2024 (arXiv:2406.11944): b_dec begins at the mean of y, and the decoder at 0.
 
-    Penalty, lr and schedules as for standard.
+    Penalty, lr and schedules are those of standard.
     """
     return _anthropic_april(d_sae, facts) | {"b_dec_init": "mean", "decoder_init_norm": 1.0}
 
 
 def _anthropic_crosscoder(d_sae: int, facts: Facts) -> Settings:
-    """Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing"; lr as for standard."""
+    """Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing". lr is that of standard."""
     return _anthropic_april(d_sae, facts)
 
 

@@ -1,4 +1,4 @@
-"""What to train: `SAEConfig` (one SAE, every setting resolved) and `TrainConfig` (what all SAEs of a sweep share)."""
+"""The settings of training: `SAEConfig` for one SAE, and `TrainConfig` for what all SAEs of a sweep share."""
 
 import itertools
 import math
@@ -31,9 +31,9 @@ Normalization = Literal["none", "expected_average_only_in", "unit_mean_square"]
 DecoderBiasInit = Literal["zeros", "mean", "geometric_median"]
 RowFilter = Literal["all", "no_special_tokens"]
 
-BATCH_FAMILY = ("batchtopk", "matryoshka_batchtopk")  # k is a mean over the batch: used with a threshold, as jumprelu
+BATCH_FAMILY = ("batchtopk", "matryoshka_batchtopk")  # k is a mean over the batch; for inference they become jumprelu
 TOPK_FAMILY = ("topk", "abstopk", *BATCH_FAMILY)
-TRANSCODERS = ("transcoder", "skip_transcoder")  # from the activation at one hook to that at another
+TRANSCODERS = ("transcoder", "skip_transcoder")  # they predict the activation at another hook
 PENALISED = ("standard", "jumprelu", "gated", *TRANSCODERS, "crosscoder")
 
 
@@ -44,66 +44,68 @@ def subtracts_b_dec(architecture: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SAEConfig:
-    """One SAE with every default resolved; `asdict` of it is JSON and `SAEConfig(**json)` gives it back.
+    """One SAE, in which every setting has its value. `asdict` of it is JSON, and `SAEConfig(**json)` gives it back.
 
-    Steps count optimizer steps, tokens count rows. Widths of what an architecture does not use are 0 or None.
-    Raises ConfigError when built with a value that breaks a rule.
+    Steps are optimizer steps, and tokens are rows. A setting that the architecture does not use is 0 or None.
+
+    Raises:
+        ConfigError: a value breaks a rule.
     """
 
     name: str
     architecture: Architecture
-    hook_name: str  # of x; of a crosscoder the first
-    hook_names: Sequence[str] | None  # of a crosscoder: all, side by side in x and in x_hat
-    hook_name_out: str | None  # of a transcoder: what is predicted from x
-    d_in: int  # width of x, of all hooks together
+    hook_name: str  # hook of x; the first hook of a crosscoder
+    hook_names: Sequence[str] | None  # all hooks of a crosscoder, side by side in x and in x_hat
+    hook_name_out: str | None  # the hook that a transcoder predicts from x
+    d_in: int  # width of x, with all hooks side by side
     d_out: int  # width of x_hat
-    hook_widths: Sequence[int] | None  # of a crosscoder, one a hook
+    hook_widths: Sequence[int] | None  # widths of the hooks of a crosscoder
     d_sae: int
-    k: int | None  # mean active latents a token (TopK family)
-    k_anneal_start: int | None  # k of the first step, on the way to k over k_anneal_steps
+    k: int | None  # mean active latents per token (TopK family)
+    k_anneal_start: int | None  # k of the first step; it reaches k after k_anneal_steps
     k_anneal_steps: int
-    matryoshka_widths: Sequence[int] | None  # ascending prefixes of the latents, each to reconstruct x; last: d_sae
-    sparsity_coefficient: float | None  # lambda of the penalty on the activations (all but the TopK family)
-    encoder_dtype: EncoderDtype  # in which the TopK family ranks its pre-activations
+    matryoshka_widths: Sequence[int] | None  # widths of the prefixes that reconstruct x, ascending, d_sae last
+    sparsity_coefficient: float | None  # lambda of the penalty (all but the TopK family)
+    encoder_dtype: EncoderDtype  # dtype in which the TopK family ranks pre-activations
     optimizer: Optimizer
     lr: float
     seed: int
     adam_beta1: float
     adam_beta2: float
     adam_eps: float
-    momentum: float | None  # of signum and muon
+    momentum: float | None  # for signum and muon
     weight_decay: float
-    ema_decay: float | None  # of the running average of the weights that is saved; None: the last weights are
+    ema_decay: float | None  # decay of the running average that is saved; None saves the last weights
     lr_scheduler_name: LRScheduler
-    lr_end: float | None  # where cosineannealing ends
+    lr_end: float | None  # learning rate at the end of cosineannealing
     lr_warm_up_name: WarmUp
     lr_warm_up_steps: int
     lr_decay_steps: int
     max_grad_norm: float | None
     sparsity_warm_up_steps: int
     normalize_activations: Normalization
-    input_scale: float  # x is multiplied by it before the SAE
-    output_scale: float  # and what is reconstructed, by this
-    hook_scales: Sequence[float] | None  # of a crosscoder, one a hook, instead of these two
+    input_scale: float  # factor of x
+    output_scale: float  # factor of what is reconstructed
+    hook_scales: Sequence[float] | None  # factor of each hook of a crosscoder, instead of these two
     b_dec_init: DecoderBiasInit
-    decoder_init_norm: float | None  # of its rows; None: entries uniform within 1 / sqrt(d_in) of 0
-    encoder_init_scale: float  # W_enc begins as the decoder times it
-    init_firing_rate: float | None  # share of the rows that each latent is to fire on at first, by its b_enc
+    decoder_init_norm: float | None  # norm of its rows; None for entries uniform within 1 / sqrt(d_in) of 0
+    encoder_init_scale: float  # W_enc begins as the random directions times this
+    init_firing_rate: float | None  # share of rows on which b_enc makes each latent fire at first
     aux_coefficient: float
     k_aux: int
     dead_window: int  # tokens without firing after which a latent is dead
     jumprelu_bandwidth: float | None
     jumprelu_init_threshold: float | None
-    jumprelu_sparsity_loss_mode: SparsityLossMode | None  # which penalty of jumprelu
-    jumprelu_tanh_scale: float | None  # c of mode tanh
-    pre_act_loss_coefficient: float | None  # lambda_P of mode tanh, whose dead latents it revives
-    target_l0: float | None  # of mode quadratic
-    total_variance: float  # of the scaled rows that are reconstructed, summed over d_out
+    jumprelu_sparsity_loss_mode: SparsityLossMode | None  # the penalty of jumprelu
+    jumprelu_tanh_scale: float | None  # c of the mode tanh
+    pre_act_loss_coefficient: float | None  # lambda_P of the mode tanh, which revives dead latents
+    target_l0: float | None  # L0 that the mode quadratic aims at
+    total_variance: float  # variance of the scaled rows that are reconstructed, summed over d_out
     training_tokens: int
     n_steps: int
 
     def __post_init__(self) -> None:
-        for setting in ("matryoshka_widths", "hook_names", "hook_widths", "hook_scales"):  # JSON has lists
+        for setting in ("matryoshka_widths", "hook_names", "hook_widths", "hook_scales"):  # JSON gives lists
             value = getattr(self, setting)
             object.__setattr__(self, setting, None if value is None else tuple(value))
         check_settings(self.name, {setting: getattr(self, setting) for setting in _RULES})
@@ -121,18 +123,18 @@ class SAEConfig:
 
     @property
     def has_unit_norm_decoder(self) -> bool:
-        """Whether decoder rows are held at norm 1 (all but those whose penalty weighs the norms instead)."""
+        """Whether decoder rows are held at norm 1. They are not where the penalty weighs their norms instead."""
         weighs_norms = ("standard", *TRANSCODERS, "crosscoder")
         return self.architecture not in weighs_norms and self.jumprelu_sparsity_loss_mode != "tanh"
 
     @property
     def inputs(self) -> tuple["ScaledHook", ...]:
-        """What x is made of, side by side."""
+        """The hooks of x, side by side, with their scales."""
         return self._crosscoded or (ScaledHook(hook_name=self.hook_name, scale=self.input_scale),)
 
     @property
     def outputs(self) -> tuple["ScaledHook", ...]:
-        """What is reconstructed: the inputs, but of a transcoder its other hook."""
+        """The hooks of what is reconstructed: those of x, or the other hook of a transcoder."""
         hook_name = self.hook_name if self.hook_name_out is None else self.hook_name_out
         return self._crosscoded or (ScaledHook(hook_name=hook_name, scale=self.output_scale),)
 
@@ -144,7 +146,7 @@ class SAEConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScaledHook:
-    """An activation and what it is multiplied by before an SAE sees it."""
+    """A hook and the factor by which its activations are multiplied before an SAE gets them."""
 
     hook_name: str
     scale: float
@@ -152,18 +154,22 @@ class ScaledHook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """What all SAEs of a sweep share: the order and amount of data, and how often to write."""
+    """What all SAEs of a sweep share: the data, its order, and how often something is written.
+
+    Raises:
+        ConfigError: a value breaks a rule.
+    """
 
     batch_tokens: int = 4096
     seed: int = 0
-    tokens: int | None = None  # rows to train on; None: every row of every epoch
+    tokens: int | None = None  # rows to train on; None for every row of every epoch
     epochs: int = 1
     exclude_special_tokens: bool = True
     log_every: int = 100  # steps
     checkpoint_every: int = 1000  # steps
-    keep_checkpoints: int = 1  # the last so many stay
-    eval_every: int | None = None  # steps between evaluations on held-out rows; None: never
-    eval_tokens: int = 32_768  # rows of the validation split that one reads, at most
+    keep_checkpoints: int = 1  # how many of the last checkpoints stay
+    eval_every: int | None = None  # steps between evaluations on held-out rows; None for no evaluation
+    eval_tokens: int = 32_768  # rows of the validation split that an evaluation reads, at most
 
     def __post_init__(self) -> None:
         for setting, rule in _TRAIN_RULES.items():
@@ -171,11 +177,11 @@ class TrainConfig:
 
     @property
     def row_filter(self) -> RowFilter:
-        """Name of the cache statistics that describe the rows this sweep trains on."""
+        """The name of the cache's statistics of the rows that this sweep trains on."""
         return "no_special_tokens" if self.exclude_special_tokens else "all"
 
     def training_tokens(self, n_rows: int) -> int:
-        """Rows to train on, of a cache that serves `n_rows` an epoch. Raises ConfigError if `tokens` asks for more."""
+        """How many rows to train on, if an epoch has `n_rows`. Raises ConfigError if `tokens` asks for more."""
         available = n_rows * self.epochs
         if self.tokens is None:
             return available
@@ -198,7 +204,7 @@ class _Rule:
 
 
 def check_settings(who: str, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError naming `who` for the first of an SAE's settings whose value alone breaks its rule."""
+    """Raise ConfigError if a setting of an SAE breaks its own rule. The error names `who` and the setting."""
     for setting, rule in _RULES.items():
         rule.check(who, setting, settings.get(setting))
 

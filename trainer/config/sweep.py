@@ -1,7 +1,7 @@
-"""The YAML file of a sweep: `base` with a `grid` or with `runs`, checked, and resolved against a cache.
+"""The YAML file of a sweep: `base` with a `grid` or with `runs`. It is checked, and then resolved against a cache.
 
-A file names runs by the settings that the user cares about; `SweepConfig.expand` is the only place where the cache's
-facts (widths, input scales, variance), the length of training and every default enter. Nothing is assigned later.
+A file gives the settings of each run that the user cares about. `SweepConfig.expand` alone adds the cache's facts
+(widths, input scales, variance), the length of training and every default. No setting is assigned later.
 """
 
 import difflib
@@ -57,7 +57,7 @@ _USED_BY = {
 
 @runtime_checkable
 class InputStatistics(Protocol):
-    """What a config needs of a hook's statistics (`actcache.format.stats.HookStatistics` has more)."""
+    """What a config needs of a hook's statistics; `actcache.format.stats.HookStatistics` is one."""
 
     @property
     def mean_norm(self) -> float: ...
@@ -69,7 +69,7 @@ class InputStatistics(Protocol):
 
 @runtime_checkable
 class DescribesHooks(Protocol):
-    """What a config needs of a cache (`actcache.store.cache.Cache` has more)."""
+    """What a config needs of a cache; `actcache.store.cache.Cache` is one."""
 
     def hook(self, hook_name: str) -> Any: ...
     def statistics(
@@ -79,7 +79,15 @@ class DescribesHooks(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepConfig:
-    """A sweep file after `base` + `grid`/`runs` expansion: raw settings of each SAE, `name` included."""
+    """A sweep file with `base`, `grid` and `runs` expanded.
+
+    Attributes:
+        train: what all SAEs share.
+        runs: the settings that the file gives for each SAE, with its `name`.
+
+    Raises:
+        ConfigError: there is no run, two have one name, or a setting is wrong.
+    """
 
     train: TrainConfig = field(default_factory=TrainConfig)
     runs: tuple[dict[str, Any], ...]
@@ -93,7 +101,7 @@ class SweepConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "SweepConfig":
-        """Read a sweep file. Raises ConfigError naming the file for anything wrong in it."""
+        """Read a sweep file. Raises ConfigError for anything wrong in it; the error names the file."""
         try:
             loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_SweepLoader)
         except OSError as error:
@@ -107,7 +115,10 @@ class SweepConfig:
 
     @classmethod
     def from_dict(cls, mapping: object) -> "SweepConfig":
-        """Build from what the YAML file holds: TrainConfig's keys, `base`, and `grid` or `runs`."""
+        """Make the config from what a YAML file holds: the keys of TrainConfig, `base`, and `grid` or `runs`.
+
+        Raises ConfigError for anything wrong in it.
+        """
         sweep = _mapping("sweep", mapping)
         shared = _field_types(TrainConfig)
         _check_keys("sweep", sweep, [*shared, "base", "grid", "runs"])
@@ -116,13 +127,19 @@ class SweepConfig:
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """Hooks that the runs read, each once, in order of first use."""
+        """The hooks that the runs read, each once, in the order of their first use."""
         return tuple(dict.fromkeys(name for run in self.runs for name in _run_hooks(run)))
 
     def expand(self, cache: DescribesHooks, training_tokens: int) -> tuple[SAEConfig, ...]:
-        """Resolve every run against a cache: the only place where d_in, input scale, variance and defaults enter.
+        """Give every setting of every run its value, from the run, its preset and the facts of the cache.
 
-        Raises ConfigError for a wrong setting, CacheMismatch (from the cache) for a hook that it does not hold.
+        Args:
+            cache: describes the hooks.
+            training_tokens: how many rows each SAE trains on.
+
+        Raises:
+            ConfigError: a setting is wrong.
+            CacheMismatch: the cache does not hold a hook, or the rows of a hook have no variance.
         """
         return tuple(_resolve(run, self._facts(cache, run, training_tokens)) for run in self.runs)
 
@@ -161,7 +178,7 @@ def _output_hooks(run: Mapping[str, Any]) -> tuple[str, ...]:
     return (run["hook_name_out"],) if run.get("hook_name_out") else _input_hooks(run)
 
 
-# Stands in for the cache while a sweep file is checked before any cache is open: no rule depends on these values.
+# Stands for the cache while a sweep file is checked before any cache is open. No rule depends on these values.
 _ANY_HOOK = HookFacts(d_in=2, mean_norm=1.0, mean_square_norm=1.0, total_variance=1.0)
 
 
@@ -171,12 +188,12 @@ def _any_facts(run: Mapping[str, Any]) -> Facts:
 
 
 def _check_run(run: Mapping[str, Any]) -> None:
-    """Raises ConfigError for what the settings alone show to be wrong."""
+    """Raise ConfigError for a run whose settings are wrong whatever the cache."""
     _resolve(run, _any_facts(_checked_run(run)))
 
 
 def _resolve(run: Mapping[str, Any], facts: Facts) -> SAEConfig:
-    """One run's settings + the preset's + the cache's facts."""
+    """One SAE from the run's settings, those of its preset and the facts of the cache."""
     given = _checked_run(run)
     name, usual = given["name"], preset_settings(given.pop("preset"), given["d_sae"], facts)
     settings = usual | {key: v for key, v in given.items() if v is not None or key not in _USED_BY}
@@ -192,7 +209,7 @@ def _resolve(run: Mapping[str, Any], facts: Facts) -> SAEConfig:
 
 
 def _scales(settings: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
-    """Widths, scales and variance of the hooks."""
+    """The settings that come from the hooks: widths, scales and variance."""
     inputs, outputs = (
         [h.scale(settings["normalize_activations"]) for h in side] for side in (facts.inputs, facts.outputs)
     )
@@ -209,9 +226,9 @@ def _scales(settings: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
 
 
 def _checked_run(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's settings with every key known, every value of its type, and none that its architecture ignores.
+    """The run's settings, checked, with both the architecture and the preset, either of which gives the other.
 
-    Architecture and preset are both there: either gives the other.
+    Raises ConfigError for an unknown key, a value of a wrong type, or a setting that the architecture ignores.
     """
     who = str(run.get("name", "run"))
     settable = {key: kind for key, kind in _field_types(SAEConfig).items() if key not in _FROM_CACHE}
@@ -234,7 +251,7 @@ def _checked_run(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_preset(who: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The run with the architecture of its preset, or the preset of its architecture."""
+    """The run's settings with the architecture of its preset, or the preset of its architecture, added."""
     architecture, preset = given.get("architecture"), given.get("preset")
     if preset is None:
         check_settings(who, {"architecture": architecture})
@@ -248,7 +265,7 @@ def _with_preset(who: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_hook_name(who: str, given: dict[str, Any]) -> dict[str, Any]:
-    """A crosscoder's hook_name is the first of its hooks; a transcoder has a second hook."""
+    """The run's settings with hook_name, which is a crosscoder's first hook. A transcoder must name its second."""
     architecture = given.get("architecture")
     needed = "hook_names" if architecture == "crosscoder" else "hook_name_out"
     if architecture in ("crosscoder", *TRANSCODERS) and given.get(needed) is None:
@@ -273,7 +290,7 @@ _DECAY_OF = ("adamw", "signum", "muon", "schedule_free")
 def _check_optimizer(
     name: str, given: Mapping[str, Any], settings: Mapping[str, Any], usual: Mapping[str, Any]
 ) -> None:
-    """A preset's lr holds for its own optimizer; momentum and weight decay for those that have them."""
+    """Raise ConfigError for a preset's lr with another optimizer, or for momentum or weight decay that it lacks."""
     optimizer = settings["optimizer"]
     if given.get("lr") is None and optimizer != usual["optimizer"]:
         raise ConfigError(f"{name}: the default lr={settings['lr']} is not of optimizer={optimizer}; give lr")
@@ -302,7 +319,7 @@ def _check_schedules(name: str, settings: Mapping[str, Any]) -> None:
 def _check_jumprelu_scale(
     name: str, given: Mapping[str, Any], settings: Mapping[str, Any], usual: Mapping[str, Any]
 ) -> None:
-    """A preset's bandwidth and threshold presume its own scale: with another they must be given."""
+    """Raise ConfigError if the run changes the input scale that the preset's bandwidth and threshold are made for."""
     unasked = [key for key in ("jumprelu_bandwidth", "jumprelu_init_threshold") if given.get(key) is None]
     scale = usual["normalize_activations"]
     if settings["normalize_activations"] != scale and unasked:
@@ -316,7 +333,7 @@ _MODE_NEEDS = {"step": (), "tanh": ("jumprelu_tanh_scale", "pre_act_loss_coeffic
 
 
 def _check_jumprelu_mode(name: str, settings: Mapping[str, Any]) -> None:
-    """Every setting of the penalty must be there, and none of another."""
+    """Raise ConfigError unless exactly the settings of the run's penalty are given."""
     mode = settings["jumprelu_sparsity_loss_mode"]
     for setting in sorted({setting for needed in _MODE_NEEDS.values() for setting in needed}):
         if (settings[setting] is not None) != (setting in _MODE_NEEDS[mode]):
@@ -325,7 +342,7 @@ def _check_jumprelu_mode(name: str, settings: Mapping[str, Any]) -> None:
 
 
 def _expanded(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`base` joined with each point of `grid` (first key slowest), with each of `runs`, or alone."""
+    """`base` joined with each point of `grid` (the first key changes slowest), or with each of `runs`, or alone."""
     base = _mapping("base", sweep.get("base", {}))
     if "grid" in sweep and "runs" in sweep:
         raise ConfigError("sweep: give grid or runs, not both")
@@ -341,7 +358,7 @@ def _expanded(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _named(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs, each with a name: its own, or one made of its architecture, sparsity, width and what varies."""
+    """The runs, each with a name: its own, or one made of its architecture, sparsity, width and what differs."""
     settings = [key for key in _field_types(SAEConfig) if key not in ("name", "architecture", "d_sae", "k")]
     settings.remove("sparsity_coefficient")
     unnamed = [run for run in runs if run.get("name") is None]
@@ -350,7 +367,7 @@ def _named(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _default_name(run: Mapping[str, Any], varying: Iterable[str]) -> str:
-    """For example `topk-k16-d1024-lr0.001`."""
+    """The name of a run that has none, such as `topk-k16-d1024-lr0.001`."""
     parts = [str(run.get("preset") or run.get("architecture") or "sae")]
     parts += [f"k{run['k']}"] if run.get("k") is not None else []
     parts += [f"l{run['sparsity_coefficient']}"] if run.get("sparsity_coefficient") is not None else []
@@ -364,7 +381,7 @@ def _default_name(run: Mapping[str, Any], varying: Iterable[str]) -> str:
 
 def _check_names(names: list[str]) -> None:
     seen: dict[str, str] = {}
-    for name in names:  # compared without case: two such folders are one on some file systems
+    for name in names:  # without case, because some file systems do not tell such folders apart
         if name.lower() in seen:
             raise ConfigError(
                 f"sweep: run names must differ, got {name!r} twice; give each run its own name or another setting"
@@ -378,7 +395,7 @@ def _field_types(cls: type) -> dict[str, Any]:
 
 
 def _typed(who: str, key: str, value: object, kind: Any) -> Any:
-    """`value` as the field's type (an int serves as a float), or ConfigError."""
+    """`value` as the field's type. An int is taken for a float. Raises ConfigError for another type."""
     options = (
         typing.get_args(kind) if isinstance(kind, types.UnionType) or type(None) in typing.get_args(kind) else (kind,)
     )
@@ -417,7 +434,7 @@ def _sequence(who: str, value: object) -> list[Any]:
 
 
 class _SweepLoader(yaml.SafeLoader):
-    """YAML 1.2 floats (`3e-4` is a number, not a string) and no key twice."""
+    """A loader with the floats of YAML 1.2, in which `3e-4` is a number. It refuses a key that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
