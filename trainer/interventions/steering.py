@@ -1,4 +1,4 @@
-"""Text that a language model writes while latents of an SAE are changed at its hook."""
+"""Steering: a language model writes on while latents of an SAE are changed at its hook."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,21 +16,21 @@ from trainer.sae.sae import SAE
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The activation times `factor`: 1 changes nothing, nothing changes a latent that is not active."""
+    """The activation becomes `factor` times itself. 1 changes nothing, and an inactive latent stays inactive."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
-    """The activation is `value` at every token, whatever it was (Templeton et al. 2024); 0 ablates the latent."""
+    """The activation becomes `value` at every token, whatever it was (Templeton et al. 2024). 0 ablates the latent."""
 
     value: float
 
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """The activation plus `amount` at every token: with the error term kept, x + amount d_i and nothing else."""
+    """The activation grows by `amount` at every token. With the error term, x becomes x + amount d_i."""
 
     amount: float
 
@@ -40,7 +40,7 @@ Change = Scale | Clamp | Add
 
 @runtime_checkable
 class Model(Protocol):
-    """What steering needs of a language model; `actcache.models.load.LanguageModel` is one."""
+    """What steering needs of a language model. `actcache.models.language_model.LanguageModel` is one."""
 
     identity: dict[str, Any]
     tokenizer: Any
@@ -58,13 +58,22 @@ class Model(Protocol):
         *,
         hook_fns: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
-        """Logits when the hook's activation is replaced by `replace` of it; `hook_fns` see others in the same pass."""
+        """Logits when the hook's activation is replaced by `replace` of it.
+
+        hook_fns: for a hook name, a function that is called with its activation in the same pass.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steered:
-    """How the model goes on after the prompt, left alone (`before`) and with the latents changed (`after`)."""
+    """Two continuations of a prompt.
+
+    Attributes:
+        prompt: the text that the model continues.
+        before: how it goes on without a change.
+        after: how it goes on with the latents changed.
+    """
 
     prompt: str
     before: str
@@ -82,21 +91,27 @@ def steer(
     seed: int = 0,
     keep_error: bool = True,
 ) -> Steered:
-    """Let the model go on after `text` twice, without and with the change of `features`, as `steered_logits`.
+    """Let the model continue `text` twice: without a change, and with `features` changed as in `steered_logits`.
 
-    The whole context runs through the model for every token, so what was written under the change is read under it too.
-    Both continuations draw with the same random numbers; each ends at a special token.
+    The whole context runs through the model for every token. So the text that was written under the change is also read
+    under it. Both continuations draw with the same random numbers. Each ends at a special token.
 
     Args:
+        model: the language model.
+        sae: its latents are changed at its hook.
+        text: the prompt.
         features: latent -> Scale, Clamp or Add.
-        n_tokens: tokens to write at most.
+        n_tokens: how many tokens to write, at most.
         temperature: the logits are divided by it; 0 takes the likeliest token each time.
-        keep_error: False puts the SAE's reconstruction in the place of the activation, in `after` alone.
+        seed: of the random numbers.
+        keep_error: False replaces the activation by the SAE's reconstruction of it, in the changed continuation alone.
+
+    Returns:
+        The prompt and both continuations.
 
     Raises:
-        ConfigError: an argument is out of range, the text has no token or leaves no room for n_tokens, or the SAE is a
-            crosscoder.
-        CacheMismatch: the model's hook is of another width than the SAE takes.
+        ConfigError: an argument is out of range, the text is empty or too long, or the SAE is a crosscoder.
+        CacheMismatch: the model's hook has another width than the SAE takes.
         ModelError: the model lacks the hook, or has no output head.
     """
     _check_arguments(n_tokens, temperature)
@@ -126,11 +141,22 @@ def steered_logits(
     *,
     keep_error: bool = True,
 ) -> Float[Tensor, "sequence position vocab"]:
-    """The model's logits with the latents `features` changed at every token that is not special.
+    """The model's logits when the latents `features` are changed at every token that is not special.
 
-    With f' the changed activations, the hook's activation x becomes decode(f') + error, error = x - decode(f). That is
-    x + sum_i (f'_i - f_i) d_i over the changed latents, and so computed: where nothing changes, x keeps every bit.
-    Without the error term it becomes decode(f'). A transcoder changes what it predicts. Raises as `steer`.
+    Let f be the latents' activations and f' the changed ones. The hook's activation x becomes decode(f') + error, where
+    error = x - decode(f). It is computed as x + sum_i (f'_i - f_i) d_i over the changed latents, so x keeps every bit
+    where nothing changes. Without the error term it becomes decode(f'). A transcoder changes the activation that it
+    predicts.
+
+    Args:
+        model: the language model.
+        sae: its latents are changed.
+        token_ids: the sequences to run.
+        features: latent -> Scale, Clamp or Add.
+        keep_error: whether the error term is added.
+
+    Raises:
+        ConfigError, CacheMismatch, ModelError: as `steer`.
     """
     check_latents(sae, list(features))
     if len(sae.output_hooks) != 1:
@@ -159,7 +185,7 @@ def _steered_rows(
     *,
     keep_error: bool,
 ) -> Float[Tensor, "row d_out"]:
-    """What takes the place of y, the activation that the SAE reconstructs from x."""
+    """The rows that replace y. The SAE reconstructs y from x."""
     check_width(sae, x)
     feature_acts, x_hat = sae.reconstruct(x.to(sae.device))
     latents = list(features)
@@ -169,7 +195,7 @@ def _steered_rows(
 
 
 def _difference(change: Change, acts: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """f' - f."""
+    """f' - f, the change of a latent's activation at each token."""
     match change:
         case Scale(factor):
             return (factor - 1) * acts
@@ -188,24 +214,24 @@ def _continuation(
     temperature: float,
     seed: int,
 ) -> str:
-    """The text that follows the prompt's."""
+    """The text that the model writes after the prompt."""
     generator, token_ids = torch.Generator().manual_seed(seed), prompt
     for _ in range(n_tokens):
         token_id = _drawn(logits(token_ids)[0, -1], temperature, generator)
         if token_id in tokenizer.all_special_ids:
             break
         token_ids = torch.cat([token_ids, torch.tensor([[token_id]])], dim=1)
-    # decoded with the prompt: the first token of a text may lose its space, and a character may be of several tokens
+    # Decoded with the prompt, because a first token may lose its space and a character may span several tokens.
     whole, start = (_decoded(tokenizer, ids[0].tolist()) for ids in (token_ids, prompt))
     return whole[len(start) :]
 
 
 def _drawn(logits: Float[Tensor, " vocab"], temperature: float, generator: torch.Generator) -> int:
-    """A token id drawn from softmax(logits / temperature), or the likeliest; on the CPU, in float64."""
+    """A token id drawn from softmax(logits / temperature) on the CPU, in float64. Temperature 0 takes the likeliest."""
     logits = logits.double().cpu()
     if temperature == 0:
         return int(logits.argmax())
-    probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # no overflow, however cold
+    probabilities = ((logits - logits.max()) / temperature).softmax(-1)  # no overflow at any temperature
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
