@@ -1,13 +1,14 @@
-"""What a language model predicts with an SAE's reconstruction in the place of an activation, position by position.
+"""The downstream loss: what a language model predicts when an SAE's reconstruction replaces an activation.
 
-Over each batch of sequences the model runs once as it is, which also shows the activations that the SAEs take; once
-with zeros at each hook; and once for each SAE. A pass that replaces an activation begins at the block of its hook,
-where the model can do that: before it nothing has changed.
+The model runs over each batch of sequences in three kinds of passes. The original pass runs once, and the activations
+that the SAEs take are read in it. A pass with zeros runs once for each hook. A pass with a reconstruction runs once for
+each SAE. A pass that replaces an activation begins at the block of its hook, if the model can do that, because nothing
+before it has changed.
 
-The losses of the original model and with zeros are the same for every SAE of a cache. Their sums are kept below
-CACHE/log/losses, and the passes with zeros are never made again. KL(original || new) needs the original probability of
-the whole vocabulary at every token, 6.6 GB for 32,768 tokens of GPT-2: that is not kept, so the original pass is made
-in every call, once for all SAEs.
+The losses of the original pass and of those with zeros are the same for every SAE of a cache. Their sums are stored
+below CACHE/log/losses, and later calls run no pass with zeros. KL(original || new) needs the original probabilities of
+the whole vocabulary at every token, which would be 6.6 GB for 32,768 tokens of GPT-2. They are not stored, so every
+call runs the original pass, once for all SAEs.
 """
 
 import errno
@@ -31,11 +32,11 @@ from trainer.run_folder import read_json, write_json
 from trainer.sae.metrics import ce_loss_score, kl_div_score
 from trainer.sae.sae import SAE
 
-BATCH_TOKENS = 2048  # run through the model at a time, in whole sequences
-PIECE_VALUES = 1 << 24  # of a [row, d_sae] or [token, vocab] matrix that are made at a time: 64 MiB as float32
-CPU_VOCAB_VALUES = 1 << 20  # less of the latter on a CPU, in whose cache they stay: three times as fast
+BATCH_TOKENS = 2048  # tokens that run through the model at a time, in whole sequences
+PIECE_VALUES = 1 << 24  # numbers of a [row, d_sae] or [token, vocab] matrix made at a time: 64 MiB as float32
+CPU_VOCAB_VALUES = 1 << 20  # numbers of a [token, vocab] matrix on a CPU: they stay in its cache, three times as fast
 LOSSES = "log/losses"  # below a cache: may differ between equal caches, and may be deleted
-KEY_VERSION = 1  # raised when the kept numbers change their meaning
+KEY_VERSION = 1  # raised when the stored numbers change their meaning
 MODEL_METRICS = (  # None where no model was given
     "n_model_tokens",
     "ce_loss_score",
@@ -48,12 +49,12 @@ MODEL_METRICS = (  # None where no model was given
     "kl_div_with_ablation",
 )
 
-PassName = int | str | None  # the number of an SAE, the hook that is zero, or None: the original
+PassName = int | str | None  # the index of an SAE, the hook with zeros, or None for the original pass
 
 
 @runtime_checkable
 class Model(Protocol):
-    """What evaluation needs of a language model; `actcache.models.load.LanguageModel` is one."""
+    """What evaluation needs of a language model. `actcache.models.language_model.LanguageModel` is one."""
 
     identity: dict[str, Any]
     device: torch.device
@@ -67,7 +68,7 @@ class Model(Protocol):
         *,
         hook_fns: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
-        """Logits of the whole model. hook_fns: functions that see an activation on the way, by hook name."""
+        """Logits of the whole model. hook_fns: for a hook name, a function that is called with its activation."""
         ...
 
     def logits_with(
@@ -83,7 +84,7 @@ class Model(Protocol):
         hook_name: str,
         replace: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "sequence position vocab"]:
-        """The same, begun with the activation `start` at `stream_before(hook_name)`."""
+        """As `logits_with`, begun with the activation `start` at the hook `stream_before(hook_name)`."""
         ...
 
     def stream_before(self, hook_name: str) -> str | None:
@@ -93,10 +94,12 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossSums:
-    """Sums of what one kind of pass predicts at the tokens that count, in nats, float64.
+    """Sums over the tokens that count of what one kind of pass predicts, in nats, float64.
 
-    ce: of the cross entropy at each position, over sequences; the last position, which predicts nothing, is left out.
-    kl: of KL(original || this pass), over sequences and positions.
+    Attributes:
+        ce: the cross entropy at each position, summed over sequences. The last position predicts nothing and is left
+            out.
+        kl: KL(original || this pass), summed over sequences and positions.
     """
 
     ce: Float64[Tensor, " position"]
@@ -109,19 +112,23 @@ class LossSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Batch:
-    """What the original pass over some sequences leaves for the passes that are held against it.
+    """What the original pass over some sequences leaves for the passes that are compared with it.
 
-    kept: the tokens that count. log_p: of the next token, at least float32. seen: activations by hook.
+    Attributes:
+        token_ids: the sequences.
+        counts: which tokens count: those that are not special, or all.
+        log_p: the log-probabilities of the next token, at least float32.
+        seen: the activations that hook functions have seen, by hook.
     """
 
     token_ids: Int[Tensor, "sequence position"]
-    kept: Bool[Tensor, "sequence position"]
+    counts: Bool[Tensor, "sequence position"]
     log_p: Float[Tensor, "sequence position vocab"]
     seen: Mapping[str, Tensor]
 
 
 def piece_rows(width: int, most_values: int | None = None) -> int:
-    """Rows of a matrix so wide that hold `most_values` (PIECE_VALUES if left out), at least one."""
+    """How many rows of a matrix of this width hold `most_values` numbers (PIECE_VALUES if None); at least one."""
     return max(1, (most_values or PIECE_VALUES) // width)
 
 
@@ -136,15 +143,22 @@ def model_metrics(
 ) -> list[dict[str, Any]]:
     """MODEL_METRICS of each SAE, over the first validation sequences of the cache.
 
-    A crosscoder has None for each: its hooks are not all of one pass to be replaced in.
+    All metrics of a crosscoder are None, because a pass replaces the activation at one hook only.
 
-    Memory, besides the model's: of BATCH_TOKENS tokens (or one sequence, where that is longer) the log-probabilities of
-    the original pass and the logits of another, both [token, vocab], and a few pieces of PIECE_VALUES.
+    Besides the model's memory, this takes the log-probabilities of the original pass and the logits of another pass,
+    both [token, vocab] for BATCH_TOKENS tokens (or one sequence, if that is longer), and a few pieces of PIECE_VALUES
+    numbers.
 
     Args:
-        sequences: the first of the validation split.
-        exclude_special_tokens: special tokens keep their activation and leave the means.
+        saes: the SAEs.
+        cache: the cache of the sequences; sums are stored below it.
+        model: the language model of the cache.
+        sequences: the first sequences of the validation split.
+        exclude_special_tokens: special tokens keep their activations and are left out of the means.
         progress: called with the number of tokens done.
+
+    Returns:
+        One dict for each SAE, in their order.
 
     Raises:
         DatasetError: no token that counts has a next one.
@@ -152,48 +166,54 @@ def model_metrics(
     judged = {index: sae for index, sae in enumerate(saes) if len(sae.output_hooks) == 1}
     if not judged:
         return [dict.fromkeys(MODEL_METRICS) for _ in saes]
-    kept = _kept(cache, sequences, exclude_special_tokens)
-    if not kept[:, :-1].any():
+    counts = ~np.isin(sequences, cache.special_token_ids if exclude_special_tokens else ())
+    if not counts[:, :-1].any():
         raise DatasetError(
             f"evaluate: {cache.path}: of the first {sequences.size} validation tokens none that counts has a next one; "
             "raise model_tokens or harvest longer sequences"
         )
-    targets = dict.fromkeys(sae.output_hooks[0] for sae in judged.values())
-    keys = {name: _key(cache, model, kept, name) for name in (None, *targets)}
-    known = {name: sums for name, key in keys.items() if (sums := _read_sums(cache, key)) is not None}
-    made = _run(judged, model, sequences, kept, [name for name in keys if name not in known], progress)
-    for name in set(keys) - set(known):
-        _keep_sums(cache, keys[name], made[name])
-    sums = made | known
+    sums = _all_sums(judged, cache, model, sequences, counts, progress)
     return [
-        _metrics(kept, original=sums[None], ablated=sums[sae.output_hooks[0]], replaced=sums[index])
+        _metrics(counts, original=sums[None], ablated=sums[sae.output_hooks[0]], replaced=sums[index])
         if index in judged
         else dict.fromkeys(MODEL_METRICS)
         for index, sae in enumerate(saes)
     ]
 
 
-def _kept(
-    cache: Cache, sequences: Int32[np.ndarray, "sequence position"], exclude_special_tokens: bool
-) -> Bool[np.ndarray, "sequence position"]:
-    return ~np.isin(sequences, cache.special_token_ids if exclude_special_tokens else ())
+def _all_sums(
+    saes: Mapping[int, SAE | PCA],
+    cache: Cache,
+    model: Model,
+    sequences: Int32[np.ndarray, "sequence position"],
+    counts: Bool[np.ndarray, "sequence position"],
+    progress: Callable[[int], None] | None,
+) -> dict[PassName, LossSums]:
+    """The sums of all passes. Those without an SAE are read if an earlier call stored them, and stored if not."""
+    targets = dict.fromkeys(sae.output_hooks[0] for sae in saes.values())
+    keys = {name: _key(cache, model, counts, name) for name in (None, *targets)}
+    known = {name: sums for name, key in keys.items() if (sums := _read_sums(cache, key)) is not None}
+    made = _run(saes, model, sequences, counts, [name for name in keys if name not in known], progress)
+    for name in set(keys) - set(known):
+        _store_sums(cache, keys[name], made[name])
+    return made | known
 
 
 def _run(
     saes: Mapping[int, SAE | PCA],
     model: Model,
     sequences: Int32[np.ndarray, "sequence position"],
-    kept: Bool[np.ndarray, "sequence position"],
+    counts: Bool[np.ndarray, "sequence position"],
     baselines: Sequence[str | None],
     progress: Callable[[int], None] | None,
 ) -> dict[PassName, LossSums]:
-    """The sums of every SAE's pass and of the baselines that are asked for, all in one walk over the sequences."""
+    """Run every SAE's pass and those of `baselines` (None for the original) over the sequences. Returns their sums."""
     hook_names = _hooks_to_see(saes.values(), model)
     totals: dict[PassName, LossSums] = {}
     n_sequences, n_done = max(1, BATCH_TOKENS // sequences.shape[1]), 0
-    for ids, mask in zip(*(torch.from_numpy(each).split(n_sequences) for each in (sequences, kept)), strict=True):
+    for ids, mask in zip(*(torch.from_numpy(each).split(n_sequences) for each in (sequences, counts)), strict=True):
         ids, mask = ids.to(model.device, torch.long), mask.to(model.device)
-        # the batch has no name here, which would keep it while the next one is made
+        # The batch gets no name here, which would keep its memory while the next one is made.
         for name, sums in _passes(model, _original_pass(model, ids, mask, hook_names), saes, baselines):
             totals[name] = totals[name].merge(sums) if name in totals else sums
         n_done += ids.numel()
@@ -203,7 +223,7 @@ def _run(
 
 
 def _hooks_to_see(saes: Iterable[SAE | PCA], model: Model) -> list[str]:
-    """What the SAEs take, and where the passes that replace what they give can begin."""
+    """The hooks whose activations the SAEs take, and those at which the passes of their outputs can begin."""
     hook_names: dict[str, None] = {}
     for sae in saes:
         start = model.stream_before(sae.output_hooks[0])
@@ -214,13 +234,13 @@ def _hooks_to_see(saes: Iterable[SAE | PCA], model: Model) -> list[str]:
 def _original_pass(
     model: Model,
     token_ids: Int[Tensor, "sequence position"],
-    kept: Bool[Tensor, "sequence position"],
+    counts: Bool[Tensor, "sequence position"],
     hook_names: Sequence[str],
 ) -> _Batch:
     seen: dict[str, Tensor] = {}
     hook_fns = {name: lambda x, name=name: seen.update({name: x}) for name in hook_names}
     log_p = _log_softmax(model.logits(token_ids, hook_fns=hook_fns))
-    return _Batch(token_ids=token_ids, kept=kept, log_p=log_p, seen=seen)
+    return _Batch(token_ids=token_ids, counts=counts, log_p=log_p, seen=seen)
 
 
 def _passes(
@@ -245,13 +265,13 @@ def _replaced(
 
 
 def _splice(sae: SAE | PCA, batch: _Batch) -> Callable[[Tensor], Tensor]:
-    """Puts the SAE's reconstruction in the place of what it reconstructs, at the tokens that count.
+    """A function that replaces an activation by the SAE's reconstruction of it, at the tokens that count.
 
-    The SAE takes the activation of the original pass: a transcoder's input is another hook's.
+    The SAE takes its input from the original pass, because a transcoder reads another hook.
     """
     x = batch.seen[sae.input_hooks[0]].flatten(0, 1).to(sae.device)  # (sequence * position, d_in)
     y_hat = torch.cat([sae.reconstruct(rows)[1] for rows in x.split(piece_rows(sae.d_sae))])
-    return lambda y: torch.where(batch.kept[..., None].to(y.device), y_hat.view(y.shape).to(y), y)
+    return lambda y: torch.where(batch.counts[..., None].to(y.device), y_hat.view(y.shape).to(y), y)
 
 
 def _log_softmax(logits: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token vocab"]:
@@ -259,59 +279,61 @@ def _log_softmax(logits: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token
 
 
 def _original_sums(batch: _Batch) -> LossSums:
-    """Of the original pass itself, whose divergence from itself is 0."""
+    """The sums of the original pass. Its divergence from itself is 0."""
     ce = -batch.log_p[:, :-1].gather(-1, batch.token_ids[:, 1:, None])[..., 0]
-    return LossSums(ce=_by_position(ce, batch.kept), kl=0.0)
+    return LossSums(ce=_by_position(ce, batch.counts), kl=0.0)
 
 
 def _sums(batch: _Batch, logits: Float[Tensor, "sequence position vocab"]) -> LossSums:
-    """Cross entropy of the logits, and KL of the original predictions from theirs, over the tokens that count."""
+    """The sums of a pass with these logits."""
     shape, vocab = batch.token_ids.shape, logits.shape[-1]
     ce, kl = [], []
     rows = piece_rows(vocab, None if logits.is_cuda else CPU_VOCAB_VALUES)
-    predicted = batch.token_ids.roll(-1, dims=1).flatten()  # the last of a sequence predicts nothing: dropped below
+    predicted = batch.token_ids.roll(
+        -1, dims=1
+    ).flatten()  # the last position, which predicts nothing, is dropped below
     for log_p, part, ids in zip(
         batch.log_p.flatten(0, 1).split(rows), logits.flatten(0, 1).split(rows), predicted.split(rows), strict=True
     ):
         log_q = _log_softmax(part)
         ce.append(-log_q.gather(-1, ids[:, None])[:, 0])
         kl.append(torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
-    divergence = torch.cat(kl).view(shape)[batch.kept].sum(dtype=torch.float64)
-    return LossSums(ce=_by_position(torch.cat(ce).view(shape)[:, :-1], batch.kept), kl=float(divergence))
+    divergence = torch.cat(kl).view(shape)[batch.counts].sum(dtype=torch.float64)
+    return LossSums(ce=_by_position(torch.cat(ce).view(shape)[:, :-1], batch.counts), kl=float(divergence))
 
 
 def _by_position(
-    ce: Float[Tensor, "sequence predicting"], kept: Bool[Tensor, "sequence position"]
+    ce: Float[Tensor, "sequence predicting"], counts: Bool[Tensor, "sequence position"]
 ) -> Float64[Tensor, " predicting"]:
-    return torch.where(kept[:, :-1], ce, 0.0).sum(0, dtype=torch.float64).cpu()
+    return torch.where(counts[:, :-1], ce, 0.0).sum(0, dtype=torch.float64).cpu()
 
 
 def _metrics(
-    kept: Bool[np.ndarray, "sequence position"], *, original: LossSums, ablated: LossSums, replaced: LossSums
+    counts: Bool[np.ndarray, "sequence position"], *, original: LossSums, ablated: LossSums, replaced: LossSums
 ) -> dict[str, Any]:
-    n_tokens, counts = int(kept.sum()), kept[:, :-1].sum(0)
+    n_tokens, n_sequences = int(counts.sum()), counts[:, :-1].sum(0)
     passes = {"without_sae": original, "with_sae": replaced, "with_ablation": ablated}
-    losses = {f"ce_loss_{name}": float(sums.ce.sum()) / int(counts.sum()) for name, sums in passes.items()}
+    losses = {f"ce_loss_{name}": float(sums.ce.sum()) / int(n_sequences.sum()) for name, sums in passes.items()}
     divergences = {"kl_div_with_sae": replaced.kl / n_tokens, "kl_div_with_ablation": ablated.kl / n_tokens}
     scores = {"ce_loss_score": ce_loss_score(**losses), "kl_div_score": kl_div_score(**divergences)}
-    by_position = {name: _means(sums.ce, counts) for name, sums in passes.items()}
-    positions = {"ce_loss_by_position": {"n_sequences": counts.tolist(), **by_position}}
+    by_position = {name: _means(sums.ce, n_sequences) for name, sums in passes.items()}
+    positions = {"ce_loss_by_position": {"n_sequences": n_sequences.tolist(), **by_position}}
     return {"n_model_tokens": n_tokens, **losses, **divergences, **scores, **positions}
 
 
-def _means(sums: Float64[Tensor, " position"], counts: Int64[np.ndarray, " position"]) -> list[float | None]:
-    """A mean for each position; None where no token counts, or it is not finite."""
-    pairs = zip(sums.tolist(), counts.tolist(), strict=True)
+def _means(sums: Float64[Tensor, " position"], n_sequences: Int64[np.ndarray, " position"]) -> list[float | None]:
+    """A mean for each position; None where no token counts, or where it is not finite."""
+    pairs = zip(sums.tolist(), n_sequences.tolist(), strict=True)
     return [total / count if count and math.isfinite(total) else None for total, count in pairs]
 
 
-# Kept sums
+# Stored sums
 
 
 def _key(
-    cache: Cache, model: Model, kept: Bool[np.ndarray, "sequence position"], hook_name: str | None
+    cache: Cache, model: Model, counts: Bool[np.ndarray, "sequence position"], hook_name: str | None
 ) -> dict[str, Any]:
-    """What the sums depend on, to the last bits."""
+    """Everything on which the bits of the sums depend."""
     return {
         "version": KEY_VERSION,
         "cache_fingerprint": cache.fingerprint,
@@ -321,8 +343,8 @@ def _key(
         "backend": model.backend,
         "attention": model.attention_kernel,
         "compiled": model.compiled,
-        "n_sequences": len(kept),
-        "n_tokens": int(kept.sum()),
+        "n_sequences": len(counts),
+        "n_tokens": int(counts.sum()),
         "zero_ablated": hook_name,
     }
 
@@ -333,7 +355,7 @@ def _path(cache: Cache, key: Mapping[str, Any]) -> Path:
 
 
 def _read_sums(cache: Cache, key: Mapping[str, Any]) -> LossSums | None:
-    """What an earlier call has kept under the key; None if there is nothing, or nothing readable."""
+    """The sums that an earlier call stored under the key; None if there are none, or they cannot be read."""
     try:
         values = read_json(_path(cache, key))
         ce, kl = [float(each) for each in values["ce"]], float(values["kl"])
@@ -344,8 +366,8 @@ def _read_sums(cache: Cache, key: Mapping[str, Any]) -> LossSums | None:
     return LossSums(ce=torch.tensor(ce, dtype=torch.float64), kl=kl)
 
 
-def _keep_sums(cache: Cache, key: Mapping[str, Any], sums: LossSums) -> None:
-    """Write them, whole or not at all; a cache that may not be written to keeps none, nor do sums that overflowed."""
+def _store_sums(cache: Cache, key: Mapping[str, Any], sums: LossSums) -> None:
+    """Write the sums, whole or not at all. Nothing is written if a sum overflowed, or if the cache is read-only."""
     if not math.isfinite(sums.kl) or not bool(sums.ce.isfinite().all()):
         return
     try:

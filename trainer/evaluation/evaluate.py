@@ -1,9 +1,9 @@
-"""Held-out evaluation: every metric of every SAE from one pass over the cache, and one over the language model.
+"""Held-out evaluation: all metrics of many SAEs from one pass over the cache, and one walk through the language model.
 
-Rows are the validation split's, without special tokens unless they are asked for. The metrics and their formulas are in
-`trainer.sae.metrics`; the losses with the model, in `downstream_loss`, follow SAELens: the SAE's reconstruction
-replaces the hook's activation except at special tokens, zero ablation replaces all of them, and tokens that are special
-leave the means.
+The rows are those of the validation split. Special tokens are left out, unless they are asked for.
+`trainer.sae.metrics` defines the metrics of a reconstruction. `downstream_loss` measures the losses with the model, as
+SAELens does: the SAE's reconstruction replaces the hook's activation except at special tokens, zero ablation replaces
+it at every token, and special tokens are left out of the means.
 """
 
 import math
@@ -29,11 +29,11 @@ from trainer.run_folder import read_json, write_json
 from trainer.sae.metrics import ReconstructionSums
 from trainer.sae.sae import SAE
 
-MODEL_TOKENS = 32_768  # of the validation split run through the model
-PCA_ROWS = 131_072  # training rows that a baseline is fitted on, at most
-DENSITY_EDGES = np.linspace(-8.0, 0.0, 33)  # log10 of feature density, quarter decades
+MODEL_TOKENS = 32_768  # tokens of the validation split that run through the model
+PCA_ROWS = 131_072  # training rows that a baseline is fitted to, at most
+DENSITY_EDGES = np.linspace(-8.0, 0.0, 33)  # log10 of feature density, in quarters of a decade
 
-Progress = Callable[[int, int], None]  # rows and model tokens done, both in all
+Progress = Callable[[int, int], None]  # rows and model tokens done, and rows and model tokens in all
 
 
 def evaluate(
@@ -44,7 +44,19 @@ def evaluate(
     exclude_special_tokens: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """The metrics of one SAE, a loaded one or a path that `load_sae` takes; as `evaluate_all`, for one."""
+    """The metrics of one SAE, as `evaluate_all` returns them for several.
+
+    Args:
+        run: an SAE, or a path that `load_sae` takes.
+        cache: the cache whose validation split is read.
+        model: the language model of the cache; without it, the metrics that need it are None.
+        exclude_special_tokens: as `evaluate_all`.
+        progress: as `evaluate_all`.
+
+    Raises:
+        ManifestError: as `load_sae`.
+        CacheMismatch, DatasetError: as `evaluate_all`.
+    """
     how: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "progress": progress}
     if isinstance(run, SAE | PCA):
         return evaluate_all([run], cache, model, **how)[0]
@@ -61,34 +73,30 @@ def evaluate_all(
     exclude_special_tokens: bool = True,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """The metrics of several SAEs on the validation split, in the order given, reading it once.
+    """The metrics of several SAEs on the validation split, which is read once for all of them.
 
-    With a model, the first `model_tokens` tokens of the split (in whole sequences, at least one) run through it: once
-    as it is and once for each SAE, and once with zeros at a hook where no earlier call has kept the losses of that
-    below the cache. Without, those metrics are None; so is a metric that is not finite.
+    With a model, the first `model_tokens` tokens of the split run through it, in whole sequences, at least one. They
+    run once as they are, once for each SAE, and once with zeros at each hook whose losses no earlier call has stored
+    below the cache.
 
     Args:
-        saes: at least one, all on one device; of any hooks of the cache.
-        exclude_special_tokens: leave BOS, EOS and other special tokens out of every mean, and their activations as they
-            are in the model's passes.
+        saes: at least one, all on one device. Their hooks may be any of the cache.
+        cache: the cache whose validation split is read.
+        model: the language model of the cache; without it, the metrics that need it are None.
+        model_tokens: how many tokens run through the model.
+        exclude_special_tokens: leave BOS, EOS and other special tokens out of every mean, and leave their activations
+            in the model as they are.
+        progress: called with the rows and model tokens done, and with those in all.
 
     Returns:
-        One dict an SAE of plain JSON values, all finite: architecture, hook_name, d_in, d_sae; split, n_tokens,
-        exclude_special_tokens, l0, l1, explained_variance, mse, cossim, l2_ratio, relative_reconstruction_bias,
-        dead_fraction, feature_density (a histogram of log10 with the number of latents that never fired);
-        n_model_tokens, ce_loss_score, kl_div_score and the losses (nats per token) they are made of;
-        ce_loss_by_position, lists with a value for each position p but the last: n_sequences (in how many the token at
-        p counts) and the mean over these of the cross entropy of predicting the token after it, without_sae, with_sae
-        and with_ablation, None where n_sequences is 0; cache_fingerprint and model.
+        For each SAE a dict of plain JSON values, in the order given. A metric that is not finite is None. The page
+        docs/reference/metrics.md says what each key means.
 
     Raises:
         CacheMismatch: the cache lacks a hook, holds it with another width, or was harvested from another model.
         DatasetError: the validation split is empty.
     """
-    _check_widths(saes, cache)
-    _check_validation(cache)
-    if model is not None:
-        _check_model(model.identity, cache)
+    _check_fit(saes, cache, model)
     with torch.no_grad():
         spliced = model is not None and any(len(sae.output_hooks) == 1 for sae in saes)
         sequences = _sequences(cache, model_tokens if spliced else 0)
@@ -147,7 +155,7 @@ def evaluate_runs(
 
 
 def _later(progress: Progress, n_before: int, n_here: int) -> Callable[[int], None]:
-    """Progress of what comes after n_before rows."""
+    """The progress of n_here model tokens that come after n_before rows."""
     return lambda n_done: progress(n_before + n_done, n_before + n_here)
 
 
@@ -156,7 +164,7 @@ def _device(model: Model | None) -> torch.device:
 
 
 def _row(sae: SAE | PCA, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    # a batchtopk SAE is saved as the jumprelu that it is at inference; what it was trained as is what tells runs apart
+    # A batchtopk SAE is saved as the jumprelu that it is at inference. Its training architecture tells runs apart.
     trained_as = sae.metadata.get("training_architecture", sae.architecture) if isinstance(sae, SAE) else "pca"
     row = {"architecture": trained_as, "hook_name": sae.hook_name, "d_in": sae.d_in, "d_sae": sae.d_sae, **metrics}
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
@@ -165,7 +173,10 @@ def _row(sae: SAE | PCA, metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _reconstructions(
     saes: Sequence[SAE | PCA], cache: Cache, exclude_special_tokens: bool, n_later: int, progress: Progress | None
 ) -> list[ReconstructionSums]:
-    """The sums of every SAE over the validation split, which is read once for all of them."""
+    """The sums of every SAE over the validation split, which is read once for all of them.
+
+    n_later: how many model tokens follow, for the progress.
+    """
     hook_names = list(dict.fromkeys(name for sae in saes for name in (*sae.input_hooks, *sae.output_hooks)))
     sums: list[ReconstructionSums] = []
     n_done = 0
@@ -183,7 +194,7 @@ def _reconstructions(
 
 
 def _reconstruction(sae: SAE | PCA, batch: Batch) -> ReconstructionSums:
-    """The sums of a batch, piece by piece: [batch, d_sae] of a wide SAE is more than there may be room for."""
+    """The sums of a batch. It is cut into pieces, because [batch, d_sae] of a wide SAE may not fit into the memory."""
     pieces = (
         _side_by_side(batch, hook_names).split(piece_rows(sae.d_sae))
         for hook_names in (sae.input_hooks, sae.output_hooks)
@@ -220,12 +231,12 @@ def _cache_metrics(sums: ReconstructionSums) -> dict[str, Any]:
 
 
 def _sequences(cache: Cache, model_tokens: int) -> Int32[np.ndarray, "sequence position"]:
-    """The first whole validation sequences of `model_tokens` tokens; at least one unless that is 0."""
+    """The first validation sequences that hold `model_tokens` tokens. The last one is whole."""
     return cache.sequences("validation")[: -(-model_tokens // cache.context_size)]
 
 
 def _finished(runs: Path) -> list[Path]:
-    """The folder itself if it is a run, else the runs below it by name, without baselines and diverged ones."""
+    """The folder itself if it is a run, else the runs below it by name, without baselines and diverged runs."""
     folders = sorted(path.parent for path in runs.glob("*/config.json") if not (path.parent / "failed.json").exists())
     folders = [folder for folder in folders if not _is_baseline(folder)]
     if (runs / "config.json").is_file():
@@ -246,8 +257,9 @@ def _is_baseline(folder: Path) -> bool:
 
 
 def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch.device) -> list[PCA]:
-    """One for every distinct (hook_name, k) up to d_in: fitted once a hook with the largest k, of which the others are
-    part.
+    """A baseline for every distinct (hook_name, k) with k up to d_in.
+
+    Each hook is fitted once, with its largest k. The baselines of smaller k are the first of these components.
     """
     wanted: dict[str, set[int]] = {}
     for sae in (config["sae"] for config in configs):
@@ -262,7 +274,7 @@ def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch
 
 
 def _write_baseline(runs: Path, pca: PCA, cache: Cache) -> Path:
-    """Make the baseline's folder with its config.json. Raises CacheMismatch if a run has that name."""
+    """Write the baseline's folder with its config.json. Raises CacheMismatch if a run has this name."""
     folder = runs / f"pca-k{pca.d_sae}-{pca.hook_name}"
     if (folder / "config.json").exists() and not _is_baseline(folder):
         raise CacheMismatch(f"evaluate: a PCA baseline goes to {folder}, where a run is; give the run another name")
@@ -273,7 +285,8 @@ def _write_baseline(runs: Path, pca: PCA, cache: Cache) -> Path:
     return folder
 
 
-def _check_widths(saes: Sequence[SAE | PCA], cache: Cache) -> None:
+def _check_fit(saes: Sequence[SAE | PCA], cache: Cache, model: Model | None) -> None:
+    """Raise unless the SAEs and the model fit the cache, and the validation split has rows."""
     for sae in saes:
         for hook_names, width in ((sae.input_hooks, sae.d_in), (sae.output_hooks, sae.d_out)):
             held = sum(cache.hook(name).d_in for name in hook_names)
@@ -282,20 +295,20 @@ def _check_widths(saes: Sequence[SAE | PCA], cache: Cache) -> None:
                     f"evaluate: the SAE takes {' + '.join(hook_names)} of width {width}, {cache.path} holds {held}; "
                     "pass the cache that it was trained on"
                 )
-
-
-def _check_validation(cache: Cache) -> None:
     if cache.n_rows("validation") == 0:
         raise DatasetError(
             f"evaluate: {cache.path} has an empty validation split (holdout {cache.identity['holdout']}); "
             "harvest with a larger --holdout or more documents"
         )
+    if model is not None:
+        _check_model(model.identity, cache)
 
 
 def _check_model(got: Mapping[str, Any], cache: Cache) -> None:
-    """The model must be the one harvested: equal hashes where both have them, else equal name and revision.
+    """Raise CacheMismatch unless the model is the one that was harvested.
 
-    An imported cache knows nothing but the name that it was given.
+    Hashes must be equal where both have them, else name and revision. An imported cache knows nothing but the name that
+    it was given.
     """
     wanted = cache.identity["model"]
     is_imported = wanted.get("weights_sha256") is None
@@ -321,7 +334,10 @@ def _described(model: Mapping[str, Any], differing: Sequence[str]) -> str:
 
 
 def _check_run(run: Path, cache: Cache) -> dict[str, Any]:
-    """config.json of a run, whose model must be the cache's; {} for a SAELens directory, which has none."""
+    """config.json of a run; {} for a SAELens directory, which has none.
+
+    Raises CacheMismatch unless the run was trained on activations of the cache's model.
+    """
     if not (run / "config.json").is_file():
         return {}
     config = read_json(run / "config.json")

@@ -1,4 +1,4 @@
-"""Principal components as the baseline of a sparse autoencoder: what as many dense directions explain."""
+"""Principal components as a baseline for SAEs: how much the same number of dense directions explains."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,35 +13,35 @@ from actcache.flow import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PCA:
-    """The leading principal directions of a hook, with the surface of an SAE: encode, decode, hooks and sizes.
+    """The leading principal directions of a hook. It has the methods and sizes of an `SAE`.
 
-    feature_acts = (x - mean) components^T, x_hat = feature_acts components + mean, in the components' dtype. Among all
-    linear maps of that rank it has the least squared error on the rows it was fitted on (Eckart and Young 1936).
+    feature_acts = (x - mean) components^T and x_hat = feature_acts components + mean, in the components' dtype. On the
+    rows that it was fitted on, no other linear map of this rank has a smaller squared error (Eckart and Young 1936).
     """
 
     hook_name: str
     mean: Float[Tensor, " d_in"]
-    components: Float[Tensor, "n_components d_in"]  # orthonormal rows, by falling variance
-    n_rows: int  # rows it was fitted on
+    components: Float[Tensor, "n_components d_in"]  # orthonormal rows, the largest variance first
+    n_rows: int  # how many rows it was fitted on
 
     @property
     def input_hooks(self) -> tuple[str, ...]:
-        """The hook it takes, and gives back."""
+        """The hook whose activations are x."""
         return (self.hook_name,)
 
     @property
     def output_hooks(self) -> tuple[str, ...]:
-        """As `input_hooks`."""
+        """The hook whose activations x_hat reconstructs: the same one."""
         return (self.hook_name,)
 
     @property
     def d_in(self) -> int:
-        """Width of the activations it takes."""
+        """Width of x."""
         return self.components.shape[1]
 
     @property
     def d_out(self) -> int:
-        """Width of the reconstruction."""
+        """Width of x_hat."""
         return self.d_in
 
     @property
@@ -51,11 +51,11 @@ class PCA:
 
     @property
     def device(self) -> torch.device:
-        """Where the components are, and so where x must be."""
+        """The device of the components. x must be there too."""
         return self.components.device
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_components"]:
-        """Coordinates of x along the components, of either sign."""
+        """The coordinates of x along the components. They have either sign."""
         return (x.to(self.components.dtype) - self.mean) @ self.components.T
 
     def decode(self, feature_acts: Float[Tensor, "batch n_components"]) -> Float[Tensor, "batch d_in"]:
@@ -68,10 +68,10 @@ class PCA:
         return feature_acts, self.decode(feature_acts)
 
     def leading(self, n_components: int) -> "PCA":
-        """The first of the components: the same as fitting so few.
+        """The PCA with the first n_components alone. It equals a fit of so few components.
 
         Raises:
-            ValueError: there are not as many.
+            ValueError: n_components is outside [1, d_sae].
         """
         _check_components(n_components, self.d_sae)
         return PCA(
@@ -80,10 +80,16 @@ class PCA:
 
 
 def fit_pca(batches: Iterable[Batch], hook_name: str, n_components: int) -> PCA:
-    """Fit from one pass over batches: float64 sums of x - shift and of its outer products, then eigh of the covariance.
+    """Fit principal components in one pass over batches.
 
-    shift, the mean of the first batch, keeps the difference of sums small where channels have a large mean. Memory is
-    two d_in x d_in float64 matrices, whatever the number of rows. The components are float32, on the batches' device.
+    The pass sums x - shift and its outer products in float64. Then the covariance is decomposed. The shift is the mean
+    of the first batch; it keeps the sums small where channels have a large mean. Memory is two d_in x d_in float64
+    matrices, whatever the number of rows. The components are float32, on the batches' device.
+
+    Args:
+        batches: rows of the hook.
+        hook_name: the hook.
+        n_components: how many components to return.
 
     Raises:
         ValueError: there are no rows, or n_components is outside [1, d_in].
@@ -101,7 +107,9 @@ def fit_pca(batches: Iterable[Batch], hook_name: str, n_components: int) -> PCA:
         total += x.sum(0)
         products.addmm_(x.T, x)
     offset = total / n_rows
-    vectors = torch.linalg.eigh(products / n_rows - torch.outer(offset, offset)).eigenvectors  # by rising variance
+    vectors = torch.linalg.eigh(
+        products / n_rows - torch.outer(offset, offset)
+    ).eigenvectors  # the smallest variance first
     components = vectors.flip(1)[:, :n_components].T.float().contiguous()
     return PCA(hook_name=hook_name, mean=(shift + offset).float(), components=components, n_rows=n_rows)
 
