@@ -1,8 +1,9 @@
-"""A `TrainState` as one safetensors file: written aside, fsynced, renamed; older ones are removed after.
+"""Checkpoints: a `TrainState` as one safetensors file, which is written aside, fsynced and renamed.
 
-Tensors: weights/<name>, optimizer/<name>/<what> (Adam's exp_avg, say), average/<name>, tokens_since_fired. String
-metadata `state`: the JSON object {step, n_tokens, config_sha256, optimizer}, the last with the numbers of each of the
-optimizer's parameter groups; one key, for safetensors writes several in no fixed order. Nothing is pickled.
+The file holds the tensors weights/<name>, optimizer/<name>/<what> (such as Adam's exp_avg), average/<name> and
+tokens_since_fired. Its metadata has one key, `state`, because safetensors writes several keys in no fixed order. The
+value is the JSON object {step, n_tokens, config_sha256, optimizer}; `optimizer` holds the numbers of each parameter
+group. Nothing is pickled.
 """
 
 import hashlib
@@ -27,12 +28,12 @@ _FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The file of the highest step in a checkpoint folder; None if there is none, or no folder."""
+    """The file with the highest step in a checkpoint folder; None if there is no file or no folder."""
     return max(_checkpoints(folder), key=checkpoint_step, default=None)
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step in the name of a checkpoint file."""
+    """The step in the name of a checkpoint file. Raises ManifestError for another name."""
     named = _FILE_NAME.fullmatch(path.name)
     if named is None:
         raise ManifestError(f"{path}: a checkpoint is named step-XXXXXXXX.safetensors")
@@ -40,7 +41,10 @@ def checkpoint_step(path: Path) -> int:
 
 
 def save_checkpoint(state: TrainState, folder: Path, *, keep: int = 1) -> Path:
-    """Write the state; once it is durable, remove all but the last `keep`. A failed write (OSError) removes none."""
+    """Write the state, and once it is durable remove all checkpoints but the last `keep`. Returns the file.
+
+    Raises OSError if the write fails; then no checkpoint is removed.
+    """
     path = folder / f"step-{state.step:08d}.safetensors"
     counters = {
         "step": state.step,
@@ -56,9 +60,16 @@ def save_checkpoint(state: TrainState, folder: Path, *, keep: int = 1) -> Path:
 
 
 def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = "cpu") -> TrainState:
-    """The state in a checkpoint of this config, bit for bit; leftovers of killed writers beside it are removed.
+    """Read the state of a checkpoint, bit for bit, and remove what killed writers left beside it.
 
-    Raises ManifestError for a damaged file, CacheMismatch for a checkpoint of another config.
+    Args:
+        config: the config that the state was trained with.
+        path: the checkpoint.
+        device: where the state is put.
+
+    Raises:
+        ManifestError: the file is damaged.
+        CacheMismatch: it is a checkpoint of another config.
     """
     remove_leftovers(path.parent)
     state = initial_state(config, torch.zeros(config.d_out, device=device))
@@ -79,7 +90,7 @@ def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = 
 
 
 def config_sha256(config: SAEConfig) -> str:
-    """Hash of the config's canonical JSON."""
+    """SHA-256 of the config's canonical JSON."""
     return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()
 
 
@@ -88,7 +99,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, float | int | bool]:
-    """What an optimizer counts in a parameter group."""
+    """The numbers of an optimizer's parameter group."""
     return {name: value for name, value in group.items() if isinstance(value, float | int)}
 
 
@@ -102,7 +113,7 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _fill(state: TrainState, stored: dict[str, Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Copy the stored tensors into a fresh state, whose shapes they must have."""
+    """Copy the stored tensors into a fresh state. They must have its shapes."""
     state.tokens_since_fired.copy_(stored["tokens_since_fired"])
     for name, weight in state.weights.items():
         with torch.no_grad():
@@ -119,7 +130,7 @@ def _fill(state: TrainState, stored: dict[str, Tensor], groups: Sequence[Mapping
 
 
 def _fitting(tensor: Tensor, weight: Tensor, name: str) -> Tensor:
-    """On the weight's device; of its shape, unless it is a counter."""
+    """The tensor on the weight's device. Raises ValueError unless it has the weight's shape or is a scalar."""
     if tensor.ndim > 0 and tensor.shape != weight.shape:
         raise ValueError(f"{name} must have shape {tuple(weight.shape)}, got {tuple(tensor.shape)}")
     return tensor.to(weight.device, copy=True)

@@ -1,7 +1,7 @@
-"""Where the lines of metrics.jsonl go besides: wandb, trackio and TensorBoard, side by side behind `MetricLogger`.
+"""Loggers: wandb, trackio and TensorBoard get the lines of metrics.jsonl too, behind the protocol `MetricLogger`.
 
-Each is an extra of the package, such as `pip install 'actcache[wandb]'`. A logger gets a line when the file has it,
-with its keys and values; the x axis is the step, and n_tokens is one of the values. Nothing comes back from it.
+Each is an extra of the package, such as `pip install 'actcache[wandb]'`. A logger gets a line once the file has it,
+with the same keys and values. The x axis is the step, and n_tokens is one of the values. Training reads nothing back.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from actcache.errors import ActcacheError, ConfigError
 from actcache.files import write_atomically
 from trainer.config.settings import SAEConfig
 
-PROJECT = "actcache"  # of wandb, unless WANDB_PROJECT names another, and of trackio
+PROJECT = "actcache"  # project in trackio, and in wandb unless WANDB_PROJECT names another
 ID_FILE = "logger_id"
 
 Send = Callable[[Mapping[str, Any]], None]
@@ -30,17 +30,23 @@ class MetricLogger(Protocol):
     """What a sweep needs of a logger."""
 
     def log(self, name: str, metrics: Mapping[str, Any]) -> None:
-        """Take one line of metrics.jsonl of the SAE of this name; "step" and "n_tokens" are among its keys."""
+        """Log one line of metrics.jsonl of the SAE `name`. "step" and "n_tokens" are among its keys."""
         ...
 
     def close(self) -> None:
-        """Write out what was taken; no line comes after."""
+        """Write out all lines. No line comes afterwards."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedRun:
-    """An SAE whose lines are to come. folder: its RUNS/<name>, which exists. step: how many are done before."""
+    """An SAE whose lines will be logged.
+
+    Attributes:
+        config: the SAE.
+        folder: its folder RUNS/<name>, which exists.
+        step: how many steps are done already.
+    """
 
     config: SAEConfig
     folder: Path
@@ -48,12 +54,12 @@ class LoggedRun:
 
     @property
     def sweep(self) -> str:
-        """Name of the folder of runs, under which loggers group them."""
+        """The name of the folder of runs. Loggers group the runs under it."""
         return self.folder.resolve().parent.name
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raises ConfigError for a logger that there is not, and for one whose package is not installed."""
+    """Raise ConfigError for an unknown logger, and for one whose package is not installed."""
     for name in names:
         if name not in _MODULES:
             raise ConfigError(f"train: a logger must be one of {', '.join(_MODULES)}, got {name!r}")
@@ -62,9 +68,11 @@ def check_loggers(names: Sequence[str]) -> None:
 
 @contextmanager
 def open_loggers(names: Sequence[str], runs: Sequence[LoggedRun]) -> Iterator[tuple[MetricLogger, ...]]:
-    """The named loggers, each once and ready for the lines of these runs; closed at the end.
+    """Open each named logger once for these runs, and close it at the end.
 
-    Raises ConfigError as `check_loggers`, ActcacheError if wandb cannot start a run.
+    Raises:
+        ConfigError: as `check_loggers`.
+        ActcacheError: wandb cannot start a run.
     """
     with ExitStack() as stack:
         yield tuple(stack.enter_context(closing(_logger(name, runs))) for name in dict.fromkeys(names))
@@ -72,7 +80,7 @@ def open_loggers(names: Sequence[str], runs: Sequence[LoggedRun]) -> Iterator[tu
 
 @dataclass(frozen=True, slots=True)
 class _Logger:
-    """How to send a line of each SAE, and what to close at the end."""
+    """A function for each SAE that sends a line of it, and what must be closed at the end."""
 
     send: Mapping[str, Send]
     opened: ExitStack
@@ -92,7 +100,7 @@ def _logger(name: str, runs: Sequence[LoggedRun]) -> MetricLogger:
 
 
 def _wandb(wandb: Any, run: LoggedRun, opened: ExitStack) -> Send:
-    """One wandb run an SAE. It keeps its id, and of a line that comes again after a kill wandb drops the second."""
+    """Open one wandb run for an SAE. The run keeps its id, so wandb drops a line that is sent again after a kill."""
     try:
         started = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -115,9 +123,9 @@ def _wandb(wandb: Any, run: LoggedRun, opened: ExitStack) -> Send:
 
 
 def _trackio(trackio: Any, run: LoggedRun, opened: ExitStack) -> Send:
-    """One trackio run an SAE. trackio knows runs by name, so the name holds the id."""
+    """Open one trackio run for an SAE. trackio knows runs by name, so the name holds the id."""
     started = _printing_to_stderr(
-        Context().run,  # of its own: trackio ends the run that the context has
+        Context().run,  # a fresh context: trackio ends the run that its context holds
         trackio.init,
         project=PROJECT,
         group=run.sweep,
@@ -133,7 +141,7 @@ def _trackio(trackio: Any, run: LoggedRun, opened: ExitStack) -> Send:
 
 
 def _tensorboard(tensorboard: Any, run: LoggedRun, opened: ExitStack) -> Send:
-    """One event file an SAE and call, in its folder; it hides what an earlier one has of the steps done again."""
+    """Open an event file in the folder of an SAE. It hides the lines of an earlier file from the steps done again."""
     writer = opened.enter_context(tensorboard.SummaryWriter(run.folder, purge_step=run.step + 1))
 
     def send(metrics: Mapping[str, Any]) -> None:
@@ -162,7 +170,7 @@ def _module(name: str) -> Any:
 
 
 def _printing_to_stderr(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Call what prints to stdout, which is for JSON."""
+    """Call something that prints, with its output on stderr, because stdout is for JSON."""
     with redirect_stdout(sys.stderr):
         return call(*arguments, **named)
 
@@ -172,7 +180,7 @@ def _without_step(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run_id(folder: Path) -> str:
-    """What tells this run from one of the same name in another sweep; kept in its folder, for when it goes on."""
+    """The id that tells this run from runs of the same name in other sweeps. Its folder keeps it for later calls."""
     path = folder / ID_FILE
     if not path.exists():
         write_atomically(path, [uuid.uuid4().hex[:12].encode()])

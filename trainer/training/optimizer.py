@@ -1,4 +1,4 @@
-"""Schedules as functions of the step, the optimizers, and the decoder's unit norm."""
+"""What a step does to the weights: schedules as functions of the step, the optimizers, and the decoder's unit norm."""
 
 import importlib
 import math
@@ -17,9 +17,10 @@ COSINE_WARM_UP_START = 0.1  # share of lr that a cosine warm-up begins at (Rajam
 
 
 def lr_at(config: SAEConfig, step: int) -> float:
-    """Learning rate of a step (from 0): warm-up, then constant or annealed, and to 0 over the last `lr_decay_steps`.
+    """The learning rate of a step, counted from 0.
 
-    A cosine warm-up rises from a tenth. cosineannealing falls from lr to lr_end between warm-up and decay.
+    It rises over the warm-up, is constant or annealed after it, and falls to 0 over the last `lr_decay_steps`. A cosine
+    warm-up rises from a tenth of lr. cosineannealing falls from lr to lr_end between warm-up and decay.
     """
     rising = _ramp(step + 1, config.lr_warm_up_steps)
     if config.lr_warm_up_name == "cosine":
@@ -36,22 +37,23 @@ def _annealed_lr(config: SAEConfig, step: int) -> float:
 
 
 def k_at(config: SAEConfig, step: int) -> int | None:
-    """k of a step (from 0): linear from k_anneal_start to k over `k_anneal_steps`, then k (arXiv:2410.20526)."""
+    """k of a step, counted from 0: linear from k_anneal_start to k over `k_anneal_steps`, then k (arXiv:2410.20526)."""
     if config.k is None or config.k_anneal_start is None:
         return config.k
     return round(config.k_anneal_start + (config.k - config.k_anneal_start) * _ramp(step, config.k_anneal_steps))
 
 
 def sparsity_coefficient_at(config: SAEConfig, step: int) -> float:
-    """Sparsity coefficient of a step (from 0): linear warm-up, then constant; 0 where there is none."""
+    """The sparsity coefficient of a step, counted from 0: a linear warm-up, then constant. 0 if the config has none."""
     return (config.sparsity_coefficient or 0.0) * _ramp(step + 1, config.sparsity_warm_up_steps)
 
 
 def new_optimizer(config: SAEConfig, weights: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     """The config's optimizer over the weights, in their order.
 
-    adam and adamw are torch's, fused; signum (Bernstein et al. 2018, arXiv:1802.04434), muon (Jordan et al. 2024, with
-    Adam for what is no matrix) and schedule_free (Defazio et al. 2024, arXiv:2405.15682) are pytorch-optimizer's.
+    adam and adamw come from torch, fused. The others come from the package pytorch-optimizer: signum (Bernstein et al.
+    2018, arXiv:1802.04434), muon (Jordan et al. 2024), which uses Adam for weights that are not matrices, and
+    schedule_free (Defazio et al. 2024, arXiv:2405.15682).
 
     Raises:
         ConfigError: the package is not installed.
@@ -73,7 +75,7 @@ def new_optimizer(config: SAEConfig, weights: Mapping[str, Tensor]) -> torch.opt
 
 
 def check_optimizer(config: SAEConfig) -> None:
-    """Raises ConfigError if the package of the config's optimizer is not installed."""
+    """Raise ConfigError if the package of the config's optimizer is not installed."""
     if config.optimizer not in ("adam", "adamw"):
         _more_optimizers(config)
 
@@ -89,12 +91,18 @@ def _more_optimizers(config: SAEConfig) -> Any:
 
 
 def schedule_free_average(config: SAEConfig, weight: Tensor, z: Tensor) -> Tensor:
-    """x = (y - (1 - beta1) z) / beta1: what schedule_free has learned, of its weight y and its iterate z (eq. 6)."""
+    """x = (y - (1 - beta1) z) / beta1: the weight that schedule_free has learned, from its y and z (eq. 6).
+
+    Args:
+        config: holds beta1.
+        weight: y, where gradients are taken.
+        z: the iterate in the optimizer's state.
+    """
     return weight.detach().lerp(z, 1 - 1 / config.adam_beta1)
 
 
 def update_average_(average: dict[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:
-    """average <- decay * average + (1 - decay) * weights; an empty one begins as the weights are."""
+    """average <- decay * average + (1 - decay) * weights. An empty average begins with the weights themselves."""
     for name, weight in weights.items():
         if name in average:
             average[name].lerp_(weight.detach(), 1 - decay)
@@ -105,8 +113,8 @@ def update_average_(average: dict[str, Tensor], weights: Mapping[str, Tensor], d
 def clip_gradients_(weights: Iterable[Tensor], max_norm: float) -> None:
     """Scale all gradients together to a norm of at most `max_norm`, as torch's clip_grad_norm_ does.
 
-    On a CPU those that are short enough are left alone, where torch multiplies them by 1; on CUDA that would mean to
-    wait for their norm.
+    torch multiplies gradients that are short enough by 1. On a CPU this function leaves them alone instead. On CUDA it
+    does as torch does, because reading the norm would wait for the device.
     """
     weights = list(weights)
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
@@ -115,7 +123,7 @@ def clip_gradients_(weights: Iterable[Tensor], max_norm: float) -> None:
 
 
 def remove_parallel_gradient_(W_dec: Float[Tensor, "d_sae d_in"]) -> None:
-    """g_i <- g_i - (g_i . d_i) d_i in place, for rows d_i of norm 1: Adam's moments then hold no change of length.
+    """g_i <- g_i - (g_i . d_i) d_i in place, for rows d_i of norm 1. Adam's moments then hold no change of length.
 
     Bricken et al. 2023, "Towards Monosemanticity", appendix on training advice.
     """
@@ -136,5 +144,5 @@ def _ramp(numerator: int, n_steps: int) -> float:
 
 
 def _half_cosine(share: float) -> float:
-    """From 1 at 0 to 0 at 1."""
+    """Half a period of a cosine: 1 at share 0, and 0 at share 1."""
     return (1 + math.cos(math.pi * share)) / 2

@@ -1,7 +1,7 @@
-"""What a sweep will take, before it starts: parameters, memory, FLOPs, and the passes over the cache that fit.
+"""What a sweep will take, before it starts: its parameters, memory and FLOPs, and how many passes over the cache.
 
-Memory counts float32 and is an upper bound of what stepping adds to the process, on the device that trains; what an SAE
-takes once for its first b_enc (a sample of rows) and for its export (one matrix in float64) is not in it.
+The memory is an upper bound of what the steps add to the process on the device that trains. It leaves out what an SAE
+takes once: a sample of rows for its first b_enc, and one float64 matrix for its export.
 """
 
 import time
@@ -17,15 +17,18 @@ from trainer.kernels.active import Workspace
 from trainer.kernels.select import topk_chunk_rows
 from trainer.training.step import initial_state, train_step
 
-LOADER_BYTES = 640 << 20  # a hook: three groups of at most 144 MiB, and the numbers of the rows of two of them
-FREE_SHARE = 0.8  # of the memory that is free may be used
+LOADER_BYTES = 640 << 20  # of one hook: three groups of at most 144 MiB, and the row numbers of two of them
+FREE_SHARE = 0.8  # the share of the free memory that training may use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPlan:
-    """SAEs in the order they are trained; those of one pass share every batch of one reading of the cache.
+    """The SAEs of a sweep in the order in which they are trained.
 
-    memory_bytes: what may be used.
+    Attributes:
+        passes: the SAEs of each pass. A pass reads the cache once, and its SAEs share every batch.
+        batch_tokens: rows of a batch.
+        memory_bytes: the memory that may be used.
     """
 
     passes: tuple[tuple[SAEConfig, ...], ...]
@@ -39,22 +42,22 @@ class SweepPlan:
 
     @property
     def n_parameters(self) -> int:
-        """Trained numbers of all SAEs."""
+        """Number of trained parameters of all SAEs."""
         return sum(n_parameters(config) for config in self.configs)
 
     @property
     def needed_bytes(self) -> int:
-        """Of the pass that needs most."""
+        """Bytes of the pass that needs most memory."""
         return max((pass_bytes(each, self.batch_tokens) for each in self.passes), default=0)
 
     @property
     def flops(self) -> float:
-        """Of all SAEs and tokens."""
+        """FLOPs of training all SAEs on all of their tokens."""
         return sum((flops_per_token(config) * config.training_tokens for config in self.configs), start=0.0)
 
 
 def plan_passes(configs: Sequence[SAEConfig], batch_tokens: int, memory_bytes: int) -> SweepPlan:
-    """Put SAEs into passes, in their order, a new one where the next would not fit.
+    """Put the SAEs into passes, in their order. A new pass begins where the next SAE would not fit into the last one.
 
     Raises:
         ConfigError: an SAE does not fit alone.
@@ -74,21 +77,21 @@ def plan_passes(configs: Sequence[SAEConfig], batch_tokens: int, memory_bytes: i
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that training may take on a device: most of what is free."""
+    """Bytes that training may take on a device: FREE_SHARE of those that are free."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * FREE_SHARE)
     return int(psutil.virtual_memory().available * FREE_SHARE)
 
 
 def n_parameters(config: SAEConfig) -> int:
-    """Trained numbers of an SAE."""
+    """Number of trained parameters of an SAE."""
     per_latent = {"gated": 3, "jumprelu": 2}.get(config.architecture, 1)
     skip = config.d_in * config.d_out if config.architecture == "skip_transcoder" else 0
     return config.d_sae * (config.d_in + config.d_out + per_latent) + config.d_out + skip
 
 
 def pass_bytes(configs: Sequence[SAEConfig], batch_tokens: int) -> int:
-    """Memory of training these SAEs together: all of their states, one step at a time, and the loader."""
+    """Bytes of training these SAEs together: all their states, the largest of their steps, a batch and the loader."""
     hooks = {hook for config in configs for hook in (*config.inputs, *config.outputs)}
     widths = {(c.inputs, c.d_in) for c in configs} | {(c.outputs, c.d_out) for c in configs}
     inputs = sum(width for _, width in widths) * batch_tokens * 4
@@ -98,9 +101,11 @@ def pass_bytes(configs: Sequence[SAEConfig], batch_tokens: int) -> int:
 
 
 def flops_per_token(config: SAEConfig) -> float:
-    """Of a training step: the encoder whole and the rest where it is kept, or everything where all latents count.
+    """FLOPs of a training step for each token.
 
-    Dense (penalised architectures, before they are sparse): 4 d_in d_sae in the encoder, 6 d_out d_sae in the decoder.
+    The TopK family encodes all latents, 2 d_in d_sae, and does the rest for the k active ones alone. The other
+    architectures are counted as dense, which they are until they become sparse: 4 d_in d_sae in the encoder and
+    6 d_out d_sae in the decoder.
     """
     if config.architecture in TOPK_FAMILY:
         assert config.k is not None
@@ -109,7 +114,7 @@ def flops_per_token(config: SAEConfig) -> float:
 
 
 def measured_seconds(configs: Sequence[SAEConfig], batch_tokens: int, device: torch.device | str) -> float:
-    """Time of all steps of these SAEs, from one real step of each kind on random rows; without reading."""
+    """Seconds that all steps of these SAEs take, without reads, from one real step of each kind on random rows."""
     kinds: dict[SAEConfig, int] = {}
     for config in configs:
         kind = replace(config, name="timed", seed=0, lr=1e-6, sparsity_coefficient=config.sparsity_coefficient and 1.0)
@@ -118,24 +123,24 @@ def measured_seconds(configs: Sequence[SAEConfig], batch_tokens: int, device: to
 
 
 def _step_seconds(config: SAEConfig, batch_tokens: int, device: torch.device | str) -> float:
-    """The second step: the first one gets its memory."""
+    """Seconds of one step. It is the second one, because the first one allocates its memory."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch_tokens, config.d_in, generator=generator).to(device)
     y = x if config.d_in == config.d_out else torch.randn(batch_tokens, config.d_out, generator=generator).to(device)
     state, workspace = initial_state(config, torch.zeros(config.d_out, device=device)), Workspace()
     train_step(state, x, workspace, y=y)
     started = time.perf_counter()
-    int(train_step(state, x, workspace, y=y).n_active)  # the last thing of a step: on CUDA too it has ended
+    int(train_step(state, x, workspace, y=y).n_active)  # computed last, so that the step has ended on CUDA too
     return time.perf_counter() - started
 
 
 def _state_bytes(config: SAEConfig) -> int:
-    """Weights, what the optimizer keeps of each (two moments at most), their gradients and running average."""
+    """Bytes of the weights, their gradients, the optimizer's state (at most two moments) and the running average."""
     return n_parameters(config) * 4 * (4 + (config.ema_decay is not None))
 
 
 def _step_bytes(config: SAEConfig, batch_tokens: int) -> int:
-    """Of one step: gradients are in the state. Dense ones hold pre_acts, feature_acts, their gradients and masks."""
+    """Bytes of one step beside the state. A dense step holds pre_acts, feature_acts, their gradients and masks."""
     rows = batch_tokens * (config.d_in + 4 * config.d_out) * 4
     if config.architecture not in TOPK_FAMILY:
         return rows + 6 * batch_tokens * config.d_sae * 4

@@ -1,7 +1,6 @@
-"""One SAE of a sweep and its folder RUNS/<name>/: what it holds, and that it is written whole and only once.
+"""One SAE of a sweep while it trains: `Run` steps it and writes the logs, checkpoints and failed.json of its folder.
 
-config.json, metrics.jsonl (deterministic), timing.jsonl, checkpoint/, and at the end sae/, or failed.json where the SAE
-diverged.
+`trainer.run_folder` says what the folder holds. `sweep` writes config.json and sae/.
 """
 
 import json
@@ -28,7 +27,7 @@ from trainer.training.checkpoint import checkpoint_step, latest_checkpoint, save
 from trainer.training.loggers import MetricLogger
 from trainer.training.step import TrainState, check_losses_are_finite, check_weights_are_finite, log_record, train_step
 
-LOOK_EVERY = 100  # steps on CUDA, at most, before their losses are looked at: whoever looks waits for the device
+LOOK_EVERY = 100  # steps on CUDA, at most, between two looks at the losses, each of which waits for the device
 Moment = float | torch.cuda.Event
 
 
@@ -36,8 +35,12 @@ Moment = float | torch.cuda.Event
 class RunRecord:
     """What became of one SAE.
 
-    metrics: its last line of metrics.jsonl, {} if there is none. seconds: spent stepping it in this call, by the device
-    where that is CUDA. error: why it was stopped, None if it was not.
+    Attributes:
+        config: the SAE.
+        folder: its folder RUNS/<name>.
+        metrics: its last line of metrics.jsonl; {} if there is none.
+        seconds: how long its steps took in this call. On CUDA it is the device's time.
+        error: why it was stopped; None if it was not.
     """
 
     config: SAEConfig
@@ -48,7 +51,7 @@ class RunRecord:
 
 
 class Run:
-    """One SAE of a sweep: its state, and the files that it writes. A context manager that closes them."""
+    """One SAE of a sweep: its state, and the files that it writes. As a context manager it closes them."""
 
     def __init__(
         self,
@@ -62,11 +65,11 @@ class Run:
         self.config, self._train_config, self._loggers = state.config, train_config, loggers
         self.error: str | None = None
         self.seconds = 0.0
-        self._unseen: list[tuple[Tensor, Moment, Moment]] = []  # steps since the last look: loss, beginning, end
+        self._unseen: list[tuple[Tensor, Moment, Moment]] = []  # of each step since the last look: loss, start, end
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [_cut_back(folder / name, state.step) for name in (METRICS_FILE, TIMING_FILE)]
-        self.metrics: dict[str, Any] = kept[0][-1] if kept[0] else {}
-        self._line: dict[str, Any] | None = None  # of the step just done, until it is written
+        lines, _ = (_cut_back(folder / name, state.step) for name in (METRICS_FILE, TIMING_FILE))
+        self.metrics: dict[str, Any] = lines[-1] if lines else {}
+        self._line: dict[str, Any] | None = None  # the line of the step just done, until it is written
         self._metrics_file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
         self._timing_file = open(folder / TIMING_FILE, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -79,18 +82,22 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether it diverged or did its last step."""
+        """Whether the SAE diverged or did its last step."""
         return self.error is not None or self.state.step >= self.config.n_steps
 
     def is_due(self, every: int | None) -> bool:
-        """Whether the step just done is one of every so many, or the last; None: never."""
+        """Whether the step just done is the last one, or a multiple of `every`. With None no step is due."""
         is_last = self.state.step == self.config.n_steps
         return every is not None and (is_last or self.state.step % every == 0)
 
     def step(self, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"]) -> None:
-        """One step, and its line for the log when due. Divergence ends this run alone.
+        """Do one step, and make its line for the log if one is due. If the SAE diverges, this run alone ends.
 
-        On CUDA a run may take `LOOK_EVERY` steps more before that is seen, but then writes nothing of them.
+        On CUDA up to `LOOK_EVERY` more steps may follow before the divergence is seen. Nothing of them is written.
+
+        Args:
+            x: scaled rows, as the config's `inputs` say.
+            y: the scaled rows that are to be reconstructed, as its `outputs` say.
         """
         started = _moment(x.device)
         try:
@@ -106,7 +113,7 @@ class Run:
             self._line = log_record(self.state, y, outcome)
 
     def _look(self) -> None:
-        """Add up the times of the steps since the last look; the first whose loss is not finite ends this run."""
+        """Add up the times of the steps since the last look. A loss that is not finite ends this run."""
         unseen, self._unseen = self._unseen, []
         if not unseen:
             return
@@ -118,7 +125,7 @@ class Run:
         self.seconds += sum(_seconds(started, ended) for _, started, ended in unseen)
 
     def add_to_line(self, metrics: Mapping[str, float]) -> None:
-        """Add held-out metrics to the line of this step. What is not finite ends this run, as in training."""
+        """Add held-out metrics to the line of this step. A metric that is not finite ends this run, as a loss does."""
         assert self._line is not None, "an evaluation is logged"
         wild = [name for name, value in metrics.items() if not math.isfinite(value)]
         if wild:
@@ -131,9 +138,9 @@ class Run:
         self._line |= metrics
 
     def write(self, rates: Callable[[], dict[str, float]]) -> None:
-        """What is due after a step, unless this run is stopped: a line in each log, a checkpoint.
+        """Write what is due after a step, unless this run is stopped: a line in each log, and a checkpoint.
 
-        rates: of the sweep so far, for timing.jsonl.
+        rates: gives the rates of the sweep so far, for timing.jsonl.
         """
         line, self._line = self._line, None
         if line is not None and self.error is None:
@@ -142,7 +149,7 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """A checkpoint, once the log up to it is durable. What is not finite ends this run instead."""
+        """Write a checkpoint, once the logs up to it are durable. A loss or weight that is not finite ends this run."""
         self._look()
         if self.error is not None:
             return
@@ -156,7 +163,7 @@ class Run:
         save_checkpoint(self.state, self.folder / CHECKPOINTS, keep=self._train_config.keep_checkpoints)
 
     def record(self) -> RunRecord:
-        """What became of it."""
+        """What became of the SAE."""
         return RunRecord(
             config=self.config, folder=self.folder, metrics=self.metrics, seconds=self.seconds, error=self.error
         )
@@ -176,7 +183,7 @@ class Run:
 
 
 def _moment(device: torch.device) -> Moment:
-    """Now; on CUDA where the device is in its work, for the clock says only when that was asked for."""
+    """Now. On CUDA it is an event of the device, because the CPU's clock only says when work was queued."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -185,7 +192,7 @@ def _moment(device: torch.device) -> Moment:
 
 
 def _seconds(started: Moment, ended: Moment) -> float:
-    """Between two moments of one device, which has reached the second."""
+    """Seconds between two moments of one device. On CUDA the device must have reached the second one."""
     if isinstance(started, torch.cuda.Event):
         assert isinstance(ended, torch.cuda.Event)
         return started.elapsed_time(ended) / 1000
@@ -194,13 +201,13 @@ def _seconds(started: Moment, ended: Moment) -> float:
 
 
 def saved_step(folder: Path) -> int:
-    """Steps done at the latest checkpoint of a run; 0 without one."""
+    """The step of the latest checkpoint of a run; 0 without one."""
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     return 0 if checkpoint is None else checkpoint_step(checkpoint)
 
 
 def stored_record(config: SAEConfig, folder: Path) -> RunRecord:
-    """The record of a run that an earlier call ended."""
+    """The record of a run that ended in an earlier call."""
     lines = whole_lines(folder / METRICS_FILE)
     failed = folder / FAILED_FILE
     error = str(read_json(failed).get("error")) if failed.is_file() else None
@@ -208,9 +215,12 @@ def stored_record(config: SAEConfig, folder: Path) -> RunRecord:
 
 
 def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove the lines after `step`, and a torn one, which a resumed run writes again; returns those that stay."""
-    kept = [line for line in whole_lines(path) if line["step"] <= step]
-    text = "".join(json.dumps(line) + "\n" for line in kept).encode()
+    """Remove from a log the lines after `step` and an incomplete one: a resumed run writes them again.
+
+    Returns the lines that stay.
+    """
+    lines = [line for line in whole_lines(path) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in lines).encode()
     if path.exists() and path.read_bytes() != text:
         write_atomically(path, [text])
-    return kept
+    return lines

@@ -1,4 +1,4 @@
-"""One SAE, one batch: `TrainState` and what a step does to it."""
+"""One SAE and one batch: `TrainState`, the step that changes it, and the weights that training arrives at."""
 
 import math
 from collections.abc import Iterable
@@ -34,10 +34,16 @@ _PENALTY_KEY = {name: "losses/l0_loss" if name == "jumprelu" else "losses/l1_los
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TrainState:
-    """All that changes while an SAE trains, and so all that a checkpoint holds (with the config's hash).
+    """All that changes while an SAE trains. A checkpoint holds it, with the hash of the config.
 
-    step: optimizer steps done. n_tokens: rows seen. tokens_since_fired: rows seen since each latent was last active.
-    average: running average of the weights where the config has an ema_decay, empty before the first step.
+    Attributes:
+        config: the SAE; it does not change.
+        weights: the weights, as `architectures` describes them.
+        optimizer: the optimizer of the weights, with its moments.
+        average: the running average of the weights, if the config has an ema_decay. It is empty before the first step.
+        step: optimizer steps done.
+        n_tokens: rows seen.
+        tokens_since_fired: rows seen since each latent was last active, int64.
     """
 
     config: SAEConfig
@@ -50,20 +56,24 @@ class TrainState:
 
     @property
     def dead(self) -> Tensor:
-        """Bool [d_sae]: latents that have not fired in the last `dead_window` tokens."""
+        """Which latents have not fired in the last `dead_window` tokens, bool [d_sae]."""
         return self.tokens_since_fired > self.config.dead_window
 
     @property
     def may_have_dead(self) -> bool:
-        """Whether enough rows were seen for a latent to be dead: known without a look at the counters."""
+        """Whether enough rows were seen for a latent to be dead. The counters are not read for it."""
         return self.n_tokens > self.config.dead_window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepOutcome:
-    """What a step computed on its way, detached: for the log.
+    """What a step computed, detached, for the log.
 
-    n_active: active latents over the whole batch. lr: what this step used.
+    Attributes:
+        loss: the terms of the loss.
+        x_hat: the reconstruction of the batch.
+        n_active: the number of active entries in the whole batch.
+        lr: the learning rate of this step.
     """
 
     loss: LossTerms
@@ -79,7 +89,7 @@ def initial_state(
     x_mean: Float[Tensor, " d_in"] | None = None,
     sample: Float[Tensor, "row d_in"] | None = None,
 ) -> TrainState:
-    """The state before the first step, on b_dec's device, from what `initial_weights` takes."""
+    """The state before the first step, on b_dec's device. The arguments are those of `initial_weights`."""
     weights = initial_weights(config, b_dec, x_mean=x_mean, sample=sample)
     return TrainState(
         config=config,
@@ -99,12 +109,22 @@ def train_step(
     *,
     y: Float[Tensor, "batch d_out"] | None = None,
 ) -> StepOutcome:
-    """One optimizer step on x, float32 and scaled as the config's `inputs` say.
+    """Do one optimizer step.
 
-    y: what is to be reconstructed, scaled as its `outputs` say; x if None.
+    On CUDA the loss is not looked at, because that would wait for the device. `check_losses_are_finite` looks at the
+    losses of many steps together.
 
-    Raises TrainingDiverged, and changes nothing, when the loss is not finite. On CUDA it does not look, for that would
-    mean to wait for the device: `check_losses_are_finite` is for the losses of many steps.
+    Args:
+        state: the state, which the step changes.
+        x: float32 rows, scaled as the config's `inputs` say.
+        workspace: holds the dense pre-activations of the batch.
+        y: the rows that are to be reconstructed, scaled as the config's `outputs` say; x if None.
+
+    Returns:
+        What the step computed, for the log.
+
+    Raises:
+        TrainingDiverged: the loss is not finite (only on a CPU). The state is then unchanged.
     """
     config, y = state.config, x if y is None else y
     output = forward(config, state.weights, x, workspace, k=k_at(config, state.step))
@@ -130,9 +150,9 @@ def train_step(
 def scaled_rows(
     batch: Batch, hooks: tuple[ScaledHook, ...], made: dict[tuple[ScaledHook, ...], Tensor]
 ) -> Float[Tensor, "batch width"]:
-    """The hooks' activations side by side, float32 and scaled; a copy, so that the batch stays as it was read.
+    """The activations at the hooks, side by side, float32 and scaled. The batch itself is not changed.
 
-    made: what was made of this batch before.
+    made: the rows that were made of this batch before, by their hooks. New rows are added to it.
     """
     if hooks not in made:
         parts = [batch.x[hook.hook_name].to(torch.float32, copy=True).mul_(hook.scale) for hook in hooks]
@@ -141,7 +161,10 @@ def scaled_rows(
 
 
 def log_record(state: TrainState, y: Float[Tensor, "batch d_out"], outcome: StepOutcome) -> dict[str, float | int]:
-    """One line of metrics.jsonl after a step that was to give y, under SAELens' keys; only lr is not of this batch."""
+    """The line of metrics.jsonl for the step just done, under SAELens' keys.
+
+    y: the scaled rows that were to be reconstructed. The losses, explained variance and l0 are those of this batch.
+    """
     loss, architecture = outcome.loss, state.config.architecture
     terms = {_PENALTY_KEY[architecture]: loss.sparsity} if architecture in _PENALTY_KEY else {}
     if architecture not in PENALISED or architecture == "gated":
@@ -163,9 +186,9 @@ def log_record(state: TrainState, y: Float[Tensor, "batch d_out"], outcome: Step
 
 
 def check_losses_are_finite(config: SAEConfig, losses: Float[Tensor, " step"], *, first_step: int) -> None:
-    """Raises TrainingDiverged naming the first step whose loss is NaN or infinite.
+    """Raise TrainingDiverged if a loss is NaN or infinite. The error names the first such step.
 
-    losses: `LossTerms.total` of first_step and of the steps after it.
+    losses: `LossTerms.total` of step `first_step` and of the steps after it.
     """
     for step, loss in enumerate(losses.tolist(), start=first_step):
         if not math.isfinite(loss):
@@ -175,9 +198,9 @@ def check_losses_are_finite(config: SAEConfig, losses: Float[Tensor, " step"], *
 
 
 def check_weights_are_finite(state: TrainState) -> None:
-    """Raises TrainingDiverged naming the first weight that holds NaN or infinity."""
+    """Raise TrainingDiverged if a weight holds NaN or infinity. The error names the first such weight."""
     for name, weight in state.weights.items():
-        if not all(bool(bound.isfinite()) for bound in weight.detach().aminmax()):  # NaN passes through both
+        if not all(bool(bound.isfinite()) for bound in weight.detach().aminmax()):  # NaN shows in both bounds
             raise TrainingDiverged(
                 f"{state.config.name}: weights must stay finite, got NaN or infinity in {name} after step "
                 f"{state.step}; lower lr={state.config.lr}"
@@ -185,7 +208,7 @@ def check_weights_are_finite(state: TrainState) -> None:
 
 
 def learned_weights(state: TrainState) -> dict[str, Tensor]:
-    """The weights that training has come to: their running average, schedule_free's, or the last ones; detached."""
+    """The weights that training has learned, detached: the running average, schedule_free's, or the last ones."""
     config = state.config
     if state.average:
         learned = dict(state.average)
@@ -201,7 +224,7 @@ def learned_weights(state: TrainState) -> dict[str, Tensor]:
 
 
 def inference_weights(state: TrainState, threshold: Float[Tensor, ""] | None = None) -> dict[str, Tensor]:
-    """The weights that `save_inference_sae` takes. threshold: of `calibrated_threshold`, for those that need one."""
+    """The weights that `save_inference_sae` takes. threshold: from `calibrated_threshold`, for a BatchTopK SAE."""
     weights = learned_weights(state)
     return weights if threshold is None else {**weights, "threshold": threshold.expand(state.config.d_sae)}
 
@@ -209,24 +232,29 @@ def inference_weights(state: TrainState, threshold: Float[Tensor, ""] | None = N
 def calibrated_threshold(
     state: TrainState, batches: Iterable[Float[Tensor, "batch d_in"]], workspace: Workspace
 ) -> Float[Tensor, ""]:
-    """Inference threshold of a BatchTopK SAE: the mean over batches of the smallest positive activation kept.
+    """The inference threshold of a BatchTopK SAE: E[min{f_ij > 0}], a mean over batches.
 
-    Bussmann et al. 2024 (arXiv:2412.06410), section 3: E[min{f_ij > 0}], with the final weights instead of a running
-    average. Batches in which nothing is active do not count; 0 where there are no others.
+    Bussmann et al. 2024 (arXiv:2412.06410), section 3. The final weights are used instead of a running average.
+    Batches without an active entry do not count. Without any active entry the threshold is 0.
+
+    Args:
+        state: the trained SAE.
+        batches: scaled rows, in batches of the length of training.
+        workspace: holds the dense pre-activations of a batch.
     """
     weights, k = learned_weights(state), state.config.k
     assert k is not None
     smallest = []
     for x in batches:
         pre_acts = encoder_pre_acts(x - weights["b_dec"], weights["W_enc"], weights["b_enc"], workspace)
-        kept = pre_acts[batch_topk_active(pre_acts, k)]
-        if len(kept) > 0:
-            smallest.append(kept.min())
+        active_pre_acts = pre_acts[batch_topk_active(pre_acts, k)]
+        if len(active_pre_acts) > 0:
+            smallest.append(active_pre_acts.min())
     return torch.stack(smallest).mean() if smallest else state.weights["b_dec"].new_zeros(())
 
 
 def _update_weights(state: TrainState, lr: float) -> None:
-    """The optimizer's step, with the decoder's rows held at norm 1 where the architecture asks for it."""
+    """Do the optimizer's step. Decoder rows stay at norm 1 where the architecture asks for it."""
     config, W_dec = state.config, state.weights["W_dec"]
     if config.has_unit_norm_decoder:
         remove_parallel_gradient_(W_dec)
@@ -239,13 +267,15 @@ def _update_weights(state: TrainState, lr: float) -> None:
     if config.has_unit_norm_decoder:
         unit_norm_rows_(W_dec)
     if "threshold" in state.weights:
-        state.weights["threshold"].detach().clamp_(min=0.0)  # below, a negative pre-activation would pass
+        state.weights["threshold"].detach().clamp_(
+            min=0.0
+        )  # under a negative threshold, a negative pre-activation would pass
     if config.ema_decay is not None:
         update_average_(state.average, state.weights, config.ema_decay)
 
 
 def _count(state: TrainState, output: SAEOutput, n_rows: int) -> Int[Tensor, ""]:
-    """Advance the counters; returns the active latents over the batch."""
+    """Advance the counters. Returns the number of active entries in the batch."""
     counts = output.firing_counts()
     state.tokens_since_fired.add_(n_rows).mul_(counts == 0)
     state.step += 1

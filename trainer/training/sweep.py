@@ -1,7 +1,7 @@
-"""Each batch is read once and every SAE is stepped on it; `train` does that for a cache and a sweep file.
+"""A sweep: each batch is read once, and every SAE is stepped on it. `train` does this for a cache and a sweep file.
 
-`run` says what RUNS/<name>/ of each SAE holds. The same call again goes on where the last one stopped, bit for
-bit.
+`trainer.run_folder` says what the folder of each SAE holds. The same call again goes on where the last one stopped, bit
+for bit.
 """
 
 import json
@@ -38,15 +38,22 @@ from trainer.training.run import Run, RunRecord, saved_step, stored_record
 from trainer.training.step import TrainState, calibrated_threshold, inference_weights, initial_state, scaled_rows
 from trainer.training.validation import check_validation, validation_batches, validation_metrics
 
-CALIBRATION_BATCHES = 16
+CALIBRATION_BATCHES = 16  # first batches of training that calibrate a threshold or an initial b_enc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepProgress:
-    """How far a sweep is.
+    """How far a sweep is. Tokens and seconds count from the start of this call.
 
-    n_tokens, n_sae_tokens (summed over SAEs), seconds and wait_seconds (spent waiting for data) count from the start of
-    this call. n_saes: still training. metrics: of each SAE that logged at this step, by name.
+    Attributes:
+        step: steps done.
+        n_steps: steps of the longest run.
+        n_tokens: rows read.
+        n_sae_tokens: rows that each SAE was stepped on, summed over the SAEs.
+        n_saes: how many SAEs still train.
+        seconds: time since the start.
+        wait_seconds: the part of it that was spent waiting for data.
+        metrics: the line of each SAE that was logged at this step, by name.
     """
 
     step: int
@@ -60,7 +67,7 @@ class SweepProgress:
 
 
 Progress = Callable[[SweepProgress], None]
-Validation = Callable[[Sequence[str]], Iterable[Batch]]  # hook names -> the rows to evaluate on, the same at every call
+Validation = Callable[[Sequence[str]], Iterable[Batch]]  # hook names -> the held-out rows, the same at every call
 
 
 def train(
@@ -73,20 +80,31 @@ def train(
     loggers: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[RunRecord, ...]:
-    """Train every run of a sweep on a cache into `out`/<name>; finished ones are left alone, others go on.
+    """Train every run of a sweep on a cache, each into the folder `out`/<name>.
 
-    Returns one record a run, in order; an SAE that diverged says so in its record while the others went on.
-    memory_bytes: what training may take, most of what is free if None; SAEs that do not fit together are trained in
-    several passes over the cache, as `plan` says. loggers: of "wandb", "trackio" and "tensorboard", where the lines of
-    metrics.jsonl go besides (`loggers`).
+    Runs that are finished are left alone, and others go on from their last checkpoint. An SAE that diverges says so in
+    its record, while the others go on. SAEs that do not fit into the memory together are trained in several passes over
+    the cache, as `plan` says.
+
+    Args:
+        cache: an open cache.
+        config: which SAEs to train.
+        out: the folder of runs.
+        device: where the SAEs train.
+        memory_bytes: how much memory training may take; None for most of what is free.
+        loggers: any of "wandb", "trackio" and "tensorboard", which get the lines of metrics.jsonl too.
+        progress: called after every step.
+
+    Returns:
+        One record for each run, in the order of the config.
 
     Raises:
-        ConfigError: more tokens asked than the epochs serve, a setting that does not fit the cache, an SAE that does
-            not fit into the memory, or a logger or an optimizer whose package is not installed.
+        ConfigError: more tokens are asked for than the epochs hold, a setting does not fit the cache, an SAE does not
+            fit into the memory, or the package of a logger or an optimizer is not installed.
         DatasetError: `eval_every` is given and the validation split has no rows.
-        CacheMismatch: `out` holds something else than runs, or a folder of it a different run (the message lists the
-            differences).
-        KeyboardInterrupt: SIGINT or SIGTERM came; every SAE was saved at the same step before.
+        CacheMismatch: `out` holds something else than runs, or one of its folders holds a different run. The message
+            lists the differences.
+        KeyboardInterrupt: SIGINT or SIGTERM came. Every SAE was saved at the same step before.
     """
     out, records = Path(out), dict[str, RunRecord]()
     check_loggers(loggers)
@@ -104,7 +122,7 @@ def plan(
     device: torch.device | str = "cpu",
     memory_bytes: int | None = None,
 ) -> SweepPlan:
-    """What `train` with the same arguments has still to do; nothing is written. Raises as `train` does."""
+    """What `train` with the same arguments has still to do. Nothing is written. Raises as `train` does."""
     return _plan(_checked_configs(cache, config, Path(out)), config, Path(out), device, memory_bytes)
 
 
@@ -116,7 +134,7 @@ def _plan(
 
 
 def _checked_configs(cache: Cache, config: SweepConfig, out: Path) -> tuple[SAEConfig, ...]:
-    """Every run resolved, none of them in a folder that holds something else."""
+    """Resolve every run of the sweep. Raises CacheMismatch if the folder of one holds something else."""
     if config.train.eval_every is not None:
         check_validation(cache, config.train)
     check_out(out, {run["name"] for run in config.runs})
@@ -137,13 +155,14 @@ def _train_pass(
     loggers: Sequence[str],
     progress: Progress | None,
 ) -> dict[str, RunRecord]:
-    """One reading of the cache for all of these SAEs, from the lowest step among them."""
+    """Train these SAEs in one pass over the cache, from the lowest step among them."""
     hook_names = _hook_names(configs)
     start = min(saved_step(out / each.name) for each in configs)
     states = [_state(each, out / each.name, train_config, cache, device) for each in configs]
     with _loader(cache, hook_names, train_config, start, device) as loader:
         validation = partial(validation_batches, cache, train_config, device)
-        with open_loggers(loggers, [_logged(state, out) for state in states]) as opened:
+        logged = [LoggedRun(config=s.config, folder=out / s.config.name, step=s.step) for s in states]
+        with open_loggers(loggers, logged) as opened:
             records = sweep(loader, states, train_config, out, validation=validation, loggers=opened, progress=progress)
     for state in states:
         if records[state.config.name].error is None:
@@ -165,48 +184,66 @@ def sweep(
     loggers: Sequence[MetricLogger] = (),
     progress: Progress | None = None,
 ) -> dict[str, RunRecord]:
-    """Step every SAE on every batch until each has done its config's n_steps; records by name.
+    """Step every SAE on every batch, until each has done the n_steps of its config.
 
-    batches: the stream, from the lowest step among the states; an SAE that is further joins at its own step. Writes
-    metrics, timing, checkpoints and failed.json below out/<name>. An SAE ends bit for bit as if it was trained alone.
-    validation: needed where `train_config.eval_every` is given; it is called once an evaluation, for all SAEs.
+    Logs, checkpoints and failed.json are written below out/<name>. An SAE ends bit for bit as if it was trained alone.
+
+    Args:
+        batches: the batches from the lowest step among the states on. An SAE that is further joins at its own step.
+        states: the SAEs.
+        train_config: what they share.
+        out: the folder of runs.
+        validation: gives the held-out rows for `train_config.eval_every`, once for each evaluation of all SAEs.
+        loggers: get the lines of metrics.jsonl too.
+        progress: called after every step.
+
+    Returns:
+        The record of each SAE, by name.
 
     Raises:
-        ValueError: there is no `validation` for `eval_every`. DatasetError: the stream ends too early.
-        KeyboardInterrupt: on SIGINT or SIGTERM, after the step, all saved.
+        ValueError: `eval_every` is given and `validation` is not.
+        DatasetError: the batches end too early.
+        KeyboardInterrupt: SIGINT or SIGTERM came. The step was done and every SAE was saved before.
     """
     if train_config.eval_every is not None and validation is None:
         raise ValueError(f"sweep: eval_every={train_config.eval_every} needs rows to evaluate on; pass validation")
     workspace, clock = Workspace(), _Clock()
     with ExitStack() as stack:
-        runs = [
-            stack.enter_context(Run(state, out / state.config.name, train_config, workspace, loggers))
-            for state in states
-        ]
+        runs = [stack.enter_context(Run(s, out / s.config.name, train_config, workspace, loggers)) for s in states]
         stopped_by = stack.enter_context(_signals())
         while active := [run for run in runs if not run.is_over]:
-            batch = clock.next_batch(batches)
-            if batch is None:
-                raise _ended_early(active)
+            batch = _next_batch(batches, active, clock)
             stepped = _step_all(active, batch, clock)
             if validation is not None:
                 _validate([run for run in stepped if run.is_due(train_config.eval_every)], validation, workspace)
             for run in stepped:
                 run.write(clock.rates)
             if progress is not None:
-                logged = {run.config.name: run.metrics for run in stepped if run.metrics.get("step") == batch.step + 1}
-                progress(clock.progress(runs, batch.step + 1, logged))
+                progress(clock.progress(runs, stepped, batch.step + 1))
             if stopped_by:
                 _save_all(active)
                 raise KeyboardInterrupt(f"{signal.Signals(stopped_by[0]).name}: all is saved; the same command goes on")
     return {run.config.name: run.record() for run in runs}
 
 
+def _next_batch(batches: Iterator[Batch], active: Sequence[Run], clock: "_Clock") -> Batch:
+    """The next batch, for which the clock counts the wait. Raises DatasetError at the end of the batches."""
+    before = time.perf_counter()
+    batch = next(batches, None)
+    clock.wait_seconds += time.perf_counter() - before
+    if batch is None:
+        raise DatasetError(
+            f"sweep: the stream must serve {max(run.config.n_steps for run in active)} batches, it ended after "
+            f"{min(run.state.step for run in active)}; train on fewer tokens"
+        )
+    return batch
+
+
 def _step_all(active: Sequence[Run], batch: Batch, clock: "_Clock") -> list[Run]:
-    """Step every SAE whose turn this batch is; returns those that did not diverge."""
+    """Step every SAE whose next step takes this batch. Returns those that did not diverge."""
     assert all(run.state.step >= batch.step for run in active), "the stream starts at the lowest step"
     due = [run for run in active if run.state.step == batch.step]
-    made: dict[tuple[ScaledHook, ...], Tensor] = {}  # equal inputs are made once
+    made: dict[tuple[ScaledHook, ...], Tensor] = {}  # SAEs with the same inputs share the scaled rows
     clock.n_tokens += len(batch.row)
     for run in due:
         n_rows = run.config.training_tokens - run.state.n_tokens
@@ -231,31 +268,17 @@ def _save_all(active: Sequence[Run]) -> None:
             run.save()
 
 
-def _ended_early(active: Sequence[Run]) -> DatasetError:
-    return DatasetError(
-        f"sweep: the stream must serve {max(run.config.n_steps for run in active)} batches, it ended after "
-        f"{min(run.state.step for run in active)}; train on fewer tokens"
-    )
-
-
 @dataclass(slots=True)
 class _Clock:
-    """Wall time of a sweep since the call, the part of it spent waiting for data, and what was done in it."""
+    """The wall time of a sweep since the call, the part of it spent waiting for data, and the rows done in it."""
 
     started: float = field(default_factory=time.perf_counter)
     wait_seconds: float = 0.0
     n_tokens: int = 0
     n_sae_tokens: int = 0
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
-        """The next batch, None at the end; its wait is counted."""
-        before = time.perf_counter()
-        batch = next(batches, None)
-        self.wait_seconds += time.perf_counter() - before
-        return batch
-
     def rates(self) -> dict[str, float]:
-        """Averages since the call."""
+        """Seconds and rates since the call, as timing.jsonl has them."""
         seconds = time.perf_counter() - self.started
         return {
             "seconds": seconds,
@@ -264,8 +287,8 @@ class _Clock:
             "wait_share": self.wait_seconds / seconds,
         }
 
-    def progress(self, runs: Sequence[Run], step: int, metrics: dict[str, dict[str, Any]]) -> SweepProgress:
-        """The public view."""
+    def progress(self, runs: Sequence[Run], stepped: Sequence[Run], step: int) -> SweepProgress:
+        """The progress of all runs, once those in `stepped` have done `step` steps."""
         return SweepProgress(
             step=step,
             n_steps=max(run.config.n_steps for run in runs),
@@ -274,13 +297,16 @@ class _Clock:
             n_saes=sum(not run.is_over for run in runs),
             seconds=time.perf_counter() - self.started,
             wait_seconds=self.wait_seconds,
-            metrics=metrics,
+            metrics={run.config.name: run.metrics for run in stepped if run.metrics.get("step") == step},
         )
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the list instead of acting; a second one acts as usual. Main thread only."""
+    """Put SIGINT and SIGTERM into the list instead of letting them act. A second one acts as usual.
+
+    In a thread other than the main one, signals act as usual.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -321,7 +347,7 @@ def _loader(
 def _state(
     config: SAEConfig, folder: Path, train_config: TrainConfig, cache: Cache, device: torch.device | str
 ) -> TrainState:
-    """The state of the latest checkpoint, or the initial one in a new folder with its config.json."""
+    """The state of the latest checkpoint. Without one it is the initial state, and config.json is written."""
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is not None:
         return load_checkpoint(config, checkpoint, device)
@@ -336,14 +362,10 @@ def _state(
         return initial_state(config, b_dec.to(device), x_mean=x_mean, sample=torch.cat(list(inputs)))
 
 
-def _logged(state: TrainState, out: Path) -> LoggedRun:
-    return LoggedRun(config=state.config, folder=out / state.config.name, step=state.step)
-
-
 def _centre(
     hooks: Sequence[ScaledHook], which: DecoderBiasInit, train_config: TrainConfig, cache: Cache
 ) -> Float[Tensor, " width"]:
-    """The mean, or the geometric median, of the rows that are trained on, of all hooks side by side and scaled."""
+    """The mean or the geometric median of the training rows, scaled, with all hooks side by side."""
     centres = []
     for hook in hooks:
         statistics = cache.statistics(hook.hook_name, split="train", row_filter=train_config.row_filter)
@@ -356,14 +378,14 @@ def _centre(
 def _first_inputs(
     config: SAEConfig, train_config: TrainConfig, cache: Cache, device: torch.device | str
 ) -> Iterator[Iterator[Float[Tensor, "batch d_in"]]]:
-    """The first batches of training, as the SAE gets them: to begin with, or to calibrate on."""
+    """The first batches of training, as the SAE gets them."""
     with _loader(cache, [hook.hook_name for hook in config.inputs], train_config, 0, device) as loader:
         n_batches = max(1, min(CALIBRATION_BATCHES, config.training_tokens // train_config.batch_tokens))
         yield (scaled_rows(batch, config.inputs, {}) for batch in islice(loader, n_batches))
 
 
 def _save_sae(state: TrainState, folder: Path, train_config: TrainConfig, cache: Cache) -> None:
-    """sae/ of a trained SAE; a threshold over whole batches is calibrated on the first training batches."""
+    """Write sae/ of a trained SAE. The threshold of a BatchTopK SAE is calibrated on the first training batches."""
     config, threshold = state.config, None
     if config.architecture in BATCH_FAMILY:
         with _first_inputs(config, train_config, cache, state.weights["b_dec"].device) as inputs:
@@ -380,7 +402,7 @@ def _save_sae(state: TrainState, folder: Path, train_config: TrainConfig, cache:
 
 
 def _description(config: SAEConfig, train_config: TrainConfig, cache: Cache) -> dict[str, Any]:
-    """What config.json says: all that decides how the run ends."""
+    """What config.json says: all settings that decide how the run ends."""
     model = cache.identity["model"]
     description = {
         "sae": asdict(config),
@@ -388,4 +410,4 @@ def _description(config: SAEConfig, train_config: TrainConfig, cache: Cache) -> 
         "cache": {"path": str(cache.path.absolute()), "fingerprint": cache.fingerprint},
         "model": {"name": model["name"], "revision": model["revision"]},
     }
-    return json.loads(json.dumps(description))  # as it reads back, so that it compares equal
+    return json.loads(json.dumps(description))  # so that it equals what is read back

@@ -1,6 +1,6 @@
-"""Held-out metrics while training: some rows of the validation split, read once for all SAEs and never trained on.
+"""Held-out metrics while SAEs train, on some rows of the validation split, which are read once for all SAEs.
 
-Each SAE is measured as it trains, by its training forward pass without gradient; nothing of its state changes.
+Each SAE is measured by its forward pass of training, without gradient. Nothing of its state changes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,23 +18,23 @@ from trainer.sae.architectures import forward
 from trainer.sae.metrics import ReconstructionSums
 from trainer.training.step import TrainState, scaled_rows
 
-GROUP_CHUNKS = 4  # few rows are read: whole groups of the loader's size would cost memory and time for nothing
+GROUP_CHUNKS = 4  # chunks in a group: few rows are read, so the loader's usual groups would cost memory for nothing
 
 
 def validation_batches(
     cache: Cache, train_config: TrainConfig, device: torch.device | str, hook_names: Sequence[str]
 ) -> Iterator[Batch]:
-    """The first `eval_tokens` rows of the validation split in the loader's order of seed 0, the same at every call.
+    """The first `eval_tokens` rows of the validation split, in the loader's order of seed 0: the same at every call.
 
-    Special tokens are dropped as in training, and batches are as long as in training: k of a BatchTopK SAE is a mean
-    over a batch.
+    Special tokens are left out if they are in training. Batches are as long as in training, because k of a BatchTopK
+    SAE is a mean over a batch.
     """
     with _loader(cache, train_config, device, hook_names) as loader:
         yield from loader
 
 
 def check_validation(cache: Cache, train_config: TrainConfig) -> None:
-    """Raises DatasetError if the validation split has no row to evaluate on."""
+    """Raise DatasetError if the validation split has no row to evaluate on."""
     if cache.n_rows("validation") > 0:
         with _loader(cache, train_config, "cpu", cache.hook_names[:1]) as loader:
             if loader.n_rows > 0:
@@ -49,10 +49,15 @@ def check_validation(cache: Cache, train_config: TrainConfig) -> None:
 def validation_metrics(
     states: Sequence[TrainState], batches: Iterable[Batch], workspace: Workspace
 ) -> list[dict[str, float]]:
-    """Metrics of each SAE over all rows of `batches`, which hold the hooks of all; keys begin with "validation/".
+    """The metrics of each SAE over all rows of `batches`. Their keys begin with "validation/".
 
-    explained_variance, l0 and dead_fraction as `ReconstructionSums` defines them; mse in units of the raw activations
-    (of a crosscoder, whose hooks have a scale each, of the scaled ones).
+    explained_variance, l0 and dead_fraction are those of `ReconstructionSums`. mse is in units of the raw activations.
+    A crosscoder's hooks have a scale each, so its mse is in units of the scaled activations.
+
+    Args:
+        states: the SAEs.
+        batches: held-out rows, with the hooks of all SAEs.
+        workspace: holds the dense pre-activations of a batch.
     """
     sums: list[ReconstructionSums] = []
     with torch.no_grad():
