@@ -1,26 +1,30 @@
-"""What the report shows of a run's features, as plain JSON values: for each chosen latent its contexts and counts."""
+"""What the report shows of a run's features, as plain JSON values: the contexts and counts of some latents."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
 
 from trainer.features.read import Context, Features
 from trainer.features.words import Lens, Words
 
-N_TOP = 10  # contexts with the largest activations
-N_BANDS, N_EACH = 5, 3  # bands of the activation's range below its maximum, and contexts from each
+N_TOP = 10  # contexts with the largest activations of a latent
+N_BANDS, N_EACH = 5, 3  # bands of the activations, and contexts from each
 N_COACTIVE = 8
-MIN_FIRED = 10  # tokens; what fired more rarely has too few contexts to judge by
-DIGITS = 3  # of an activation that is shown
+MIN_FIRED = 10  # tokens on which a latent must fire, so that there are contexts to judge it by
+DIGITS = 3  # of a number that is shown
 
 
 def feature_pages(features: Features, words: Words, n_features: int) -> dict[str, Any]:
     """The pages of the `n_features` most informative latents, in that order.
 
-    Tokens are given once, in `tokens`; a context names them by their place there. Activations keep three digits.
+    Each token string is given once, in `tokens`; a context holds indices into that list. Activations have three digits.
+
+    Args:
+        features: the features of the run.
+        words: its token strings and logit lens.
+        n_features: how many latents to show, at most.
     """
     vocabulary = _Vocabulary(words)
     chosen = most_informative(features, n_features)
@@ -35,39 +39,34 @@ def feature_pages(features: Features, words: Words, n_features: int) -> dict[str
 
 
 def most_informative(features: Features, n: int) -> list[int]:
-    """Up to n latents of those that fired on at least MIN_FIRED tokens: the largest max_act * log2(n_tokens / n_fired).
+    """Up to n latents with the largest max_act * log2(n_tokens / n_fired), of those that fire on MIN_FIRED tokens.
 
-    That is how far a latent moves the reconstruction at its strongest, times the bits that its firing tells: what fires
-    nearly everywhere tells nothing, what is always weak moves nothing. Decoder rows are taken to be of equal length.
+    max_act is how far a latent moves the reconstruction at most, if all decoder rows have the same length. The
+    logarithm is the information of its firing, in bits. A latent that fires nearly everywhere tells nothing, and one
+    that is always weak moves nothing.
     """
-    informs = information(features)
+    bits = np.log2(np.maximum(features.n_tokens / np.maximum(features.n_fired, 1), 1.0))
+    informs = np.where(features.n_fired >= MIN_FIRED, features.max_act.astype(np.float64) * bits, 0.0)
     ranked = np.argsort(-informs, kind="stable")[:n]
     return [int(latent) for latent in ranked if informs[latent] > 0]
 
 
-def information(features: Features) -> Float64[np.ndarray, " d_sae"]:
-    """max_act * log2(n_tokens / n_fired) of each latent, in bits times the unit of activations; 0 under MIN_FIRED."""
-    fired = np.maximum(features.n_fired, 1)
-    bits = np.log2(np.maximum(features.n_tokens / fired, 1.0))
-    return np.where(features.n_fired >= MIN_FIRED, features.max_act.astype(np.float64) * bits, 0.0)
-
-
 class _Vocabulary:
-    """The strings that contexts use, each once, in the order of their first use."""
+    """The token strings that contexts use, each once, in the order of their first use."""
 
     def __init__(self, words: Words):
-        self._words, self._places = words, dict[int, int]()
+        self._words, self._indices = words, dict[int, int]()
         self.strings: list[str] = []
 
-    def places(self, token_ids: Iterable[int]) -> list[int]:
-        """Where the strings of the tokens are."""
-        return [self._place(token_id) for token_id in token_ids]
+    def indices(self, token_ids: Iterable[int]) -> list[int]:
+        """The index of each token's string in `strings`."""
+        return [self._index(token_id) for token_id in token_ids]
 
-    def _place(self, token_id: int) -> int:
-        if token_id not in self._places:
-            self._places[token_id] = len(self.strings)
+    def _index(self, token_id: int) -> int:
+        if token_id not in self._indices:
+            self._indices[token_id] = len(self.strings)
             self.strings.append(self._words.text(token_id))
-        return self._places[token_id]
+        return self._indices[token_id]
 
 
 def _page(features: Features, latent: int, words: Words, vocabulary: _Vocabulary) -> dict[str, Any]:
@@ -80,12 +79,12 @@ def _page(features: Features, latent: int, words: Words, vocabulary: _Vocabulary
         "top": _contexts(features.top(latent, N_TOP), vocabulary),
         "bands": _bands(features, latent, vocabulary),
         "coactive": [list(pair) for pair in features.coactive(latent, N_COACTIVE)],
-        "lens": None if words.lens is None else _weighed(words.lens[latent], words),
+        "lens": None if words.lens is None else _lens(words.lens[latent], words),
     }
 
 
 def _bands(features: Features, latent: int, vocabulary: _Vocabulary) -> list[dict[str, Any]]:
-    """The bands of (0, max_act] in which it fires, the strongest first."""
+    """The bands of (0, max_act] in which the latent fires, the strongest first."""
     bands = features.bands(latent, n_bands=N_BANDS, n_each=N_EACH)
     limits = np.linspace(float(features.max_act[latent]), 0.0, N_BANDS + 1).tolist()
     return [
@@ -100,14 +99,14 @@ def _contexts(contexts: Sequence[Context], vocabulary: _Vocabulary) -> list[dict
         {
             "at": [context.sequence, context.position],
             "peak": context.peak,
-            "tokens": vocabulary.places(context.token_ids),
+            "tokens": vocabulary.indices(context.token_ids),
             "acts": [_short(act) for act in context.acts],
         }
         for context in contexts
     ]
 
 
-def _weighed(lens: Lens, words: Words) -> dict[str, list[list[Any]]]:
+def _lens(lens: Lens, words: Words) -> dict[str, list[list[Any]]]:
     return {
         "promoted": [[words.text(token_id), _short(logit)] for token_id, logit in lens.promoted],
         "suppressed": [[words.text(token_id), _short(logit)] for token_id, logit in lens.suppressed],
@@ -115,6 +114,6 @@ def _weighed(lens: Lens, words: Words) -> dict[str, list[list[Any]]]:
 
 
 def _short(value: float) -> float | int:
-    """To DIGITS digits; a whole number without its point."""
+    """The value with DIGITS digits. A whole number becomes an int."""
     rounded = float(f"{value:.{DIGITS}g}")
     return int(rounded) if rounded.is_integer() else rounded

@@ -1,4 +1,4 @@
-"""What the report's script draws of a sweep, as plain JSON values: marks, curves, densities, speed."""
+"""What the report's script draws of a sweep, as plain JSON values: metrics, curves, densities and speed."""
 
 import html
 import math
@@ -9,14 +9,22 @@ from urllib.parse import quote
 
 from trainer.run_folder import HarvestTime, Number, RunFiles, finite
 
-MOST_POINTS = 400  # of a curve; a longer one is thinned evenly, its last point kept
-N_COLOURS = 8  # of the page's palette; beyond them the dash changes
+MOST_POINTS = 400  # of a curve; a longer one is thinned evenly and keeps its last point
+N_COLOURS = 8  # of the page's palette; further runs get another dash
 HOVER_SETTINGS = ("architecture", "hook_name", "d_sae", "k", "sparsity_coefficient", "lr", "seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Throughput:
-    """Tokens a second of one part of the work, and what share that is of what the bound alone would do."""
+    """How fast one part of the work was.
+
+    Attributes:
+        what: which part.
+        amount: how much work it was.
+        rate: tokens a second.
+        bound: what alone would bound the rate.
+        share: the rate as a share of that bound, in [0, 1].
+    """
 
     what: str
     amount: str
@@ -26,7 +34,7 @@ class Throughput:
 
 
 def figures(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
-    """For each run what is drawn of it; every number finite or None, every string that Plotly reads escaped."""
+    """What is drawn of each run. Every number is finite or None, and every string that Plotly reads is escaped."""
     return [
         {
             "name": html.escape(run.name),
@@ -48,26 +56,26 @@ def figures(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
 
 
 def address(run: RunFiles) -> str:
-    """Where the page shows a run: what follows # in its URL."""
+    """The address of a run in the page: what follows # in its URL."""
     return f"/{quote(run.name, safe='')}"
 
 
 def has_added_loss(run: RunFiles) -> bool:
-    """Whether the loss that its reconstruction adds at each position can be drawn."""
+    """Whether the run has the losses by position that the page draws."""
     return bool(_added_loss(run.evaluation.get("ce_loss_by_position"))["position"])
 
 
 def has_speed(run: RunFiles) -> bool:
-    """Whether its training speed can be drawn."""
+    """Whether the run has the training speed that the page draws."""
     return bool(_speed(run)["rate"])
 
 
 def throughput(runs: Sequence[RunFiles], harvests: Sequence[HarvestTime]) -> list[Throughput]:
-    """Each harvest, and the training.
+    """The throughput of each harvest and of the training.
 
-    A harvest's bound is the model alone: its share is the time within the model over all. A training's bound is its
-    steps alone, with data that is always there: its share is the time that was not spent waiting for data. Of runs that
-    were trained in several passes, or calls, the least of each is said.
+    The bound of a harvest is the language model alone, so its share is the time in the model over the whole time. The
+    bound of training is its steps alone, so its share is the time that was not spent waiting for data. Where runs were
+    trained in several passes or calls, the lowest rate and the lowest share are given.
     """
     rows = [
         Throughput(
@@ -91,24 +99,24 @@ def throughput(runs: Sequence[RunFiles], harvests: Sequence[HarvestTime]) -> lis
 
 
 def _finite_values(lines: Sequence[Mapping[str, Any]], key: str) -> list[Number]:
-    """The values of a key, the least first."""
+    """The finite values of a key, the least first."""
     return sorted(number for line in lines if (number := finite(line.get(key))) is not None)
 
 
 def _width(run: RunFiles) -> object:
-    """What one trade-off line has in common beside architecture and hook; a PCA's width is its place on the line."""
+    """The width that the runs on one trade-off line share. PCAs of all widths share a line."""
     return "" if run.is_baseline else run.sae.get("d_sae")
 
 
 def _hover(run: RunFiles) -> str:
-    """The settings that tell runs apart, a few lines of escaped text."""
+    """The settings that tell runs apart, as lines of escaped text."""
     keys = (*HOVER_SETTINGS, "normalize_activations")
     lines = [f"{key} {run.sae[key]}" for key in keys if run.sae.get(key) is not None]
     return "<br>".join([f"<b>{html.escape(run.name)}</b>", *map(html.escape, lines)])
 
 
 def _curves(run: RunFiles) -> dict[str, list[Number | None]]:
-    """Tokens trained, and at each the loss, the explained variance and the share of dead latents of that batch."""
+    """Tokens trained, and for each the loss, the explained variance and the share of dead latents at that step."""
     lines = _thinned(run.metrics)
     d_sae = run.sae.get("d_sae") or 1
     dead = [finite(line.get("sparsity/dead_features")) for line in lines]
@@ -121,7 +129,7 @@ def _curves(run: RunFiles) -> dict[str, list[Number | None]]:
 
 
 def _density(histogram: Mapping[str, Any] | None) -> dict[str, list[Number]]:
-    """The outline of the histogram of log10 feature density: a pair of points for every bin."""
+    """The outline of the histogram of log10 feature density, as two points for every bin."""
     if not histogram:
         return {"log10": [], "latents": []}
     edges, counts = histogram["log10_edges"], histogram["counts"]
@@ -131,16 +139,16 @@ def _density(histogram: Mapping[str, Any] | None) -> dict[str, list[Number]]:
 
 
 def _added_loss(by_position: Mapping[str, Any] | None) -> dict[str, list[Number]]:
-    """At each position of a sequence, the mean loss with the SAE less that without, nats; where there is either."""
+    """For each position that has both losses, the mean loss with the SAE less that without it, in nats."""
     losses = zip(by_position["with_sae"], by_position["without_sae"], strict=True) if by_position else ()
     known = [(i, a - b) for i, (a, b) in enumerate(losses) if a is not None and b is not None]
     return {"position": [position for position, _ in known], "nats": [nats for _, nats in known]}
 
 
 def _speed(run: RunFiles) -> dict[str, list[Number]]:
-    """Tokens trained, and the tokens a second of this SAE's own steps since the line before.
+    """Tokens trained, and for each the tokens a second of this SAE's own steps since the line before.
 
-    timing.jsonl counts seconds from the start of each call, so a pair of lines with a resume between them is left out.
+    timing.jsonl counts seconds from the start of each call. So two lines with a resume between them are left out.
     """
     tokens_at = {line.get("step"): finite(line.get("n_tokens")) for line in run.metrics}
     points = [(tokens_at.get(line.get("step")), finite(line.get("step_seconds"))) for line in run.timing]
@@ -152,5 +160,6 @@ def _speed(run: RunFiles) -> dict[str, list[Number]]:
 
 
 def _thinned(points: Sequence[Any]) -> list[Any]:
+    """At most MOST_POINTS of the points, evenly spaced, with the last one among them."""
     step = math.ceil(len(points) / MOST_POINTS) or 1
     return list(points[::-1][::step][::-1])

@@ -1,4 +1,4 @@
-"""The report's HTML: one file with its style, its scripts and its data inside, and no string that is not escaped."""
+"""The report's HTML: one file that holds its style, its scripts and its data. Every string in it is escaped."""
 
 import base64
 import gzip
@@ -13,9 +13,9 @@ from plotly.offline import get_plotlyjs
 from trainer.report.figures import N_COLOURS, Throughput, address, figures, has_added_loss, has_speed
 from trainer.run_folder import Number, RunFiles, finite
 
-MOST_DIGITS = 1e10  # a number that is larger (of a diverged SAE) is written with an exponent
+MOST_DIGITS = 1e10  # a larger number, as a diverged SAE has, is written with an exponent
 NO_VALUE = "\u2013"
-METRIC_COLUMNS = (  # key of eval.json, heading, what it means, format
+METRIC_COLUMNS = (  # key in eval.json, heading, meaning, format
     ("l0", "L0", "mean active latents per token", "{:,.1f}"),
     ("explained_variance", "Expl. variance", "1 is perfect, 0 is what the mean would reach", "{:.4f}"),
     ("ce_loss_score", "CE score", "share of zero ablation's loss won back; 1 is the original model", "{:.4f}"),
@@ -33,9 +33,13 @@ def page(
     throughput: Sequence[Throughput],
     features: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """The whole document.
+    """The whole HTML document.
 
-    features: by the name of the run, what `feature_pages` gives.
+    Args:
+        title: its heading.
+        runs: the runs, then the baselines.
+        throughput: how fast harvests and training were.
+        features: what `feature_pages` returned for a run, by the run's name.
     """
     shown = [{**figure, "about": _about(run)} for figure, run in zip(figures(runs), runs, strict=True)]
     return f"""<!DOCTYPE html>
@@ -56,7 +60,7 @@ def page(
 <dl class="facts">{_facts(runs)}</dl>
 </header>
 {_table(runs)}
-{_sections(runs)}
+{_trade_offs(runs)}{_lines(runs)}
 {_throughput(throughput)}
 </main>
 <main id="sae" hidden></main>
@@ -76,12 +80,12 @@ def _asset(name: str) -> str:
 
 
 def _data(element: str, values: Mapping[str, Any]) -> str:
-    text = _json(values).replace("<", "\\u003c")  # so that no string ends the script
+    text = _json(values).replace("<", "\\u003c")  # so that no string can end the script
     return f'<script type="application/json" id="{html.escape(element)}">{text}</script>'
 
 
 def _packed(element: str, values: Mapping[str, Any]) -> str:
-    """A fifth as long, for what is only read when somebody asks."""
+    """A script element with gzipped data, a fifth as long. The page unpacks it when somebody asks for it."""
     packed = base64.b64encode(gzip.compress(_json(values).encode(), compresslevel=6, mtime=0)).decode()
     return f'<script type="application/gzip" id="{html.escape(element)}">{packed}</script>'
 
@@ -90,11 +94,11 @@ def _json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-# --- of the whole sweep ---
+# --- the whole sweep ---
 
 
 def _lead(runs: Sequence[RunFiles]) -> str:
-    """One sentence: how many of what."""
+    """One sentence that says how many SAEs and baselines there are."""
     n_saes = sum(not run.is_baseline for run in runs)
     n_evaluated = sum(bool(run.evaluation) for run in runs if not run.is_baseline)
     parts = [f"{n_saes} sparse autoencoder{'' if n_saes == 1 else 's'}", f"{n_evaluated} evaluated on held-out tokens"]
@@ -105,7 +109,7 @@ def _lead(runs: Sequence[RunFiles]) -> str:
 
 
 def _facts(runs: Sequence[RunFiles]) -> str:
-    """Where the activations come from, and how many were used; each fact once, several values joined."""
+    """Where the activations come from, and how many were used. Each fact stands once, with its values joined."""
     saes = [run for run in runs if not run.is_baseline]
     facts = {
         "Model": _joined(run.about("model", "name") for run in saes),
@@ -172,13 +176,9 @@ def _formatted(number: Number, form: str) -> str:
 
 
 def _swatch(index: int, run: RunFiles) -> str:
-    """A piece of the run's line."""
+    """A piece of the line that the run has in the figures."""
     kind = "baseline" if run.is_baseline else f"c{index % N_COLOURS} d{index // N_COLOURS % 3}"
     return f'<span class="swatch {kind}" aria-hidden="true"></span>'
-
-
-def _sections(runs: Sequence[RunFiles]) -> str:
-    return _trade_offs(runs) + _lines(runs)
 
 
 def _trade_offs(runs: Sequence[RunFiles]) -> str:
@@ -254,11 +254,11 @@ def _throughput(rows: Sequence[Throughput]) -> str:
     )
 
 
-# --- of one SAE ---
+# --- one SAE ---
 
 
 def _about(run: RunFiles) -> dict[str, Any]:
-    """What its page says in words: name, error, settings that are set, metrics, as pairs of strings."""
+    """What the page of an SAE says in words: its name, error, settings and metrics, the last two as pairs."""
     settings = [(key, _said(value)) for key, value in run.sae.items() if key != "name" and value is not None]
     shown = [(heading, finite(run.evaluation.get(key)), form) for key, heading, _, form in METRIC_COLUMNS]
     return {

@@ -1,8 +1,8 @@
-"""One self-contained HTML page about a sweep: its table, trade-offs, curves and speed, and the features of its SAEs.
+"""One HTML page about a sweep: its table, trade-offs, curves and speed, and the features of its SAEs.
 
-What RUNS holds is drawn as it is: config.json, eval.json, metrics.jsonl, timing.jsonl, failed.json and features/ of
-every folder, and the harvest logs of the caches that the runs remember. Nothing is computed but pictures; what is not
-there yet leaves a blank. The page loads nothing: plotly.js is inside, fonts are the reader's own.
+The page shows what is in the files of every run (`trainer.run_folder`), in their features/, and in the harvest logs of
+their caches. Nothing else is computed. What is not there yet leaves a blank. The page loads nothing from elsewhere:
+plotly.js is inside, and the fonts are the reader's own.
 """
 
 from collections.abc import Sequence
@@ -17,20 +17,24 @@ from trainer.report.figures import throughput
 from trainer.report.page import page
 from trainer.run_folder import RunFiles, read_harvests, read_runs
 
-N_FEATURES = 640  # of one SAE, about 1.4 kB each beside the 5 MB of plotly.js
+N_FEATURES = 640  # of one SAE; each takes about 1.4 kB, beside the 5 MB of plotly.js
 MOST_FEATURES = 3200  # of all SAEs together, so that the page stays at about 10 MB
 
 
 def write_report(runs: Path | str, out: Path | str, *, n_features: int = N_FEATURES) -> Path:
-    """Write the page about every run and baseline below `runs` to `out`; returns `out`.
+    """Write the page about every run and baseline below `runs`.
 
     Args:
         runs: a folder of runs, or one run.
-        n_features: latents of each SAE that get a page, the most informative ones (`feature_pages`); fewer
-            where all SAEs together would have more than MOST_FEATURES.
+        out: the file to write.
+        n_features: how many latents of each SAE get a page. They are the most informative ones (`feature_pages`), and
+            fewer if all SAEs together would have more than MOST_FEATURES.
+
+    Returns:
+        `out`.
 
     Raises:
-        ManifestError: there is no run, or a file of one is not what it should be.
+        ManifestError: there is no run, or a file of one is malformed.
         CacheMismatch: the features of a run are of another SAE than it holds.
     """
     runs, out = Path(runs), Path(out)
@@ -41,7 +45,7 @@ def write_report(runs: Path | str, out: Path | str, *, n_features: int = N_FEATU
 
 
 def _features(runs: Sequence[RunFiles], n_features: int) -> dict[str, dict[str, Any]]:
-    """The feature pages of every run that has its features built and described, by the run's name."""
+    """The feature pages of every run whose features and words are written, by the run's name."""
     described = [run for run in runs if has_words(run.folder)]
     n_each = min(n_features, MOST_FEATURES // max(1, len(described)))
     return {run.name: feature_pages(open_features(run.folder), read_words(run.folder), n_each) for run in described}
