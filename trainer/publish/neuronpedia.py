@@ -1,8 +1,9 @@
 """The features of a run in the layout of Neuronpedia's bulk import, as SAEDashboard 0.8 writes it.
 
-OUT/{model}/{layer}-{set}/ holds release.jsonl, model.jsonl, sourceset.jsonl and source.jsonl of one row each, and
-features/batch-{i}.jsonl.gz with activations/batch-{i}.jsonl.gz. A key of a row is a column of Neuronpedia's database; a
-column that is left out takes the database's default. Equal features give equal bytes.
+OUT/{model}/{layer}-{set}/ holds release.jsonl, model.jsonl, sourceset.jsonl and source.jsonl with one row each. The
+features are in features/batch-{i}.jsonl.gz, and their contexts in activations/batch-{i}.jsonl.gz. A key of a row is a
+column of Neuronpedia's database; a column that is left out takes the database's default. Equal features give equal
+bytes.
 """
 
 import gzip
@@ -24,18 +25,18 @@ from trainer.features.words import TokenWeight, Words, read_words
 from trainer.formats.saelens import load_sae
 from trainer.sae.sae import SAE
 
-CREATOR_ID = "clkht01d40000jv08hvalcvly"  # the user that every Neuronpedia database begins with
+CREATOR_ID = "clkht01d40000jv08hvalcvly"  # the user that every database of Neuronpedia begins with
 CREATOR = "actcache"
-BATCH_LATENTS = 256  # of one file, and in memory at a time
-N_TOP = 20
-N_BANDS, N_EACH = 10, 5
+BATCH_LATENTS = 256  # latents in one file, and in memory at a time
+N_TOP = 20  # contexts with the largest activations of a latent
+N_BANDS, N_EACH = 10, 5  # bands of the activations, and contexts from each
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """Where the rows belong: the ids that tie the tables together."""
+    """The ids of the model, the set and the layer. They tie the tables together."""
 
     model: str
     set_name: str
@@ -51,14 +52,17 @@ class _Source:
 
 
 def export_neuronpedia(run: Path | str, out: Path | str) -> Path:
-    """Write the features of a run for Neuronpedia; returns OUT/{model}/{layer}-{set}.
+    """Write the features of a run for Neuronpedia.
 
-    The model's id is the last part of its name, the set's is the run's name, both in lower case and with - for what an
-    id may not hold. Latents that never fired are left out. The strongest contexts come under binMin -1, as SAEDashboard
-    marks them; those of a band under its edges.
+    The model's id is the last part of its name, and the set's id is the run's name. Both are in lower case, with - for
+    each character that an id may not hold. Latents that never fired are left out. The strongest contexts have binMin
+    -1, as SAEDashboard marks them. Those of a band have its edges.
+
+    Returns:
+        The folder OUT/{model}/{layer}-{set}.
 
     Raises:
-        ManifestError: `run` has no features built, or its hook is of no layer.
+        ManifestError: the features or the words of `run` are not written, or its hook belongs to no layer.
     """
     run = Path(run).resolve()
     features, words, sae = open_features(run), read_words(run), load_sae(run)
@@ -91,7 +95,7 @@ def _id(name: str) -> str:
 
 
 def _tables(source: _Source, sae: SAE) -> dict[str, Row]:
-    """File -> its one row: the release, the model, the set of sources, and this source."""
+    """The one row of each table, by file: the release, the model, the set of sources, and this source."""
     title = f"{source.set_name} on {source.model}"
     owned = {"creatorId": CREATOR_ID, "visibility": "PUBLIC"}
     return {
@@ -110,7 +114,7 @@ def _tables(source: _Source, sae: SAE) -> dict[str, Row]:
             "displayNameShort": source.model,
             "instruct": False,
             "inferenceEnabled": False,
-            "layers": 0,  # unknown here; the import leaves a model that is there as it is
+            "layers": 0,  # unknown here; the import does not change a model that is there
             "neuronsPerLayer": 0,
             "owner": "",
             **owned,
@@ -161,7 +165,7 @@ def _logits(which: str, tokens: Iterable[TokenWeight], words: Words) -> Row:
 
 
 def _activations(source: _Source, features: Features, words: Words, latent: int) -> Iterator[Row]:
-    """The strongest contexts, then some from each band of the activation's range."""
+    """The strongest contexts of a latent, then some from each band of its activations."""
     top_bin = {"binMin": -1.0, "binMax": float(features.max_act[latent]), "binContains": -1.0}
     for context in features.top(latent, N_TOP):
         yield _activation(source, latent, context, words, top_bin)
@@ -172,9 +176,9 @@ def _activations(source: _Source, features: Features, words: Words, latent: int)
 
 
 def _bins(features: Features, latent: int) -> list[Row]:
-    """The edges of each band of (0, max_act], the strongest first, and what share of the firing tokens is in it.
+    """The edges of each band of (0, max_act], the strongest first, and the share of the firing tokens in it.
 
-    The share is to the width of a bar of the histogram.
+    The share is counted from the histogram, so it is exact only to the width of a bar.
     """
     counts, edges = features.histogram(latent)
     sizes = np.abs(edges[:-1] + edges[1:]) / 2
@@ -205,9 +209,9 @@ def _activation(source: _Source, latent: int, context: Context, words: Words, bi
 
 
 def _activation_id(row: Row, context: Context) -> str:
-    """25 characters, as Neuronpedia's own ids; of equal contexts in equal places equal."""
-    place = [row["modelId"], row["layer"], row["index"], context.sequence, context.position, row["binMin"]]
-    return "c" + hashlib.sha256(json.dumps(place).encode()).hexdigest()[:24]
+    """An id of 25 characters, like Neuronpedia's own. The same context of the same latent gets the same id."""
+    identity = [row["modelId"], row["layer"], row["index"], context.sequence, context.position, row["binMin"]]
+    return "c" + hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
 
 
 def _address(source: _Source, latent: int) -> Row:
