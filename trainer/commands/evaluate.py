@@ -1,4 +1,4 @@
-"""`actcache eval`."""
+"""`actcache eval`, and the options that other commands share with it."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def evaluate(
     from trainer.run_folder import remembered_cache
 
     opened = open_cache(cache or remembered_cache(runs))
-    is_kept = is_excluding(exclude_special_tokens, keep_special_tokens) is False
-    rows = evaluated(runs, opened, model, device, exclude_special_tokens=not is_kept)
+    excludes = is_excluding(exclude_special_tokens, keep_special_tokens) is not False  # by default they are left out
+    rows = evaluated(runs, opened, model, device, exclude_special_tokens=excludes)
     if as_json:
         print_json({"runs": rows})
     else:
@@ -56,9 +56,9 @@ def evaluate(
 
 
 def is_excluding(exclude: bool, keep: bool) -> bool | None:
-    """Whether rows of special tokens are left out; None where neither option was given.
+    """Whether rows of special tokens are left out; None if neither option was given.
 
-    They are two options and not one with two names: --help would cut both names at 80 columns.
+    There are two options in place of one with two names, because --help would cut such names at 80 columns.
     """
     if exclude and keep:
         raise ConfigError("--exclude-special-tokens and --keep-special-tokens exclude each other; give one of them")
@@ -68,7 +68,15 @@ def is_excluding(exclude: bool, keep: bool) -> bool | None:
 def evaluated(
     runs: Path, cache: Cache, model: str | None, device: str, *, exclude_special_tokens: bool = True
 ) -> list[dict[str, Any]]:
-    """The rows of eval.json of each run, measured with a bar; the model is `model`, or what the cache remembers."""
+    """Evaluate runs with a progress bar. Returns what each eval.json says.
+
+    Args:
+        runs: one run, or a folder of runs.
+        cache: the cache to evaluate on.
+        model: the language model; None for the one that the cache remembers.
+        device: where the model and the SAEs run.
+        exclude_special_tokens: leave the rows of special tokens out.
+    """
     from trainer.evaluation.evaluate import evaluate_runs
 
     language_model = model_of_cache(cache.path, cache.compute, model=model, device=device)

@@ -1,4 +1,4 @@
-"""`actcache features`, `steer`, `similar` and `stability`: what latents fire on and do, and where else they are."""
+"""`actcache features`, `steer`, `similar` and `stability`: what latents fire on and do, and which are alike."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from trainer.sae.sae import SAE
 
 STEERINGS = ("add", "scale", "clamp", "ablate")
-SIMILAR_SHOWN = 10  # of the other SAE, for one feature
+SIMILAR_SHOWN = 10  # features of the other SAE that are shown for one feature
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, or a SAELens directory.")]
 
@@ -72,7 +72,7 @@ def features(
         raise ConfigError("features: --predict says what --text adds to a logit; give --text too")
     built, rate = built_features(run, opened, device)
     describe(run, opened, model, device)
-    words = read_words(run) if has_words(run) else Words(tokens={}, lens=None)  # nobody knows the model
+    words = read_words(run) if has_words(run) else Words(tokens={}, lens=None)  # without a model there are no words
     if feature is not None:
         facts, described = feature_facts(built, feature, top, words), feature_lines
     else:
@@ -84,7 +84,7 @@ def features(
 
 
 def built_features(run: Path, cache: Cache, device: str) -> tuple[Features, float | None]:
-    """The features of a run, and the rows that were encoded a second; None where they were there already."""
+    """(the features of a run, rows encoded a second). The rate is None if the features were built already."""
     from trainer.features.build import build_features
 
     done: list[int] = []
@@ -100,7 +100,7 @@ def built_features(run: Path, cache: Cache, device: str) -> tuple[Features, floa
 
 
 def describe(run: Path, cache: Cache, model: str | None, device: str) -> None:
-    """Write the words of a run's features, which a report shows, unless they are there; the model is loaded for it."""
+    """Write the words of a run's features, which a report shows. Where they are written already, no model is loaded."""
     from trainer.features.words import has_words, write_words
 
     if has_words(run):
@@ -111,7 +111,7 @@ def describe(run: Path, cache: Cache, model: str | None, device: str) -> None:
 
 
 def _of_text(sae: SAE, model: LanguageModel, text: str, predicted: str | None, top: int) -> tuple[dict[str, Any], str]:
-    """Facts and lines of what fires on a text, or of what that adds to the logit of the token predicted after it."""
+    """(facts, lines) about what fires on a text, or about what it adds to the logit of `predicted` as next token."""
     from trainer.commands.lines import attribution_lines, text_lines
     from trainer.features.attribution import logit_attribution
     from trainer.features.text import encode_text
@@ -166,7 +166,7 @@ def steer(
 
 
 def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
-    """What `steer` does to the feature."""
+    """The change of the feature's activation that --mode and --strength ask for."""
     from trainer.interventions.steering import Add, Clamp, Scale
 
     if mode not in STEERINGS:
@@ -177,7 +177,7 @@ def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
 
 
 def _model_of(run: Path, model: str | None, device: str) -> LanguageModel:
-    """The model of a run's cache; one that is named needs no cache."""
+    """The model that is named, or else the model of the run's cache."""
     from actcache.store.cache import open_cache
     from trainer.run_folder import remembered_cache
 

@@ -1,4 +1,4 @@
-"""What commands say: facts for machines, and lines for people. Nothing here prints."""
+"""What commands say: facts, which --json prints, and lines for people. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def plan_lines(planned: SweepPlan) -> str:
-    """A line for the sweep and, where there are several, one for each pass."""
+    """A line about the sweep and, if it takes several passes, one for each pass."""
     n_passes, room = len(planned.passes), f"{planned.needed_bytes / 1e9:.2g} of {planned.memory_bytes / 1e9:.2g} GB"
     lines = [
         f"to train: {len(planned.configs)} SAEs of {planned.n_parameters:,} parameters in {n_passes} pass(es) over the "
@@ -33,7 +33,7 @@ def plan_lines(planned: SweepPlan) -> str:
 
 
 def evaluation_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a run, columns aligned; a dash where something was not computed."""
+    """A table with one line for each run. A dash stands for what was not computed."""
     return _aligned([TABLE_COLUMNS, *([_cell(row[column]) for column in TABLE_COLUMNS] for row in rows)])
 
 
@@ -43,7 +43,7 @@ def _aligned(cells: Sequence[Sequence[str]]) -> str:
 
 
 def similar_facts(found: SimilarFeatures, feature: int | None) -> dict[str, Any]:
-    """The nearest of one feature, or for every feature the nearest, with the mean of their cosines."""
+    """The features nearest to one feature. Without one, the nearest of every feature and the mean of their cosines."""
     latents, cosines = found.latents.tolist(), found.cosines.tolist()
     if feature is None:
         best = [{"feature": ids[0], "cosine": values[0]} for ids, values in zip(latents, cosines, strict=True)]
@@ -53,7 +53,7 @@ def similar_facts(found: SimilarFeatures, feature: int | None) -> dict[str, Any]
 
 
 def similar_lines(found: SimilarFeatures, feature: int | None) -> str:
-    """The nearest of one feature; or how many of all have one that is near."""
+    """Lines about the features nearest to one feature. Without one, a line about the cosines of all."""
     if feature is not None:
         near = similar_facts(found, feature)["similar"]
         return "\n".join(f"{each['feature']:>8}  {each['cosine']:.4f}" for each in near)
@@ -61,21 +61,24 @@ def similar_lines(found: SimilarFeatures, feature: int | None) -> str:
 
 
 def stability_facts(found: Float[Tensor, " d_sae"], feature: int | None) -> dict[str, Any]:
-    """What `trainer.stability` found, of one feature or of all with their mean."""
+    """What `trainer.stability` found for one feature. Without one, for all of them, with their mean."""
     if feature is not None:
         return {"feature": feature, "stability": float(found[feature])}
     return {"mean_stability": float(found.double().mean()), "features": found.tolist()}
 
 
 def stability_lines(found: Float[Tensor, " d_sae"], n_others: int, feature: int | None) -> str:
-    """Of all features, or of one."""
+    """A line about the stability of one feature. Without one, of all of them."""
     if feature is not None:
         return f"{feature:>8}  {float(found[feature]):.4f}"
     return f"largest cosine, the mean of {n_others} SAEs, of {_spread(found)}"
 
 
 def features_facts(features: Features, n: int, words: Words, rate: float | None) -> dict[str, Any]:
-    """Of all features, and the n that fire most often."""
+    """Facts about all features of a run, and about the n that fire most often.
+
+    rate: rows encoded a second; None if the features were built already.
+    """
     often = sorted(range(features.d_sae), key=lambda latent: -features.n_fired[latent])[:n]
     return {
         "d_sae": features.d_sae,
@@ -88,7 +91,7 @@ def features_facts(features: Features, n: int, words: Words, rate: float | None)
 
 
 def _feature_row(features: Features, latent: int, words: Words) -> dict[str, Any]:
-    """Density, largest activation, and the token that it was on; None where it never fires."""
+    """The density of a latent, its largest activation, and the token with that activation (None if it never fires)."""
     best = features.top(latent, 1)
     return {
         "feature": latent,
@@ -99,7 +102,7 @@ def _feature_row(features: Features, latent: int, words: Words) -> dict[str, Any
 
 
 def feature_facts(features: Features, latent: int, n: int, words: Words) -> dict[str, Any]:
-    """Of one feature: its n top contexts, histogram, what fires with it, and its logit lens where there is one."""
+    """Facts about one feature: n top contexts, the histogram, what fires with it, and its logit lens or None."""
     counts, edges = features.histogram(latent)
     contexts = [_context_facts(context, words) for context in features.top(latent, n)]
     together = [{"feature": other, "n_tokens": count} for other, count in features.coactive(latent)]
@@ -123,7 +126,7 @@ def _context_facts(context: Context, words: Words) -> dict[str, Any]:
 
 
 def features_lines(facts: Mapping[str, Any]) -> str:
-    """How many there are, how many never fired, and a table of those that fire most often."""
+    """Lines that say how many features there are and how many never fired, with a table of the most frequent ones."""
     rate = facts["rows_per_second"]
     lines = [
         f"{facts['d_sae']:,} features on {facts['n_tokens']:,} held-out tokens, {facts['never_fired']:,} never fired"
@@ -139,7 +142,7 @@ def _feature_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def feature_lines(facts: Mapping[str, Any]) -> str:
-    """Contexts with the peak in brackets, the histogram as a line of blocks, what fires with it, its logit lens."""
+    """Lines about one feature: its contexts, its histogram as a line of blocks, what fires with it, its logit lens."""
     lines = [f"feature {facts['feature']}: density {facts['density']:.3g}, largest activation {facts['max_act']:.4g}"]
     for context in facts["contexts"]:
         lines.append(f"{context['act']:>10.4g}  {context_line(context['tokens'], context['peak'])}")
@@ -153,18 +156,18 @@ def feature_lines(facts: Mapping[str, Any]) -> str:
 
 
 def context_line(tokens: Sequence[str], peak: int) -> str:
-    """The tokens of a context on one line, the one at `peak` in brackets."""
+    """The tokens of a context on one line, with the one at `peak` in brackets."""
     return _visible(f"{''.join(tokens[:peak])}[{tokens[peak]}]{''.join(tokens[peak + 1 :])}")
 
 
 def text_lines(tokens: Sequence[TokenFeatures]) -> str:
-    """A line for each token, with the latents that fire on it."""
+    """A line for each token of a text, with the latents that fire on it."""
     firing = ["  ".join(f"{latent} ({act:.4g})" for latent, act in token.features) for token in tokens]
     return "\n".join(f"{_visible(token.token):>16}  {each}" for token, each in zip(tokens, firing, strict=True))
 
 
 def attribution_lines(found: LogitAttribution, n: int) -> str:
-    """A logit as a sum, and the n latents with the largest parts of it."""
+    """Lines that give a logit as a sum, and the n latents that add most to it."""
     of_features = sum(each.logit for each in found.features)
     lines = [
         f"logit of {_visible(found.token)!r} as the next token, less the mean of all: {found.logit:.4g} = "
@@ -186,7 +189,7 @@ def _visible(text: str) -> str:
 
 
 def _blocks(counts: Sequence[int]) -> str:
-    """A character for each count; an empty bin is a space, one with anything in it is not."""
+    """A block character for each count. An empty bin is a space, and no other bin is."""
     return "".join(BLOCKS[-(-count * (len(BLOCKS) - 1) // max(*counts, 1))] for count in counts)
 
 

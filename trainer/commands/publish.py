@@ -1,4 +1,4 @@
-"""`actcache report`, `export` and `import`: runs for others to look at and to load, and SAEs of others as runs."""
+"""`actcache report`, `export` and `import`: runs are drawn and written for others, and SAEs of others become runs."""
 
 from __future__ import annotations
 

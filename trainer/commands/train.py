@@ -1,4 +1,4 @@
-"""`actcache train`."""
+"""`actcache train`: the SAEs of a sweep file, or one SAE given by options."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sweep_config(path: Path | None, single: dict[str, Any], shared: dict[str, Any]) -> SweepConfig:
-    """The sweep of a file or of one SAE given by options; shared settings given as options win over the file's."""
+    """The sweep of a file, or of the one SAE that options give. Shared settings given as options replace the file's."""
     from trainer.config.sweep import SweepConfig
 
     if path is None and "hook_name" not in single:
@@ -177,7 +177,7 @@ def _sweep_config(path: Path | None, single: dict[str, Any], shared: dict[str, A
 
 
 class _TrainBar:
-    """A tqdm bar over steps, with tokens/s, SAE*tokens/s and the share of time spent waiting for data."""
+    """A progress bar over steps. It shows tokens/s, SAE*tokens/s and the share of time spent waiting for data."""
 
     def __init__(self) -> None:
         self._bar = tqdm(desc="train", unit="step", file=sys.stderr, disable=None)
