@@ -115,10 +115,7 @@ class SweepConfig:
 
     @classmethod
     def from_dict(cls, mapping: object) -> "SweepConfig":
-        """Make the config from what a YAML file holds: the keys of TrainConfig, `base`, and `grid` or `runs`.
-
-        Raises ConfigError for anything wrong in it.
-        """
+        """Make the config from what a YAML file holds. Raises ConfigError for anything wrong in it."""
         sweep = _mapping("sweep", mapping)
         shared = _field_types(TrainConfig)
         _check_keys("sweep", sweep, [*shared, "base", "grid", "runs"])
