@@ -6,9 +6,9 @@ from matrices of 8 MB, part of which a cache holds, so more than all of the boun
 the dense [batch, d_sae] operands ready made.
 
 topk              the k largest pre-activations of each row; dense: one GEMM of all rows, then torch.topk
-decode            x_hat from the kept activations
-decoder gradient  of W_dec; encoder gradient: of W_enc and b_enc; activation gradient: of the kept activations
-argsort           the kept entries put in the order of their latents; dense: as int64; bound: a copy of int64 keys
+decode            x_hat from the active entries
+decoder gradient  of W_dec; encoder gradient: of W_enc and b_enc; activation gradient: of the active entries
+argsort           the active entries sorted by their latents; dense: as int64; bound: a copy of int64 keys
 
     actcache bench kernels
 """
@@ -37,7 +37,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Operands:
-    """What a step has at hand: weights, a batch, its kept activations, and the gradients of x_hat and of them."""
+    """What a step has: weights, a batch, its active entries, and the gradients of x_hat and of their activations."""
 
     x: Float[Tensor, "batch d_in"]
     W_enc: Float[Tensor, "d_sae d_in"]
@@ -51,11 +51,11 @@ class Operands:
 
     @property
     def acts(self) -> Float[Tensor, "batch d_sae"]:
-        """The kept activations among zeros."""
+        """The activations as a dense matrix, in which all other entries are 0."""
         return self.dense(self.values)
 
     def dense(self, values: Tensor) -> Float[Tensor, "batch d_sae"]:
-        """Values of the kept entries among zeros."""
+        """The values of the active entries as a dense matrix, in which all other entries are 0."""
         zeros = values.new_zeros(len(self.x), len(self.W_enc))
         return zeros.scatter_(1, self.latents, values.view_as(self.latents))
 
@@ -222,7 +222,7 @@ def _argsort(operands: Operands, say: Say) -> dict[str, Any]:
         "ours": lambda: narrow.argsort(stable=True),
         "dense": lambda: latent.argsort(stable=True),
         "bound": partial(torch.empty_like(latent).copy_, latent),
-        "kept entries": lambda: topk_entries(operands.latents, len(operands.W_enc)),
+        "active entries": lambda: topk_entries(operands.latents, len(operands.W_enc)),
     }
     repeated = {name: partial(_times, call, n_times) for name, call in calls.items()}
     seconds = {name: [s / n_times for s in spent] for name, spent in interleaved_seconds(repeated, REPEATS).items()}

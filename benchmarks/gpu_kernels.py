@@ -22,9 +22,9 @@ OF_TORCH = ("encoder", "torch.topk", "batch top-k", "index", "embedding_bag", "a
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Step:
-    """Tensors as a float32 step has them: random rows, weights and values, and the latents that top-k keeps.
+    """Tensors as a float32 step has them: random rows, weights and values, and the latents that top-k chooses.
 
-    pre_acts: of `some`, the rows that are encoded and ranked at a time.
+    `some` are the rows that are encoded and ranked at a time, and pre_acts are their pre-activations.
     """
 
     k: int

@@ -31,9 +31,9 @@ class Cost:
 def interleaved_costs(
     contenders: Mapping[str, Callable[[], object]], repeats: int, uncounted: int = 1
 ) -> dict[str, list[Cost]]:
-    """What each contender costs, taken in turn `repeats` times after the uncounted rounds.
+    """The costs of each contender. All take turns, `repeats` times, after rounds that are not counted.
 
-    The order is turned round in every other round, so that a drift of the machine favours nobody.
+    Every other round runs in the reverse order, so that a drift of the machine favours nobody.
     """
     costs: dict[str, list[Cost]] = {name: [] for name in contenders}
     for number in range(1 - uncounted, repeats + 1):
@@ -61,7 +61,7 @@ def interleaved_seconds(
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """For what is measured by the thread, or makes threads of its own."""
+    """torch uses one thread while something is measured per thread, or makes threads of its own."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -71,7 +71,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def ratios(bound: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
-    """bound / ours pair by pair, as seconds: 1 means that ours is as fast. Median, smallest and largest."""
+    """The ratios bound / ours of seconds, pair by pair: their median, smallest and largest. 1 means that ours is as fast."""
     pairs = [b / o for b, o in zip(bound, ours, strict=True)]
     return {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs), "pairs": len(pairs)}
 
@@ -112,7 +112,7 @@ def peak_resident_bytes() -> int:
 
 
 def machine() -> dict[str, object]:
-    """What a number without is worth nothing."""
+    """The machine and the versions behind a number. Without them the number means nothing."""
     return {
         "cpu": _cpu_name(),
         "bf16_products": [flag for flag in BF16_FLAGS if flag in _cpu_line("flags").split()],
