@@ -71,7 +71,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def ratios(bound: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
-    """The ratios bound / ours of seconds, pair by pair: their median, smallest and largest. 1 means that ours is as fast."""
+    """The ratios bound / ours of seconds, pair by pair: median, smallest and largest. 1 means that ours is as fast."""
     pairs = [b / o for b, o in zip(bound, ours, strict=True)]
     return {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs), "pairs": len(pairs)}
 
