@@ -1,7 +1,7 @@
 """actcache: harvest a language model's activations once, read them back shuffled.
 
-Each name is imported when it is first asked for: zarr-python imports this package for its data type alone and must not
-wait for torch, and `open_cache` and `Loader` need no language model.
+Each name is imported when it is first asked for. zarr-python imports this package for its bfloat16 data type alone and
+must not wait for torch. `open_cache` and `Loader` must not wait for transformers.
 """
 
 from __future__ import annotations

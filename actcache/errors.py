@@ -10,12 +10,15 @@ ActcacheError          what is on disk, in the model or in the data is not as it
   ModelError           the language model cannot be loaded or lacks the hook that was asked for
   NonFiniteActivations the model produced NaN or infinity, or the stored dtype overflowed
   TrainingDiverged     a loss or a weight of an SAE became NaN or infinite
-ConfigError            (a ValueError) the arguments or the YAML alone show to be wrong
+ConfigError            (a ValueError) the arguments or the YAML are wrong, whatever is on disk
 """
 
 
 class ActcacheError(Exception):
-    """Base of every error about what was found outside the program: who, the rule, what was got, the way out."""
+    """Base of every error about what was found outside the program.
+
+    A message says who complains, the rule, what was got, and the way out.
+    """
 
 
 class ManifestError(ActcacheError):
@@ -55,4 +58,4 @@ class TrainingDiverged(ActcacheError):
 
 
 class ConfigError(ValueError):
-    """The arguments or the YAML alone show to be wrong."""
+    """The arguments or the YAML are wrong, whatever is on disk."""

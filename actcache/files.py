@@ -1,4 +1,7 @@
-"""Durable files: written aside, fsynced, renamed, and the folder fsynced; a reader never sees half of one."""
+"""Durable files.
+
+A file is written aside, fsynced and renamed; then its folder is fsynced. So a reader never sees half of a file.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,17 @@ PARTIAL_SUFFIX = ".partial"
 
 
 def contents(path: Path) -> bytes:
-    """What a regular file holds. Raises OSError: a pipe would block for ever, a device may never end."""
+    """The bytes of a regular file.
+
+    Raises OSError if it is missing or no regular file: a pipe would block for ever, and a device may never end.
+    """
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "no regular file")
     return path.read_bytes()
 
 
 def file_bytes(path: Path) -> int | None:
-    """Size of a regular file; None if it is missing, out of reach, or a folder, pipe or device."""
+    """Size in bytes of a regular file; None if it is missing, out of reach, or a folder, a pipe or a device."""
     try:
         status = path.stat()
     except OSError:
@@ -39,7 +45,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, durably."""
+    """Make a folder and its missing parents, and fsync the folder that holds each new one."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in made:
@@ -48,7 +54,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError the file's name, which write and fsync leave out."""
+    """Add the file's name to an OSError raised inside: write and fsync leave it out."""
     try:
         yield
     except OSError as error:
@@ -60,7 +66,7 @@ def naming(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     """Write the parts aside, fsync, rename over `path`, fsync its folder; returns the bytes written.
 
-    Whoever looks sees the old file or the whole new one. A failing write or fsync (OSError) leaves the old one.
+    A reader sees the old file or the whole new one. If a write or an fsync fails (OSError), the old file stays.
     """
     make_folder(path.parent)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
@@ -78,6 +84,6 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what killed writers left aside below `root`; only the holder of the lock may."""
+    """Delete the unfinished files of killed writers below `root`. Only the holder of the lock may call this."""
     for path in root.rglob(f".*{PARTIAL_SUFFIX}"):
         path.unlink()

@@ -1,4 +1,7 @@
-"""What the stages hand on: TokenBatch -> ActivationBatch -> (shard on disk) -> Batch. All frozen. Read this first."""
+"""What one stage hands to the next: TokenBatch -> ActivationBatch -> (shard on disk) -> Batch. Read this first.
+
+Every type here is frozen.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ class TokenBatch:
     """Consecutive packed sequences of one split, on their way into the language model.
 
     token_ids: int32, one row a sequence of `context_size` tokens.
-    first_sequence: number, within the split, of the first of them.
+    first_sequence: number, within the split, of the first of these sequences.
     """
 
     token_ids: Int32[np.ndarray, "sequence position"]
@@ -25,7 +28,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationBatch:
-    """What the language model made of one TokenBatch at one hook.
+    """The activations of one TokenBatch at one hook.
 
     x: activations on the model's device, in the model's dtype.
     first_token: flat token number, within the split, of x[0, 0].
@@ -38,14 +41,14 @@ class ActivationBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Shuffled rows, the same ones for every hook, on their way into the SAEs.
+    """Shuffled rows on their way into the SAEs. Every hook has the same rows in the same order.
 
     x: hook_name -> activations in the stored dtype (bfloat16, float16 or float32), on the loader's device.
     row: number of each row within the split, shared by all hooks of the cache.
     step: number of this batch since the start of the stream, from 0.
-    token_id, document, sequence, position: of each row's token, where the loader was asked for them: its id, the index
-        of its document in the dataset, its packed sequence and its position there.
-    cache: which cache of a mixture each row is of, by its number; None where there is one cache.
+    token_id, document, sequence, position: for each row's token its id, the index of its document in the dataset, the
+        number of its packed sequence, and its position there; None if the loader was not asked for the field.
+    cache: for each row of a mixture the number of the cache that it comes from; None if there is one cache.
     """
 
     x: dict[str, Float[Tensor, "batch d_in"]]

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first asked for (PEP 562)."""
+"""Package attributes that are imported when they are first asked for (PEP 562)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
     Args:
         package: the package's `__name__`.
         homes: for each name the module that defines it.
+
+    Returns:
+        a function from a name to the object of that name. It raises AttributeError for any other name.
     """
 
     def __getattr__(name: str) -> object:
