@@ -1,7 +1,7 @@
 """The language model that comes with the package, and the text that comes with every Python.
 
-Both are there without a network: a small GPT-2 trained by `benchmarks/train_demo_model.py`, and the documentation of
-the standard library, read from the running Python. Nothing of that library is imported, only parsed.
+Neither needs a network. The model is a small GPT-2 trained by `benchmarks/train_demo_model.py`. The text is the
+documentation of the standard library of the running Python; its modules are parsed and never imported.
 """
 
 import ast
@@ -17,23 +17,23 @@ Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def bundled_model_path() -> Path:
-    """The folder of the bundled model: weights (safetensors), config and tokenizer, as transformers saves them."""
+    """The folder of the bundled model: weights (safetensors), config and tokenizer in the layout of transformers."""
     return Path(__file__).parent / "bundled_model"
 
 
 def standard_library_documents() -> list[str]:
-    """The documentation of the running Python, sorted, each document once and none empty.
+    """The documentation of the running Python, sorted; no document is empty or comes twice.
 
-    One document for every language topic of `help()`, and one for every module of the standard library that has
-    docstrings: each docstring follows the name (and arguments) of what it describes. About 2.1 MB on Python 3.11;
-    equal for equal Python installations.
+    There is one document for every language topic of `help()`, and one for every module of the standard library that
+    has docstrings. In it, each docstring follows the name (and arguments) of what it describes. The documents are about
+    2.1 MB on Python 3.11. Equal Python installations give equal documents.
     """
     documents = {_topic_document(name, text) for name, text in topics.items() if text.strip()}
     return sorted(documents.union(module_documents(Path(os.__file__).parent)))
 
 
 def module_documents(folder: Path) -> list[str]:
-    """The docstrings of each module below `folder`, those of tests left out: a document a module, in the same form."""
+    """One document for each module below `folder` that has docstrings; folders of tests are left out."""
     return list(filter(None, (_module_document(path, folder) for path in sorted(_module_files(folder)))))
 
 
@@ -49,7 +49,7 @@ def _topic_document(name: str, text: str) -> str:
 
 
 def _module_files(folder: Path) -> Iterator[Path]:
-    """Source files of importable modules; `site-packages` and the like are not identifiers, so they are not entered."""
+    """Source files of importable modules; a folder whose name is no identifier, such as `site-packages`, is skipped."""
     for path in folder.iterdir():
         if path.is_dir() and path.name.isidentifier() and path.name not in EXCLUDED_FOLDERS:
             yield from _module_files(path)
@@ -62,7 +62,7 @@ def _module_document(path: Path, stdlib: Path) -> str:
     parts = path.relative_to(stdlib).with_suffix("").parts
     name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in old modules are theirs to mend
+        warnings.simplefilter("ignore")  # old modules contain invalid escapes
         module = ast.parse(path.read_bytes())
     sections = list(_sections(module, name, f"Module {name}"))
     return "\n\n".join(sections) + "\n" if sections else ""
@@ -78,7 +78,7 @@ def _sections(node: ast.Module | Definition, name: str, heading: str) -> Iterato
 
 
 def _definitions(node: ast.AST) -> Iterator[Definition]:
-    """Classes and functions directly under `node`, also those in its `if` and `try` branches."""
+    """Classes and functions directly under `node`, and those in its `if` and `try` branches."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             yield child
