@@ -11,7 +11,7 @@ from actcache.format.records import HookSpec
 
 MAX_SHARD_ROWS = 1 << 18
 MAX_SHARD_BYTES = 1 << 30
-MAX_CHUNK_BYTES = 9 << 18  # 2.25 MiB: a chunk of 2304 channels is then whole blocks of 256 KiB, which zstd likes
+MAX_CHUNK_BYTES = 9 << 18  # 2.25 MiB: a chunk of 2304 channels is then whole blocks of 256 KiB, as zstd needs
 MIN_CHUNK_ROWS = 32
 MIN_SHARDS = 16
 WINDOW_BYTES = 8 << 30  # two windows of every hook fit in this much memory
@@ -23,7 +23,11 @@ SEQUENCE_SHARD_TOKENS = 1 << 18
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySpec:
-    """One sharded array of a split: path below the split, logical dtype, row width, rows of an inner chunk."""
+    """One sharded array of a split.
+
+    path: below the split. dtype: the logical one. width: elements of a row, None for one number a row. chunk_rows: rows
+    of an inner chunk.
+    """
 
     path: str
     dtype: str
@@ -37,16 +41,26 @@ class ArraySpec:
 
     @property
     def storage_dtype(self) -> str:
-        """The Zarr (and numpy) data type of the stored elements: bfloat16 lies in uint16."""
+        """The Zarr (and numpy) data type of the stored elements; bfloat16 is stored as uint16."""
         return STORAGE_DTYPE[self.dtype]
 
 
 def shard_rows(d_in: int, itemsize: int, *, n_hooks: int, n_rows: int, batch_tokens: int) -> int:
-    """S: rows of a shard, from the widest hook when a cache is created; frozen afterwards.
+    """S, the rows of a shard. It is chosen when a cache is created and never changes afterwards.
 
-    The largest power of two with at most 2^18 rows and 1 GiB, halved while the windows of all hooks take more than
-    8 GiB or `n_rows`, the rows of the larger split, would make fewer than 16 shards; but not below `batch_tokens`, the
-    tokens of a forward pass (or 32 rows), since forward passes restart at each shard.
+    S starts as the largest power of two of at most 2^18 rows and 1 GiB. It is halved while two windows of every hook
+    take more than 8 GiB, or while the larger split would have fewer than 16 shards. It stays at least the tokens of a
+    forward pass (rounded down to a power of two) and at least 32, because forward passes restart at each shard.
+
+    Args:
+        d_in: width of the widest hook.
+        itemsize: bytes of a stored element.
+        n_hooks: hooks that are harvested together.
+        n_rows: rows of the larger split.
+        batch_tokens: tokens of a forward pass.
+
+    Returns:
+        rows, a power of two.
     """
     rows = min(MAX_SHARD_ROWS, _floor_power_of_two(MAX_SHARD_BYTES // (d_in * itemsize)))
     smallest = max(MIN_CHUNK_ROWS, _floor_power_of_two(batch_tokens))
@@ -58,16 +72,33 @@ def shard_rows(d_in: int, itemsize: int, *, n_hooks: int, n_rows: int, batch_tok
 
 
 def chunk_rows(d_in: int, itemsize: int, shard_rows: int) -> int:
-    """C: rows of an inner chunk, from the widest hook when a cache is created; frozen afterwards.
+    """C, the rows of an inner chunk. It is chosen when a cache is created and never changes afterwards.
 
-    The largest power of two within 2.25 MiB, at least 32 and at most the shard. One number for every hook, so that the
-    order of the rows does not depend on which hooks are read.
+    C is the largest power of two whose rows fit into 2.25 MiB, at least 32 and at most the rows of a shard. Every hook
+    has the same C, so that the order of the rows does not depend on which hooks are read.
+
+    Args:
+        d_in: width of the widest hook.
+        itemsize: bytes of a stored element.
+        shard_rows: rows of a shard.
+
+    Returns:
+        rows, a power of two that divides `shard_rows`.
     """
     return min(max(MIN_CHUNK_ROWS, _floor_power_of_two(MAX_CHUNK_BYTES // (d_in * itemsize))), shard_rows)
 
 
 def hook_arrays(hook: HookSpec, codec: Codec, chunk_rows: int) -> list[ArraySpec]:
-    """The sharded arrays that hold a hook: `acts`, or `q8` and `scale` if the codec quantises."""
+    """The sharded arrays that hold a hook.
+
+    Args:
+        hook: name, width and logical dtype.
+        codec: decides whether there is one array, `acts`, or two, `q8` and `scale`.
+        chunk_rows: rows of an inner chunk.
+
+    Returns:
+        the arrays, in the order in which `stored_tensors` gives their elements.
+    """
     if not codec.quantised:
         return [ArraySpec(path=f"{hook.hook_name}/acts", dtype=hook.dtype, width=hook.d_in, chunk_rows=chunk_rows)]
     blocks = -(-hook.d_in // BLOCK_CHANNELS)
@@ -78,13 +109,13 @@ def hook_arrays(hook: HookSpec, codec: Codec, chunk_rows: int) -> list[ArraySpec
 
 
 def token_arrays(shard_rows: int) -> list[ArraySpec]:
-    """The sharded int32 arrays that say which token each row is."""
+    """The sharded int32 arrays that give each row's token id, sequence and position."""
     rows = min(TOKEN_CHUNK_ROWS, shard_rows)
     return [ArraySpec(path=path, dtype="int32", width=None, chunk_rows=rows) for path in TOKEN_ARRAYS]
 
 
 def sequence_arrays(context_size: int) -> list[ArraySpec]:
-    """The arrays of the packed sequences; a row is a sequence, and each of their shards is one chunk of about 1 MiB."""
+    """The arrays of the packed sequences. A row is a sequence; each shard is one chunk of about 1 MiB."""
     rows = max(1, SEQUENCE_SHARD_TOKENS // context_size)
     return [ArraySpec(path=path, dtype="int32", width=context_size, chunk_rows=rows) for path in SEQUENCE_ARRAYS]
 

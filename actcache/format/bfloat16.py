@@ -1,11 +1,11 @@
 """bfloat16 as a data type of zarr-python, which has none of its own.
 
-Importing this module registers it: zarr-python then opens arrays whose zarr.json says `"data_type": "bfloat16"`, with
-numpy dtype ml_dtypes.bfloat16. zarr-python 3.4.1 and later import it by themselves when they first look up a data type,
-through the entry point `bfloat16` of the group `zarr.data_type` (pyproject.toml); so it must stay quick to import.
-Earlier ones collect that entry point and never load it.
+Importing this module registers the data type. Then zarr-python opens arrays whose zarr.json says
+`"data_type": "bfloat16"`, with numpy dtype ml_dtypes.bfloat16. zarr-python 3.4.1 and later import this module when they
+first look up a data type, through the entry point `bfloat16` of the group `zarr.data_type` (pyproject.toml); so it must
+stay quick to import. Earlier versions of zarr-python collect that entry point and never load it.
 
-Name and fill values are those of zarr-extensions (data-types/bfloat16), as tensorstore and zarrs write them.
+The name and the fill values are those of zarr-extensions (data-types/bfloat16). tensorstore and zarrs write the same.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ HEX_STRING = re.compile("0x[0-9a-fA-F]{4}")
 class BFloat16(BaseFloat):
     """The upper half of a float32: 1 sign, 8 exponent and 7 mantissa bits; either byte order; Zarr format 3 only.
 
-    zarr-python drops chunks that equal the fill value, and here -0.0 equals 0.0: where the sign of zeros matters, write
-    through it with `array.write_empty_chunks` on.
+    zarr-python does not write chunks that equal the fill value, and -0.0 equals 0.0. Where the sign of zeros matters,
+    write through zarr-python with `array.write_empty_chunks` on.
     """
 
     dtype_cls = type(np.dtype(ml_dtypes.bfloat16))

@@ -7,9 +7,9 @@
 | raw      | bytes                                                             | none                               |
 | int8     | bytes, of int8 and one bfloat16 scale for every 32 channels       | at most scale / 2 and one rounding |
 
-"None" is against the stored dtype. The blocksize is explicit because blosc's own choice costs a seventh of the ratio
-and two thirds of the decode speed on bfloat16. `raw` and `int8` keep no checksum beside their chunks, so that the
-shard's prefix is the plain row-major array.
+The error is relative to the stored dtype. The blocksize is explicit because blosc's own choice costs a seventh of the
+compression ratio and two thirds of the decoding speed on bfloat16. `raw` and `int8` store no checksum beside their
+chunks, so that a shard file begins with the plain row-major array.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ CHECKSUM_BYTES = 4
 
 
 def crc32c(payload: bytes | memoryview | np.ndarray) -> int:
-    """CRC-32C (RFC 3720, Castagnoli) of the bytes; other threads run meanwhile."""
+    """CRC-32C (RFC 3720, Castagnoli) of the bytes. Other threads can run while it is computed."""
     return castagnoli.crc32c(payload.data if isinstance(payload, np.ndarray) else payload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
-    """One profile: what happens to the bytes of an inner chunk, and before that to the rows.
+    """One profile: how rows become elements, and how the elements of an inner chunk become bytes.
 
-    compressor, shuffle: blosc's; without a compressor the bytes are plain. quantised: rows become int8 with a scale for
-    each block first.
+    compressor, shuffle: the names that blosc gives them; without a compressor the bytes are plain. quantised: rows
+    first become int8 with one scale for each block.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Codec:
         return [compressor, Crc32cCodec()]
 
     def encode(self, chunk: np.ndarray) -> tuple[bytes | memoryview, int]:
-        """(stored bytes, checksum) of one C-contiguous chunk; the checksum leaves the crc32c codec's out."""
+        """(stored bytes, CRC-32C) of one C-contiguous chunk. The CRC-32C excludes the 4 bytes of the crc32c codec."""
         if self.compressor is None:
             payload = chunk.data.cast("B")
             return payload, crc32c(payload)
@@ -73,36 +73,47 @@ class Codec:
         return payload + checksum.to_bytes(CHECKSUM_BYTES, "little"), checksum
 
     def checksum(self, stored: memoryview) -> int:
-        """Checksum of a stored chunk, to hold against the manifest's."""
+        """CRC-32C of a stored chunk, as `encode` gives it and the manifest records it."""
         return crc32c(stored if self.compressor is None else stored[:-CHECKSUM_BYTES])
 
     def decode_into(self, stored: memoryview, out: np.ndarray) -> None:
-        """Decode one stored chunk into `out`, C-contiguous and exactly as large as the chunk. Raises CorruptShard."""
+        """Decode one stored chunk into `out`, which is C-contiguous and exactly as large as the chunk.
+
+        Raises CorruptShard if the bytes cannot be decoded.
+        """
         decoded = self.decoded(stored, out)
         if decoded is not out:
             np.copyto(out, decoded)
 
-    def decoded(self, stored: memoryview, room: np.ndarray) -> np.ndarray:
-        """The elements of one stored chunk: plain bytes where they lie, others decoded into `room`.
+    def decoded(self, stored: memoryview, buffer: np.ndarray) -> np.ndarray:
+        """The elements of one stored chunk.
 
-        room: C-contiguous and exactly as large as the chunk. Raises CorruptShard.
+        Args:
+            stored: the chunk's bytes in its shard file.
+            buffer: C-contiguous and exactly as large as the chunk; compressed bytes are decoded into it.
+
+        Returns:
+            `buffer`, or a view of `stored` if the bytes are plain.
+
+        Raises:
+            CorruptShard: the bytes are too few, too many, or cannot be decoded.
         """
         if self.compressor is None:
-            if len(stored) != room.nbytes:
-                raise CorruptShard(f"raw chunk must hold {room.nbytes} bytes, got {len(stored)}")
-            return np.frombuffer(stored, dtype=room.dtype).reshape(room.shape)
-        # the blosc header holds the uncompressed size at byte 4, and at byte 12 its own size, which blosc would believe
+            if len(stored) != buffer.nbytes:
+                raise CorruptShard(f"raw chunk must hold {buffer.nbytes} bytes, got {len(stored)}")
+            return np.frombuffer(stored, dtype=buffer.dtype).reshape(buffer.shape)
+        # The header of blosc holds the decoded size at byte 4 and the encoded size at byte 12; blosc trusts both.
         decoded, encoded = (int.from_bytes(stored[at : at + 4], "little") for at in (4, 12))
-        if (decoded, encoded) != (room.nbytes, len(stored) - CHECKSUM_BYTES):
+        if (decoded, encoded) != (buffer.nbytes, len(stored) - CHECKSUM_BYTES):
             raise CorruptShard(
-                f"blosc chunk must decode {len(stored) - CHECKSUM_BYTES} bytes to {room.nbytes}, its header says "
+                f"blosc chunk must decode {len(stored) - CHECKSUM_BYTES} bytes to {buffer.nbytes}, its header says "
                 f"{encoded} to {decoded}"
             )
         try:
-            blosc.decompress(stored[:-CHECKSUM_BYTES], room)
+            blosc.decompress(stored[:-CHECKSUM_BYTES], buffer)
         except (RuntimeError, ValueError) as error:
             raise CorruptShard(f"blosc cannot decode a chunk: {error}") from error
-        return room
+        return buffer
 
 
 CODECS = {
@@ -117,20 +128,29 @@ CODECS = {
 
 
 def codec(name: str) -> Codec:
-    """The profile of that name. Raises ConfigError."""
+    """The profile of that name. Raises ConfigError for an unknown name."""
     if name not in CODECS:
         raise ConfigError(f"codec: must be one of {', '.join(CODECS)}; got {name!r}")
     return CODECS[name]
 
 
 def stored_tensors(x: Float[Tensor, "row d_in"], dtype: str, codec: Codec) -> tuple[Tensor, ...]:
-    """What is stored of these rows, one tensor for each array of a hook: (values as `dtype`,) or (q8, scale)."""
+    """The elements that are stored of these rows.
+
+    Args:
+        x: activations, [row, d_in].
+        dtype: the logical dtype of the hook; the rows are rounded to it first.
+        codec: decides whether the rows are quantised.
+
+    Returns:
+        one tensor for each array of the hook: (values as `dtype`,), or (q8, scale) of a quantising codec.
+    """
     values = x.to(TORCH_DTYPE[dtype])
     return quantise(values) if codec.quantised else (values,)
 
 
 def values(stored: Sequence[Tensor], dtype: str) -> Float[Tensor, "row d_in"]:
-    """The activations again, as `dtype`, from the tensors of a hook's arrays."""
+    """The activations as `dtype`, [row, d_in], from the tensors of a hook's arrays."""
     if len(stored) == 1:
         return stored[0]
     q8, scale = stored
@@ -138,7 +158,7 @@ def values(stored: Sequence[Tensor], dtype: str) -> Float[Tensor, "row d_in"]:
 
 
 def float32_values(stored: Sequence[Shaped[np.ndarray, "row _"]], dtype: str) -> Float32[np.ndarray, "row d_in"]:
-    """`values` as float32, exactly, from the elements of a hook's arrays, without touching torch's threads."""
+    """The same numbers as `values`, in float32, from the stored elements. numpy computes them without threads."""
     x, *scale = stored
     if scale:
         return float32_dequantised(x, scale[0], dtype)

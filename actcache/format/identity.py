@@ -1,4 +1,4 @@
-"""The identity of a cache: what must be equal for two caches to be the same."""
+"""The identity of a cache. Two caches are the same cache if their identities are equal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ FORMAT_VERSION = 1
 
 
 def check_identity(identity: dict[str, Any]) -> None:
-    """Raises ManifestError, or one of MALFORMED, unless this program can read a cache of this identity."""
+    """Raise unless this program can read a cache of this identity.
+
+    Raises:
+        ManifestError: the format version, codec, dtype or a size is not one that this program reads.
+        KeyError, TypeError, ValueError, AttributeError: the values are malformed (see seal.MALFORMED).
+    """
     version = identity.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ManifestError(f"cache: this program reads format version {FORMAT_VERSION}, got {version!r}")

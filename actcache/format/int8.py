@@ -12,22 +12,22 @@ from torch.nn.functional import pad
 from actcache.format.dtypes import widened
 
 BLOCK_CHANNELS = 32
-SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: no block divides by zero or by a number without its precision
+SMALLEST_SCALE = 2.0**-126  # the smallest normal float32: a scale is never zero and never loses precision
 
 
 def quantise(
     x: Float[Tensor, "row d_in"],
 ) -> tuple[Int8[Tensor, "row d_in"], BFloat16[Tensor, "row block"]]:
-    """Signed integers of at most 127 and one scale for every block of 32 channels, the last of which may be short.
+    """(q8, scale): integers in [-127, 127], and one scale for every block of 32 channels; the last block may be short.
 
-    scale is the largest magnitude of the block over 127, rounded up to bfloat16 and at least 2^-126, so that
-    scale <= peak / 127 * (1 + 2^-7) and |q8 * scale - x| <= scale / 2. Blocks of a row rather than whole rows or
-    channels, because a few channels of a residual stream are hundreds of times larger than the rest.
+    scale is the largest magnitude of the block divided by 127, rounded up to bfloat16, and at least 2^-126. So
+    scale <= peak / 127 * (1 + 2^-7), and |q8 * scale - x| <= scale / 2. Each block has a scale of its own because a few
+    channels of a residual stream are hundreds of times larger than the rest.
     """
     d_in = x.shape[1]
     blocks = pad(x.float(), (0, -d_in % BLOCK_CHANNELS)).unflatten(1, (-1, BLOCK_CHANNELS))  # (row, block, 32)
     step = (blocks.abs().amax(dim=2) / 127).clamp_min(SMALLEST_SCALE)
-    scale = ((step.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)  # up: keep the upper half
+    scale = ((step.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)  # round up to the upper half
     q8 = (blocks / scale.float().unsqueeze(2)).round_().to(torch.int8)
     return q8.flatten(1)[:, :d_in].contiguous(), scale
 
@@ -35,7 +35,10 @@ def quantise(
 def dequantise(
     q8: Int8[Tensor, "row d_in"], scale: BFloat16[Tensor, "row block"], dtype: torch.dtype
 ) -> Float[Tensor, "row d_in"]:
-    """q8 * scale, rounded once to `dtype` and held within its finite range; the inverse of `quantise` on any device."""
+    """The activations, [row, d_in], that `quantise` turned into q8 and scale; on any device.
+
+    The product q8 * scale is rounded once to `dtype` and clamped to its finite range.
+    """
     d_in = q8.shape[1]
     wide = dtype if dtype == torch.bfloat16 else torch.float32  # bfloat16 holds q8 exactly and rounds the product once
     blocks = pad(q8, (0, -d_in % BLOCK_CHANNELS)).unflatten(1, (-1, BLOCK_CHANNELS))
@@ -45,6 +48,7 @@ def dequantise(
 
 
 def float32_dequantised(q8: np.ndarray, scale: np.ndarray, dtype: str) -> np.ndarray:
+    """The same numbers as `dequantise`, in float32, computed by numpy. scale: bfloat16 stored as uint16."""
     product = q8 * np.repeat(widened(scale), BLOCK_CHANNELS, axis=1)[:, : q8.shape[1]]
     numpy_dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     largest = float(ml_dtypes.finfo(numpy_dtype).max)

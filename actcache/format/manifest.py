@@ -1,9 +1,9 @@
-"""What a cache is: its identity, hooks, rows, shards and checksums, and how they are written down and believed.
+"""`Plan` and `Manifest`: what a harvest set out to do, what a finished cache holds, and which files that implies.
 
-Three sealed files under CACHE/manifest say it. `plan.json` holds the identity and the packed sequences, before the
-first forward pass; `writer-00.jsonl` grows by one line per finished shard; `cache.json` is written once everything is
-there, the sorted union of both. Readers trust `cache.json` alone. Nothing in them is executed, and no name in them can
-lead out of the cache's folder.
+Sealed files under CACHE/manifest hold them. `plan.json` is written before the first forward pass and holds the identity
+and the packed sequences. `writer-NN.jsonl`, the journal of one writer, grows by one line for each finished shard.
+`cache.json` is written last; it holds what both say, in a fixed order. Readers trust `cache.json` alone. Nothing in
+these files is executed, and no name in them can lead out of the cache's folder.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from actcache.format.seal import MALFORMED
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a harvest set out to do: the identity of the cache, the tokens asked (None: all), the packed sequences.
+    """What a harvest set out to do.
 
-    hooks: those that were finished before the cache grew, and have to grow with it; none in manifest/cache.json.
+    identity: of the cache. tokens: how many were asked for, None for all. sequences: split -> the packed sequences.
+    hooks: the hooks that were finished before the cache grew and have to grow with it; empty in manifest/cache.json.
     """
 
     identity: dict[str, Any]
@@ -43,17 +44,17 @@ class Plan:
     hooks: tuple[HookSpec, ...] = ()
 
     def n_rows(self, split: str) -> int:
-        """Rows that the split will have."""
+        """Rows that the split will have: one for each token of its sequences."""
         return self.sequences[split].n_sequences * self.identity["context_size"]
 
     def n_shards(self, split: str) -> int:
-        """Shards that the split will have; the last may be partial."""
+        """Shards that the split will have; the last one may have fewer rows."""
         return -(-self.n_rows(split) // self.identity["shard_rows"])
 
     def rows_of(self, split: str, index: int) -> int:
         """Rows that a shard will have."""
-        rows = self.identity["shard_rows"]
-        return min(rows, self.n_rows(split) - index * rows)
+        shard_rows = self.identity["shard_rows"]
+        return min(shard_rows, self.n_rows(split) - index * shard_rows)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; `from_json` is the inverse."""
@@ -66,7 +67,7 @@ class Plan:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Plan:
-        """Read back and check what `to_json` gave. Raises ManifestError."""
+        """Read back and check what `to_json` gave. Raises ManifestError if it is malformed or incomplete."""
         try:
             check_identity(values["identity"])
             sequences = {split: sequences_record(values["sequences"][split]) for split in SPLITS}
@@ -86,7 +87,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A whole, finished cache: the plan, its hooks, and the shards of each split in order."""
+    """A finished cache: its plan, its hooks, and the shards of each split in order."""
 
     plan: Plan
     hooks: tuple[HookSpec, ...]
@@ -94,12 +95,12 @@ class Manifest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that two caches must share to be the same cache."""
+        """Everything that must be equal for two caches to be the same cache."""
         return self.plan.identity
 
     @property
     def shard_rows(self) -> int:
-        """S: rows of every shard but the last of a split."""
+        """S: rows of a shard; the last shard of a split may have fewer."""
         return self.identity["shard_rows"]
 
     @property
@@ -112,7 +113,7 @@ class Manifest:
         return self.plan.n_rows(split)
 
     def hook(self, hook_name: str) -> HookSpec:
-        """The spec of a hook. Raises CacheMismatch, listing the hooks there are."""
+        """The spec of a hook. Raises CacheMismatch if the cache lacks it; the message lists the hooks there are."""
         for hook in self.hooks:
             if hook.hook_name == hook_name:
                 return hook
@@ -131,7 +132,7 @@ class Manifest:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Manifest:
-        """Read back and check what `to_json` gave. Raises ManifestError."""
+        """Read back and check what `to_json` gave. Raises ManifestError if it is malformed or incomplete."""
         try:
             manifest = Manifest(
                 plan=Plan.from_json(values["plan"]),
@@ -149,14 +150,14 @@ class Manifest:
 
 
 def aligned_arrays(manifest: Manifest) -> list[ArraySpec]:
-    """Every row-aligned array of a split: the hooks' and the tokens'."""
+    """Every array of a split that has one entry for each row: those of the hooks, and those of the tokens."""
     profile = codec(manifest.identity["codec"])
     hooks = [array for hook in manifest.hooks for array in hook_arrays(hook, profile, manifest.chunk_rows)]
     return [*hooks, *token_arrays(manifest.shard_rows)]
 
 
 def store_arrays(manifest: Manifest) -> dict[str, tuple[ArraySpec, int, int]]:
-    """Path below the store -> (array, rows, rows of a shard), of every array."""
+    """For every array: path below the store -> (array, rows of the array, rows of one of its shards)."""
     arrays = {
         f"{split}/{array.path}": (array, manifest.n_rows(split), manifest.shard_rows)
         for split in SPLITS
@@ -169,7 +170,7 @@ def store_arrays(manifest: Manifest) -> dict[str, tuple[ArraySpec, int, int]]:
 
 
 def stored_files(manifest: Manifest) -> dict[str, int]:
-    """Path below acts.zarr -> bytes, of every shard file that the manifest speaks of."""
+    """For every shard file of the cache: path below acts.zarr -> its size in bytes."""
     files = {
         f"{split}/{shard_key(array, shard.index)}": shard.arrays[array.path].n_bytes
         for split in SPLITS
@@ -193,12 +194,12 @@ def _check_hooks(manifest: Manifest) -> None:
 
 
 def _check_shards(manifest: Manifest, split: str) -> None:
-    rows, shards = manifest.shard_rows, manifest.shards[split]
+    shard_rows, shards = manifest.shard_rows, manifest.shards[split]
     wanted = {a.path: a for a in aligned_arrays(manifest)}
     for index, shard in enumerate(shards):
         last = index == len(shards) - 1
-        whole = 1 <= shard.n_rows <= rows if last else shard.n_rows == rows
-        if (shard.index, shard.first_token, shard.split) != (index, index * rows, split) or not whole:
+        whole = 1 <= shard.n_rows <= shard_rows if last else shard.n_rows == shard_rows
+        if (shard.index, shard.first_token, shard.split) != (index, index * shard_rows, split) or not whole:
             raise ManifestError(f"manifest: shard {index} of {split} is missing or has a wrong size")
         for path, array in wanted.items():
             stored = shard.arrays.get(path)

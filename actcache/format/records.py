@@ -1,4 +1,4 @@
-"""What the manifest says of one shard: its rows, its hooks, and the size and checksums of each array."""
+"""The records that journals and manifests hold: of a hook, an array, a shard, and the packed sequences of a split."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HookSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayRecord:
-    """What is stored of one array in one shard: file size in bytes and each chunk's CRC-32C."""
+    """One shard file of one array: its size in bytes and the CRC-32C of each chunk."""
 
     n_bytes: int
     checksums: tuple[int, ...]
@@ -33,11 +33,12 @@ class ArrayRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """One finished shard: flat tokens [first_token, first_token + n_rows) of a split, per array what is stored.
+    """One finished shard, which holds the tokens [first_token, first_token + n_rows) of a split in sequence order.
 
-    hooks: those whose arrays are stored. compute: what decides the last bits of a value beside the identity.
-    partials: file name below manifest/partials -> CRC-32C, the statistics of the shard. revision: how often the shard
-    was written anew, because it had grown or was damaged. Of several lines about a shard, the highest revision holds.
+    hooks: the hooks whose arrays are stored. arrays: path below the split -> the shard file of that array. partials:
+    path below the cache -> CRC-32C, for each file of the shard's partial statistics. compute: how the activations were
+    computed, which decides the last bits of a value. revision: how often the shard was written anew because it had
+    grown or was damaged. If several lines describe one shard, the line with the highest revision is valid.
     """
 
     split: str
@@ -51,7 +52,7 @@ class ShardRecord:
     revision: int = 0
 
     def merge(self, other: ShardRecord) -> ShardRecord:
-        """This record with the arrays of another line about the same shard; the later line wins."""
+        """This record with what a later record of the same shard adds or replaces."""
         return ShardRecord(
             split=self.split,
             index=self.index,
@@ -65,7 +66,7 @@ class ShardRecord:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a line of a journal and manifest/cache.json hold it; there the revision is called attempt."""
+        """The record as journals and manifest/cache.json hold it. There the key of `revision` is "attempt"."""
         values = asdict(self)
         values["attempt"] = values.pop("revision")
         return values
@@ -73,14 +74,14 @@ class ShardRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequencesRecord:
-    """The packed sequences of one split: how many, and array path -> what is stored of each of its shards."""
+    """The packed sequences of one split: their number, and for each array path the records of its shard files."""
 
     n_sequences: int
     arrays: dict[str, tuple[ArrayRecord, ...]]
 
 
 def shard_record(values: dict[str, Any]) -> ShardRecord:
-    """One line of a writer's manifest, checked. Raises ManifestError or one of MALFORMED for malformed values."""
+    """The record in one line of a journal. Raises ManifestError or one of MALFORMED for malformed values."""
     if values["split"] not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {values['split']!r}")
     arrays = {path: _array_record(array) for path, array in values["arrays"].items()}
@@ -100,7 +101,16 @@ def shard_record(values: dict[str, Any]) -> ShardRecord:
 
 
 def whole_number(name: str, value: object, lowest: int = 0, highest: int = (1 << 63) - 1) -> int:
-    """`value` if it is a whole number in range; neither True nor 1.0 nor "1" is one."""
+    """`value`, if it is an int in [lowest, highest].
+
+    Args:
+        name: what the number is, for the message.
+        value: any JSON value; True, 1.0 and "1" are no whole numbers.
+        lowest, highest: the range, both included.
+
+    Raises:
+        ManifestError: `value` is another kind of value, or out of range.
+    """
     if type(value) is not int or not lowest <= value <= highest:
         got = reprlib.repr(value)  # cut short: it may be long or nested
         raise ManifestError(f"manifest: {name} must be a whole number in [{lowest}, {highest}], got {got}")
@@ -108,6 +118,7 @@ def whole_number(name: str, value: object, lowest: int = 0, highest: int = (1 <<
 
 
 def hook_spec(values: dict[str, Any]) -> HookSpec:
+    """The checked spec of a hook. Raises ManifestError or one of MALFORMED for malformed values."""
     hook = HookSpec(**values)
     if not HOOK_NAME.fullmatch(hook.hook_name):
         raise ManifestError(f"manifest: hook_name must be dotted words, got {hook.hook_name!r}")
@@ -116,13 +127,14 @@ def hook_spec(values: dict[str, Any]) -> HookSpec:
 
 
 def sequences_record(values: dict[str, Any]) -> SequencesRecord:
+    """The checked record of a split's sequences. Raises ManifestError or one of MALFORMED for malformed values."""
     n_sequences = whole_number("n_sequences", values["n_sequences"])
     arrays = {path: tuple(_array_record(shard) for shard in shards) for path, shards in values["arrays"].items()}
     return SequencesRecord(n_sequences=n_sequences, arrays=arrays)
 
 
 def merge_records(records: Iterable[ShardRecord]) -> dict[tuple[str, int], ShardRecord]:
-    """(split, index) -> one record with the arrays of all its lines; a line of a grown shard replaces those before."""
+    """(split, index) -> one record made of all those of a shard. A record of a grown shard replaces those before it."""
     merged: dict[tuple[str, int], ShardRecord] = {}
     for record in sorted(records, key=lambda record: record.revision):
         key = (record.split, record.index)

@@ -1,4 +1,4 @@
-"""Sealed JSON: canonical, and its last key is the CRC-32C of all before it."""
+"""Sealed JSON: canonical JSON whose last key is the CRC-32C of every byte before that key."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ def seal(values: Mapping[str, Any]) -> bytes:
 
 
 def unseal(sealed: bytes, source: Path) -> dict[str, Any]:
-    """The values of a sealed line or file. Raises ManifestError naming `source` if a byte differs."""
+    """The values of a sealed line or file.
+
+    Raises ManifestError, naming `source`, if the checksum does not match or the JSON cannot be read.
+    """
     match = SEAL.fullmatch(sealed)
     if match is None or crc32c(match[1]) != int(match[2], 16):
         raise ManifestError(f"{source}: its checksum does not match its bytes; restore the file or harvest again")
     try:
         return json.loads(match[1] + b"}")
-    except (ValueError, RecursionError) as error:  # no JSON, or nested too deeply, under a seal that is right
+    except (ValueError, RecursionError) as error:  # the checksum is right, but this is no JSON or is nested too deeply
         raise ManifestError(f"{source}: cannot be read as JSON ({type(error).__name__}); harvest again") from error
 
 
 def fingerprint(sealed_manifest: bytes) -> str:
-    """What a run remembers of the cache it was trained on: sha256 of manifest/cache.json, 16 hex digits."""
+    """The first 16 hex digits of the sha256 of manifest/cache.json. A run stores them to name its cache."""
     return hashlib.sha256(sealed_manifest).hexdigest()[:16]

@@ -1,6 +1,8 @@
-"""Mean, variance and norms of a hook's stored values, in float64; partials of chunks and shards merge exactly once.
+"""Mean, variance, norms and geometric median of a hook's stored values, in float64.
 
-Means and squared deviations merge by Chan, Golub and LeVeque (1983), "Algorithms for Computing the Sample Variance".
+`Moments` are taken of chunks and merged into those of shards and splits; `HookStatistics` are made of the moments of a
+split. Means and squared deviations merge by Chan, Golub and LeVeque (1983), "Algorithms for Computing the Sample
+Variance".
 """
 
 from __future__ import annotations
@@ -16,15 +18,19 @@ from actcache.format.codecs import float32_values
 
 ROW_FILTERS = ("all", "no_special_tokens")
 BINS_PER_OCTAVE = 8
-SMALLEST_OCTAVE, LARGEST_OCTAVE = -24, 40  # norms from 2^-24 to 2^40; the outer bins take what lies beyond
+SMALLEST_OCTAVE, LARGEST_OCTAVE = -24, 40  # norms from 2^-24 to 2^40; the outer bins also count norms beyond
 MEDIAN_STEP = 1e-3
 N_BINS = (LARGEST_OCTAVE - SMALLEST_OCTAVE) * BINS_PER_OCTAVE
-MOMENT_VALUES = 1 << 18  # whose float64 squares take 2 MiB
+MOMENT_VALUES = 1 << 18  # values taken at once; their float64 squares take 2 MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """What merges: count, mean, sum of squared deviations, sum of norms, of squared norms, and the norm histogram."""
+    """Sums over some rows, which can be merged with those of other rows.
+
+    squared_deviation: the sum of (x - mean)^2 over the rows, [d_in]. norm_sum, square_norm_sum: the sums of ||x|| and
+    of ||x||^2. norm_histogram: how many norms fall into each bin of `norm_bin`.
+    """
 
     n_rows: int
     mean: Float64[np.ndarray, " d_in"]
@@ -79,7 +85,7 @@ class Moments:
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """As named arrays, for a file; `from_arrays` is the inverse."""
+        """The moments as named arrays, for a file; `from_arrays` is the inverse."""
         return {
             "n_rows": np.array([self.n_rows], dtype=np.int64),
             "mean": self.mean,
@@ -104,10 +110,10 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HookStatistics:
-    """What a cache says of one hook, split and row filter; float64, of the values as stored.
+    """The statistics of one hook, split and row filter, in float64, of the values as they are stored.
 
-    variance divides by n_rows. mean_square_norm is E||x||^2, mean_norm is E||x||. geometric_median is that of about
-    8,192 rows taken from evenly spaced chunks. norm_histogram counts norms in bins of an eighth of an octave.
+    variance: divided by n_rows. mean_norm: E||x||. mean_square_norm: E||x||^2. geometric_median: of about 8,192 rows
+    from evenly spaced chunks. norm_histogram: how many norms fall into each bin of an eighth of an octave.
     """
 
     n_rows: int
@@ -120,7 +126,7 @@ class HookStatistics:
 
     @staticmethod
     def of(moments: Moments, geometric_median: Float64[np.ndarray, " d_in"]) -> HookStatistics:
-        """Divide the sums by the number of rows; all zero when there are none."""
+        """The statistics of a split from its moments. Everything is zero if there are no rows."""
         n_rows = max(moments.n_rows, 1)
         return HookStatistics(
             n_rows=moments.n_rows,
@@ -138,7 +144,10 @@ class HookStatistics:
         return float(self.variance.sum())
 
     def norm_quantile(self, q: float) -> float:
-        """The q-quantile of ||x||, as the geometric middle of its bin: within a sixteenth of an octave (4.5 %)."""
+        """The q-quantile of ||x||: the geometric middle of its bin, so within 4.5 %, a sixteenth of an octave.
+
+        Raises ValueError unless 0 <= q <= 1 and there are rows.
+        """
         if not 0 <= q <= 1 or self.n_rows == 0:
             raise ValueError(f"norm_quantile: need 0 <= q <= 1 and rows, got q={q}, n_rows={self.n_rows}")
         rank = min(int(q * self.n_rows), self.n_rows - 1)
@@ -146,7 +155,7 @@ class HookStatistics:
         return 2.0 ** ((index + 0.5) / BINS_PER_OCTAVE + SMALLEST_OCTAVE)
 
     def to_json(self) -> dict[str, object]:
-        """As plain JSON values; floats keep every bit."""
+        """The statistics as plain JSON values; floats keep every bit. `from_json` is the inverse."""
         return {
             "n_rows": self.n_rows,
             "mean": self.mean.tolist(),
@@ -177,15 +186,15 @@ class HookStatistics:
 
 
 def norm_bin(norms: Float64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
-    """Number of the histogram bin of each norm: an eighth of an octave each, from 2^-24 to 2^40."""
+    """Number of the histogram bin of each norm. A bin is an eighth of an octave wide; the bins span 2^-24 to 2^40."""
     with np.errstate(divide="ignore"):  # a zero norm goes to the first bin
         octaves = np.log2(norms)
     bins = np.floor((octaves - SMALLEST_OCTAVE) * BINS_PER_OCTAVE)
-    return np.fmax(np.fmin(bins, N_BINS - 1), 0).astype(np.int64)  # fmin: what is no number goes to the last bin
+    return np.fmax(np.fmin(bins, N_BINS - 1), 0).astype(np.int64)  # fmin puts NaN into the last bin
 
 
 def filtered_moments(x: Float32[np.ndarray, "row d_in"], special: Bool[np.ndarray, " row"]) -> dict[str, Moments]:
-    """Moments per row filter; each row is visited once."""
+    """Row filter -> moments of the rows that pass it. special: which rows belong to special tokens."""
     plain = Moments.of(x[~special])
     return {"all": plain.merge(Moments.of(x[special])), "no_special_tokens": plain}
 
@@ -195,8 +204,9 @@ def geometric_median(
 ) -> Float64[np.ndarray, " d_in"]:
     """The point with the least summed distance to the rows, by Weiszfeld's iteration (Weiszfeld 1937).
 
-    From `start`, or else the mean, until a step moves less than 1e-3 of the mean distance, at most 100 steps: the
-    median of 8,192 rows is itself known to a hundredth of it. Products in float32. Zeros for no rows.
+    The iteration starts at `start`, or at the mean. It ends after a step of at most 1e-3 of the mean distance, or after
+    100 steps; more precision is useless, because the median of 8,192 sampled rows itself errs by about a hundredth of
+    that distance. Products are taken in float32. The result is zeros if there are no rows.
     """
     if len(x) == 0:
         return np.zeros(x.shape[1])
@@ -219,7 +229,13 @@ def geometric_median(
 
 
 def chunk_moments(stored: Sequence[np.ndarray], dtype: str, special: Bool[np.ndarray, " row"]) -> dict[str, Moments]:
-    """The moments of a chunk per row filter, some rows at a time so that they stay in a core's own cache."""
+    """Row filter -> moments of a chunk. A few rows are taken at a time, so that they fit into the cache of a core.
+
+    Args:
+        stored: the stored elements of the chunk, one array for each array of the hook.
+        dtype: the hook's logical dtype.
+        special: which rows belong to special tokens.
+    """
     n_rows, width = stored[0].shape
     moments = {row_filter: Moments.empty(width) for row_filter in ROW_FILTERS}
     step = max(1, MOMENT_VALUES // width)
