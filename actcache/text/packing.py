@@ -1,4 +1,4 @@
-"""Token ids of documents -> packed sequences of each split."""
+"""Packing: the token ids of documents become sequences of one length, for each split apart."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from actcache.flow import SPLITS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How token ids become sequences: context_size ids each, of which the first is bos_id unless that is None.
+    """How token ids become sequences.
 
-    Documents follow each other with carry-over, separator_id between them unless that is None. As in SAELens, a
-    document that already begins with the token that would be put before it does not get it twice.
+    context_size: ids of a sequence. bos_id: the first id of every sequence; None for no such id. separator_id: the id
+    between two documents of a sequence; None for no such id. What a sequence cannot hold of a document goes into the
+    next sequence. As in SAELens, a document that already begins with bos_id or separator_id does not get it twice.
     """
 
     context_size: int
@@ -32,7 +33,7 @@ class Packing:
 
 @dataclass(frozen=True, slots=True)
 class PackedSequence:
-    """context_size token ids and, for each, the index of its document in the dataset."""
+    """One sequence of a split: its token ids, and for each of them the index of its document in the dataset."""
 
     split: str
     token_ids: Int32[np.ndarray, " position"]
@@ -40,7 +41,7 @@ class PackedSequence:
 
 
 class Packer:
-    """Packs the documents of one split; what does not fill a sequence is carried over to the next document."""
+    """Packs the documents of one split. Ids that do not fill a sequence wait for the next document."""
 
     def __init__(self, packing: Packing, split: str):
         self._packing, self._split = packing, split
@@ -49,7 +50,7 @@ class Packer:
         self._filled = 0
 
     def add(self, document: int, ids: Int32[np.ndarray, " token"]) -> Iterator[PackedSequence]:
-        """The sequences that this document completes."""
+        """The sequences that are full after these ids. document: index in the dataset."""
         offset = 0
         while offset < len(ids):
             prefix = self._packing.separator_id if self._filled else self._packing.bos_id
@@ -61,7 +62,7 @@ class Packer:
                 self._filled = 0
 
     def _put(self, document: int, ids: np.ndarray) -> int:
-        """Append what fits; returns how many did."""
+        """Append as many ids as the sequence has room for; returns how many that were."""
         end = min(self._filled + len(ids), self._packing.context_size)
         n = end - self._filled
         self._ids[self._filled : end] = ids[:n]
@@ -73,13 +74,23 @@ class Packer:
 def pack(
     documents: Iterable[tuple[int, Int32[np.ndarray, " _"]]], packing: Packing, *, seed: int, holdout: float
 ) -> Iterator[PackedSequence]:
-    """Packed sequences of both splits, each split packed apart, in the order in which documents complete them."""
+    """The packed sequences of both splits, in the order in which documents complete them.
+
+    Args:
+        documents: (index in the dataset, token ids) of each document.
+        packing: how ids become sequences; each split is packed apart.
+        seed, holdout: decide the split of each document, as for `split_of`.
+    """
     packers = {split: Packer(packing, split) for split in SPLITS}
     for index, ids in documents:
         yield from packers[split_of(index, seed=seed, holdout=holdout)].add(index, ids)
 
 
 def split_of(document: int, *, seed: int, holdout: float) -> str:
-    """ "validation" if the first 8 bytes of sha256("split:{seed}:{document}"), as a fraction of 2^64, are < holdout."""
+    """The split of a document: "validation" or "train".
+
+    It is "validation" if the first 8 bytes of sha256("split:{seed}:{document}"), a big-endian integer, are below
+    holdout * 2^64.
+    """
     digest = hashlib.sha256(f"split:{seed}:{document}".encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") < holdout * 2.0**64 else "train"

@@ -1,4 +1,4 @@
-"""Where texts come from: a hub data set, files, or one that is loaded already; and what identifies it."""
+"""Sources of texts: a dataset on the hub, files, or a dataset in memory; and what identifies each."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ HASH_BLOCK_BYTES = 1 << 20
 class DatasetSource:
     """Where documents come from: a hub name, a local file, or a folder written by `datasets.save_to_disk`.
 
-    sample_by: what one document of a text file is, "line", "paragraph" or "document" (the whole file).
-    column: the text column, or one of token ids; None takes `text`, else `input_ids`, `tokens` or `token_ids`.
+    config, split, revision: of a hub dataset. column: the column of texts or of token ids; None takes the first there
+    is of `text`, `input_ids`, `tokens` and `token_ids`. sample_by: what one document of a text file is: a "line", a
+    "paragraph" or the whole "document". streaming: read a hub dataset without downloading it first.
     """
 
     path: str
@@ -48,7 +49,7 @@ class DatasetSource:
             raise ConfigError(f"dataset: sample_by must be one of {', '.join(SAMPLE_BY)}, got {self.sample_by!r}")
 
     def load(self) -> datasets.Dataset | datasets.IterableDataset:
-        """The dataset, of one split. Raises DatasetError, naming the path, if it is missing or malformed."""
+        """The dataset of this split. Raises DatasetError, naming the path, if it is missing or malformed."""
         try:
             return self._load()
         except (OSError, ValueError, ConnectionError, DatasetGenerationError) as error:
@@ -74,7 +75,7 @@ class DatasetSource:
         return _load_dataset(kind, data_files=files, split="train", streaming=self.streaming)
 
     def identity(self) -> dict[str, Any]:
-        """What tells this dataset from another: names and revision, and for local files the hash of their bytes."""
+        """What tells this dataset from another: its settings, and for local files a sha256 of all their bytes."""
         path = Path(self.path)
         local = path.exists()
         return {
@@ -90,7 +91,7 @@ class DatasetSource:
 
 @dataclass(frozen=True, slots=True)
 class LoadedDataset:
-    """A dataset that is already in memory (a `datasets.Dataset`, or any list of strings), as a source of documents."""
+    """A `datasets.Dataset` that is already in memory, as a source of documents. column: as for DatasetSource."""
 
     rows: datasets.Dataset
     column: str | None = None
@@ -100,7 +101,10 @@ class LoadedDataset:
         return self.rows
 
     def identity(self) -> dict[str, Any]:
-        """The hash of every row, so that the same rows always are the same dataset."""
+        """What tells this dataset from another: the column, and a sha256 of all rows.
+
+        Equal rows have equal identities.
+        """
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(repr(sorted(dict(row).items())).encode())

@@ -1,4 +1,8 @@
-"""Datasets -> documents -> token ids -> packed sequences of each split. Packed once; text is never read again."""
+"""The token ids of a dataset's documents, and a hash that identifies a tokenizer.
+
+A harvest reads the text once and stores the packed sequences; hooks that are added later use these. The text is read
+again when a cache grows, and when a repair needs documents that no other file holds.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,10 @@ DOCUMENTS_PER_BATCH = 256
 
 
 def documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Int32[np.ndarray, " _"]]]:
-    """(index in the dataset, token ids) of every document that is not empty.
+    """(index in the dataset, int32 token ids) of every document that has tokens.
 
-    Text is tokenised without special tokens. Raises DatasetError for a missing or mistyped column.
+    Text is tokenised without special tokens. A column of token ids is taken as it is. Raises DatasetError if the column
+    is missing, holds something else, or holds ids that the tokenizer lacks.
     """
     rows = source.load()
     column = _column(rows, source.column)
@@ -35,7 +40,7 @@ def documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[tu
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 over the vocabulary and the special tokens: what decides which id a token has."""
+    """sha256 of the vocabulary and the special tokens, which decide the id of each token."""
     digest = hashlib.sha256()
     for token, number in sorted(tokenizer.get_vocab().items()):
         digest.update(f"{number}:{token}\n".encode())
@@ -63,7 +68,7 @@ def _ids_of(column: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[A
 
 def _column(rows: datasets.Dataset | datasets.IterableDataset, asked: str | None) -> str:
     names = rows.column_names
-    if names is None:  # a stream whose features are not declared: its first row tells
+    if names is None:  # a stream may declare no columns; then its first row has them
         names = list(next(iter(rows), {}))
     for name in (asked,) if asked else ("text", *TOKEN_COLUMNS):
         if name in names:
