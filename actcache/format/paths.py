@@ -1,4 +1,4 @@
-"""Where the files of a cache lie, relative to its folder."""
+"""Where the files of a cache lie: paths below the cache, the store acts.zarr, or a split."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ PLAN = "manifest/plan.json"
 CACHE_MANIFEST = "manifest/cache.json"
 ORIGIN = "log/origin.json"
 MANIFEST = "manifest"
-SETTLING = "manifest/settling.lock"
+EXCLUSIVE_LOCK = "manifest/settling.lock"
 
 
 def shard_key(array: ArraySpec, index: int) -> str:
-    """Path of a shard's file below its split, by Zarr's default chunk key encoding."""
+    """Path of a shard's file below its split, in Zarr's default chunk key encoding."""
     return f"{array.path}/c/{index}" + ("" if array.width is None else "/0")
 
 

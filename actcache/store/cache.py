@@ -1,4 +1,4 @@
-"""A finished cache, opened for reading: its manifest, statistics, sequences and the readers of its arrays."""
+"""A finished cache, opened for reading: its manifest, its statistics, its sequences and the readers of its arrays."""
 
 from __future__ import annotations
 
@@ -24,29 +24,33 @@ from actcache.store.reader import ArrayReader, HookReader
 
 
 class Cache:
-    """A finished cache. Build it with `open_cache`; it stays valid in threads and in forked processes."""
+    """A finished cache, made by `open_cache`. Threads and forked processes may share it.
+
+    path: its folder. manifest: what manifest/cache.json holds. fingerprint: 16 hex digits that name this cache; ""
+    where the manifest was not read from manifest/cache.json.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, fingerprint: str):
         self.path, self.manifest, self.fingerprint = path, manifest, fingerprint
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Model, dataset, packing, dtype, codec, seed: what tells this cache from another."""
+        """Model, dataset, packing, dtype, codec, seed: everything that tells this cache from another."""
         return self.manifest.identity
 
     @property
     def origin(self) -> dict[str, Any]:
-        """As `read_origin`."""
+        """Where model and dataset were loaded from, as `read_origin` gives it."""
         return read_origin(self.path)
 
     @property
     def compute(self) -> dict[str, Any]:
-        """How the activations were computed: "device", "torch", "backend", "model_dtype", "attention", "batch_size"."""
+        """How the activations of the first shard were computed: "device", "torch", "model_dtype", "batch_size", ..."""
         return next(shard.compute for split in SPLITS for shard in self.manifest.shards[split])
 
     @property
     def context_size(self) -> int:
-        """Tokens of a sequence."""
+        """Tokens in a sequence."""
         return self.identity["context_size"]
 
     @property
@@ -60,15 +64,18 @@ class Cache:
         return tuple(hook.hook_name for hook in self.manifest.hooks)
 
     def hook(self, hook_name: str) -> HookSpec:
-        """Width and dtype of a hook. Raises CacheMismatch, listing the hooks there are."""
+        """Width and dtype of a hook.
+
+        Raises CacheMismatch if the cache lacks it; the message lists the hooks there are.
+        """
         return self.manifest.hook(hook_name)
 
     def n_rows(self, split: str = "train") -> int:
-        """Rows of a split: stored tokens, special ones included."""
+        """Rows of a split, one for each token; special tokens are included."""
         return self.manifest.n_rows(split)
 
     def reader(self, split: str, array: ArraySpec) -> ArrayReader:
-        """Reads a row-aligned array of a split."""
+        """A reader of an array of a split that has one entry for each row."""
         shards = self.manifest.shards[split]
         return ArrayReader(
             self.path / STORE / split,
@@ -80,28 +87,38 @@ class Cache:
         )
 
     def hook_reader(self, split: str, hook_name: str) -> HookReader:
-        """Reads the activations of one hook."""
+        """A reader of the activations of one hook. Raises CacheMismatch if the cache lacks the hook."""
         hook = self.hook(hook_name)
         arrays = hook_arrays(hook, codec(self.identity["codec"]), self.manifest.chunk_rows)
         return HookReader(hook, [self.reader(split, array) for array in arrays])
 
     def token_reader(self, split: str, name: str) -> ArrayReader:
-        """Reads "id", "sequence" or "position" of every row."""
+        """A reader of the "id", the "sequence" or the "position" of every row's token, int32."""
         arrays = {array.path: array for array in token_arrays(self.manifest.shard_rows)}
         return self.reader(split, arrays[f"tokens/{name}"])
 
     def sequences(self, split: str) -> Int32[np.ndarray, "sequence position"]:
-        """Token ids of every packed sequence, in order."""
+        """Token ids of every packed sequence of a split, in order. Raises CorruptShard."""
         return self._sequences(split, "id")
 
     def documents(self, split: str) -> Int32[np.ndarray, "sequence position"]:
-        """For every token of `sequences`, the index of its document in the dataset."""
+        """For every token of `sequences`, the index of its document in the dataset. Raises CorruptShard."""
         return self._sequences(split, "document")
 
     def statistics(
         self, hook_name: str, *, split: str = "train", row_filter: str = "no_special_tokens"
     ) -> HookStatistics:
-        """Mean, variance, norms and geometric median of a hook's stored values. Raises ManifestError if damaged."""
+        """Mean, variance, norms and geometric median of a hook's stored values, in float64.
+
+        Args:
+            hook_name: a hook of the cache.
+            split: "train" or "validation".
+            row_filter: "all", or "no_special_tokens" without the rows of special tokens.
+
+        Raises:
+            CacheMismatch: the cache lacks the hook.
+            ManifestError: the statistics are missing, damaged, or those of another cache.
+        """
         hook = self.hook(hook_name)
         path = self.path / statistics_key(split, hook_name)
         try:
@@ -134,7 +151,10 @@ def open_cache(path: str | Path) -> Cache:
 
 
 def read_manifest(path: str | Path) -> Cache:
-    """Open a cache without a look at its shards; `open_cache` is for everyone but an auditor. Raises ManifestError."""
+    """Open a cache by its manifest and look at no other file. Only a check of the whole cache needs this.
+
+    Raises ManifestError if there is no cache, it is not finished, or its manifest cannot be trusted.
+    """
     root = Path(path)
     try:
         sealed = contents(root / CACHE_MANIFEST)
@@ -153,9 +173,10 @@ def read_manifest(path: str | Path) -> Cache:
 
 
 def read_origin(root: Path) -> dict[str, Any]:
-    """{"model", "revision", "dataset"}: where both were loaded from, which may differ between equal caches.
+    """{"model", "revision", "dataset"}: where the model and the dataset were loaded from.
 
-    dataset holds the fields of a DatasetSource, or is None for one in memory. Raises ManifestError.
+    Two equal caches may have different origins. "dataset" holds the fields of a DatasetSource, or is None if the
+    dataset was in memory. Raises ManifestError if the file cannot be read.
     """
     try:
         return json.loads(contents(root / ORIGIN))
@@ -164,7 +185,14 @@ def read_origin(root: Path) -> dict[str, Any]:
 
 
 def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReader:
-    """Reads "id" or "document" of the packed sequences; there before the first activation is."""
+    """A reader of the packed sequences, which are stored before the first activation.
+
+    Args:
+        root: the folder of the cache, finished or not.
+        plan: its plan.
+        split: "train" or "validation".
+        name: "id" for token ids, "document" for the index of each token's document.
+    """
     record = plan.sequences[split]
     array = {a.path: a for a in sequence_arrays(plan.identity["context_size"])}[f"sequences/{name}"]
     return ArrayReader(
@@ -178,7 +206,11 @@ def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReade
 
 
 def wrong_files(cache: Cache) -> Iterator[str]:
-    """What is missing or of a wrong size: a truncated map is SIGBUS, and a missing shard reads as zeros elsewhere."""
+    """A message for each shard file that is missing or has the wrong size.
+
+    Reading a truncated file through a memory map kills the process (SIGBUS). Other Zarr readers read a missing shard as
+    zeros.
+    """
     for key, n_bytes in stored_files(cache.manifest).items():
         path = cache.path / STORE / key
         size = file_bytes(path)

@@ -1,4 +1,8 @@
-"""The append-only records of finished shards, one file for each writer, and the locks that writers hold."""
+"""Journals: the records of finished shards.
+
+Each writer appends to a journal of its own and holds its lock meanwhile; the number of the journal is the writer's
+slot.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,19 @@ from typing import Any
 
 from actcache.errors import CacheLocked, ManifestError
 from actcache.files import make_folder, naming, sync_folder, write_atomically
-from actcache.format.paths import MANIFEST, SETTLING
+from actcache.format.paths import EXCLUSIVE_LOCK, MANIFEST
 from actcache.format.records import ShardRecord, shard_record
 from actcache.format.seal import MALFORMED, seal, unseal
 from actcache.store.locks import is_at, is_held, try_lock
 
 
 class Journal:
-    """manifest/writer-NN.jsonl, open for appending under an exclusive flock; one sealed line per finished shard."""
+    """manifest/writer-NN.jsonl, open for appending under an exclusive flock. It has one sealed line for each shard."""
 
     def __init__(self, root: Path, slot: int = 0):
-        """Take the slot's lock; a torn last line is cut off.
+        """Take the lock of the slot, and cut off a last line that is torn.
 
-        Raises CacheLocked if another process holds it, ManifestError if a line other than the last is damaged.
+        Raises CacheLocked if another process holds the lock, ManifestError if a line before the last is damaged.
         """
         self.path = root / MANIFEST / f"writer-{slot:02d}.jsonl"
         make_folder(self.path.parent)
@@ -41,7 +45,7 @@ class Journal:
             raise
 
     def append(self, record: ShardRecord) -> None:
-        """Make one line durable. A failing write or fsync (OSError) leaves the journal as it was."""
+        """Write one line and fsync it. If the write or the fsync fails (OSError), the journal is as it was."""
         line, end = memoryview(seal(record.to_json())), self._file.seek(0, os.SEEK_END)
         try:
             with naming(self.path):
@@ -49,22 +53,25 @@ class Journal:
                     line = line[self._file.write(line) :]
                 os.fsync(self._file.fileno())
         except OSError:
-            self._file.truncate(end)  # or the line of the next shard, which is on its way, would follow half a line
+            self._file.truncate(end)  # the next shard is written already; its line must not follow half a line
             raise
 
     def discard(self) -> None:
-        """Remove what making this journal left in a folder where nothing else was begun; for who is settling there."""
+        """Remove this journal, its lock file and their folders, if the cache has nothing else.
+
+        The caller holds `exclusive`.
+        """
         folder = self.path.parent
-        lock = folder.parent / SETTLING
+        lock = folder.parent / EXCLUSIVE_LOCK
         if {*folder.iterdir()} == {self.path, lock} and [*folder.parent.iterdir()] == [folder]:
             self.path.unlink()
             lock.unlink()
-            with suppress(OSError):  # others may begin here
+            with suppress(OSError):  # another process may begin a cache here
                 folder.rmdir()
                 folder.parent.rmdir()
 
     def close(self) -> None:
-        """Release the lock."""
+        """Close the file, which releases the lock."""
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -75,12 +82,18 @@ class Journal:
 
 
 def read_journals(root: Path) -> list[ShardRecord]:
-    """Every finished shard that any writer has recorded; a line that is still being written is left out."""
+    """Every finished shard that any writer has recorded. A torn last line is left out: it is being written.
+
+    Raises ManifestError if a line before the last is damaged.
+    """
     return [record for path in _journals(root) for record in _read(path)[0]]
 
 
 def hook_computes(root: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
-    """(split, index, hook name) -> how those arrays were computed; a shard's record keeps only what came last."""
+    """(split, index, hook name) -> how the arrays of that hook in that shard were computed.
+
+    The merged record of a shard cannot tell: it holds the settings of the last run alone.
+    """
     return {
         (record.split, record.index, hook.hook_name): record.compute
         for record in sorted(read_journals(root), key=lambda record: record.revision)
@@ -90,15 +103,15 @@ def hook_computes(root: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
 
 
 def damaged_lines(root: Path) -> dict[Path, list[int]]:
-    """Journal -> the numbers, from 1, of its lines that cannot be read; a torn last line is none of them."""
+    """Journal -> the numbers, from 1, of its damaged lines. A torn last line does not count as damaged."""
     found = {path: _damaged(_parsed(path)) for path in _journals(root)}
     return {path: numbers for path, numbers in found.items() if numbers}
 
 
 def salvage(root: Path) -> dict[Path, list[int]]:
-    """Rewrite every journal that has damaged lines without them; returns what `damaged_lines` found.
+    """Rewrite every journal that has damaged lines without these lines; returns what `damaged_lines` found.
 
-    Raises CacheLocked if a process writes one of them.
+    Raises CacheLocked if another process writes one of these journals.
     """
     found = damaged_lines(root)
     for path in found:
@@ -110,21 +123,24 @@ def salvage(root: Path) -> dict[Path, list[int]]:
 
 
 def refuse_held(root: Path, slot: int) -> None:
-    """Raise CacheLocked if a process holds the slot."""
+    """Raise CacheLocked if any process holds the slot."""
     if slot in active_writers(root):
         raise _held_by_another(root, slot)
 
 
 def active_writers(root: Path) -> set[int]:
-    """The slots that a process holds, this one's included; who waits to settle holds none yet."""
+    """The slots that processes hold, this process included. A process that waits for `exclusive` holds none yet."""
     return {slot for path, slot in _journals(root).items() if is_held(path)}
 
 
 def was_begun(root: Path) -> bool:
-    """Whether a harvest was ever begun here; one killed at once leaves the folder for journals alone, without one."""
+    """Whether a harvest was ever begun here.
+
+    A harvest that is killed at once leaves an empty folder for journals, or one with the lock file alone.
+    """
     folder = root / MANIFEST
     if [*root.iterdir()] == [folder] and folder.is_dir():
-        return set(folder.iterdir()) <= {root / SETTLING} or bool(_journals(root))
+        return set(folder.iterdir()) <= {root / EXCLUSIVE_LOCK} or bool(_journals(root))
     return bool(_journals(root))
 
 
@@ -138,7 +154,7 @@ def _held_by_another(root: Path, slot: int) -> CacheLocked:
 
 
 def _read(path: Path) -> tuple[list[ShardRecord], int]:
-    """The records of a journal, and the bytes that they take: what lies behind is a torn line."""
+    """The records of a journal, and the bytes of their lines. Bytes after those are a torn line."""
     parsed = _parsed(path)
     if damaged := _damaged(parsed):
         raise ManifestError(f"{path}: line {damaged[0]} is damaged; restore it with `actcache repair`")
@@ -151,7 +167,7 @@ def _damaged(parsed: Sequence[tuple[bytes, ShardRecord | None]]) -> list[int]:
 
 
 def _parsed(path: Path) -> list[tuple[bytes, ShardRecord | None]]:
-    """Every line of a journal, with its record if it can be read."""
+    """Every line of a journal, and its record; None for a line that cannot be read."""
     return [(line, _record(line, path)) for line in path.read_bytes().splitlines(keepends=True)]
 
 

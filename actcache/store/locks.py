@@ -1,4 +1,4 @@
-"""Locks on files: one process settles or finalises a cache at a time."""
+"""Locks on files (flock): `exclusive`, by which one process at a time changes a cache, and what journals lock with."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from actcache.files import make_folder
-from actcache.format.paths import SETTLING
+from actcache.format.paths import EXCLUSIVE_LOCK
 
-PROBE_SECONDS = 0.5  # a probe of another process holds a slot for microseconds
+PROBE_SECONDS = 0.5  # `is_held` in another process holds a lock for microseconds
 
 
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
-    """The one process that settles the plan, or finalises, at a time; others wait here."""
-    path = root / SETTLING
+    """Let one process at a time settle a plan, finalise, repair, or give up a slot; others wait here.
+
+    root: the folder of the cache; it is made if it is missing.
+    """
+    path = root / EXCLUSIVE_LOCK
     while True:
         make_folder(path.parent)
         with open(path, "ab") as file:
@@ -29,6 +32,7 @@ def exclusive(root: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
+    """Whether any process holds the exclusive lock of a file."""
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -38,7 +42,10 @@ def is_held(path: Path) -> bool:
 
 
 def try_lock(descriptor: int, kind: int) -> bool:
-    """Whether the lock was got; tried for as long as another process's probe may hold it."""
+    """Try to take a lock without waiting for its holder.
+
+    `is_held` holds a lock for a moment, so try for PROBE_SECONDS.
+    """
     deadline = time.monotonic() + PROBE_SECONDS
     while True:
         try:
@@ -52,7 +59,7 @@ def try_lock(descriptor: int, kind: int) -> bool:
 
 
 def is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file is still the one of that name: whoever held its lock may have replaced or removed it."""
+    """Whether the open file still has that path. Whoever held its lock may have replaced or removed it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -1,4 +1,7 @@
-"""Memory-mapped shard -> rows. Sizes and checksums are checked before use; safe to share between threads."""
+"""`ArrayReader` and `HookReader`: rows read from memory-mapped shard files.
+
+Sizes and checksums are checked before bytes are used. Threads may share a reader.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ MAX_OPEN_SHARDS = 128
 
 
 class ArrayReader:
-    """One sharded array of a split as a sequence of chunks; chunk c holds the rows from c * chunk_rows on."""
+    """One sharded array of a split as a sequence of chunks. Chunk c begins with row c * chunk_rows of the split."""
 
     def __init__(
         self,
@@ -38,7 +41,16 @@ class ArrayReader:
         n_rows: int,
         shard_rows: int,
     ):
-        """folder: the split's, below acts.zarr. records: what the manifest says of each shard, in order."""
+        """Nothing is opened before it is read.
+
+        Args:
+            folder: the folder of the split, below acts.zarr.
+            array: path, dtype, width and chunk size of the array.
+            codec: the codec of the cache.
+            records: the record of each shard file, in order.
+            n_rows: rows of the array.
+            shard_rows: rows of each shard but the last.
+        """
         self.array, self.n_rows = array, n_rows
         self.n_chunks = -(-n_rows // array.chunk_rows)
         self.records = records
@@ -49,7 +61,7 @@ class ArrayReader:
         self._pid = os.getpid()
 
     def rows_of(self, chunk: int) -> int:
-        """How many rows a chunk holds; fewer than chunk_rows in the last one only."""
+        """How many rows a chunk holds; only the last chunk may hold fewer than chunk_rows."""
         return min(self.array.chunk_rows, self.n_rows - chunk * self.array.chunk_rows)
 
     def empty(self, n_chunks: int) -> Shaped[np.ndarray, "row ..."]:
@@ -57,32 +69,42 @@ class ArrayReader:
         return np.empty((n_chunks * self.array.chunk_rows, *self.array.row_shape), dtype=self.array.storage_dtype)
 
     def will_need(self, chunk: int) -> None:
-        """Start reading a chunk's bytes from disk, without waiting."""
+        """Tell the kernel to read a chunk's bytes from disk soon; returns at once."""
         shard, number = divmod(chunk, self._chunks_per_shard)
         self._shard(shard).advise(number, mmap.MADV_WILLNEED)
 
     def decode_into(self, chunk: int, out: Shaped[np.ndarray, "chunk_rows ..."]) -> None:
-        """Decode a chunk into `out`, room for chunk_rows rows. Raises CorruptShard, naming file, chunk and rows."""
+        """Decode a chunk into `out`, which has chunk_rows rows. Raises CorruptShard, naming file, chunk and rows."""
         with self.verified(chunk) as stored:
             self._codec.decode_into(stored, out)
 
     def scatter_into(
         self,
         chunk: int,
-        places: Int64[np.ndarray, " chunk_rows"],
+        target_rows: Int64[np.ndarray, " chunk_rows"],
         out: Shaped[np.ndarray, "row ..."],
-        room: Shaped[np.ndarray, "chunk_rows ..."],
+        buffer: Shaped[np.ndarray, "chunk_rows ..."],
     ) -> None:
-        """Decode a chunk and write its row j to out[places[j]]; plain bytes go there straight from the file.
+        """Decode a chunk and scatter its rows over `out`.
 
-        room: where other bytes are decoded. Raises CorruptShard, naming file, chunk and rows.
+        Args:
+            chunk: number of the chunk.
+            target_rows: row j of the chunk is written to out[target_rows[j]].
+            out: any number of rows.
+            buffer: the chunk is decoded into it first; plain bytes are scattered straight from the file instead.
+
+        Raises:
+            CorruptShard: the chunk is damaged; the message names file, chunk and rows.
         """
         with self.verified(chunk) as stored:
-            scatter(self._codec.decoded(stored, room), places, out)
+            scatter(self._codec.decoded(stored, buffer), target_rows, out)
 
     @contextmanager
     def verified(self, chunk: int) -> Iterator[memoryview]:
-        """The stored bytes of a chunk, whose checksum was found to match, for as long as they are decoded."""
+        """The stored bytes of a chunk after their checksum was found to match.
+
+        They are valid inside the `with` alone.
+        """
         shard, number = divmod(chunk, self._chunks_per_shard)
         file = self._shard(shard)
         stored = file.chunk(number)
@@ -100,18 +122,20 @@ class ArrayReader:
         file.advise(number, mmap.MADV_DONTNEED)
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "row ..."]:
-        """Rows [start, stop) as stored elements, in a buffer of their own."""
+        """Rows [start, stop) as stored elements, in new memory. Raises ValueError for a wrong range, CorruptShard."""
         if not 0 <= start <= stop <= self.n_rows:
             raise ValueError(f"read: need 0 <= start <= stop <= {self.n_rows}, got {start} to {stop}")
-        rows = self.array.chunk_rows
-        first, last = start // rows, -(-stop // rows)
+        chunk_rows = self.array.chunk_rows
+        first, last = start // chunk_rows, -(-stop // chunk_rows)
         buffer = self.empty(last - first)
         for chunk in range(first, last):
-            self.decode_into(chunk, buffer[(chunk - first) * rows : (chunk - first + 1) * rows])
-        return buffer[start - first * rows : stop - first * rows]
+            self.decode_into(chunk, buffer[(chunk - first) * chunk_rows : (chunk - first + 1) * chunk_rows])
+        return buffer[start - first * chunk_rows : stop - first * chunk_rows]
 
     def _shard(self, index: int) -> ShardFile:
-        if self._pid != os.getpid():  # a forked child maps the files anew; a thread of its parent may hold the lock
+        if (
+            self._pid != os.getpid()
+        ):  # a forked child maps the files again: a thread of its parent may have held the lock
             self._open, self._lock, self._pid = OrderedDict(), threading.Lock(), os.getpid()
         with self._lock:
             file = self._open.pop(index, None)
@@ -120,14 +144,14 @@ class ArrayReader:
                 file = ShardFile(path, self._chunks_per_shard, self.records[index].n_bytes)
             self._open[index] = file
             if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)  # unmapped once no thread holds a view of it
+                self._open.popitem(last=False)  # the file is unmapped when no thread holds a view of it
             return file
 
 
 class HookReader:
-    """The rows of one hook, whatever arrays hold them: `acts` alone, or `q8` and `scale`.
+    """The rows of one hook, stored in one array, `acts`, or in two, `q8` and `scale`.
 
-    A buffer is a tuple with one part for each array; rows are gathered from the parts first and made `values` then.
+    A buffer for rows is a tuple of parts, one for each array. `values` turns the parts of some rows into activations.
     """
 
     def __init__(self, hook: HookSpec, arrays: Sequence[ArrayReader]):
@@ -141,46 +165,65 @@ class HookReader:
         return tuple(array.empty(n_chunks) for array in self.arrays)
 
     def will_need(self, chunk: int) -> None:
-        """Start reading a chunk's bytes from disk, without waiting."""
+        """Tell the kernel to read a chunk's bytes from disk soon; returns at once."""
         for array in self.arrays:
             array.will_need(chunk)
 
     def decode_into(self, chunk: int, parts: Sequence[Shaped[np.ndarray, "chunk_rows _"]]) -> None:
-        """Decode a chunk into the parts, each with room for chunk_rows rows. Raises CorruptShard."""
+        """Decode a chunk into the parts, each of which has chunk_rows rows. Raises CorruptShard."""
         for array, part in zip(self.arrays, parts, strict=True):
             array.decode_into(chunk, part)
 
     def scatter_into(
         self,
         chunk: int,
-        places: Int64[np.ndarray, " chunk_rows"],
+        target_rows: Int64[np.ndarray, " chunk_rows"],
         parts: Sequence[Shaped[np.ndarray, "row _"]],
-        room: Sequence[Shaped[np.ndarray, "chunk_rows _"]],
+        buffers: Sequence[Shaped[np.ndarray, "chunk_rows _"]],
     ) -> None:
-        """Decode a chunk and write its row j to row places[j] of the parts, by way of `room`. Raises CorruptShard."""
-        for array, part, space in zip(self.arrays, parts, room, strict=True):
-            array.scatter_into(chunk, places, part, space)
+        """Decode a chunk and write its row j to row target_rows[j] of every part.
+
+        Args:
+            chunk: number of the chunk.
+            target_rows: a row of the parts for each row of the chunk.
+            parts: one array of rows for each array of the hook.
+            buffers: one array for each array of the hook, in which the chunk is decoded first.
+
+        Raises:
+            CorruptShard: the chunk is damaged.
+        """
+        for array, part, buffer in zip(self.arrays, parts, buffers, strict=True):
+            array.scatter_into(chunk, target_rows, part, buffer)
 
     def tensors(self, parts: Sequence[Shaped[np.ndarray, "row _"]]) -> tuple[Tensor, ...]:
-        """The parts as torch tensors that share their memory."""
+        """The parts as torch tensors of their logical dtypes; they share the memory of the parts."""
         return tuple(tensor_view(part, array.array.dtype) for array, part in zip(self.arrays, parts, strict=True))
 
     def values(self, tensors: Sequence[Tensor]) -> Float[Tensor, "row d_in"]:
-        """The activations in the hook's dtype, on the device of the parts' rows."""
+        """The activations in the hook's dtype, on the device of the tensors."""
         return values(tensors, self.hook.dtype)
 
     def read(self, start: int, stop: int) -> Float[Tensor, "row d_in"]:
-        """Rows [start, stop) in the hook's dtype."""
+        """The activations of rows [start, stop) in the hook's dtype.
+
+        Raises ValueError for a wrong range, CorruptShard.
+        """
         return self.values(self.tensors(self.read_stored(start, stop)))
 
     def read_stored(self, start: int, stop: int) -> tuple[Shaped[np.ndarray, "row _"], ...]:
-        """Rows [start, stop) as stored elements, a part for each array."""
+        """Rows [start, stop) as stored elements, a part for each array.
+
+        Raises ValueError for a wrong range, CorruptShard.
+        """
         return tuple(array.read(start, stop) for array in self.arrays)
 
 
 def scatter(
-    rows: Shaped[np.ndarray, "n ..."], places: Int64[np.ndarray, " n"], out: Shaped[np.ndarray, "m ..."]
+    rows: Shaped[np.ndarray, "n ..."], target_rows: Int64[np.ndarray, " n"], out: Shaped[np.ndarray, "m ..."]
 ) -> None:
-    """out[places] = rows, for C-contiguous arrays; np.put of whole rows takes a third less time, and no lock."""
+    """Do out[target_rows] = rows, for C-contiguous arrays.
+
+    np.put of whole rows takes a third less time than the assignment, and other threads run meanwhile.
+    """
     row = np.dtype((np.void, rows.nbytes // len(rows)))
-    np.put(out.reshape(len(out), -1).view(row), places, rows.reshape(len(rows), -1).view(row), mode="clip")
+    np.put(out.reshape(len(out), -1).view(row), target_rows, rows.reshape(len(rows), -1).view(row), mode="clip")

@@ -1,4 +1,4 @@
-"""One shard of a cache that is being written: its rows, its tokens and where each goes."""
+"""`Shard`: one shard that is to be written, its sequences, and the row in which each token is stored."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from actcache.store.cache import sequence_reader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One shard to be written.
+    """One shard that is to be written.
 
-    first_token, permutation: token `first_token + t` of the split lies in row `permutation[t]`. first_sequence,
-    sequences: the packed sequences that the shard touches. hooks: those to be written. revision: as in ShardRecord.
+    first_token: the first token of the shard, counted in sequence order from the start of the split. permutation: token
+    first_token + t is stored in row permutation[t] of the shard. sequences: token ids of every packed sequence that has
+    a token in the shard. first_sequence: number of the first of these. hooks: the hooks that are to be written.
+    revision: as in ShardRecord.
     """
 
     split: str
@@ -35,7 +37,18 @@ class Shard:
 
     @staticmethod
     def of(root: Path, plan: Plan, split: str, index: int, hooks: tuple[HookSpec, ...], revision: int = 0) -> Shard:
-        """Read what is known of a shard before the model runs. Raises CorruptShard for damaged sequences."""
+        """The shard as far as it is known before the model runs.
+
+        Args:
+            root: the folder of the cache.
+            plan: its plan.
+            split, index: which shard.
+            hooks: the hooks that are to be written.
+            revision: as in ShardRecord.
+
+        Raises:
+            CorruptShard: the packed sequences are damaged.
+        """
         first_token = index * plan.identity["shard_rows"]
         n_rows = plan.rows_of(split, index)
         context_size = plan.identity["context_size"]
@@ -58,20 +71,23 @@ class Shard:
 
     @property
     def flat_tokens(self) -> Int64[np.ndarray, " row"]:
-        """Flat token number, within the split, of each stored row."""
+        """For each stored row the number of its token, counted in sequence order from the start of the split."""
         tokens = np.empty(self.n_rows, dtype=np.int64)
         tokens[self.permutation] = np.arange(self.first_token, self.first_token + self.n_rows)
         return tokens
 
     @property
     def token_columns(self) -> tuple[Int32[np.ndarray, " row"], ...]:
-        """Token id, sequence and position of each stored row."""
+        """Token id, sequence number and position of each stored row; one array each."""
         sequence, position = np.divmod(self.flat_tokens, self.sequences.shape[1])
         token_ids = self.sequences[sequence - self.first_sequence, position]
         return token_ids, sequence.astype(np.int32), position.astype(np.int32)
 
     def token_batches(self, batch_size: int) -> Iterator[TokenBatch]:
-        """Forward batches restart at each shard, so that a shard never depends on where a run was cut."""
+        """The sequences of the shard, `batch_size` at a time.
+
+        A shard never shares a forward batch with another shard.
+        """
         for start in range(0, len(self.sequences), batch_size):
             yield TokenBatch(
                 token_ids=self.sequences[start : start + batch_size], first_sequence=self.first_sequence + start

@@ -1,4 +1,7 @@
-"""One shard of one array as a file: encoded chunks, an index behind them; written, mapped and read."""
+"""One shard file: the encoded chunks of one array in one shard, then an index.
+
+`ShardFile` reads it, others write it.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,24 @@ from actcache.format.codecs import CHECKSUM_BYTES, Codec, crc32c
 from actcache.format.records import ArrayRecord
 
 INDEX_ENTRY_BYTES = 16
-EncodedChunk = tuple[bytes | memoryview, int]  # what is stored of a chunk, and its checksum
+EncodedChunk = tuple[bytes | memoryview, int]  # the stored bytes of a chunk, and their CRC-32C
 ABSENT = np.iinfo(np.uint64).max  # offset and size of a chunk that a shard lacks (zarr v3, "binary shard format")
 
 
 class ShardFile:
-    """One shard file, mapped: where each inner chunk lies, by the index at its end (zarr v3 sharding codec)."""
+    """One shard file, mapped into memory. The index at its end says where each chunk lies (zarr v3 sharding codec)."""
 
     def __init__(self, path: Path, n_chunks: int, n_bytes: int | None = None):
-        """Raises CorruptShard if the file is missing, is not `n_bytes` long, or its index fails its checksum."""
+        """Map the file and check its index.
+
+        Args:
+            path: the file.
+            n_chunks: chunks of a whole shard, including those that this shard lacks.
+            n_bytes: the size of the file; None if it is not known.
+
+        Raises:
+            CorruptShard: the file is missing or not `n_bytes` long, or its index does not match its checksum.
+        """
         self.path = path
         index_bytes = n_chunks * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
         try:
@@ -39,7 +51,7 @@ class ShardFile:
             raise CorruptShard(f"{path}: the shard is missing; restore it or harvest again") from None
         except OSError as error:
             raise CorruptShard(f"{path}: the shard cannot be read ({error.strerror}); restore it") from error
-        self._map.madvise(mmap.MADV_RANDOM)  # the kernel's readahead reads three times what chunks need
+        self._map.madvise(mmap.MADV_RANDOM)  # with readahead the kernel reads three times as much as the chunks hold
         self._bytes = memoryview(self._map)
         index = self._bytes[size - index_bytes : size - CHECKSUM_BYTES]
         if crc32c(index) != int.from_bytes(self._bytes[size - CHECKSUM_BYTES :], "little"):
@@ -48,11 +60,12 @@ class ShardFile:
         self._payload_bytes = size - index_bytes
 
     def chunk(self, number: int) -> memoryview | None:
-        """The stored bytes of a chunk; None where the shard holds none, which Zarr reads as the fill value.
+        """The stored bytes of a chunk; None if the shard lacks it, which Zarr reads as the fill value.
 
-        Raises CorruptShard if the chunk lies outside of the file, or the file changed its size since it was mapped.
+        Raises CorruptShard if the chunk lies outside of the file, or if the file's size has changed since it was
+        mapped.
         """
-        if self._map.size() != len(self._map):  # pages beyond the end of a shortened file are SIGBUS
+        if self._map.size() != len(self._map):  # reading beyond the end of a shortened file kills the process (SIGBUS)
             raise CorruptShard(f"{self.path}: was {len(self._map)} bytes long, is {self._map.size()}; restore it")
         offset, size = self._index[number].tolist()
         if offset == ABSENT and size == ABSENT:
@@ -62,7 +75,7 @@ class ShardFile:
         return self._bytes[offset : offset + size]
 
     def advise(self, number: int, advice: int) -> None:
-        """Tell the kernel about the pages of a chunk: MADV_WILLNEED ahead of its use, MADV_DONTNEED behind it."""
+        """Advise the kernel about the pages of a chunk: MADV_WILLNEED before it is used, MADV_DONTNEED afterwards."""
         offset, size = self._index[number].tolist()
         if offset + size <= self._payload_bytes:
             start = offset // mmap.PAGESIZE * mmap.PAGESIZE
@@ -70,27 +83,47 @@ class ShardFile:
 
 
 def chunk_slices(array: ArraySpec, n_rows: int) -> Iterator[slice]:
-    """The rows of each inner chunk of a shard of `n_rows` rows, in order."""
+    """Which rows of a shard of `n_rows` rows each of its chunks holds, in order."""
     return (slice(start, min(start + array.chunk_rows, n_rows)) for start in range(0, n_rows, array.chunk_rows))
 
 
 def encode_chunk(chunk: Shaped[np.ndarray, "row ..."], array: ArraySpec, codec: Codec) -> EncodedChunk:
-    """(stored bytes, checksum) of one chunk of a shard; a short last one is padded with zeros."""
+    """(stored bytes, CRC-32C) of one chunk of a shard. A last chunk with too few rows is padded with zeros."""
     return codec.encode(_padded(chunk, array.chunk_rows))
 
 
 def write_shard(
     path: Path, array: ArraySpec, codec: Codec, chunks: Iterable[Shaped[np.ndarray, "row ..."]], shard_rows: int
 ) -> ArrayRecord:
-    """Encode the chunks of a shard of `shard_rows` rows, given in order, and write it."""
+    """Encode the chunks of one shard and write its file.
+
+    Args:
+        path: the file to write.
+        array: the array that the shard belongs to.
+        codec: encodes the chunks.
+        chunks: the rows of each chunk, in order.
+        shard_rows: rows of a whole shard.
+
+    Returns:
+        size and checksums of the file.
+    """
     return write_encoded_shard(path, array, (encode_chunk(chunk, array, codec) for chunk in chunks), shard_rows)
 
 
 def write_encoded_shard(path: Path, array: ArraySpec, chunks: Iterable[EncodedChunk], shard_rows: int) -> ArrayRecord:
-    """Write one shard of `shard_rows` rows from its encoded chunks, given in order.
+    """Write the file of one shard from its encoded chunks.
 
-    Layout (zarr v3 sharding codec, index at the end): the encoded chunks back to back, then (offset, size) of every
-    chunk as little-endian uint64, then the CRC-32C of that index.
+    The file holds the encoded chunks one after another, then (offset, size) of every chunk as little-endian uint64,
+    then the CRC-32C of that index (zarr v3 sharding codec, index at the end).
+
+    Args:
+        path: the file to write.
+        array: the array that the shard belongs to.
+        chunks: (stored bytes, CRC-32C) of each chunk, in order.
+        shard_rows: rows of a whole shard; the index has an entry for each of its chunks.
+
+    Returns:
+        size and checksums of the file.
     """
     checksums: list[int] = []
     index = np.full((shard_rows // array.chunk_rows, 2), ABSENT, dtype="<u8")

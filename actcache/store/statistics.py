@@ -1,4 +1,4 @@
-"""Statistics of the stored values: of single shards, merged, and as they are written."""
+"""The files of statistics: partial ones, of one hook in one shard, and those of a split, made by merging them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,26 @@ MEDIAN_ROWS = 8192
 
 
 def partials_payload(moments: Mapping[str, Moments]) -> bytes:
-    """The file of one hook's partial statistics in one shard, from the moments of each row filter."""
+    """The bytes of the partial statistics of one hook in one shard. moments: row filter -> moments of the shard."""
     arrays = {f"{row_filter}.{key}": v for row_filter, m in moments.items() for key, v in m.to_arrays().items()}
     return safetensors.numpy.save(arrays)
 
 
 def statistics_payload(cache: Cache, split: str, hook: HookSpec) -> bytes:
-    """The file of a hook's statistics. Raises CorruptShard if a partial, or a chunk of the median's, is damaged."""
+    """The bytes of the statistics file of a hook.
+
+    Raises CorruptShard if partial statistics are damaged, or a chunk whose rows the median is taken of.
+    """
     moments, medians = merged_moments(cache, split, hook), _medians(cache, split, hook)
     return seal({name: HookStatistics.of(moments[name], medians[name]).to_json() for name in ROW_FILTERS})
 
 
 def merged_moments(cache: Cache, split: str, hook: HookSpec) -> dict[str, Moments]:
-    """Moments per row filter; partials merge in shard order, so equal shards give equal bits. Raises CorruptShard."""
+    """Row filter -> the moments of a hook in a split.
+
+    Partial statistics merge in the order of the shards, so equal shards give equal bits. Raises CorruptShard if partial
+    statistics are missing or damaged.
+    """
     moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
     for shard in cache.manifest.shards[split]:
         for row_filter, found in _partials(cache.path, shard, hook.hook_name).items():
@@ -56,18 +63,18 @@ def _partials(root: Path, shard: ShardRecord, hook_name: str) -> dict[str, Momen
 
 
 def _medians(cache: Cache, split: str, hook: HookSpec) -> dict[str, Float[np.ndarray, " d_in"]]:
-    """Geometric medians over the rows of evenly spaced chunks, about 8,192 of them."""
+    """Row filter -> geometric median of about 8,192 rows, those of evenly spaced chunks."""
     reader, token_ids = cache.hook_reader(split, hook.hook_name), cache.token_reader(split, "id")
     chunk_rows = cache.manifest.chunk_rows
     n_wanted = min(reader.n_chunks, max(1, MEDIAN_ROWS // chunk_rows))
     special = np.array(cache.special_token_ids, dtype=np.int32)
-    rows, plain_rows = [np.empty((0, hook.d_in), dtype=np.float32)], [np.empty(0, dtype=bool)]
+    x_parts, plain_parts = [np.empty((0, hook.d_in), dtype=np.float32)], [np.empty(0, dtype=bool)]
     for number in range(n_wanted):
         start = (number * reader.n_chunks // n_wanted) * chunk_rows
         stop = min(start + chunk_rows, reader.n_rows)
-        rows.append(float32_values(reader.read_stored(start, stop), hook.dtype))
-        plain_rows.append(~np.isin(token_ids.read(start, stop), special))
-    x, is_plain = np.concatenate(rows), np.concatenate(plain_rows)
+        x_parts.append(float32_values(reader.read_stored(start, stop), hook.dtype))
+        plain_parts.append(~np.isin(token_ids.read(start, stop), special))
+    x, is_plain = np.concatenate(x_parts), np.concatenate(plain_parts)
     plain = geometric_median(x[is_plain])
     start = plain if is_plain.any() else None  # a few special rows move the median little
     return {"all": geometric_median(x, start=start), "no_special_tokens": plain}

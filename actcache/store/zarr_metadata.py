@@ -1,4 +1,4 @@
-"""Rows -> one Zarr v3 shard file; aside, fsync, rename. zarr-python writes only the metadata around it."""
+"""The zarr.json files of a store, by which other Zarr readers find the arrays. zarr-python makes them in memory."""
 
 from __future__ import annotations
 
@@ -26,9 +26,17 @@ def make_array(
     shard_rows: int,
     native: bool = False,
 ) -> zarr.Array:
-    """Have zarr-python make the metadata of an array in memory: `made[path + "/zarr.json"]`, and its groups' beside it.
+    """Have zarr-python make the metadata of one array, and of the groups above it, in memory.
 
-    native: bfloat16 is called that, with fill value 0.0, not uint16 with 0; every other dtype has one form.
+    Args:
+        made: path below the store -> buffer; `path + "/zarr.json"` is added to it.
+        path: of the array, below the store.
+        array: dtype, width and chunk size of the array.
+        codec: the codec of its chunks.
+        n_rows: rows of the array.
+        shard_rows: rows of a whole shard.
+        native: whether a bfloat16 array has data type "bfloat16" and fill value 0.0, or "uint16" and 0. The data type
+            of every other array is the same either way.
     """
     as_bfloat16 = native and array.dtype == "bfloat16"
     return zarr.create_array(
@@ -48,10 +56,16 @@ def make_array(
 def make_store(
     attributes: dict[str, Any], arrays: Mapping[str, tuple[ArraySpec, int, int]], codec: Codec, *, native: bool = False
 ) -> dict[str, Any]:
-    """Have zarr-python make every zarr.json of a store in memory, so that nothing of it can overwrite a shard.
+    """Have zarr-python make every zarr.json of a store in memory, where it cannot overwrite a shard.
 
-    attributes: of the root group. arrays: path below the store -> (spec, rows, rows of a shard). Returns path below the
-    store -> buffer. native: as for `make_array`.
+    Args:
+        attributes: attributes of the root group.
+        arrays: path below the store -> (array, rows, rows of a shard).
+        codec: the codec of every array.
+        native: as for `make_array`.
+
+    Returns:
+        path below the store -> buffer.
     """
     made: dict[str, Any] = {}
     zarr.create_group(MemoryStore(made), attributes=attributes)
@@ -63,7 +77,7 @@ def make_store(
 def write_metadata(
     store: Path, attributes: dict[str, Any], arrays: Mapping[str, tuple[ArraySpec, int, int]], codec: Codec
 ) -> None:
-    """Write every zarr.json of the store, as `make_store` makes them; only now do other Zarr readers see the arrays."""
+    """Write every zarr.json that `make_store` makes. Other Zarr readers see the arrays from then on."""
     made = make_store(attributes, arrays, codec)
     for key in sorted(made, reverse=True):  # the root's zarr.json last
         write_atomically(store / key, [made[key].to_bytes()])
