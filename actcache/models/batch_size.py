@@ -1,4 +1,4 @@
-"""How many sequences to run at once, found by running them."""
+"""The number of sequences per forward pass, found by running forward passes."""
 
 import time
 from collections.abc import Sequence
@@ -8,26 +8,30 @@ import torch
 from actcache.errors import ModelError
 from actcache.models.language_model import LanguageModel
 
-MIN_GAIN = 1.05  # in tokens/s, of twice as many sequences, for going on
+MIN_GAIN = 1.05  # twice as many sequences must bring this factor in tokens/s, or the search ends
 N_TIMED = 3
 
 
 def largest_batch(model: LanguageModel, context_size: int, hook_names: Sequence[str]) -> int:
-    """The number of sequences per forward pass for this model, device and length: a power of two.
+    """A number of sequences per forward pass that fits this model, its device and this length.
 
-    Runs real forward passes of 1, 2, 4, ... sequences until memory is out or twice as many bring less than 5 % more
-    tokens/s. The result is half of the largest number that ran, so as much memory again is known to be free for it
-    (if not even two sequences fit, it is 1). Call it when everything else that needs memory on the device is there.
+    Forward passes of 1, 2, 4, ... sequences are run until memory is out, or until twice as many sequences bring less
+    than 5 % more tokens/s. Half of the largest number that ran is returned, so that as much memory stays free. Call
+    this when everything else that needs memory on the device is there.
 
-    It measures, so a second call may find another number, and activations of another batch size differ in their last
-    bits: record the number, and pass it by hand where bytes have to be equal.
+    A second call may find another number. Activations of another batch size differ in their last bits. So record the
+    number, and pass it by hand where bytes have to be equal.
 
     Args:
-        context_size: positions of a sequence.
-        hook_names: what is captured in every pass, as `LanguageModel.activations` takes it.
+        model: the model, on its device.
+        context_size: tokens of a sequence.
+        hook_names: the hooks that are captured in every pass, as `LanguageModel.activations` takes them.
+
+    Returns:
+        a power of two; 1 if not even two sequences fit.
 
     Raises:
-        ModelError: one sequence is too much, or a hook does not exist.
+        ModelError: one sequence does not fit, or a hook does not exist.
     """
     n_sequences, largest_run, best = 1, 0, 0.0
     while True:
@@ -49,7 +53,7 @@ def largest_batch(model: LanguageModel, context_size: int, hook_names: Sequence[
 def _tokens_per_second(
     model: LanguageModel, n_sequences: int, context_size: int, hook_names: Sequence[str]
 ) -> float | None:
-    """The best of N_TIMED passes, after one to warm up; None if memory is out."""
+    """Rate of the fastest of N_TIMED passes, which follow one pass to warm up; None if memory is out."""
     token_ids = (torch.arange(context_size) % len(model.tokenizer)).expand(n_sequences, -1)
     try:
         _, *seconds = [_seconds(model, token_ids, hook_names) for _ in range(1 + N_TIMED)]
@@ -59,7 +63,7 @@ def _tokens_per_second(
 
 
 def _seconds(model: LanguageModel, token_ids: torch.Tensor, hook_names: Sequence[str]) -> float:
-    """Wall-clock time of one forward pass, until its activations are there."""
+    """Wall-clock seconds of one forward pass, until its activations are computed."""
     started = time.perf_counter()
     activations = model.activations(token_ids, hook_names)
     for device in {x.device for x in activations.values() if x.is_cuda}:

@@ -1,4 +1,4 @@
-"""TransformerLens' TransformerBridge as a language model: every hook that it has."""
+"""`BridgeModel`: a language model with every hook of TransformerLens' TransformerBridge."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from actcache.models.language_model import HookFn, LanguageModel, unknown_hook
 
 
 class BridgeModel(LanguageModel):
-    """TransformerLens' TransformerBridge around the same module: every hook of the bridge, many more families.
+    """A transformers module inside TransformerLens' TransformerBridge. It has every hook of the bridge.
 
-    No compatibility mode: its centring changes the residual stream. The bridge computes attention itself ("eager").
-    Hooks with several axes for a token, such as `attn.hook_z`, are flattened to [sequence, position, d_in].
-    The module belongs to the bridge afterwards.
+    It supports many more families than HuggingFaceModel. The bridge computes attention itself ("eager"). Its
+    compatibility mode stays off, because that mode centres the residual stream. Activations with several axes for a
+    token, such as `attn.hook_z`, are flattened to [sequence, position, d_in]. The module belongs to the bridge
+    afterwards.
 
     Raises:
         ModelError: the bridge does not support the model.
@@ -32,10 +33,11 @@ class BridgeModel(LanguageModel):
         # Imported here: it takes seconds, and only this backend needs it.
         from transformer_lens.model_bridge import TransformerBridge
 
-        # The bridge gets token ids only, but wants a tokenizer, changes it, and if it has a BOS fetches it anew.
+        # The bridge gets token ids only but needs a tokenizer. It changes the tokenizer, and it loads one that has a BOS
+        # a second time. So it gets a copy without a BOS.
         spare = copy.deepcopy(tokenizer)
         spare.bos_token = None
-        # With hf_model the bridge reads the family from the config, never from the name (a path may hold 'llama').
+        # With hf_model the bridge takes the family from the config, not from the name (a path may contain "llama").
         try:
             self._bridge = TransformerBridge.boot_transformers(
                 cast(str, identity["name"]), hf_model=model, tokenizer=spare, device=self.device, dtype=self.dtype
@@ -48,7 +50,7 @@ class BridgeModel(LanguageModel):
             ) from None
 
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
-        """d_in of each hook, from one forward pass of one token."""
+        """d_in of each hook, found by a forward pass of one token. Raises ModelError as `activations` does."""
         token_ids = torch.zeros((1, 1), dtype=torch.long)
         return {hook_name: x.shape[-1] for hook_name, x in self.activations(token_ids, hook_names).items()}
 
@@ -58,7 +60,7 @@ class BridgeModel(LanguageModel):
         if hook_name.endswith(("hook_pattern", "hook_attn_scores")):
             raise ModelError(f"{self.identity['name']}: {hook_name} has no vector for each token; choose another hook")
         try:
-            self._bridge.check_hooks_to_add(hook_name)  # some are off until a flag is set that slows every pass
+            self._bridge.check_hooks_to_add(hook_name)  # some hooks are off until a flag is set that slows every pass
         except ValueError as error:
             reason = str(error).partition(". ")[0]
             raise ModelError(f"{self.identity['name']}: {reason}; choose another hook") from None
@@ -72,7 +74,10 @@ class BridgeModel(LanguageModel):
         return self._bridge.run_with_hooks(token_ids, fwd_hooks=fwd_hooks, return_type="logits")
 
     def _flat(self, hook_name: str, shape: torch.Size, hook_fn: HookFn) -> Callable[..., Tensor | None]:
-        """The hook_fn as a hook of the bridge; it sees [sequence, position, d_in] whatever the shape there."""
+        """A hook of the bridge that shows `hook_fn` the activation as [sequence, position, d_in].
+
+        shape: of the token ids.
+        """
 
         def flat_hook_fn(x: Tensor, hook: object) -> Tensor | None:
             if x.ndim < 3 or x.shape[:2] != shape:

@@ -1,4 +1,4 @@
-"""Blocks that run compiled, while everything that looks at them stays outside of the graph."""
+"""Blocks that run through `torch.compile`; hooks stay outside of the compiled graphs."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,17 +10,18 @@ from actcache.errors import ModelError
 
 
 def compile_blocks_(blocks: Iterable[nn.Module], name: str | None) -> None:
-    """Let `torch.compile` make the forward pass of every block, one at a time.
+    """Replace the forward pass of every block by a compiled one, block by block.
 
-    Hooks on a block run outside of the graph. A graph does not see hooks on what is inside a block: while there is one,
-    that block runs as it was. Equal blocks share one graph, and it serves every batch of two or more sequences,
-    whichever came first. It is made in the first forward pass (seconds to minutes).
+    A hook on a block runs outside of the graph. A graph would ignore hooks on submodules of a block; so a block runs
+    uncompiled while its submodules have hooks. Equal blocks share one graph. It is compiled in the first forward pass
+    (seconds to minutes) and serves every batch of two or more sequences.
 
     Args:
-        name: of the model, for messages.
+        blocks: the blocks; their `forward` is replaced.
+        name: the model's name, for messages.
 
     Raises:
-        ModelError: in the first forward pass, if a block cannot be compiled, as without a C++ compiler.
+        ModelError: a block cannot be compiled, for example without a C++ compiler; raised in the first forward pass.
     """
     for block in blocks:
         _compile_(block, name)

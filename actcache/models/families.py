@@ -1,4 +1,4 @@
-"""The families of transformers models that the fast path knows: where each keeps its blocks and what is in a block."""
+"""The families of transformers models that HuggingFaceModel knows, and the submodules that hold their hooks."""
 
 from dataclasses import dataclass, replace
 
@@ -10,16 +10,16 @@ from actcache.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Where one family of transformers modules keeps its activations; names of submodules, the last four in a block."""
+    """Names of the submodules of one family. `blocks` is looked for in the model, the others in a block."""
 
-    blocks: str  # the ModuleList of blocks, wherever in the model it is
+    blocks: str  # the ModuleList of blocks
     attn_out: str  # its output is what attention adds to the residual stream
     mlp_out: str  # its output is what the MLP adds to the residual stream
-    resid_mid: str | None  # its input is the residual stream between the two; None where there is none
+    resid_mid: str | None  # its input is the residual stream between attention and MLP; None if they run in parallel
 
 
 _LLAMA = Family(blocks="layers", attn_out="self_attn", mlp_out="mlp", resid_mid="post_attention_layernorm")
-_GEMMA = Family(  # norms before and after attention and MLP: the stream gets the normed outputs
+_GEMMA = Family(  # norms after attention and MLP too: their outputs are added to the stream
     blocks="layers",
     attn_out="post_attention_layernorm",
     mlp_out="post_feedforward_layernorm",
@@ -38,7 +38,10 @@ FAMILIES = {
 
 
 def family_of(config: PretrainedConfig, name: str | None) -> Family:
-    """The row of the table for a text config. Raises ModelError for a family that is not there."""
+    """The family of a text config.
+
+    name: the model's, for messages. Raises ModelError for a family that is not in FAMILIES.
+    """
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ModelError(
@@ -51,7 +54,17 @@ def family_of(config: PretrainedConfig, name: str | None) -> Family:
 
 
 def blocks_of(model: nn.Module, family: Family, n_layers: int, name: str | None) -> nn.ModuleList:
-    """The one ModuleList of `n_layers` blocks of the family, however deep adapters and heads have wrapped it."""
+    """The blocks of a model. Adapters and heads may have wrapped them at any depth.
+
+    Args:
+        model: the transformers model.
+        family: of the model.
+        n_layers: how many blocks the model has.
+        name: the model's name, for messages.
+
+    Raises:
+        ModelError: not exactly one ModuleList has this name, this length and blocks of this family.
+    """
     needed = {family.attn_out, family.mlp_out} | ({family.resid_mid} - {None})
     found = [
         module

@@ -1,9 +1,9 @@
-"""TransformerLens' hook names for the modules of a transformers model, by which others name what they store."""
+"""TransformerLens' hook names for submodules of a transformers model. Other programs name activations by submodule."""
 
 import re
 
-MODULE = re.compile(r"(?:\w+\.)*(?:layers|h)[._](\d+)(?:\.(\w+))?")  # a block, or what is in it
-SITES = {  # in a block -> its input and its output
+MODULE = re.compile(r"(?:\w+\.)*(?:layers|h)[._](\d+)(?:\.(\w+))?")  # a block, or a submodule of one
+SITES = {  # submodule of a block, None for the block itself -> (hook at its input, hook at its output)
     None: ("hook_resid_pre", "hook_resid_post"),
     "mlp": ("mlp.hook_in", "hook_mlp_out"),
     **dict.fromkeys(("attn", "attention", "self_attn"), ("attn.hook_in", "hook_attn_out")),
@@ -11,10 +11,10 @@ SITES = {  # in a block -> its input and its output
 
 
 def hooks_of(module: str, model_name: str | None) -> tuple[str, str] | None:
-    """(input, output) hook of a module: a block such as `transformer.h.3`, its MLP or its attention; None for others.
+    """(hook at the input, hook at the output) of a submodule.
 
-    Not of Gemma inside a block: the norms of Gemma 2 and 3 come after the MLP and after attention, before the stream,
-    and hook_mlp_out and hook_attn_out after those.
+    The submodule is a block such as `transformer.h.3`, its MLP or its attention; others give None. MLP and attention of
+    Gemma give None too: Gemma 2 and 3 apply a norm to their outputs, and the hooks come after that norm.
     """
     match = MODULE.fullmatch(module)
     if match is None or match[2] not in SITES or (match[2] and "gemma" in str(model_name).lower()):

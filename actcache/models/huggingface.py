@@ -1,4 +1,4 @@
-"""Models of transformers, with forward hooks on their modules and an early stop after the last asked one."""
+"""`HuggingFaceModel`: a transformers model with forward hooks on its submodules."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from actcache.models.language_model import SITES, HookFn, LanguageModel, unknown
 
 
 class HuggingFaceModel(LanguageModel):
-    """Hooks on the transformers module as it is: the fast path.
+    """A transformers module with forward hooks; the module itself is used as it is. This is the fast backend.
 
-    The module may be quantised, adapted or spread over devices. The whole module is called, so whatever wraps the
-    blocks acts as it does in normal use; the early stop keeps later blocks, the final norm and the output head from
-    running. With `compiled`, the blocks' forward passes are replaced by compiled ones for good; a block whose inside is
-    asked for (hook_attn_out, hook_resid_mid, hook_mlp_out) runs uncompiled in that pass. So the last bits of an
+    The module may be quantised, adapted or spread over devices. The whole module is called, so everything that wraps
+    the blocks acts as in normal use. The forward pass stops after the last hook: later blocks, the final norm and the
+    output head do not run.
+
+    With `compiled`, the forward passes of the blocks are replaced by compiled ones for good. A block runs uncompiled in
+    a pass that asks for a hook inside it (hook_attn_out, hook_resid_mid, hook_mlp_out). So the last bits of an
     activation may depend on which hooks are asked for together.
 
     Raises:
-        ModelError: the model is of a family that is not in the table, or its blocks are not where that family has them.
+        ModelError: the family of the model is not in FAMILIES, or its blocks cannot be found.
     """
 
     backend = "hf"
@@ -53,7 +55,10 @@ class HuggingFaceModel(LanguageModel):
             compile_blocks_(self._blocks, identity["name"])
 
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
-        """d_in of each hook: all five sites read or write the residual stream, so it is d_model."""
+        """d_in of each hook.
+
+        It is d_model, because all five sites read or write the residual stream. Raises ModelError.
+        """
         for hook_name in hook_names:
             self._check(hook_name)
         return dict.fromkeys(hook_names, self.d_model)
@@ -65,7 +70,10 @@ class HuggingFaceModel(LanguageModel):
         hook_name: str,
         replace: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "sequence position vocab"]:
-        """The blocks before the hook's are not run: they give `start`, as they did before."""
+        """As `LanguageModel.logits_from`.
+
+        The blocks before the hook's block are not run; they return `start` instead.
+        """
         self._check(hook_name)
         if start.shape != (*token_ids.shape, self.d_model):
             raise ValueError(
@@ -76,7 +84,7 @@ class HuggingFaceModel(LanguageModel):
             return self.logits_with(token_ids, hook_name, replace)
 
     def stream_before(self, hook_name: str) -> str:
-        """hook_resid_pre of the hook's block."""
+        """hook_resid_pre of the hook's block. Raises ModelError if the hook does not exist."""
         self._check(hook_name)
         return f"blocks.{hook_name.split('.')[1]}.hook_resid_pre"
 
@@ -108,7 +116,7 @@ class HuggingFaceModel(LanguageModel):
         return output["logits"]
 
     def _attach(self, hook_name: str, hook_fn: HookFn) -> RemovableHandle:
-        """Show `hook_fn` the activation whenever the module runs, until the handle is removed."""
+        """Call `hook_fn` with the activation whenever its submodule runs, until the handle is removed."""
         _, layer, site = hook_name.split(".")
         block = self._blocks[int(layer)]
         family = self._family
@@ -127,7 +135,7 @@ class HuggingFaceModel(LanguageModel):
 
 
 def _on_input(hook_fn: HookFn) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
-    """The hook_fn as a forward pre-hook: it sees the first positional argument."""
+    """A forward pre-hook that calls `hook_fn` with the first positional argument."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         replaced = hook_fn(args[0])
@@ -137,7 +145,7 @@ def _on_input(hook_fn: HookFn) -> Callable[[nn.Module, tuple[Any, ...]], tuple[A
 
 
 def _on_output(hook_fn: HookFn) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    """The hook_fn as a forward hook: it sees the output, or the first of several (attention also returns weights)."""
+    """A forward hook that calls `hook_fn` with the output, or with its first part (attention also returns weights)."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, tuple):
@@ -150,15 +158,15 @@ def _on_output(hook_fn: HookFn) -> Callable[[nn.Module, tuple[Any, ...], Any], A
 
 @contextmanager
 def skip_blocks(x: Tensor, blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Let every block give x instead of being run; what its forward was (compiled, offloaded) is put back."""
-    before = [(block, block.__dict__.get("forward")) for block in blocks]
+    """Inside the `with`, every block returns x and does not run. Afterwards each has its own `forward` again."""
+    forwards = [(block, block.__dict__.get("forward")) for block in blocks]
     try:
-        for block, _ in before:
+        for block, _ in forwards:
             block.forward = lambda *_, **__: x
         yield
     finally:
-        for block, forward in before:
-            if forward is None:
+        for block, forward in forwards:
+            if forward is None:  # the block had the method of its class; otherwise it was compiled or offloaded
                 del block.forward
             else:
                 block.forward = forward

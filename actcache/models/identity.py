@@ -1,4 +1,4 @@
-"""What a language model is, apart from where it lies: hashes of its architecture and of its weights."""
+"""The identity of a language model: hashes of its architecture and of its weights, wherever its files lie."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _NOT_ARCHITECTURE = frozenset(
 
 
 def model_identity(model: PreTrainedModel, name: str, revision: str | None) -> dict[str, str | None]:
-    """{"name", "revision", "config_sha256", "weights_sha256"}: names as given, hashes of what is computed with what."""
+    """{"name", "revision", "config_sha256", "weights_sha256"} of a loaded model; name and revision are as given."""
     config = _architecture(model.config.to_diff_dict())
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
     return {
@@ -31,26 +31,29 @@ def model_identity(model: PreTrainedModel, name: str, revision: str | None) -> d
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config, nested configs too, that says what is computed: no names, versions, dtypes, token ids."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE}
-    return {key: _architecture(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    """The part of a config that says what is computed: without names, versions, dtypes and token ids, at any depth."""
+    return {
+        key: _architecture(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _NOT_ARCHITECTURE
+    }
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash of the name, the shape and 64 to 127 evenly strided elements (as float32) of every parameter.
+    """sha256 of the name, the shape and 64 to 127 evenly strided elements (as float32) of every parameter.
 
-    Equal for the same weights loaded in the same dtype, on any device, spread over several or offloaded. It tells other
-    checkpoints, training steps, dtypes, quantisations and adapters apart. It does not see a change confined to elements
-    between the samples, nor buffers.
+    The same weights in the same dtype have the same hash on any device, spread over several devices or offloaded. Other
+    checkpoints, training steps, dtypes, quantisations and adapters have other hashes. A change of elements between the
+    samples, or of a buffer, does not change the hash.
 
     Raises:
-        ModelError: a parameter is on the "meta" device and nothing knows its values.
+        ModelError: a parameter is on the "meta" device and its values are nowhere.
     """
     digest = hashlib.sha256()
     tied = _tied_names(model)
-    for name, parameter in list(model.named_parameters()):  # reading an offloaded one puts a new object in its place
+    for name, parameter in list(model.named_parameters()):  # a list: reading an offloaded parameter replaces its object
         if parameter.is_meta and name in tied:
-            continue  # once it has been read or run, accelerate no longer shows it as the one that it is tied to
+            continue  # a tied parameter is hashed once; accelerate separates offloaded ones when they are read
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
         stride = max(1, parameter.numel() // SAMPLES_PER_PARAMETER)
         sample = _values(model, name, parameter).flatten()[::stride]
@@ -59,7 +62,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _values(model: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
-    """The parameter, detached; fetched from where accelerate has offloaded it, host memory or disk, if it has."""
+    """The detached values of a parameter. If accelerate has offloaded them to host memory or disk, they are fetched."""
     if not parameter.is_meta:
         return parameter.detach()
     path, _, leaf = name.rpartition(".")
@@ -72,7 +75,7 @@ def _values(model: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
 
 
 def _tied_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that are tied to another one, as transformers declares them."""
+    """Names of the parameters that transformers declares as tied to another parameter."""
     return {
         f"{path}.{name}".removeprefix(".")
         for path, module in model.named_modules()

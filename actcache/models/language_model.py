@@ -1,4 +1,4 @@
-"""A language model: what the harvest and the evaluation need of one."""
+"""`LanguageModel`: what harvest, repair, evaluation and steering need of a language model."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import ModelError
 from actcache.models.unembedding import Unembedding, measured_unembedding, norm_probes
 
-HookFn = Callable[[Tensor], Tensor | None]  # is shown an activation; returns what takes its place, or None to leave it
+HookFn = Callable[[Tensor], Tensor | None]  # gets an activation; returns its replacement, or None to leave it as it is
 SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 
 
 class LanguageModel(ABC):
     """A causal language model whose activations can be read and replaced by hook name.
 
-    Runs without gradients. Sequences are whole and unpadded; token ids may live on any device.
+    It runs without gradients. Sequences are whole and unpadded. Token ids may be on any device.
 
     Attributes:
-        tokenizer: as loaded, untouched.
-        identity: {"name", "revision", "config_sha256", "weights_sha256"}; JSON-able, no absolute paths.
-        source: where it can be loaded from again, a hub name or an absolute path; "" if that is not known.
-        device: of the embedding, where token ids go; with a device map the activations may be elsewhere.
-        dtype: of the parameters, and of the activations unless a hook says otherwise.
+        tokenizer: the model's tokenizer, unchanged.
+        identity: {"name", "revision", "config_sha256", "weights_sha256"}; plain JSON values, no absolute path.
+        source: a hub name or an absolute path from which the model can be loaded again; "" if that is not known.
+        device: of the embedding. With a device map, activations may be on other devices.
+        dtype: of the parameters, and of most activations.
         n_layers, d_model: number of blocks, width of the residual stream.
-        max_positions: tokens of a sequence at most; None where the family has no bound.
-        attention_kernel: "sdpa", "eager", "flash_attention_2", ...
-        compiled: its blocks run compiled.
+        max_positions: the most tokens that a sequence may have; None if the family has no limit.
+        attention_kernel: "sdpa", "eager", "flash_attention_2" or another of transformers' names.
+        compiled: whether its blocks run compiled.
         backend: "hf" or "transformer_lens", as `load_model` takes it.
     """
 
@@ -50,23 +50,27 @@ class LanguageModel(ABC):
         path = cast(str, model.config.name_or_path)
         self.source = os.path.abspath(path) if os.path.isdir(path) else path
         embedding = model.get_input_embeddings()
-        with align_module_device(embedding):  # where it is computed, if it is offloaded
+        with align_module_device(embedding):  # an offloaded embedding is brought to the device that computes it
             self.device: torch.device = next(embedding.parameters()).device
         self.dtype: torch.dtype = model.dtype
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._head = cast(nn.Linear | None, model.get_output_embeddings())
-        self.attention_kernel: str = cast(str, config._attn_implementation)  # resolved when the model was made
+        self.attention_kernel: str = cast(
+            str, config._attn_implementation
+        )  # "auto" was resolved when the model was made
 
     def activations(
         self, token_ids: Int[Tensor, "sequence position"], hook_names: Sequence[str]
     ) -> dict[str, Float[Tensor, "sequence position d_in"]]:
-        """The activations at `hook_names`, in that order, in the model's dtype; nothing after the last one is run.
+        """hook name -> activations, in the order of `hook_names` and in the model's dtype.
 
-        Hooks may share memory (`blocks.0.hook_resid_post` is `blocks.1.hook_resid_pre`): do not change them in place.
+        Nothing after the last hook is run. Two activations may share memory (`blocks.0.hook_resid_post` is
+        `blocks.1.hook_resid_pre`), so do not change them in place.
 
         Raises:
+            ValueError: `hook_names` is empty.
             ModelError: a hook does not exist, is never reached, or has no vector for each token.
         """
         captured: dict[str, Tensor] = {}
@@ -81,8 +85,15 @@ class LanguageModel(ABC):
     ) -> None:
         """Call `on_activation(hook_name, x)` at each of `hook_names`, in the order in which the model reaches them.
 
-        What `on_activation` does not keep is freed as in any forward pass. Nothing after the last hook is run. Raises
-        as `activations`, and what `on_activation` raises.
+        Nothing after the last hook is run. An activation is freed unless `on_activation` keeps it.
+
+        Args:
+            token_ids: whole sequences.
+            hook_names: at least one hook.
+            on_activation: called with the name of a hook and its activation.
+
+        Raises:
+            ValueError, ModelError: as `activations` does; and whatever `on_activation` raises.
         """
         if not hook_names:
             raise ValueError("activations: hook_names must name at least one hook, got none")
@@ -110,7 +121,11 @@ class LanguageModel(ABC):
         *,
         hook_fns: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
-        """The output of the whole model. hook_fns: functions that see an activation on the way, by hook name.
+        """The logits of the whole model.
+
+        Args:
+            token_ids: whole sequences.
+            hook_fns: hook name -> a function that is called with the activation there.
 
         Raises:
             ModelError: a hook does not exist, or the model has no output head.
@@ -127,11 +142,17 @@ class LanguageModel(ABC):
         *,
         hook_fns: Mapping[str, Callable[[Tensor], None]] | None = None,
     ) -> Float[Tensor, "sequence position vocab"]:
-        """The output of the whole model with the activation at `hook_name` replaced by `replace(activation)`.
+        """The logits of the whole model with the activation at `hook_name` replaced by `replace(activation)`.
 
-        `replace` gets [sequence, position, d_in] and returns the same shape; its result is cast to the model's dtype.
-        hook_fns: functions that see other activations in the same pass, by hook name.
-        At hook_resid_mid the residual stream itself is replaced, not only what the MLP reads, as in HookedTransformer.
+        At hook_resid_mid the residual stream itself is replaced, not only the input of the MLP; HookedTransformer does
+        the same.
+
+        Args:
+            token_ids: whole sequences.
+            hook_name: where the activation is replaced.
+            replace: gets [sequence, position, d_in] and returns the same shape; the result is cast to the activation's
+                dtype and device.
+            hook_fns: hook name -> a function that is called with another activation of the same pass.
 
         Raises:
             ModelError: the hook does not exist, or the model has no output head.
@@ -142,12 +163,13 @@ class LanguageModel(ABC):
         return self._forward(token_ids, {**(hook_fns or {}), **_replacing(hook_name, _same_shape(replace))})
 
     def unembedding(self) -> Unembedding:
-        """The final norm, measured by running it on chosen streams, and the output head.
+        """The final norm and the output head as numbers.
 
-        So what wraps the norm acts as in normal use, and it may be of any family. Costs a forward pass of a few tokens.
+        The norm is measured: it is run, inside the model, on chosen residual streams. So it may be of any family, and
+        whatever wraps it acts as in normal use. This takes a forward pass of a few tokens.
 
         Raises:
-            ModelError: the model has no output head, or something else than one LayerNorm or RMSNorm before it.
+            ModelError: the model has no output head, or no single LayerNorm or RMSNorm before it.
         """
         if self._head is None:
             raise ModelError(f"{self.identity['name']}: the checkpoint has no output head to read directions with")
@@ -158,13 +180,13 @@ class LanguageModel(ABC):
             self.logits_with(torch.zeros((1, len(probes)), dtype=torch.long), last, lambda x: probes[None])
         finally:
             handle.remove()
-        with align_module_device(self._head):  # where it is computed, if it is offloaded
+        with align_module_device(self._head):  # an offloaded head is brought to the device that computes it
             W_U, b_U = self._head.weight.detach(), self._head.bias
         return measured_unembedding(seen["normed"], W_U, None if b_U is None else b_U.detach(), self.identity["name"])
 
     @abstractmethod
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
-        """d_in of each hook. Raises ModelError for an unknown hook, listing near names."""
+        """hook name -> d_in. Raises ModelError for an unknown hook; the message lists similar names."""
 
     def logits_from(
         self,
@@ -173,18 +195,23 @@ class LanguageModel(ABC):
         hook_name: str,
         replace: Callable[[Tensor], Tensor],
     ) -> Float[Tensor, "sequence position vocab"]:
-        """As `logits_with`, bit for bit, without running again what comes before `stream_before(hook_name)`.
+        """The logits of `logits_with`, bit for bit; nothing before `stream_before(hook_name)` is run again.
 
-        start: the activation there in an earlier pass over the same tokens.
+        Args:
+            token_ids: whole sequences.
+            start: the activation at `stream_before(hook_name)` in an earlier pass over the same tokens.
+            hook_name, replace: as for `logits_with`.
 
         Raises:
-            ModelError, ValueError: as `logits_with`; ModelError too where `stream_before` is None.
+            ModelError: as `logits_with` does; also if `stream_before(hook_name)` is None.
+            ValueError: `start` or the result of `replace` has another shape.
         """
         raise ModelError(f"{self.identity['name']}: each pass of this backend begins at the embedding; use logits_with")
 
     def stream_before(self, hook_name: str) -> str | None:
-        """The hook where `logits_from` begins, hook_resid_pre of the same block; None if all passes begin at the
-        embedding. Raises ModelError if the hook does not exist.
+        """The hook where `logits_from` begins: hook_resid_pre of the same block.
+
+        None if every pass of this backend begins at the embedding. Raises ModelError if the hook does not exist.
         """
         self._check(hook_name)
         return None
@@ -195,10 +222,11 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def _forward(self, token_ids: Tensor, hook_fns: dict[str, HookFn]) -> Tensor:
-        """Run the model without gradients, showing each hook's activation to its hook_fn; returns logits."""
+        """Run the model without gradients and call each hook_fn with its activation; returns logits."""
 
 
 def unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str], way_out: str) -> NoReturn:
+    """Raise ModelError for a hook that `model` lacks. hook_names: those it has. way_out: the end of the message."""
     near = get_close_matches(hook_name, hook_names, n=3)
     raise ModelError(
         f"{model.identity['name']}: no hook {hook_name!r}; near names: {', '.join(near) or 'none'}; there are "
@@ -207,11 +235,11 @@ def unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str]
 
 
 class _StopForward(Exception):
-    """Raised inside the forward pass when the last asked activation was shown; never leaves this module."""
+    """Raised inside the forward pass after the last hook; never leaves this module."""
 
 
 def _same_shape(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`replace` with its result checked and cast to the dtype and device of what it replaces."""
+    """`replace` with its result checked, and cast to the dtype and device of the activation."""
 
     def checked(x: Tensor) -> Tensor:
         replaced = replace(x)
@@ -226,30 +254,30 @@ def _same_shape(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 
 def _replacing(hook_name: str, replace: Callable[[Tensor], Tensor]) -> dict[str, HookFn]:
-    """The hook_fns that put `replace(x)` in the place of the activation x at the hook.
+    """The hook_fns that replace the activation x at a hook by `replace(x)`.
 
-    hook_resid_mid is only read by the norm before the MLP; the stream goes round it. So the block's output is made
-    anew as well, by the add that the block itself does: replaced + mlp_out. Exact: replacing x by x changes no bit.
-    That the block does so is checked on the values (ModelError).
+    A hook at hook_resid_mid changes only the input of the norm before the MLP; the residual stream passes by. So the
+    output of the block is replaced as well, by replaced + mlp_out, the sum that the block itself computes. Replacing x
+    by x changes no bit. A ModelError is raised if the output of the block is not resid_mid + mlp_out.
     """
     block, _, site = hook_name.rpartition(".")
     if site != "hook_resid_mid":
         return {hook_name: replace}
-    kept: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
     def at_mid(x: Tensor) -> Tensor:
-        kept["resid_mid"], kept["replaced"] = x, replace(x)
-        return kept["replaced"]
+        seen["resid_mid"], seen["replaced"] = x, replace(x)
+        return seen["replaced"]
 
     def at_mlp_out(x: Tensor) -> None:
-        kept["mlp_out"] = x
+        seen["mlp_out"] = x
 
     def at_post(x: Tensor) -> Tensor:
-        if not torch.equal(x, kept["resid_mid"] + kept["mlp_out"]):
+        if not torch.equal(x, seen["resid_mid"] + seen["mlp_out"]):
             raise ModelError(
                 f"logits_with: replacing {hook_name} needs a block whose output is hook_resid_mid + hook_mlp_out, this "
                 "one gives something else; replace at hook_resid_post"
             )
-        return kept["replaced"] + kept["mlp_out"]
+        return seen["replaced"] + seen["mlp_out"]
 
     return {hook_name: at_mid, f"{block}.hook_mlp_out": at_mlp_out, f"{block}.hook_resid_post": at_post}

@@ -1,10 +1,10 @@
-"""Load a language model and run it up to the last hook that is asked for.
+"""`load_model` and `wrap_model`: a LanguageModel from a name or folder, or from a model that is loaded already.
 
 Hook names are TransformerLens': `blocks.{L}.hook_resid_pre`, `hook_attn_out`, `hook_resid_mid`, `hook_mlp_out`,
-`hook_resid_post`. HuggingFaceModel takes them from the transformers module itself (fast, eight families);
-BridgeModel takes them, and every other hook, from TransformerLens' TransformerBridge (slower, many families).
+`hook_resid_post`. HuggingFaceModel takes these from the transformers module itself (fast, eight families). BridgeModel
+takes them, and every other hook, from TransformerLens' TransformerBridge (slower, many families).
 
-Neither changes the model: no folding, no centring, no conversion of weights.
+Neither changes the model: weights are not folded, centred or converted.
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ from actcache.models.pretrained import (
 
 BACKENDS = ("hf", "transformer_lens")
 ATTENTION_KERNELS = ("auto", "sdpa", "eager", "flash_attention_2")
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # what accelerate can work out by itself
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate makes these by itself
 
 
 def load_model(
@@ -49,23 +49,23 @@ def load_model(
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer from a local directory or the Hugging Face hub.
 
-    A hub name is taken from the local hub cache if it is there whole, without asking the network.
+    If the local hub cache holds the whole model, the network is not asked.
 
     Args:
         name_or_path: directory with config.json, weights and tokenizer; or a hub name such as "openai-community/gpt2".
         revision: branch, tag or commit on the hub.
         device: "auto" (cuda if there is one, else cpu) or a torch device.
         device_map: how accelerate spreads the model over all devices: "auto", "balanced", "balanced_low_0",
-            "sequential"; each activation is then where its block is. None for one device.
+            "sequential". Each activation is then on the device of its block. None for one device.
         dtype: "auto" (float32 on the CPU, the checkpoint's elsewhere), "float32", "bfloat16" or "float16".
         backend: "hf" or "transformer_lens".
         attention: "auto" (what transformers prefers for the model), "sdpa", "eager" or "flash_attention_2".
-        compile: run the blocks compiled, see HuggingFaceModel; only on one device.
+        compile: run the blocks compiled (see HuggingFaceModel); only on one device.
 
     Raises:
         ConfigError: an unknown word, or settings that exclude each other.
-        ModelError: nothing there, something missing or damaged, a family that the backend does not support, or an
-            attention kernel that is not to be had.
+        ModelError: the model is missing, incomplete or damaged, the backend does not support its family, or the
+            attention kernel is not available.
     """
     _check_settings(device, device_map, backend, attention, compile)
     where = device_of(device)
@@ -73,7 +73,7 @@ def load_model(
     config = load_config(source, revision)
     name = name_of(source)
     if backend == "hf":
-        family_of(config.get_text_config(), name)  # before the weights, which may be large
+        family_of(config.get_text_config(), name)  # refuse an unknown family before loading the weights
     torch_dtype = dtype_of(dtype, where)
     if attention == "flash_attention_2":
         check_flash_attention(where, torch_dtype, config)
@@ -89,12 +89,12 @@ def load_model(
 
 
 def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> LanguageModel:
-    """A transformers model that is loaded already: quantised, adapted, spread over devices, or plain.
+    """A LanguageModel of a transformers model that is loaded: plain, quantised, adapted or spread over devices.
 
     Args:
-        model: in evaluation mode, of a supported family; used as it is, where it is.
-        tokenizer: the model's.
-        name: for the record; by default the one that the model was loaded under.
+        model: in evaluation mode and of a supported family. It is neither changed nor moved.
+        tokenizer: the tokenizer of the model.
+        name: recorded in caches; None takes the name that the model was loaded by.
 
     Raises:
         ModelError: the model is in training mode (dropout would change the activations) or of an unknown family.
@@ -107,7 +107,10 @@ def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str |
 
 
 def _check_settings(device: str, device_map: str | None, backend: str, attention: str, compile: bool) -> None:
-    """Raise ConfigError for a word that is unknown, or settings that exclude each other."""
+    """Raise ConfigError for an unknown word, or for settings that exclude each other.
+
+    The arguments are load_model's.
+    """
     if backend not in BACKENDS:
         raise ConfigError(f"load_model: backend must be one of {list(BACKENDS)}, got {backend!r}")
     if attention not in ATTENTION_KERNELS:
@@ -128,9 +131,3 @@ def _check_settings(device: str, device_map: str | None, backend: str, attention
             "load_model: backend transformer_lens computes attention itself (eager), uncompiled, on one device; got "
             f"attention {attention!r}, compile {compile}, device_map {device_map!r}; leave them out or use backend hf"
         )
-
-
-# Hook names and modules
-
-
-# Replacing

@@ -1,4 +1,4 @@
-"""Load a transformers model and its tokenizer from a directory or the hub, whole, or say in one line why not."""
+"""The parts of `load_model`: config, tokenizer, weights, device and dtype, each checked. Errors are one line long."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,7 +26,10 @@ WHOLE_MODEL = "check the name or pass a directory with a whole model"
 
 
 def source_of(name_or_path: str) -> str:
-    """The name or path, if it can be one. Raises ModelError for a directory that is absent or has no config.json."""
+    """The hub name, or the path of the directory.
+
+    Raises ModelError for a directory that is missing or has no config.json.
+    """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -38,16 +41,17 @@ def source_of(name_or_path: str) -> str:
 
 
 def name_of(source: str) -> str:
-    """A hub name as given; of a local directory its own name, so that it says nothing about this machine."""
+    """The hub name as given, or the last part of a directory's path: the rest would tell about this machine."""
     return Path(source).resolve().name if os.path.isdir(source) else source
 
 
 def revision_of(config: PretrainedConfig, revision: str | None) -> str | None:
-    """The commit if the hub told it (a branch moves), else as given."""
-    return getattr(config, "_commit_hash", None) or revision  # there only when it came from the hub
+    """The commit that the hub told, because a branch moves; else the revision as given."""
+    return getattr(config, "_commit_hash", None) or revision  # only a config from the hub has it
 
 
 def device_of(device: str) -> torch.device:
+    """The device of that name; "auto" is cuda if there is one, else cpu. Raises ConfigError if torch lacks it."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -60,6 +64,10 @@ def device_of(device: str) -> torch.device:
 
 
 def dtype_of(dtype: str, device: torch.device) -> torch.dtype | str:
+    """The dtype of that name. "auto" is float32 on a CPU; elsewhere it stays "auto", the checkpoint's own dtype.
+
+    Raises ConfigError for an unknown name.
+    """
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if dtype not in DTYPES:
@@ -68,17 +76,20 @@ def dtype_of(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def load_config(source: str, revision: str | None) -> PretrainedConfig:
-    """Raises ModelError if there is none, or it is damaged or of an unknown type."""
+    """The config of a model. Raises ModelError if it is missing, damaged or of an unknown type."""
     return _loaded(AutoConfig.from_pretrained, source, revision)
 
 
 def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """Raises ModelError if there is none, or it is damaged."""
+    """The tokenizer of a model. Raises ModelError if it is missing or damaged."""
     return _loaded(AutoTokenizer.from_pretrained, source, revision)
 
 
 def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config: PretrainedConfig) -> None:
-    """Raise ModelError where flash attention cannot run; transformers would find out in the forward pass."""
+    """Raise ModelError if flash attention cannot run.
+
+    Without this, transformers would fail in the first forward pass.
+    """
     loaded_as = config.dtype if dtype == "auto" else dtype
     if device.type != "cuda" or loaded_as not in (torch.bfloat16, torch.float16):
         raise ModelError(
@@ -90,7 +101,19 @@ def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config
 def load_weights(
     source: str, revision: str | None, name: str, dtype: torch.dtype | str, kernel: str, device_map: str | None
 ) -> PreTrainedModel:
-    """The transformers model with its weights, whole and checked; on the CPU, or where the device map puts it."""
+    """The transformers model with all its weights, on the CPU or where the device map puts it.
+
+    Args:
+        source: a hub name or a directory.
+        revision: branch, tag or commit on the hub.
+        name: the model's name, for messages.
+        dtype: of the parameters; "auto" is the checkpoint's.
+        kernel: the attention kernel; "auto" leaves it to transformers.
+        device_map: as for `load_model`.
+
+    Raises:
+        ModelError: the weights are missing, incomplete or damaged, or the kernel is not available.
+    """
     settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if kernel != "auto":
         settings["attn_implementation"] = kernel
@@ -109,7 +132,17 @@ def _loaded(
     way_out: str = WHOLE_MODEL,
     **settings: object,
 ) -> Any:
-    """`from_pretrained(source)`, from local files if they are there. Raises ModelError, one line, if it fails."""
+    """What `from_pretrained(source)` gives, from local files if they are there, else from the hub.
+
+    Args:
+        from_pretrained: a loader of transformers.
+        source, revision: as for `load_weights`.
+        way_out: the end of the message if loading fails.
+        settings: more arguments of the loader.
+
+    Raises:
+        ModelError: loading fails.
+    """
     try:
         try:
             return from_pretrained(source, revision=revision or "main", local_files_only=True, **settings)
@@ -124,7 +157,7 @@ def _loaded(
 
 
 def _complete(model: PreTrainedModel, report: dict[str, Any], name: str) -> PreTrainedModel:
-    """The model, without its head if the checkpoint lacks one. Raises ModelError for any other hole in the weights."""
+    """The model, or its base if the checkpoint has no head. Raises ModelError if any other weight is missing."""
     inside = {key for key in report["missing_keys"] if key.startswith(f"{model.base_model_prefix}.")}
     wrong = sorted(inside | {key for key, *_ in report["mismatched_keys"]})
     if wrong:
@@ -137,7 +170,10 @@ def _complete(model: PreTrainedModel, report: dict[str, Any], name: str) -> PreT
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no load reports of transformers meanwhile; what they say is checked or raised here."""
+    """Inside the `with`, transformers shows no progress bar and no load report.
+
+    This module checks that report itself.
+    """
     shown, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()

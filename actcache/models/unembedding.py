@@ -1,4 +1,4 @@
-"""The way out of a language model: final norm and output head as numbers, so that a direction can be read as logits."""
+"""The final norm and the output head of a language model as numbers, by which a direction is read as logits."""
 
 import math
 from dataclasses import dataclass
@@ -9,18 +9,21 @@ from torch import Tensor
 
 from actcache.errors import ModelError
 
-LARGE, SMALL = 2.0**13, 2.0**-9  # far above every norm's eps in use, and near it once squared; exact in every dtype
-ROUNDINGS = 32  # of the model's dtype, or of float32 where that is coarser, within one norm
+LARGE, SMALL = (
+    2.0**13,
+    2.0**-9,
+)  # LARGE^2 is far above every eps in use, SMALL^2 is near it; both are exact in every dtype
+ROUNDINGS = 32  # within one norm: of the model's dtype, or of float32 if that is coarser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Unembedding:
     """Final norm and output head: logits = W_U (gain * centred(x) / scale(x) + bias) + b_U.
 
-    x is the residual stream after the last block. What a family does to its logits after that is left out: Gemma 2 caps
-    them. W_U and b_U are the model's own, in its dtype, where they are computed; the rest is float64 on the CPU.
+    x is the residual stream after the last block. Whatever a family does to its logits afterwards is left out; Gemma 2
+    caps them. W_U and b_U are the model's own, in its dtype and on its device. gain and bias are float64 on the CPU.
 
-    b_U: None where the head has no bias. is_centred: LayerNorm; RMSNorm is not, and has no bias (0 here).
+    b_U: None if the head has no bias. is_centred: True for LayerNorm, False for RMSNorm, whose bias is 0.
     """
 
     W_U: Float[Tensor, "vocab d_model"]
@@ -31,17 +34,17 @@ class Unembedding:
     is_centred: bool
 
     def centred(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """x less its mean over d_model where the norm subtracts it."""
+        """x minus its mean over d_model if the norm subtracts the mean, else x."""
         return x - x.mean(-1, keepdim=True) if self.is_centred else x
 
     def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch"]:
-        """What the norm divides by: sqrt(mean(centred(x)^2) + eps)."""
+        """The number that the norm divides by: sqrt(mean(centred(x)^2) + eps)."""
         return (self.centred(x).square().mean(-1) + self.eps).sqrt()
 
     def token_direction(self, token_id: int) -> tuple[Float64[Tensor, " d_model"], float]:
-        """(v, c) such that <v, x> / scale(x) + c is the token's logit less the mean logit of the whole vocabulary.
+        """(v, c) such that <v, x> / scale(x) + c is the token's logit minus the mean logit of the whole vocabulary.
 
-        The softmax does not see that mean. Float64, on the CPU.
+        The mean is subtracted because the softmax does not depend on it. v is float64 on the CPU.
         """
         w = (self.W_U[token_id].double() - self.W_U.mean(0, dtype=torch.float64)).cpu()
         b = 0.0 if self.b_U is None else float(self.b_U[token_id].double() - self.b_U.mean(dtype=torch.float64))
@@ -49,7 +52,7 @@ class Unembedding:
 
 
 def norm_probes(d_model: int) -> Float[Tensor, "probe d_model"]:
-    """Rows that a norm is measured on: 0; +-LARGE by turns; all 1; +-SMALL by turns; and small whole numbers."""
+    """The rows that measure a norm: all 0; alternating +-LARGE; all 1; alternating +-SMALL; small whole numbers."""
     channel = torch.arange(d_model)
     turns = (1 - 2 * (channel % 2)).float()
     return torch.stack([0 * turns, LARGE * turns, turns.abs(), SMALL * turns, (7 * channel % 17 - 8).float()])
@@ -61,13 +64,20 @@ def measured_unembedding(
     b_U: Float[Tensor, " vocab"] | None,
     name: str | None,
 ) -> Unembedding:
-    """The numbers of a norm from what it makes of `norm_probes`; the last row is foretold by them and held against it.
+    """The numbers of a norm, computed from its outputs for the rows of `norm_probes`.
 
-    0 gives the bias; rows of mean 0 and one size give the gain, and eps where they are small; a constant row gives
-    nothing but the bias if the norm subtracts means. The gain errs by a rounding of gain + bias in the model's dtype.
+    The row of zeros gives the bias. The large alternating row gives the gain, and the small one gives eps. For the
+    constant row the output is the bias alone if the norm subtracts the mean. The last row is a test: these numbers must
+    predict its output. The gain errs by a rounding of gain + bias in the model's dtype.
+
+    Args:
+        normed: the norm's output for each row of `norm_probes`.
+        W_U: the weight of the output head.
+        b_U: its bias, if it has one.
+        name: the model's name, for messages.
 
     Raises:
-        ModelError: the last row is another one: what is between the last block and the head is no LayerNorm or RMSNorm.
+        ModelError: the last row is not as predicted, so the norm is neither a LayerNorm nor an RMSNorm.
     """
     probes = norm_probes(normed.shape[1]).double()
     bias, large, constant, small, last = normed.detach().double().cpu()
@@ -83,9 +93,9 @@ def measured_unembedding(
         eps=eps,
         is_centred=bool((constant - bias).norm() < gain.norm() / 2),
     )
-    foretold = gain * unembedding.centred(probes[4]) / unembedding.scale(probes[4])
+    predicted = gain * unembedding.centred(probes[4]) / unembedding.scale(probes[4])
     rounding = ROUNDINGS * max(torch.finfo(normed.dtype).eps, torch.finfo(torch.float32).eps)
-    if not (foretold + bias - last).norm() <= rounding * (foretold.norm() + bias.norm()):
+    if not (predicted + bias - last).norm() <= rounding * (predicted.norm() + bias.norm()):
         raise ModelError(
             f"{name}: between the last block and the output head there must be one LayerNorm or RMSNorm, there is "
             "something else; directions of this model cannot be read as logits"
