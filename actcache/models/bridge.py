@@ -33,8 +33,8 @@ class BridgeModel(LanguageModel):
         # Imported here: it takes seconds, and only this backend needs it.
         from transformer_lens.model_bridge import TransformerBridge
 
-        # The bridge gets token ids only but needs a tokenizer. It changes the tokenizer, and it loads one that has a BOS
-        # a second time. So it gets a copy without a BOS.
+        # The bridge gets token ids only, but it needs a tokenizer and changes it. If that tokenizer has a BOS, the
+        # bridge loads it a second time. So the bridge gets a copy without a BOS.
         spare = copy.deepcopy(tokenizer)
         spare.bos_token = None
         # With hf_model the bridge takes the family from the config, not from the name (a path may contain "llama").
