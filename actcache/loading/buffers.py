@@ -1,9 +1,9 @@
-"""Buffers for decoded rows: the groups of chunks of one hook, of which batches are parts.
+"""Buffers for decoded rows. A buffer holds the rows of one group of chunks of one hook; batches are parts of it.
 
-The rows of a group lie in the order in which they are served: each chunk is scattered over them as it is decoded, by
-the threads that decode. On a CPU a batch is a view of them, and their memory serves again once no batch refers to it.
-On CUDA a chunk is decoded into pinned memory, copied to the device and scattered there, on a stream of its own; a batch
-is a copy, for what reads it may still be queued when the next group comes.
+The rows of a group lie in the order in which they are served: a thread decodes a chunk and scatters its rows over the
+buffer. On a CPU a batch is a view of the buffer, and the memory is used again when no batch refers to it. On CUDA a
+chunk is decoded into pinned memory, copied to the device and scattered there, on a stream of its own. There a batch is
+a copy, because operations that read it may still be queued when the next group overwrites the buffer.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from actcache.store.reader import HookReader
 
 DECODE_THREADS = min(4, os.cpu_count() or 1)
 WILL_NEED_CHUNKS = 8
-KEPT = 3
+MAX_ARRAYS = 3  # one is filled, one is served, and a batch of the caller refers to one
 STAGED_CHUNKS = 2 * DECODE_THREADS
 
 
-def will_need(reader: HookReader, chunks: Sequence[int], place: int) -> None:
-    """Before the place-th of `chunks` is decoded, in order: let the disk read up to WILL_NEED_CHUNKS ahead of it."""
-    first = place + WILL_NEED_CHUNKS if place else 0
-    for chunk in chunks[first : place + WILL_NEED_CHUNKS + 1]:
+def will_need(reader: HookReader, chunks: Sequence[int], number: int) -> None:
+    """Before chunks[number] is decoded, let the disk read up to WILL_NEED_CHUNKS chunks ahead of it.
+
+    The chunks are decoded in order, so each call asks for one more chunk, and the first call for all up to there.
+    """
+    first = number + WILL_NEED_CHUNKS if number else 0
+    for chunk in chunks[first : number + WILL_NEED_CHUNKS + 1]:
         reader.will_need(chunk)
 
 
 class BufferPool:
-    """Arrays of up to `n_rows` rows, each lent again once nothing refers to its memory any more.
+    """Lends arrays of up to `n_rows` rows. An array comes back when nothing refers to its memory any more.
 
-    No more than KEPT are kept, those that are lent included: one is made, one is used, and one is still held.
+    The pool keeps an array that comes back if it has no more than MAX_ARRAYS then, those that are lent included.
     """
 
     def __init__(self, n_rows: int, row_shape: Sequence[int], dtype: str):
@@ -48,98 +51,107 @@ class BufferPool:
         self._spare: list[np.ndarray] = []
 
     def acquire(self, n_rows: int | None = None) -> Shaped[np.ndarray, "row ..."]:
-        """An array of uninitialised rows. Tensors over it, and views of them, keep its memory from being lent again."""
+        """An array of uninitialised rows. It stays lent while any array, tensor or view refers to its memory."""
         memory = self._spare.pop() if self._spare else np.empty(self._shape, dtype=self._dtype)
         self._lent.add(id(memory))
-        # numpy's views refer to the first array over foreign memory: through the memoryview that is `lent`, whose end
-        # is then the end of every view
+        # Every numpy view of this memory refers to `lent`, the first array over the memoryview. So when `lent` is
+        # freed, no view is left.
         lent = np.asarray(memory.data)
         weakref.finalize(lent, self._take_back, memory).atexit = False
         return lent[:n_rows]
 
     def _take_back(self, memory: np.ndarray) -> None:
         self._lent.discard(id(memory))
-        if len(self._lent) + len(self._spare) < KEPT:
+        if len(self._lent) + len(self._spare) < MAX_ARRAYS:
             self._spare.append(memory)
 
 
 class GroupBuffer(ABC):
-    """A buffer for the rows of one group of one hook. Any thread may call `decode_chunk`, one at a time the rest."""
+    """A buffer for the rows of one group of one hook. Any thread may call `decode_chunk`; one thread calls the rest."""
 
     @abstractmethod
-    def expect(self, places: Int64[np.ndarray, " joined"]) -> None:
-        """Before any chunk is decoded: row j of the joined chunks is to be row places[j]."""
+    def expect(self, target_rows: Int64[np.ndarray, " stored"]) -> None:
+        """Prepare for a new group; called before any of its chunks is decoded.
+
+        target_rows: for each row of the group's chunks, one chunk after another, its row in the buffer. Rows that are
+        not served go to the last row.
+        """
 
     @abstractmethod
     def decode_chunk(self, number: int, chunk: int) -> None:
-        """Decode a chunk, the number-th of the group, and scatter its rows. Raises CorruptShard."""
+        """Decode a chunk and scatter its rows. number: of the chunk within the group. Raises CorruptShard."""
 
     @abstractmethod
     def finish(self) -> None:
-        """Every chunk was decoded."""
+        """Called when every chunk of the group was decoded, before `rows`."""
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Sequence[Any]:
-        """The rows served from start to stop, of every array of the hook; they are the caller's."""
+        """Rows [start, stop) of the buffer, a part for each array of the hook. They stay valid after `release`."""
 
     @abstractmethod
     def release(self) -> None:
-        """No more rows are asked for before the next `finish`: another group may be expected."""
+        """Called when no more rows of the group are asked for; `expect` may follow."""
 
 
 class HookBuffers(ABC):
-    """The buffers of one hook."""
+    """Makes the buffers of one hook."""
 
     @abstractmethod
     def new_group(self) -> GroupBuffer:
-        """A new buffer for one group."""
+        """A new buffer for the rows of one group."""
 
     @abstractmethod
     def values(self, parts: Sequence[Sequence[Any]]) -> Float[Tensor, "row d_in"]:
-        """The activations of rows of several groups, one after another. parts: as `GroupBuffer.rows` gave them."""
+        """The activations of the rows of several groups, one group after another.
+
+        parts: what `GroupBuffer.rows` gave.
+        """
 
 
 class HostBuffers(HookBuffers):
-    """Buffers in the memory of the host; the values go to `device`, if that is another."""
+    """Makes buffers in host memory. `values` copies activations to `device`."""
 
     def __init__(self, reader: HookReader, device: torch.device, *, group_chunks: int):
         self._reader, self._device = reader, device
-        n_rows = group_chunks * reader.chunk_rows + 1  # the last is never served
+        n_rows = group_chunks * reader.chunk_rows + 1  # the last row is never served
         arrays = [array.array for array in reader.arrays]
         self._pools = [BufferPool(n_rows, each.row_shape, each.storage_dtype) for each in arrays]
-        self._decoded: SimpleQueue[tuple[np.ndarray, ...]] = SimpleQueue()
+        self._chunk_buffers: SimpleQueue[tuple[np.ndarray, ...]] = SimpleQueue()
         for _ in range(DECODE_THREADS):
-            self._decoded.put(reader.empty(1))
+            self._chunk_buffers.put(reader.empty(1))
 
     def new_group(self) -> HostGroupBuffer:
-        return HostGroupBuffer(self._reader, self._pools, self._decoded)
+        return HostGroupBuffer(self._reader, self._pools, self._chunk_buffers)
 
     def values(self, parts: Sequence[Sequence[np.ndarray]]) -> Float[Tensor, "row d_in"]:
-        # numpy, because torch's copies wake OpenMP threads, which take the cores from the decoding threads
-        several = zip(*(parts or [self._reader.empty(0)]), strict=True)
-        stored = parts[0] if len(parts) == 1 else [np.concatenate(each) for each in several]
+        # numpy copies, because torch would wake OpenMP threads, which take the cores from the decoding threads
+        by_array = zip(*(parts or [self._reader.empty(0)]), strict=True)
+        stored = parts[0] if len(parts) == 1 else [np.concatenate(each) for each in by_array]
         return self._reader.values(self._reader.tensors(stored)).to(self._device)
 
 
 class HostGroupBuffer(GroupBuffer):
-    """A group in the memory of the host; `decoded` has room for a chunk for each thread that decodes."""
+    """A buffer in host memory. `chunk_buffers` holds memory for one chunk for each thread that decodes."""
 
-    def __init__(self, reader: HookReader, pools: Sequence[BufferPool], decoded: SimpleQueue[tuple[np.ndarray, ...]]):
-        self._reader, self._pools, self._decoded = reader, pools, decoded
+    def __init__(
+        self, reader: HookReader, pools: Sequence[BufferPool], chunk_buffers: SimpleQueue[tuple[np.ndarray, ...]]
+    ):
+        self._reader, self._pools, self._chunk_buffers = reader, pools, chunk_buffers
         self._parts: tuple[np.ndarray, ...] = ()
-        self._places = np.empty(0, dtype=np.int64)
+        self._target_rows = np.empty(0, dtype=np.int64)
 
-    def expect(self, places: Int64[np.ndarray, " joined"]) -> None:
+    def expect(self, target_rows: Int64[np.ndarray, " stored"]) -> None:
         self._parts = tuple(pool.acquire() for pool in self._pools)
-        self._places = places
+        self._target_rows = target_rows
 
     def decode_chunk(self, number: int, chunk: int) -> None:
         rows = slice(number * self._reader.chunk_rows, (number + 1) * self._reader.chunk_rows)
-        room = self._decoded.get()
+        chunk_buffer = self._chunk_buffers.get()
         try:
-            self._reader.scatter_into(chunk, self._places[rows], self._parts, room)
+            self._reader.scatter_into(chunk, self._target_rows[rows], self._parts, chunk_buffer)
         finally:
-            self._decoded.put(room)
+            self._chunk_buffers.put(chunk_buffer)
 
     def finish(self) -> None:
         pass
@@ -152,7 +164,7 @@ class HostGroupBuffer(GroupBuffer):
 
 
 class DeviceBuffers(HookBuffers):
-    """Buffers on a CUDA device, with pinned memory on the host for a few chunks on their way."""
+    """Makes buffers on a CUDA device. A few chunks at a time pass through pinned host memory."""
 
     def __init__(self, reader: HookReader, device: torch.device, *, group_chunks: int):
         self._reader, self._device, self._group_chunks = reader, device, group_chunks
@@ -162,12 +174,12 @@ class DeviceBuffers(HookBuffers):
             self._staged.put(_Staged(reader))
 
     def new_group(self) -> DeviceGroupBuffer:
-        parts = self._empty(self._group_chunks * self._reader.chunk_rows + 1)  # the last is never served
+        parts = self._empty(self._group_chunks * self._reader.chunk_rows + 1)  # the last row is never served
         return DeviceGroupBuffer(self._reader, parts, self._staged, self._copies)
 
     def values(self, parts: Sequence[Sequence[Tensor]]) -> Float[Tensor, "row d_in"]:
-        several = zip(*(parts or [self._empty(0)]), strict=True)
-        stored = parts[0] if len(parts) == 1 else [torch.cat(each) for each in several]
+        by_array = zip(*(parts or [self._empty(0)]), strict=True)
+        stored = parts[0] if len(parts) == 1 else [torch.cat(each) for each in by_array]
         return self._reader.values(stored)
 
     def _empty(self, n_rows: int) -> tuple[Tensor, ...]:
@@ -178,7 +190,7 @@ class DeviceBuffers(HookBuffers):
 
 
 class _Staged:
-    """Pinned memory for one chunk, and the event after which it may be written again."""
+    """Pinned memory for one chunk, and the event after which it may be overwritten."""
 
     def __init__(self, reader: HookReader):
         pinned = [torch.from_numpy(part).pin_memory() for part in reader.empty(1)]
@@ -188,22 +200,22 @@ class _Staged:
 
 
 class DeviceGroupBuffer(GroupBuffer):
-    """A group on a CUDA device. Events order decode_chunk, finish and rows; only a full staging queue waits."""
+    """A buffer on a CUDA device. Events order the copies; a thread waits only if all pinned memory is in use."""
 
     def __init__(
         self, reader: HookReader, parts: Sequence[Tensor], staged: SimpleQueue[_Staged], copies: torch.cuda.Stream
     ):
         self._reader, self._parts, self._staged, self._copies = reader, parts, staged, copies
         self._copied: dict[torch.cuda.Stream, torch.cuda.Event] = {}
-        self._places = torch.empty(0, dtype=torch.int64)
+        self._target_rows = torch.empty(0, dtype=torch.int64)
         self._arrived = torch.cuda.Event()
-        copies.wait_stream(torch.cuda.current_stream(copies.device))  # whoever had this memory before is done with it
+        copies.wait_stream(torch.cuda.current_stream(copies.device))  # this memory may still be in use
         for part in parts:
             part.record_stream(copies)
 
-    def expect(self, places: Int64[np.ndarray, " joined"]) -> None:
+    def expect(self, target_rows: Int64[np.ndarray, " stored"]) -> None:
         with torch.cuda.stream(self._copies):
-            self._places = torch.from_numpy(places).to(self._copies.device)
+            self._target_rows = torch.from_numpy(target_rows).to(self._copies.device)
 
     def decode_chunk(self, number: int, chunk: int) -> None:
         rows = slice(number * self._reader.chunk_rows, (number + 1) * self._reader.chunk_rows)
@@ -213,7 +225,7 @@ class DeviceGroupBuffer(GroupBuffer):
             self._reader.decode_into(chunk, staged.stored)
             with torch.cuda.stream(self._copies):
                 for part, tensor in zip(self._parts, staged.tensors, strict=True):
-                    part.index_copy_(0, self._places[rows], tensor.to(self._copies.device, non_blocking=True))
+                    part.index_copy_(0, self._target_rows[rows], tensor.to(self._copies.device, non_blocking=True))
                 staged.copied.record(self._copies)
         finally:
             self._staged.put(staged)

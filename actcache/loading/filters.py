@@ -1,4 +1,4 @@
-"""Which rows of a split are served: special tokens, positions and outlying norms are left out, and counted."""
+"""`RowFilter`: which rows of a split are served. Special tokens, positions and outlying norms can be left out."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ _BLOCK_ELEMENTS = 1 << 16
 
 
 class RowFilter:
-    """Which rows pass, chunk by chunk; the same for every hook that is asked.
+    """Which rows of a split pass the filters; the same rows for every hook.
 
-    kept: how many rows of each chunk pass; n_rows: of all of them. dropped: for each of FILTERS, in this order, how
-    many rows it is the first to drop, so that n_rows + sum(dropped.values()) is what the split stores.
+    Attributes:
+        n_passing: how many rows of each chunk pass.
+        n_rows: how many rows of the split pass.
+        dropped: for each of FILTERS, how many rows it drops that no filter before it drops. So
+            n_rows + sum(dropped.values()) is the number of rows that the split stores.
     """
 
     def __init__(
@@ -36,10 +39,14 @@ class RowFilter:
         positions: slice | None,
         max_norm_ratio: float | None,
     ):
-        """Count; for max_norm_ratio every chunk of the hooks is decoded once, and a bit of every row is kept.
+        """Count the rows that pass. With `max_norm_ratio`, every chunk of the hooks is decoded once for this.
+
+        Args:
+            cache, split, hook_names: the rows, and the hooks that `max_norm_ratio` looks at.
+            exclude_special_tokens, positions, max_norm_ratio: as for Loader.
 
         Raises:
-            ConfigError: `positions` leaves none, or there is no row to take the median norm of.
+            ConfigError: `positions` leaves no position, or the split has no row for a median norm.
             CorruptShard: a chunk is damaged.
         """
         self._cache, self._split = cache, split
@@ -49,19 +56,22 @@ class RowFilter:
         self.open_readers()
         self._largest_norms = _largest_norms(cache, split, hook_names, max_norm_ratio)
         self._hooks = [cache.hook_reader(split, hook_name) for hook_name in self._largest_norms]
-        self._usual: dict[int, UInt8[np.ndarray, " byte"]] = {}  # chunk -> a bit a row: no norm of it is outlying
+        self._usual: dict[int, UInt8[np.ndarray, " byte"]] = {}  # chunk -> one bit a row: 1 if no norm is outlying
         counts = np.concatenate(self._counted())
-        self.kept: Int64[np.ndarray, " chunk"] = counts[:, -1]
-        self.n_rows = int(self.kept.sum())
+        self.n_passing: Int64[np.ndarray, " chunk"] = counts[:, -1]
+        self.n_rows = int(self.n_passing.sum())
         self.dropped: dict[str, int] = dict(zip(FILTERS, (-np.diff(counts.sum(axis=0))).tolist(), strict=True))
 
     def open_readers(self) -> None:
-        """Open the token arrays; anew in a forked child, where a thread that is gone may hold a reader's lock."""
+        """Open the token arrays.
+
+        A forked child calls this again: a thread of its parent may have held a reader's lock.
+        """
         self._token_ids = self._cache.token_reader(self._split, "id") if len(self._special) else None
         self._positions = None if self._allowed.all() else self._cache.token_reader(self._split, "position")
 
     def rows(self, chunk: int) -> Bool[np.ndarray, " row"]:
-        """Which rows of a chunk pass."""
+        """Which rows of a chunk pass all filters."""
         start, stop = chunk * self._chunk_rows, min((chunk + 1) * self._chunk_rows, self._n_rows)
         not_special, in_position = self._token_filters(start, stop)
         if not self._hooks:
@@ -69,7 +79,7 @@ class RowFilter:
         return not_special & in_position & np.unpackbits(self._usual[chunk], count=stop - start).view(np.bool_)
 
     def _token_filters(self, start: int, stop: int) -> tuple[Bool[np.ndarray, " row"], Bool[np.ndarray, " row"]]:
-        """What each of the first two filters lets pass."""
+        """Which of rows [start, stop) the filter of special tokens lets pass, and which the filter of positions."""
         everything = np.ones(stop - start, dtype=np.bool_)
         return (
             everything if self._token_ids is None else ~np.isin(self._token_ids.read(start, stop), self._special),
@@ -77,9 +87,9 @@ class RowFilter:
         )
 
     def _counted(self) -> list[Int64[np.ndarray, "chunk counts"]]:
-        """Of every chunk, how many rows the first 0, 1, 2 and 3 filters let pass."""
+        """For every chunk, how many rows pass the first 0, 1, 2 and 3 filters; one array for each span of chunks."""
         n_chunks = -(-self._n_rows // self._chunk_rows)
-        per_span = max(1, _SPAN_ROWS // self._chunk_rows)  # a token chunk is long: not once for each chunk within it
+        per_span = max(1, _SPAN_ROWS // self._chunk_rows)  # so that a chunk of tokens, which is long, is decoded once
         spans = [range(first, min(first + per_span, n_chunks)) for first in range(0, n_chunks, per_span)]
         with ThreadPoolExecutor(DECODE_THREADS, "actcache-filter") as threads:
             return list(threads.map(self._count, spans))
@@ -95,18 +105,18 @@ class RowFilter:
         return np.stack(counts, axis=1)
 
     def _usual_norms(self, chunks: range, n_rows: int) -> Bool[np.ndarray, " row"]:
-        """Which rows of the chunks have no outlying norm at any hook; their bits are kept."""
+        """Which rows of consecutive chunks have no outlying norm at any hook. The answer is remembered for `rows`."""
         usual = np.ones(n_rows, dtype=np.bool_)
-        places = {chunk: usual[n * self._chunk_rows : (n + 1) * self._chunk_rows] for n, chunk in enumerate(chunks)}
+        parts = {chunk: usual[n * self._chunk_rows : (n + 1) * self._chunk_rows] for n, chunk in enumerate(chunks)}
         for reader in self._hooks:
             buffer = reader.empty(1)
             largest = self._largest_norms[reader.hook.hook_name]
-            for chunk, rows in places.items():
+            for chunk, is_usual in parts.items():
                 will_need(reader, chunks, chunk - chunks.start)
                 reader.decode_into(chunk, buffer)
-                rows &= _norms([part[: len(rows)] for part in buffer], reader.hook.dtype) <= largest
+                is_usual &= _norms([part[: len(is_usual)] for part in buffer], reader.hook.dtype) <= largest
         if self._hooks:
-            self._usual |= {chunk: np.packbits(rows) for chunk, rows in places.items()}
+            self._usual |= {chunk: np.packbits(is_usual) for chunk, is_usual in parts.items()}
         return usual
 
 
@@ -121,7 +131,7 @@ def _allowed_positions(positions: slice | None, context_size: int) -> Bool[np.nd
 def _largest_norms(
     cache: Cache, split: str, hook_names: Sequence[str], max_norm_ratio: float | None
 ) -> dict[str, float]:
-    """Hook -> the largest norm that passes; no hook if there is no limit."""
+    """Hook -> the largest norm that passes; empty if `max_norm_ratio` is None."""
     if max_norm_ratio is None:
         return {}
     found = {}
@@ -134,9 +144,9 @@ def _largest_norms(
 
 
 def _norms(stored: Sequence[Shaped[np.ndarray, "row _"]], dtype: str) -> Float64[np.ndarray, " row"]:
-    """||x|| of each row in float64, so that every machine lets the same rows pass."""
+    """||x|| of each row, computed in float64 so that the same rows pass on every machine."""
     norms = np.empty(len(stored[0]))
-    block = max(1, _BLOCK_ELEMENTS // stored[0].shape[1])  # in float64 they stay within the cache of a core
+    block = max(1, _BLOCK_ELEMENTS // stored[0].shape[1])  # a block in float64 fits into the cache of a core
     for start in range(0, len(norms), block):
         x = float32_values([part[start : start + block] for part in stored], dtype).astype(np.float64)
         norms[start : start + block] = np.sqrt(np.einsum("rd,rd->r", x, x))

@@ -1,4 +1,4 @@
-"""A stream of rows -> Batch: shuffled batches of one cache."""
+"""`Loader`: shuffled batches of one cache."""
 
 from __future__ import annotations
 
@@ -16,37 +16,52 @@ __all__ = ["GROUP_CHUNKS", "Loader", "check_batches", "rank_part"]
 
 
 class Loader(Iterator[Batch]):
-    """Shuffled batches of one or several aligned hooks; a plain iterator.
+    """Shuffled batches of one or several hooks of a cache; a plain iterator. Every hook has the same rows.
 
-    The order is arithmetic in (seed, epoch, step): every kept row exactly once per epoch at any batch size, the same
-    on every machine, and `start_step` begins there without reading what came before.
+    The order depends on (seed, epoch, step) and the cache alone. Every row that passes the filters comes exactly once
+    in an epoch. The order is the same at every batch size and on every machine. `start_step` begins at that batch
+    without reading the batches before it.
 
-    x is a view of the group of chunks that its rows were shuffled in (where it does not lie in two of them, and on a
-    CPU): whoever holds a few rows of it holds that group. Clone what is to be kept for long.
+    On a CPU, x is a view of the group of chunks that its rows were shuffled in, unless it has rows of two groups. So a
+    few rows of x keep the memory of a whole group. Clone rows that you keep for long.
 
-    Memory, for each hook: three groups of `group_chunks` chunks, of group_chunks * chunk_rows * row_bytes (at most
-    144 MiB unless `group_chunks` is raised), however large the cache is: one that decodes, one that is served, and one
-    of which the caller may hold a batch; each further one of which he does; and a chunk for each thread that decodes.
-    For each row of two groups, 16 bytes and 4 for each token field, and at most 64 bytes more while a group's order is
-    made. With `max_norm_ratio`, one bit for every row of the split.
+    Memory, for each hook: three groups of `group_chunks` chunks, each of group_chunks * chunk_rows * row_bytes (at most
+    144 MiB unless `group_chunks` is raised), however large the cache is. One group is decoded, one is served, and the
+    caller may hold a batch of the third. Each further group of which the caller holds a batch comes on top, and a chunk
+    for each thread that decodes. Each row of two groups takes 16 bytes, 4 bytes for each token field, and at most 64
+    bytes more while the order of a group is made. `max_norm_ratio` takes one bit for every row of the split.
 
     Args:
-        batch_tokens: rows of a batch over all ranks; only the very last batch may be shorter.
-        limit: rows after which the stream ends, of all epochs together.
+        cache: the opened cache.
+        hook_names: one hook or several.
+        split: "train" or "validation".
+        batch_tokens: rows of a batch over all ranks; only the last batch may be shorter.
+        seed: keys the shuffle.
+        epochs: how often every row comes.
+        start_step: number of the first batch.
+        limit: rows after which the stream ends, counted over all epochs; None for the end of the last epoch.
         exclude_special_tokens: drop rows whose token is BOS, EOS or another special token.
-        positions: keep the rows at these positions of their sequence, as the slice would of a list of positions.
-        max_norm_ratio: drop rows whose norm at any of the hooks is above this many times the median norm of the split
-            without special tokens, as HookStatistics.norm_quantile tells it. The split is decoded once for this when
-            the loader is made, chunk by chunk.
-        token_fields: of "id", "document", "sequence" and "position", what Batch is to hold besides.
+        positions: keep only rows at these positions of their sequence, a slice of range(context_size).
+        max_norm_ratio: drop rows whose norm at any of the hooks is above this multiple of the median norm. The median
+            is that of the split without special tokens, from HookStatistics.norm_quantile. The split is decoded once,
+            chunk by chunk, when the loader is made.
+        token_fields: which of "id", "document", "sequence" and "position" every Batch holds.
         group_chunks: chunks whose rows are shuffled together. It decides the order of the rows, and the memory.
         rank, world_size: rank r gets the r-th of `world_size` consecutive parts of every batch.
-        device: where x lies; row and the token fields stay on the CPU.
+        device: the device of x; row and the token fields stay on the CPU.
 
-    n_stored_rows: rows of the split. n_rows: those that pass the filters, served in every epoch. dropped: how many rows
-    each filter drops, of "exclude_special_tokens", "positions" and "max_norm_ratio"; a row counts for the first of them
-    that drops it, so that n_rows + sum(dropped.values()) == n_stored_rows. n_steps: batches of all epochs. step: number
-    of the next batch.
+    Attributes:
+        n_stored_rows: rows of the split.
+        n_rows: rows that pass the filters; each comes once in an epoch.
+        dropped: for each filter, "exclude_special_tokens", "positions" and "max_norm_ratio" in this order, how many
+            rows it drops that no filter before it drops. So n_rows + sum(dropped.values()) == n_stored_rows.
+        n_steps: batches of all epochs.
+        step: number of the next batch.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        CacheMismatch: the cache lacks a hook.
+        CorruptShard: a chunk that must be read for the filters is damaged.
     """
 
     def __init__(
@@ -69,12 +84,6 @@ class Loader(Iterator[Batch]):
         world_size: int = 1,
         device: str | torch.device = "cpu",
     ):
-        """Open the readers and count what each chunk keeps.
-
-        Raises:
-            ConfigError: an argument is out of range. CacheMismatch: the cache lacks a hook.
-            CorruptShard: a chunk that must be read for the filters is damaged.
-        """
         config = StreamConfig(
             hook_names=(hook_names,) if isinstance(hook_names, str) else tuple(hook_names),
             split=split,
@@ -98,11 +107,14 @@ class Loader(Iterator[Batch]):
 
     @property
     def wait_seconds(self) -> float:
-        """How long batches have waited for rows to be decoded."""
+        """How many seconds batches have waited for rows to be decoded."""
         return self._stream.wait_seconds
 
     def __next__(self) -> Batch:
-        """The batch of the current step. Raises CorruptShard for a damaged chunk, StopIteration after the last."""
+        """The batch of the current step.
+
+        Raises CorruptShard for a damaged chunk, StopIteration after the last batch.
+        """
         if self.step >= self.n_steps:
             self.close()
             raise StopIteration
@@ -114,7 +126,7 @@ class Loader(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Stop the threads and free the groups."""
+        """Stop the threads and free the memory of the groups."""
         self._stream.close()
 
     def __enter__(self) -> Loader:
@@ -125,18 +137,18 @@ class Loader(Iterator[Batch]):
 
 
 def rank_part(n_rows: int, rank: int, world_size: int) -> range:
-    """The rows of a batch that a rank serves; ranks in order make the whole batch."""
+    """Which rows of a batch of `n_rows` rows a rank gets. The parts of all ranks, in order, are the whole batch."""
     return range(n_rows * rank // world_size, n_rows * (rank + 1) // world_size)
 
 
 def check_batches(batch_tokens: int, start_step: int, limit: int | None, rank: int, world_size: int) -> None:
-    """Raises ConfigError for a value that is out of range."""
+    """Raise ConfigError for an argument of Loader or Mixture that is out of range."""
     rules = {
         "batch_tokens must be at least 1": (batch_tokens >= 1, batch_tokens),
         "start_step must be at least 0": (start_step >= 0, start_step),
         "limit must be at least 0, or None": (limit is None or limit >= 0, limit),
         "rank must be in [0, world_size)": (0 <= rank < world_size, (rank, world_size)),
     }
-    for rule, (kept, got) in rules.items():
-        if not kept:
+    for rule, (is_met, got) in rules.items():
+        if not is_met:
             raise ConfigError(f"loader: {rule}, got {got!r}")

@@ -1,4 +1,4 @@
-"""Streams of several caches -> Batch: shuffled batches in which every cache has its share."""
+"""`Mixture`: shuffled batches of several caches, in which every cache has its share."""
 
 from __future__ import annotations
 
@@ -24,22 +24,31 @@ from actcache.store.cache import Cache
 
 
 class Mixture(Iterator[Batch]):
-    """Shuffled batches of several caches that hold the same hooks, each cache in its share; a plain iterator.
+    """Shuffled batches of several caches that hold the same hooks; a plain iterator.
 
-    The rows of a cache come in the order in which Loader would serve them. After t batches of b rows each cache has
-    given its share of t * b, rounded down or up, and all together exactly t * b; within a batch the rows of each cache
-    lie evenly (actcache.order.MixtureOrder says how, in exact fractions). Batch.cache tells which cache a row is of,
-    Batch.row its number there.
+    The rows of a cache come in the order in which a Loader gives them. After t batches of b rows, each cache has given
+    its share of t * b rows, rounded down or up; together they have given exactly t * b. Within a batch the rows of each
+    cache are spread evenly. `MixtureOrder` in actcache.loading.order defines this in exact fractions. Batch.cache is
+    the number of the cache that a row comes from, and Batch.row the number of the row there.
 
-    The mixture ends before the first row that its cache no longer has, or after `limit` rows. `start_step` begins
-    there without reading what came before.
+    The mixture ends before the first row that its cache no longer has, or after `limit` rows. `start_step` begins at
+    that batch without reading the batches before it. Each cache takes the memory of a Loader.
 
-    Memory is that of a Loader for each cache.
+    Args:
+        caches: each cache with its share, a number above zero. Shares are relative to their sum. The smallest share
+            must be worth at least one row of a batch.
+        hook_names: hooks that every cache holds, with one width and dtype.
+        split and all others: as for Loader.
 
-    caches: each with its share, a number above zero; shares are taken relative to their sum. The smallest must be worth
-    at least one row of a batch. Every other argument is Loader's.
+    Attributes:
+        n_rows, dropped: for each cache what Loader calls by that name.
+        n_steps: number of batches.
+        step: number of the next batch.
 
-    n_rows, dropped: of each cache, as in Loader. n_steps: number of batches. step: number of the next one.
+    Raises:
+        ConfigError: an argument is out of range, or a hook has another width or dtype in another cache.
+        CacheMismatch: a cache lacks a hook.
+        CorruptShard: a chunk that must be read for the filters is damaged.
     """
 
     def __init__(
@@ -62,12 +71,6 @@ class Mixture(Iterator[Batch]):
         world_size: int = 1,
         device: str | torch.device = "cpu",
     ):
-        """Open the readers and count what each chunk keeps.
-
-        Raises:
-            ConfigError: an argument is out of range, or a hook is of another width or dtype in another cache.
-            CacheMismatch: a cache lacks a hook. CorruptShard: a chunk that must be read for the filters is damaged.
-        """
         config = StreamConfig(
             hook_names=(hook_names,) if isinstance(hook_names, str) else tuple(hook_names),
             split=split,
@@ -97,11 +100,14 @@ class Mixture(Iterator[Batch]):
 
     @property
     def wait_seconds(self) -> float:
-        """How long batches have waited for rows to be decoded."""
+        """How many seconds batches have waited for rows to be decoded."""
         return sum(stream.wait_seconds for stream in self._streams)
 
     def __next__(self) -> Batch:
-        """The batch of the current step. Raises CorruptShard for a damaged chunk, StopIteration after the last."""
+        """The batch of the current step.
+
+        Raises CorruptShard for a damaged chunk, StopIteration after the last batch.
+        """
         if self.step >= self.n_steps:
             self.close()
             raise StopIteration
@@ -121,7 +127,7 @@ class Mixture(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Stop the threads and free the groups."""
+        """Stop the threads and free the memory of the groups."""
         for stream in self._streams:
             stream.close()
 
@@ -133,7 +139,7 @@ class Mixture(Iterator[Batch]):
 
 
 class _Mixer:
-    """Makes one batch of the rows of several."""
+    """Makes one batch out of the batches of several caches."""
 
     def __init__(self, hooks: Sequence[HookSpec], batch_rows: int):
         self._dtypes = {hook.hook_name: hook.dtype for hook in hooks}
@@ -142,11 +148,11 @@ class _Mixer:
         }
 
     def mixed(self, batches: Sequence[Batch], owner: Int64[np.ndarray, " batch"]) -> Batch:
-        """owner tells for each row of which batch it is the next."""
-        places = [np.flatnonzero(owner == number) for number in range(len(batches))]
-        order = torch.from_numpy(np.argsort(np.concatenate(places)))  # the inverse: where each row comes from
+        """One batch with the rows of all. owner: for each row, the number of the batch that gives its next row."""
+        target_rows = [np.flatnonzero(owner == number) for number in range(len(batches))]
+        order = torch.from_numpy(np.argsort(np.concatenate(target_rows)))  # the inverse: which row goes to each place
         return Batch(
-            x={name: self._mixed_x(name, [batch.x[name] for batch in batches], places) for name in self._dtypes},
+            x={name: self._mixed_x(name, [batch.x[name] for batch in batches], target_rows) for name in self._dtypes},
             row=torch.cat([batch.row for batch in batches])[order],
             step=batches[0].step,
             token_id=_mixed_field([batch.token_id for batch in batches], order),
@@ -157,24 +163,27 @@ class _Mixer:
         )
 
     def _mixed_x(
-        self, hook_name: str, parts: Sequence[Float[Tensor, "_ d_in"]], places: Sequence[Int64[np.ndarray, " _"]]
+        self, hook_name: str, parts: Sequence[Float[Tensor, "_ d_in"]], target_rows: Sequence[Int64[np.ndarray, " _"]]
     ) -> Float[Tensor, "batch d_in"]:
         if parts[0].device.type != "cpu":
-            order = torch.from_numpy(np.argsort(np.concatenate(places))).to(parts[0].device)
+            order = torch.from_numpy(np.argsort(np.concatenate(target_rows))).to(parts[0].device)
             return torch.cat(list(parts)).index_select(0, order)
-        mixed = self._memory[hook_name].acquire(sum(len(place) for place in places))
-        for part, place in zip(parts, places, strict=True):
-            mixed[place] = storage_view(part)
+        mixed = self._memory[hook_name].acquire(sum(map(len, target_rows)))
+        for part, rows in zip(parts, target_rows, strict=True):
+            mixed[rows] = storage_view(part)
         return tensor_view(mixed, self._dtypes[hook_name])
 
 
 def _mixed_field(parts: Sequence[Tensor | None], order: Int64[Tensor, " batch"]) -> Int32[Tensor, " batch"] | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there)[order] if there else None
+    fields = [part for part in parts if part is not None]
+    return torch.cat(fields)[order] if fields else None
 
 
 def _checked_shares(shares: Sequence[int | float | Fraction], batch_tokens: int) -> list[Fraction]:
-    """The shares as exact fractions. Raises ConfigError."""
+    """The shares as exact fractions.
+
+    Raises ConfigError if one is not above 0 or is worth less than a row of a batch.
+    """
     if not shares or not all(math.isfinite(share) and share > 0 for share in shares):
         raise ConfigError(f"mixture: needs caches, each with a finite share above 0, got shares {list(shares)}")
     exact = [Fraction(share) for share in shares]
@@ -187,7 +196,10 @@ def _checked_shares(shares: Sequence[int | float | Fraction], batch_tokens: int)
 
 
 def _check_hooks(caches: Sequence[Cache], hook_names: Sequence[str]) -> None:
-    """Raises ConfigError unless every hook is as wide and of the same dtype in every cache, CacheMismatch for none."""
+    """Compare the caches hook by hook.
+
+    Raises ConfigError if a hook has another width or dtype in another cache, CacheMismatch if a cache lacks it.
+    """
     for hook_name in hook_names:
         specs = [cache.hook(hook_name) for cache in caches]
         for cache, spec in zip(caches, specs, strict=True):

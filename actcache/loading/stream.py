@@ -1,4 +1,7 @@
-"""order x reader -> the rows of one cache, in order. Two groups of chunks are in memory: one is served, one decodes."""
+"""`RowStream`: the rows of one cache, in the order of `EpochOrder`.
+
+Two groups of chunks are in memory: one is served while the next one is decoded.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ TOKEN_FIELDS = ("id", "document", "sequence", "position")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StreamConfig:
-    """What of a cache is served, and in which order; the arguments of the same names of Loader and Mixture."""
+    """What of a cache is served, and in which order. Loader and Mixture have arguments of the same names."""
 
     hook_names: tuple[str, ...]
     split: str
@@ -52,12 +55,18 @@ class StreamConfig:
             f"token_fields must be some of {TOKEN_FIELDS}": (set(fields) <= set(TOKEN_FIELDS), fields),
             "group_chunks must be at least 1": (self.group_chunks >= 1, self.group_chunks),
         }
-        for rule, (kept, got) in rules.items():
-            if not kept:
+        for rule, (is_met, got) in rules.items():
+            if not is_met:
                 raise ConfigError(f"loader: {rule}, got {got!r}")
 
     def row_filter(self, cache: Cache) -> RowFilter:
-        """Which rows of a cache pass. Raises CacheMismatch for a hook, ConfigError for rows that the cache lacks."""
+        """Which rows of a cache pass.
+
+        Raises:
+            CacheMismatch: the cache lacks a hook.
+            ConfigError: the split has no rows, or the filters do not fit the cache.
+            CorruptShard: a chunk that must be read for the filters is damaged.
+        """
         for hook_name in self.hook_names:
             cache.hook(hook_name)
         if cache.n_rows(self.split) == 0:
@@ -75,14 +84,25 @@ class StreamConfig:
 
 
 class RowStream:
-    """The rows of one cache that pass a filter, epoch after epoch, as one line; made for positions that grow."""
+    """The rows of one cache that pass the filters, epoch after epoch, as one stream.
+
+    It may be read from any position on; reading on from there costs the least.
+    """
 
     def __init__(
         self, cache: Cache, config: StreamConfig, row_filter: RowFilter, *, batch_rows: int, limit: int | None = None
     ):
-        """batch_rows: the most rows that are asked at once. limit: where the line ends, if before its epochs do."""
+        """Open the cache's arrays.
+
+        Args:
+            cache: the cache.
+            config: what is served, and in which order.
+            row_filter: which rows pass; `config.row_filter(cache)`.
+            batch_rows: the most rows that are asked for at once.
+            limit: rows after which the stream ends; None for the end of the last epoch.
+        """
         self.order = EpochOrder(
-            row_filter.kept.tolist(),
+            row_filter.n_passing.tolist(),
             seed=config.seed,
             epochs=config.epochs,
             batch_tokens=batch_rows,
@@ -92,26 +112,29 @@ class RowStream:
         self.wait_seconds = 0.0
         self._cache, self._config, self._filter = cache, config, row_filter
         self._chunk_rows, self._n_stored_rows = cache.manifest.chunk_rows, cache.n_rows(config.split)
-        self._served: _Served | None = None
+        self._current: _DecodedGroup | None = None
         self._open()
 
     def rows(self, start: int, stop: int, *, step: int) -> Batch:
-        """Rows [start, stop) of the line. Raises CorruptShard for a damaged chunk of their groups."""
-        parts: dict[str, list[Sequence[Any]]] = {name: [] for name in self._rooms}
+        """Rows [start, stop) of the stream.
+
+        Raises CorruptShard for a damaged chunk of their groups. step: Batch.step.
+        """
+        parts: dict[str, list[Sequence[Any]]] = {name: [] for name in self._buffers}
         row, fields = (
             [np.empty(0, dtype=np.int64)],
             {name: [np.empty(0, dtype=np.int32)] for name in self._fields.names},
         )
         for part in self.order.span(start, stop):
-            served = self._group((part.epoch, part.group))
-            for name, group in served.groups.items():
+            decoded = self._group((part.epoch, part.group))
+            for name, group in decoded.buffers.items():
                 parts[name].append(group.rows(part.start, part.stop))
-            row.append(served.row[part.start : part.stop])
-            for name, values in served.fields.items():
+            row.append(decoded.row[part.start : part.stop])
+            for name, values in decoded.fields.items():
                 fields[name].append(values[part.start : part.stop])
         tokens = {name: torch.from_numpy(np.concatenate(values)) for name, values in fields.items()}
         return Batch(
-            x={name: room.values(parts[name]) for name, room in self._rooms.items()},
+            x={name: buffers.values(parts[name]) for name, buffers in self._buffers.items()},
             row=torch.from_numpy(np.concatenate(row)),
             step=step,
             token_id=tokens.get("id"),
@@ -121,131 +144,141 @@ class RowStream:
         )
 
     def close(self) -> None:
-        """Stop the threads and let the groups go."""
+        """Stop the threads and free the memory of the groups."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._places.clear()
-        self._loading.clear()
-        self._vacant.clear()
-        self._served = None
+        self._layouts.clear()
+        self._decoding.clear()
+        self._free_groups.clear()
+        self._current = None
 
     def _open(self) -> None:
-        """Readers, room and threads, of which a forked child can use none of its parent's."""
+        """Make readers, buffers and threads.
+
+        A forked child calls this again, because it cannot use those of its parent.
+        """
         config = self._config
         self._pid = os.getpid()
         self._filter.open_readers()
         self._fields = _TokenFields(self._cache, config.split, config.token_fields)
         self._readers = {name: self._cache.hook_reader(config.split, name) for name in config.hook_names}
-        n_chunks = min(config.group_chunks, len(self._filter.kept))
-        self._rooms = {name: _room(reader, config.device, n_chunks) for name, reader in self._readers.items()}
+        n_chunks = min(config.group_chunks, len(self._filter.n_passing))
+        buffers = DeviceBuffers if config.device.type == "cuda" else HostBuffers
+        self._buffers: dict[str, HookBuffers] = {
+            name: buffers(reader, config.device, group_chunks=n_chunks) for name, reader in self._readers.items()
+        }
         self._threads = ThreadPoolExecutor(DECODE_THREADS, "actcache-decode")
-        self._places: dict[tuple[int, int], Future[_Places]] = {}
-        self._loading: dict[tuple[int, int], _Loading] = {}
-        self._vacant: list[dict[str, GroupBuffer]] = []
+        self._layouts: dict[tuple[int, int], Future[_GroupLayout]] = {}
+        self._decoding: dict[tuple[int, int], _DecodingGroup] = {}
+        self._free_groups: list[dict[str, GroupBuffer]] = []
 
-    def _group(self, key: tuple[int, int]) -> _Served:
-        """The decoded group; the one after it starts to decode, in the room of the one before."""
-        if self._served is None or self._served.key != key:
+    def _group(self, key: tuple[int, int]) -> _DecodedGroup:
+        """The decoded group. The group after it begins to decode, in the buffers of the group before."""
+        if self._current is None or self._current.key != key:
             started = time.perf_counter()
-            self._served = None
+            self._current = None
             if self._pid != os.getpid():
                 self._open()
-            for other in [other for other in self._loading if other != key]:
-                self._vacant.append(self._loading.pop(other).stopped())
-            self._load(key)
+            for other in [other for other in self._decoding if other != key]:
+                self._free_groups.append(self._decoding.pop(other).stopped())
+            self._start(key)
             following = self.order.following(*key)
             if following is not None:
-                self._load(following)
-            self._served = self._loading[key].result(key)
+                self._start(following)
+            self._current = self._decoding[key].result(key)
             self.wait_seconds += time.perf_counter() - started
-        return self._served
+        return self._current
 
-    def _load(self, key: tuple[int, int]) -> None:
-        if key in self._loading:
+    def _start(self, key: tuple[int, int]) -> None:
+        """Let the threads decode a group, unless they do already. The layout of the group after it is made as well."""
+        if key in self._decoding:
             return
-        groups = self._vacant.pop() if self._vacant else {name: room.new_group() for name, room in self._rooms.items()}
+        groups = self._free_groups.pop() if self._free_groups else {n: b.new_group() for n, b in self._buffers.items()}
         chunks, following = self.order.chunks(*key).tolist(), self.order.following(*key)
-        keys = [key] if following is None else [key, following]  # or its chunks would have to wait for their places
-        self._places = {each: self._places.get(each) or self._threads.submit(self._placed, each) for each in keys}
-        places = self._places[key]
-        expected = self._threads.submit(_expect, groups, places)
-        puts = [
-            self._threads.submit(_put, group, self._readers[name], chunks, number, expected)
+        keys = [key] if following is None else [key, following]  # so that no chunk waits for the layout of its group
+        self._layouts = {each: self._layouts.get(each) or self._threads.submit(self._layout, each) for each in keys}
+        layout = self._layouts[key]
+        expected = self._threads.submit(_expect, groups, layout)
+        decodes = [
+            self._threads.submit(_decode, group, self._readers[name], chunks, number, expected)
             for number in range(len(chunks))
             for name, group in groups.items()
         ]
-        self._loading[key] = _Loading(groups, places, expected, puts)
+        self._decoding[key] = _DecodingGroup(groups, layout, expected, decodes)
 
-    def _placed(self, key: tuple[int, int]) -> _Places:
+    def _layout(self, key: tuple[int, int]) -> _GroupLayout:
         chunks = self.order.chunks(*key).tolist()
         firsts = range(0, len(chunks) * self._chunk_rows, self._chunk_rows)
-        kept = [first + np.flatnonzero(self._filter.rows(c)) for first, c in zip(firsts, chunks, strict=True)]
-        served = np.concatenate(kept)[self.order.rows(*key)]
-        joined = np.full(len(chunks) * self._chunk_rows, len(served))
-        joined[served] = np.arange(len(served))
-        row = np.add.outer(np.array(chunks) * self._chunk_rows, np.arange(self._chunk_rows)).ravel()[served]
-        return _Places(joined, row, self._token_fields(chunks, served))
+        passing = [first + np.flatnonzero(self._filter.rows(c)) for first, c in zip(firsts, chunks, strict=True)]
+        rows_in_order = np.concatenate(passing)[self.order.rows(*key)]
+        target_rows = np.full(len(chunks) * self._chunk_rows, len(rows_in_order))
+        target_rows[rows_in_order] = np.arange(len(rows_in_order))
+        row = np.add.outer(np.array(chunks) * self._chunk_rows, np.arange(self._chunk_rows)).ravel()[rows_in_order]
+        return _GroupLayout(target_rows, row, self._token_fields(chunks, rows_in_order))
 
-    def _token_fields(self, chunks: Sequence[int], served: Int64[np.ndarray, " served"]) -> dict[str, np.ndarray]:
-        joined = {name: np.empty(len(chunks) * self._chunk_rows, dtype=np.int32) for name in self._fields.names}
-        for number, chunk in enumerate(chunks if joined else ()):
+    def _token_fields(
+        self, chunks: Sequence[int], rows_in_order: Int64[np.ndarray, " served"]
+    ) -> dict[str, Int32[np.ndarray, " served"]]:
+        """The token fields of the rows of a group, in the order in which these are served."""
+        stored = {name: np.empty(len(chunks) * self._chunk_rows, dtype=np.int32) for name in self._fields.names}
+        for number, chunk in enumerate(chunks if stored else ()):
             start, stop = chunk * self._chunk_rows, min((chunk + 1) * self._chunk_rows, self._n_stored_rows)
             for name, values in self._fields.read(start, stop).items():
-                joined[name][number * self._chunk_rows :][: stop - start] = values
-        return {name: values[served] for name, values in joined.items()}
+                stored[name][number * self._chunk_rows :][: stop - start] = values
+        return {name: values[rows_in_order] for name, values in stored.items()}
 
 
 @dataclass(frozen=True, slots=True)
-class _Places:
-    """What is known of a group's rows beside their activations.
+class _GroupLayout:
+    """Everything about the rows of a group except their activations.
 
-    joined: as which row each row of the joined chunks is served; those that are not have the number behind the last.
-    row, fields: row number and token fields, in the order in which the rows are served.
+    target_rows: as for `GroupBuffer.expect`; rows that are not served have the number after the last served row.
+    row, fields: row numbers and token fields, in the order in which the rows are served.
     """
 
-    joined: Int64[np.ndarray, " joined"]
+    target_rows: Int64[np.ndarray, " stored"]
     row: Int64[np.ndarray, " served"]
     fields: dict[str, Int32[np.ndarray, " served"]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
-    """A group that is there."""
+class _DecodedGroup:
+    """A group whose rows can be served. key: (epoch, group). buffers: by hook name."""
 
     key: tuple[int, int]
-    groups: dict[str, GroupBuffer]
+    buffers: dict[str, GroupBuffer]
     row: Int64[np.ndarray, " served"]
     fields: dict[str, Int32[np.ndarray, " served"]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Loading:
-    """A group on its way: its room by hook, and what the threads do for it."""
+class _DecodingGroup:
+    """A group that the threads decode: its buffers by hook name, and the work that the threads were given."""
 
-    groups: dict[str, GroupBuffer]
-    places: Future[_Places]
+    buffers: dict[str, GroupBuffer]
+    layout: Future[_GroupLayout]
     expected: Future[None]
-    puts: list[Future[None]]
+    decodes: list[Future[None]]
 
-    def result(self, key: tuple[int, int]) -> _Served:
-        """Wait for it."""
-        places = self.places.result()
-        for done in (self.expected, *self.puts):
-            done.result()
-        for group in self.groups.values():
+    def result(self, key: tuple[int, int]) -> _DecodedGroup:
+        """Wait until the group is decoded. Raises CorruptShard."""
+        layout = self.layout.result()
+        for future in (self.expected, *self.decodes):
+            future.result()
+        for group in self.buffers.values():
             group.finish()
-        return _Served(key, self.groups, places.row, places.fields)
+        return _DecodedGroup(key, self.buffers, layout.row, layout.fields)
 
     def stopped(self) -> dict[str, GroupBuffer]:
-        """Its room, in which nothing is written any more."""
-        futures: list[Future[Any]] = [self.expected, *self.puts]
+        """Cancel what the threads have not begun and wait for the rest. Returns the buffers, for another group."""
+        futures: list[Future[Any]] = [self.expected, *self.decodes]
         wait([future for future in futures if not future.cancel()])
-        for group in self.groups.values():
+        for group in self.buffers.values():
             group.release()
-        return self.groups
+        return self.buffers
 
 
 class _TokenFields:
-    """Reads what is asked of TOKEN_FIELDS."""
+    """Reads the token fields that are asked for, which are some of TOKEN_FIELDS."""
 
     def __init__(self, cache: Cache, split: str, names: tuple[str, ...]):
         self.names = names
@@ -254,7 +287,7 @@ class _TokenFields:
         self._documents = sequence_reader(cache.path, cache.manifest.plan, split, "document")
 
     def read(self, start: int, stop: int) -> dict[str, Int32[np.ndarray, " row"]]:
-        """The fields of rows [start, stop); of the documents, those of the sequences that are met."""
+        """The token fields of rows [start, stop). Documents are read for the sequences of these rows alone."""
         found = {name: reader.read(start, stop) for name, reader in self._stored.items()}
         if "document" in self.names:
             sequence = found["sequence"]
@@ -264,18 +297,12 @@ class _TokenFields:
         return {name: found[name] for name in self.names}
 
 
-def _room(reader: HookReader, device: torch.device, group_chunks: int) -> HookBuffers:
-    room = DeviceBuffers if device.type == "cuda" else HostBuffers
-    return room(reader, device, group_chunks=group_chunks)
-
-
-def _expect(groups: dict[str, GroupBuffer], places: Future[_Places]) -> None:
-    joined = places.result().joined
+def _expect(groups: dict[str, GroupBuffer], layout: Future[_GroupLayout]) -> None:
     for group in groups.values():
-        group.expect(joined)
+        group.expect(layout.result().target_rows)
 
 
-def _put(group: GroupBuffer, reader: HookReader, chunks: Sequence[int], number: int, expected: Future[None]) -> None:
+def _decode(group: GroupBuffer, reader: HookReader, chunks: Sequence[int], number: int, expected: Future[None]) -> None:
     will_need(reader, chunks, number)
     expected.result()
     group.decode_chunk(number, chunks[number])

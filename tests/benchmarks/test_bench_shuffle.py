@@ -67,7 +67,8 @@ def test_our_order_over_several_groups_is_the_batches_in_turn():
     kept = [min(chunk_rows, n_tokens - first) for first in range(0, n_tokens, chunk_rows)]
     order = EpochOrder(kept, seed=0, epochs=1, batch_tokens=batch_tokens, group_chunks=GROUP_CHUNKS)
     served = []
-    for part in itertools.chain.from_iterable(order.slices(step) for step in range(order.n_steps)):
+    starts = range(0, n_tokens, batch_tokens)
+    for part in itertools.chain.from_iterable(order.span(s, min(s + batch_tokens, n_tokens)) for s in starts):
         chunks = order.chunks(part.epoch, part.group).tolist()
         joined = [c * chunk_rows + r for c in chunks for r in range(kept[c])]
         served += [stored[joined[j]] for j in order.rows(part.epoch, part.group)[part.start : part.stop].tolist()]

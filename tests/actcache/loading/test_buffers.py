@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny_caches import HOOKS, harvest_tiny
 
-from actcache.loading.buffers import KEPT, STAGED_CHUNKS, WILL_NEED_CHUNKS, BufferPool, DeviceBuffers, will_need
+from actcache.loading.buffers import MAX_ARRAYS, STAGED_CHUNKS, WILL_NEED_CHUNKS, BufferPool, DeviceBuffers, will_need
 from actcache.loading.loader import Loader
 from actcache.loading.mixture import Mixture
 from actcache.store.reader import HookReader
@@ -127,7 +127,7 @@ def test_recycled_memory_is_bounded():
     held = [pool.acquire(100) for _ in range(50)]
     assert len({rows.ctypes.data for rows in held}) == 50
     del held
-    assert len(pool._spare) == KEPT
+    assert len(pool._spare) == MAX_ARRAYS
     spare = {memory.ctypes.data for memory in pool._spare}
     lent = [pool.acquire(3), pool.acquire(100), pool.acquire()]
     assert {rows.ctypes.data for rows in lent} == spare
@@ -137,7 +137,7 @@ def test_recycled_memory_is_bounded():
     del more
     assert pool._spare == [], "three are lent"
     del lent
-    assert len(pool._spare) == KEPT
+    assert len(pool._spare) == MAX_ARRAYS
 
 
 @pytest.mark.gpu

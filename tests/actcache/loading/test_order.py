@@ -39,11 +39,11 @@ def test_equal_keys_keep_their_order(bits):
         assert np.array_equal(_stable_argsort(keys), np.argsort(keys, kind="stable"))
 
 
-def served(order: EpochOrder) -> list[tuple[int, int]]:
-    """(epoch, row number) in the order of the stream, by chunks of 10 rows."""
+def served(order: EpochOrder, batch_tokens: int) -> list[tuple[int, int]]:
+    """(epoch, row number) in the order of the stream, read batch by batch; a chunk has 10 rows."""
     found = []
-    for step in range(order.n_steps):
-        for part in order.slices(step):
+    for start in range(0, order.n_stream_rows, batch_tokens):
+        for part in order.span(start, min(start + batch_tokens, order.n_stream_rows)):
             joined = np.concatenate([np.arange(c * 10, c * 10 + KEPT[c]) for c in order.chunks(part.epoch, part.group)])
             rows = joined[order.rows(part.epoch, part.group)][part.start : part.stop]
             found += [(part.epoch, row) for row in rows.tolist()]
@@ -54,42 +54,37 @@ def served(order: EpochOrder) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("batch_tokens", [1, 7, 16, 1000])
 def test_every_kept_row_comes_once_an_epoch(batch_tokens, group_chunks):
     order = EpochOrder(KEPT, seed=1, epochs=3, batch_tokens=batch_tokens, group_chunks=group_chunks)
-    stream = served(order)
+    stream = served(order, batch_tokens)
     expected = sorted(c * 10 + r for c, n in enumerate(KEPT) for r in range(n))
     for epoch in range(3):
         part = stream[epoch * len(expected) : (epoch + 1) * len(expected)]
         assert sorted(row for e, row in part if e == epoch) == expected
+    assert order.n_steps == -(-len(stream) // batch_tokens)
     assert stream[: len(expected)] != stream[len(expected) : 2 * len(expected)], "epochs differ"
 
 
 def test_the_stream_does_not_depend_on_the_batch_size():
-    streams = [served(EpochOrder(KEPT, seed=1, epochs=2, batch_tokens=b, group_chunks=4)) for b in (1, 13, 74)]
+    streams = [served(EpochOrder(KEPT, seed=1, epochs=2, batch_tokens=b, group_chunks=4), b) for b in (1, 13, 74)]
     assert streams[0] == streams[1] == streams[2]
 
 
 @pytest.mark.parametrize("limit", [0, 1, 15, 73, 74, 75, 147, 148, 1000])
 def test_a_limit_cuts_the_stream_of_all_epochs(limit):
-    whole = served(EpochOrder(KEPT, seed=1, epochs=2, batch_tokens=13, group_chunks=4))
+    whole = served(EpochOrder(KEPT, seed=1, epochs=2, batch_tokens=13, group_chunks=4), 13)
     order = EpochOrder(KEPT, seed=1, epochs=2, batch_tokens=13, group_chunks=4, limit=limit)
-    assert served(order) == whole[:limit]
+    assert served(order, 13) == whole[:limit]
     assert order.n_stream_rows == min(limit, len(whole))
 
 
 @pytest.mark.parametrize("limit", [None, 1, 70, 74, 80])
 def test_following_visits_every_group_that_has_rows(limit):
     order = EpochOrder(KEPT, seed=5, epochs=2, batch_tokens=4, group_chunks=1, limit=limit)
-    key, visited = (order.slices(0)[0].epoch, order.slices(0)[0].group), []
+    parts = order.span(0, order.n_stream_rows)
+    key, visited = (parts[0].epoch, parts[0].group), []
     while key is not None:
         visited.append(key)
         key = order.following(*key)
-    needed = {(part.epoch, part.group) for step in range(order.n_steps) for part in order.slices(step)}
-    assert visited == sorted(needed)
-
-
-def test_steps_past_the_end_are_refused():
-    order = EpochOrder(KEPT, seed=1, epochs=1, batch_tokens=10)
-    with pytest.raises(IndexError, match="got 8"):
-        order.slices(order.n_steps)
+    assert visited == [(part.epoch, part.group) for part in parts]
 
 
 @pytest.mark.parametrize("bad", [{"batch_tokens": 0}, {"epochs": 0}, {"group_chunks": 0}, {"limit": -1}])
