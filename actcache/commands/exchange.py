@@ -1,4 +1,4 @@
-"""`actcache import-cache` and `export-cache`: caches of SAELens, both ways."""
+"""`actcache import-cache` and `export-cache`: SAELens' caches become caches, and the reverse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands of a cache say: facts for machines, lines for people."""
+"""What the commands print about a cache: JSON values for programs, lines for people."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def estimate_line(found: Estimate) -> str:
-    """What a harvest would take: rows, bytes, and the seconds in the model where they are known."""
+    """The rows and bytes that a harvest would take, and the seconds in the model if they were measured."""
     time_left = "" if found.seconds is None else f", about {found.seconds:,.0f} s in the model"
-    room = f"{found.free_bytes / 1e9:,.3g} GB free"
-    return f"to harvest: {found.n_rows:,} rows, at most about {found.n_bytes / 1e9:,.3g} GB ({room}){time_left}"
+    free = f"{found.free_bytes / 1e9:,.3g} GB free"
+    return f"to harvest: {found.n_rows:,} rows, at most about {found.n_bytes / 1e9:,.3g} GB ({free}){time_left}"
 
 
 def cache_facts(cache: Cache) -> dict[str, Any]:
-    """What a cache holds, of what, and where it is from."""
+    """What a cache holds, and where it comes from, as JSON values."""
     identity = cache.identity
     return {
         "path": str(cache.path),
@@ -39,7 +39,7 @@ def cache_facts(cache: Cache) -> dict[str, Any]:
 
 
 def cache_lines(cache: Cache) -> str:
-    """The same for a person."""
+    """The facts of a cache as lines for a person."""
     facts = cache_facts(cache)
     rows = ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())
     hooks = ", ".join(f"{name} [{d_in}]" for name, d_in in facts["hooks"].items())

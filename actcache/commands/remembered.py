@@ -1,4 +1,4 @@
-"""The model of a cache, found where the cache remembers it and loaded as it ran there."""
+"""`model_of_cache`: loads the model that a cache was harvested from, as it ran then."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def model_of_cache(cache: Path | None, compute: Mapping[str, Any], *, model: str | None, device: str) -> LanguageModel:
-    """Load the model that a cache was harvested from, in the dtype and with the backend that it ran with.
+    """Load the model that a cache was harvested from, with the dtype and the backend that it ran with.
 
-    The attention kernel is taken over where the device is of the same kind: on another kind it may not exist.
+    The attention kernel is the same only on the same kind of device, because another kind may not have it.
 
     Args:
         cache: the folder of the cache; None where `model` is named and no cache is known.
-        compute: how activations were computed there (`Cache.compute`); {} loads the model as it is stored.
+        compute: how the activations were computed (`Cache.compute`); {} stands for the defaults of `load_model`.
         model: a Hugging Face name or local directory; None takes what the cache remembers.
-        device: as --device says it.
+        device: the value of --device.
 
     Raises:
         ManifestError: the cache was harvested from a model in memory, and `model` is None.

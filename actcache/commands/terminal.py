@@ -1,6 +1,6 @@
-"""The terminal: options that commands share, progress bars, what is printed, and how an error ends a command.
+"""The terminal: options that commands share, progress bars, printing, and the exit codes of errors.
 
-Nothing heavy is imported here: `actcache --help` waits for it.
+Nothing heavy is imported here, because `actcache --help` would wait for it.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ Device = Annotated[
 
 
 class Commands(TyperGroup):
-    """Turns every error that was raised on purpose into one line and an exit code; takes --debug at any place."""
+    """Turns every error that is raised on purpose into one line and an exit code. --debug may stand anywhere."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Bring --debug to the front, where the group takes it, from wherever it stands before `--`."""
+        """Move --debug to the front, where typer expects it, from any place before `--`."""
         end = args.index("--") if "--" in args else len(args)
         if "--debug" in args[:end]:
             args = ["--debug", *(arg for arg in args[:end] if arg != "--debug"), *args[end:]]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
+        """Run the command. If it fails, print one line and exit."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -62,7 +62,7 @@ class Commands(TyperGroup):
 
 
 def fail(error: Exception | str, code: int, *, debug: bool = False) -> NoReturn:
-    """Print one line, after the traceback where --debug asks for it, and exit."""
+    """Print an error as one line, and exit with `code`. With `debug`, its traceback is printed first."""
     if debug and isinstance(error, Exception):
         traceback.print_exception(error)
     say(f"error: {' '.join(str(error).split())}")
@@ -70,17 +70,17 @@ def fail(error: Exception | str, code: int, *, debug: bool = False) -> NoReturn:
 
 
 def say(line: str) -> None:
-    """Print a line for a person."""
+    """Print a line for a person, on stderr."""
     print(line, file=sys.stderr)
 
 
 def print_json(values: object) -> None:
-    """Print one JSON object for a machine."""
+    """Print one JSON object for a program, on stdout."""
     print(json.dumps(values, allow_nan=False))
 
 
 class Bar:
-    """A tqdm bar on stderr that is fed (done, all)."""
+    """A tqdm bar on stderr. It is called with (done, in all). touched: whether it was called."""
 
     def __init__(self, title: str, unit: str):
         self._bar = tqdm(desc=title, unit=unit, unit_scale=True, file=sys.stderr, disable=None)
@@ -94,12 +94,12 @@ class Bar:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """End the bar; its last state stays on the screen."""
         self._bar.close()
 
 
 class StageBar:
-    """A bar for one thing after the other, each fed (what is being done, done, in all)."""
+    """A bar for each stage of a command. It is called with (name of the stage, done, in all)."""
 
     def __init__(self) -> None:
         self._bar, self._stage, self._done = None, "", 0
@@ -112,13 +112,13 @@ class StageBar:
         self._bar(done, total)
 
     def close(self) -> None:
-        """Leave the last bar as it is."""
+        """End the last bar; its last state stays on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 def resolved_device(device: str) -> str:
-    """The device that --device names; auto is CUDA where there is a GPU."""
+    """The device that --device names; "auto" is CUDA if there is a GPU, else the CPU."""
     import torch  # takes seconds
 
     if device == "auto":
@@ -127,7 +127,7 @@ def resolved_device(device: str) -> str:
 
 
 def this_worker(share: str | None) -> Worker:
-    """The worker that --worker i/n names, else the one that torchrun or srun made this process."""
+    """The worker that --worker i/n names; None takes the worker that torchrun or srun made of this process."""
     from actcache.harvesting.tasks import Worker
 
     if share is None:
@@ -140,7 +140,7 @@ def this_worker(share: str | None) -> Worker:
 
 
 def local_device(device: str, device_map: str | None) -> str:
-    """The device of this process: of several on one machine, each takes its own GPU."""
+    """The device of this process. Of several processes on one machine, each takes a GPU of its own."""
     import torch
 
     rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
