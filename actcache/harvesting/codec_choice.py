@@ -1,4 +1,4 @@
-"""Which codec is the smallest that costs no speed: measured on model, encoder and disk."""
+"""`choose_codec`: the codec with the smallest files that costs no speed, found by measurement."""
 
 from __future__ import annotations
 
@@ -24,16 +24,27 @@ from actcache.harvesting.estimate import (
 from actcache.models.language_model import LanguageModel
 
 PROBE_BYTES = 64 << 20
-TOLERATED = 0.95  # of the fastest codec's rate: a smaller cache is worth that much
+TOLERATED = 0.95  # a smaller cache is worth 5 % of the speed
 
 
 def choose_codec(
     model: LanguageModel, hook_names: Sequence[str], context_size: int, batch_size: int, dtype: str, root: Path
 ) -> tuple[str, str]:
-    """(profile, why): of those without error the one with the smallest files that is within 5 % of the fastest.
+    """Choose among the profiles without error: the one with the smallest files whose rate is within 5 % of the fastest.
 
-    A harvest is as fast as the slowest of model, encoder threads and disk; where the model leaves no core, it and the
-    encoder threads take turns.
+    A harvest is as fast as the slowest of model, encoder threads and disk. If the model leaves no core free, model and
+    encoder threads take turns, and their times add up.
+
+    Args:
+        model: the model that will run.
+        hook_names: the hooks that will be harvested.
+        context_size: tokens of a sequence.
+        batch_size: sequences of a forward pass.
+        dtype: of the stored values.
+        root: the folder of the cache; its disk is measured.
+
+    Returns:
+        the name of the profile, and a line for a person that says why.
     """
     rate = tokens_per_second(model, hook_names, context_size, batch_size)
     x = model.activations(probe_tokens(model, PROBE_TOKENS // context_size or 1, context_size), hook_names)

@@ -1,4 +1,4 @@
-"""What to harvest: the settings of one harvest."""
+"""`HarvestConfig`: the settings of one harvest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from actcache.format.dtypes import ACTIVATION_DTYPES
 from actcache.format.records import HOOK_NAME
 
 AUTO = "auto"
-BATCH_TOKENS = 4096  # of a forward pass on a CPU, and at least of a shard
+BATCH_TOKENS = 4096  # tokens of a forward pass on a CPU; a shard has at least as many rows
 SEPARATORS = ("bos", "eos", "none")
 
 
@@ -18,10 +18,14 @@ SEPARATORS = ("bos", "eos", "none")
 class HarvestConfig:
     """What to harvest, and how it is packed and stored.
 
-    tokens: stored rows of both splits, rounded down to whole sequences; None takes the whole dataset. codec: a profile,
-    or "auto" for the one that a short measurement favours. dtype: of the stored values. batch_size: sequences of one
-    forward pass; None takes about 4,096 tokens on a CPU and has it measured on CUDA. separator: the token between
-    documents. holdout: share of documents in the validation split.
+    hook_names: the hooks, each once. tokens: rows of both splits together, rounded down to whole sequences; None takes
+    the whole dataset. context_size: tokens of a sequence. codec: a profile, or "auto" for the one that a short
+    measurement chooses. dtype: of the stored values. batch_size: sequences of one forward pass; None takes about 4,096
+    tokens on a CPU, and a measured number on CUDA. prepend_bos: whether every sequence begins with BOS. separator: the
+    token between documents. seed: keys the scatter of rows and the choice of the validation split. holdout: share of
+    documents in the validation split.
+
+    Raises ConfigError for a value that is out of range.
     """
 
     hook_names: tuple[str, ...]
@@ -57,11 +61,11 @@ class HarvestConfig:
             "seed must be at least 0": (self.seed >= 0, self.seed),
             "holdout must be in [0, 1)": (0 <= self.holdout < 1, self.holdout),
         }
-        for rule, (kept, got) in rules.items():
-            if not kept:
+        for rule, (is_met, got) in rules.items():
+            if not is_met:
                 raise ConfigError(f"harvest: {rule}, got {got!r}")
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences of a forward pass, as given or as a CPU takes them."""
+        """Sequences of a forward pass: `batch_size`, or the default of a CPU."""
         return self.batch_size or max(1, BATCH_TOKENS // self.context_size)

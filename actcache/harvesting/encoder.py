@@ -1,7 +1,8 @@
-"""A full window -> shard files: copied to the host, encoded and measured by threads, written in order by one.
+"""`ShardEncoder`: writes the shard files of a full window.
 
-On CUDA a chunk is copied, on a stream of its own, into one of a few pinned buffers, which is used again only after the
-chunk has been written. On a CPU the window itself is read. Either way at most `threads + 2` chunks are under way.
+Threads copy chunks to the host, encode them and take their statistics; one thread writes them in order. On CUDA a chunk
+is copied, on a stream of its own, into one of a few pinned buffers; the buffer is used again only after the chunk has
+been written. On a CPU the window itself is read. Either way at most `threads + 2` chunks are in work.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ from actcache.store.shard import Shard
 from actcache.store.shard_file import EncodedChunk, chunk_slices, encode_chunk, write_encoded_shard, write_shard
 from actcache.store.statistics import partials_payload
 
-PART_ALIGNMENT = 16  # bytes, so that a view of any dtype may begin there
+PART_ALIGNMENT = 16  # bytes; a view of any dtype may begin there
 
 
 @dataclass(slots=True)
 class StageSeconds:
-    """Seconds that the stages behind the model were busy; of several threads the sum.
+    """Seconds that the stages after the model were busy.
 
-    copy: device to host. encode: statistics, compression and checksums. write: files and fsync.
+    copy: from device to host. encode: statistics, compression and checksums, summed over the threads. write: writing
+    and fsyncing files.
     """
 
     copy: float = 0.0
@@ -52,7 +54,7 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """One chunk of an array, encoded on the host; with the moments of its rows where they were asked for."""
+    """One encoded chunk of an array. moments: row filter -> moments of its rows; empty if they were not asked for."""
 
     encoded: EncodedChunk
     moments: dict[str, Moments]
@@ -60,9 +62,18 @@ class _Chunk:
 
 
 class ShardEncoder:
-    """Writes one window after the other; `write` is for one thread at a time, its encoder threads are its own."""
+    """Writes one window after another. It has encoder threads of its own; one thread at a time may call `write`."""
 
     def __init__(self, root: Path, plan: Plan, device: torch.device, compute: dict[str, Any], n_threads: int):
+        """Start the threads.
+
+        Args:
+            root: the folder of the cache.
+            plan: its plan.
+            device: where the windows are.
+            compute: how the activations are computed, for the records.
+            n_threads: threads that encode.
+        """
         self._root, self._identity, self._compute = root, plan.identity, compute
         self._codec = codec(plan.identity["codec"])
         self._special = np.array(plan.identity["special_token_ids"], dtype=np.int32)
@@ -72,10 +83,20 @@ class ShardEncoder:
         self.seconds = StageSeconds()
 
     def write(self, shard: Shard, window: Window, *, with_tokens: bool, ready: torch.cuda.Event | None) -> ShardRecord:
-        """Write every array of a shard; returns the line that says so.
+        """Write the arrays and the partial statistics of a shard.
 
-        ready: on CUDA, recorded behind the last scatter into the window.
-        Raises NonFiniteActivations, naming the tokens, before the file of the hook is visible.
+        Args:
+            shard: which shard.
+            window: its rows, in stored order.
+            with_tokens: whether the token arrays are written too.
+            ready: on CUDA, an event after the last scatter into the window; None on a CPU.
+
+        Returns:
+            the record for the journal.
+
+        Raises:
+            NonFiniteActivations: a value is NaN or infinite; the message names the tokens. The file of that hook is not
+                made.
         """
         started, waited = time.perf_counter(), self._waited
         if self._ring is not None:
@@ -102,7 +123,7 @@ class ShardEncoder:
         )
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the encoder threads."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _write_tokens(self, shard: Shard, columns: Sequence[np.ndarray]) -> dict[str, ArrayRecord]:
@@ -121,7 +142,7 @@ class ShardEncoder:
     def _write_hook(
         self, shard: Shard, hook: HookSpec, window: Sequence[Tensor], special: Bool[np.ndarray, " row"]
     ) -> tuple[dict[str, ArrayRecord], dict[str, Moments]]:
-        """Write the arrays of a hook; its statistics are taken with the first of them, from all."""
+        """Write the arrays of a hook. Its moments are taken with the first array, from the elements of all arrays."""
         moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
         records: dict[str, ArrayRecord] = {}
         for number, array in enumerate(hook_arrays(hook, self._codec, self._identity["chunk_rows"])):
@@ -145,7 +166,7 @@ class ShardEncoder:
         rows: slice,
         special: Bool[np.ndarray, " row"] | None,
     ) -> Future[_Chunk]:
-        """Start to copy and encode the first part of some rows, and with `special` given to take their moments."""
+        """Start to copy and encode `rows` of window[0]. With `special`, their moments are taken too, from all parts."""
         parts = [part[rows] for part in window]
         copied = self._ring.copied(parts) if self._ring is not None else _OnHost(parts)
         return self._threads.submit(self._encoded, shard, hook, array, copied, rows, special)
@@ -167,7 +188,10 @@ class ShardEncoder:
         return _Chunk(encoded, moments, StageSeconds(copy=copy_seconds, encode=time.perf_counter() - started))
 
     def _in_order(self, submits: Iterable[Callable[[], Future[_Chunk]]]) -> Iterator[_Chunk]:
-        """The chunks in order while at most `ahead` later ones are under way; the one yielded is used before more."""
+        """The chunks in order. At most `self._ahead` later chunks are in work.
+
+        A chunk is written before the next one is started, because it may still lie in a pinned buffer.
+        """
         pending: deque[Future[_Chunk]] = deque()
         for submit in submits:
             pending.append(submit())
@@ -183,7 +207,7 @@ class ShardEncoder:
         return chunk
 
     def _merging(self, chunks: Iterable[_Chunk], moments: dict[str, Moments]) -> Iterator[EncodedChunk]:
-        """The payloads; on the way moments merge, in the order of the chunks so that equal shards give equal bits."""
+        """The encoded chunks. Moments merge in the order of the chunks, so that equal shards give equal bits."""
         for chunk in chunks:
             for row_filter, found in chunk.moments.items():
                 moments[row_filter] = moments[row_filter].merge(found)
@@ -203,22 +227,22 @@ class ShardEncoder:
 
 @dataclass(frozen=True, slots=True)
 class _OnHost:
-    """Parts of a chunk in host memory; on CUDA they are there once the copy has finished."""
+    """Parts of a chunk in host memory. copy: on CUDA, events at the beginning and the end of the copy."""
 
     parts: Sequence[Tensor]
     copy: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
     def finished(self) -> float:
-        """Wait for the copy; the seconds that the device took for it."""
+        """Wait for the copy; returns the seconds that it took on the device."""
         if self.copy is None:
             return 0.0
-        begun, done = self.copy
-        done.synchronize()
-        return begun.elapsed_time(done) / 1e3
+        begun, ended = self.copy
+        ended.synchronize()
+        return begun.elapsed_time(ended) / 1e3
 
 
 class _PinnedRing:
-    """Pinned buffers, used in turn, that chunks are copied into on a stream of their own, beside the forward pass."""
+    """Pinned buffers that are used in turn. Chunks are copied into them on a stream of their own, beside the model."""
 
     def __init__(self, n_slots: int, device: torch.device):
         self._stream = torch.cuda.Stream(device)
@@ -226,33 +250,37 @@ class _PinnedRing:
         self._turn = 0
 
     def wait_for(self, event: torch.cuda.Event | None) -> None:
-        """Later copies begin behind this event."""
+        """Let all later copies begin after this event."""
         if event is not None:
             self._stream.wait_event(event)
 
     def copied(self, parts: Sequence[Tensor]) -> _OnHost:
-        """Start to copy the parts into the next buffer, whose former chunk must have been written."""
+        """Start to copy the parts into the next buffer. The chunk that was there before must have been written."""
         slot = self._turn = (self._turn + 1) % len(self._slots)
         sizes = [-(-part.nbytes // PART_ALIGNMENT) * PART_ALIGNMENT for part in parts]
         if self._slots[slot].numel() < sum(sizes):
             self._slots[slot] = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-        begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         host = [
             self._slots[slot][end - size : end - size + part.nbytes].view(part.dtype).view(part.shape)
             for part, size, end in zip(parts, sizes, accumulate(sizes), strict=True)
         ]
         with torch.cuda.stream(self._stream):
             begun.record()
-            for there, part in zip(host, parts, strict=True):
-                there.copy_(part, non_blocking=True)
-            done.record()
-        return _OnHost(host, (begun, done))
+            for target, part in zip(host, parts, strict=True):
+                target.copy_(part, non_blocking=True)
+            ended.record()
+        return _OnHost(host, (begun, ended))
 
 
 def _finite_moments(
     shard: Shard, hook: HookSpec, stored: Sequence[np.ndarray], rows: slice, special: Bool[np.ndarray, " row"]
 ) -> dict[str, Moments]:
-    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is found and named just below
+    """Row filter -> moments of a chunk.
+
+    Raises NonFiniteActivations, naming the tokens of the rows that are not finite.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):  # values that are not finite are named just below
         found = chunk_moments(stored, hook.dtype, special)
     if not np.isfinite(found["all"].square_norm_sum):
         finite = np.isfinite(float32_values(stored, hook.dtype)).all(axis=1)

@@ -1,4 +1,4 @@
-"""What a harvest will take, before it starts: bytes, free disk, seconds; and the codec that fits this machine."""
+"""What a harvest will take: bytes, free disk, seconds, and how many encoder threads it gets."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from actcache.format.int8 import BLOCK_CHANNELS
 from actcache.format.records import HookSpec
 from actcache.models.language_model import LanguageModel
 
-# How many times smaller a stream gets at least, as measured on trained models, Gaussians and streams with outliers.
+# The smallest compression ratio measured on trained models, Gaussians and streams with outliers.
 SMALLEST_RATIO = {
     "lossless": {"bfloat16": 1.40, "float16": 1.12, "float32": 1.12},
     "fast": {"bfloat16": 1.20, "float16": 1.0, "float32": 1.0},
 }
-TOKEN_BYTES = 5 * 4  # id, sequence and position of the row, id and document of its sequence; before compression
+TOKEN_BYTES = 5 * 4  # a row's id, sequence and position, and in its sequence the id and the document; uncompressed
 PROBE_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a harvest has still to do. seconds: of the forward passes, None if they were not measured."""
+    """What a harvest still has to do. seconds: of its forward passes; None if they were not measured."""
 
     n_rows: int
     n_bytes: int
@@ -39,7 +39,13 @@ class Estimate:
 
 
 def expected_bytes(n_rows: int, hooks: Sequence[HookSpec], codec_name: str) -> int:
-    """Bytes that these rows take on disk at most, tokens included, if the stream compresses as streams do."""
+    """The most bytes that rows take on disk, tokens included.
+
+    Args:
+        n_rows: how many rows.
+        hooks: what is stored of each row.
+        codec_name: the profile; SMALLEST_RATIO says how well it compresses.
+    """
     row_bytes = float(TOKEN_BYTES)
     for hook in hooks:
         if codec(codec_name).quantised:
@@ -51,7 +57,7 @@ def expected_bytes(n_rows: int, hooks: Sequence[HookSpec], codec_name: str) -> i
 
 
 def free_bytes(root: Path) -> int:
-    """Bytes free on the disk that `root` lies on, or will."""
+    """Free bytes on the disk of `root`, which need not exist yet."""
     return shutil.disk_usage(next(folder for folder in (root, *root.absolute().parents) if folder.exists())).free
 
 
@@ -66,7 +72,7 @@ def refuse_small_disk(root: Path, n_bytes: int) -> None:
 
 
 def tokens_per_second(model: LanguageModel, hook_names: Sequence[str], context_size: int, batch_size: int) -> float:
-    """Rate of the second of two short forward passes, the first being slow; at most about 512 tokens each."""
+    """Tokens per second of a forward pass of at most about 512 tokens, which follows one pass to warm up."""
     n_sequences = max(1, min(batch_size, PROBE_TOKENS // context_size))
     token_ids = probe_tokens(model, n_sequences, context_size)
     model.activations(token_ids, hook_names)
@@ -74,17 +80,18 @@ def tokens_per_second(model: LanguageModel, hook_names: Sequence[str], context_s
 
 
 def spare_cores(device: torch.device) -> int:
-    """How many cores a model on `device` leaves free: on a GPU all, on a CPU those beyond torch's threads."""
+    """How many cores a model leaves free: all of them on a GPU, and on a CPU those without a torch thread."""
     cores = os.cpu_count() or 1
     return max(0, cores - torch.get_num_threads()) if device.type == "cpu" else cores
 
 
 def encoder_threads(device: torch.device) -> int:
-    """One for each spare core, or for every core where none is spare; at most eight. Each encodes about 0.7 GB/s."""
+    """How many encoder threads: one for each free core, or for every core if none is free; at most eight."""
     return min(8, spare_cores(device) or os.cpu_count() or 1)
 
 
 def probe_tokens(model: LanguageModel, n_sequences: int, context_size: int) -> Tensor:
+    """Token ids to measure with, [n_sequences, context_size]."""
     ids = torch.arange(n_sequences * context_size) % len(model.tokenizer)
     return ids.view(n_sequences, context_size)
 
@@ -96,6 +103,7 @@ def _run(model: LanguageModel, token_ids: Tensor, hook_names: Sequence[str]) -> 
 
 
 def seconds_of(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""From finished shards to a finished cache: statistics, Zarr metadata and, last, the manifest that readers trust."""
+"""`finalise`: turns finished shards into a finished cache."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ from actcache.store.zarr_metadata import write_metadata
 
 
 def finalise(root: Path, plan: Plan, records: Sequence[ShardRecord]) -> None:
-    """Write statistics, Zarr metadata and, last, manifest/cache.json; may be killed and repeated at any point.
+    """Write the statistics, the Zarr metadata and, last, manifest/cache.json, which readers trust.
 
-    Raises ManifestError if a shard is missing, CorruptShard if a shard's partial statistics are damaged.
+    After a kill at any point, the same call does it again. The caller holds `exclusive`.
+
+    Args:
+        root: the folder of the cache.
+        plan: its plan.
+        records: all records of its journals.
+
+    Raises:
+        ManifestError: a shard is missing.
+        CorruptShard: partial statistics, or a chunk that the median needs, are damaged.
     """
     manifest = finished_manifest(plan, records)
     cache = Cache(root, manifest, fingerprint="")
@@ -35,7 +44,7 @@ def finalise(root: Path, plan: Plan, records: Sequence[ShardRecord]) -> None:
 
 
 def finished_manifest(plan: Plan, records: Sequence[ShardRecord]) -> Manifest:
-    """What manifest/cache.json is to say. Raises ManifestError if a shard is missing."""
+    """The manifest of the finished cache. Raises ManifestError if a shard is missing."""
     merged = merge_records(records)
     found = {split: _finished_shards(plan, split, merged) for split in SPLITS}
     hooks = _finished_hooks(found)
@@ -56,13 +65,13 @@ def _finished_shards(plan: Plan, split: str, merged: dict[tuple[str, int], Shard
 
 
 def _finished_hooks(shards: dict[str, tuple[ShardRecord, ...]]) -> tuple[HookSpec, ...]:
-    """The hooks that every shard holds, by name."""
+    """The hooks that every shard holds, sorted by name."""
     everywhere = set.intersection(*(set(shard.hooks) for split in SPLITS for shard in shards[split]))
     return tuple(sorted(everywhere, key=lambda hook: hook.hook_name))
 
 
 def _canonical(shard: ShardRecord, hooks: tuple[HookSpec, ...]) -> ShardRecord:
-    """The record as any other way to the same cache would have left it."""
+    """The record without anything that depends on how the cache came about. Equal caches have equal manifests."""
     dropped = tuple(f"{hook.hook_name}/" for hook in set(shard.hooks) - set(hooks))
     keys = [partials_key(shard.split, shard.index, hook.hook_name) for hook in hooks]
     return replace(

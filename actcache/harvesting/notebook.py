@@ -1,4 +1,4 @@
-"""Harvesting from Python with a model that is already loaded: plain arguments in, a cache out."""
+"""`harvest` for a notebook or a script: a model that is loaded already and plain arguments."""
 
 from __future__ import annotations
 
@@ -37,8 +37,22 @@ def harvest(
 ) -> Cache:
     """Harvest the hooks of a loaded transformers model (plain, quantised or adapted) into the cache at `out`.
 
-    dataset: a path or hub name, a list of texts, a `datasets.Dataset`, or a DatasetSource. The other arguments are
-    those of HarvestConfig; the errors are those of `actcache.harvesting.run.harvest`.
+    Args:
+        model: a transformers model in evaluation mode; it is neither changed nor moved.
+        tokenizer: the tokenizer of the model.
+        dataset: a path or hub name, a list of texts, a `datasets.Dataset`, or a DatasetSource.
+        hook_names: one hook or several.
+        out: the folder of the cache.
+        progress: called with (rows done, rows in all) after every forward batch.
+        tokens and all others: as for HarvestConfig.
+
+    Returns:
+        the finished cache, opened.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        CacheMismatch, CacheLocked, DiskTooSmall, DatasetError, ModelError, NonFiniteActivations: as for
+            `actcache.harvesting.run.harvest`.
     """
     config = HarvestConfig(
         hook_names=(hook_names,) if isinstance(hook_names, str) else tuple(hook_names),

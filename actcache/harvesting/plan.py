@@ -1,4 +1,4 @@
-"""What a harvest sets out to do, settled before the first forward pass: the identity and the packed sequences."""
+"""`settle_plan`: finds, makes or extends the plan of a cache, before the first forward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from actcache.text.packing import PackedSequence
 
 
 def read_plan(root: Path) -> Plan | None:
-    """The plan of the cache at `root`, None if there is none yet. Raises ManifestError if it is damaged."""
+    """The plan of the cache at `root`; None if there is none yet. Raises ManifestError if it is damaged."""
     path = root / PLAN
     return Plan.from_json(unseal(path.read_bytes(), path)) if path.exists() else None
 
@@ -35,16 +35,23 @@ def read_plan(root: Path) -> Plan | None:
 def settle_plan(
     root: Path, wanted: Mapping[str, Any], sequences: Iterable[PackedSequence], config: HarvestConfig, widest: int
 ) -> Plan:
-    """The plan on disk if it is the one asked for, else a new or a grown one, for which the dataset is packed.
+    """The plan on disk, if it has enough tokens; else a new or a grown plan, for which the dataset is packed.
 
-    A cache that grows is unfinished from then on: manifest/cache.json goes before anything that it speaks of changes.
-    wanted: the identity, but for SIZES. sequences: those of the dataset, asked for only where they are needed.
-    config.codec must be settled. widest: the largest d_in of the asked hooks.
+    A cache that grows is unfinished from then on: manifest/cache.json is deleted before anything that it describes
+    changes. The caller holds `exclusive` and a writer's slot.
+
+    Args:
+        root: the folder of the cache.
+        wanted: the identity of the cache, without SIZES.
+        sequences: the packed sequences of the dataset; read only if they are needed.
+        config: the settings of the harvest; its codec is a profile, not "auto".
+        widest: the largest d_in of the hooks.
 
     Raises:
-        CacheMismatch: there is another cache, with a list of the differences; or the dataset has changed.
-        CacheLocked: it has to grow while another process writes.
-        DatasetError: the dataset holds fewer tokens than asked.
+        CacheMismatch: the folder holds another cache (the message lists the differences), an unfinished harvest of
+            another number of tokens, or a cache of a dataset that has changed.
+        CacheLocked: the cache has to grow while another process writes.
+        DatasetError: the dataset holds fewer tokens than were asked for.
     """
     held = read_plan(root)
     if held is not None:
@@ -64,7 +71,9 @@ def settle_plan(
         raise
     hooks = _finished_hooks(root, held)
     if held is not None:
-        _write_plan(root, replace(held, hooks=hooks))  # they would be lost with manifest/cache.json
+        _write_plan(
+            root, replace(held, hooks=hooks)
+        )  # cache.json, which is deleted next, may be the only file that names these hooks
     (root / CACHE_MANIFEST).unlink(missing_ok=True)
     sync_folder((root / PLAN).parent)
     stored = packed.commit()
@@ -75,14 +84,14 @@ def settle_plan(
 
 
 def _write_plan(root: Path, plan: Plan) -> Plan:
-    """The plan as a resumed run reads it, down to the order of its keys."""
+    """Write the plan and read it back, so that it equals the plan of a resumed run down to the order of its keys."""
     sealed = seal(plan.to_json())
     write_atomically(root / PLAN, [sealed])
     return Plan.from_json(unseal(sealed, root / PLAN))
 
 
 def _remove_unplanned(root: Path, plan: Plan) -> None:
-    """Delete the shards of sequences, beyond those of the plan, that a killed run for more tokens has left."""
+    """Delete shards of sequences that the plan does not name; a killed run that asked for more tokens left them."""
     for split, record in plan.sequences.items():
         for array in sequence_arrays(plan.identity["context_size"]):
             paths = (root / STORE / split / shard_key(array, index) for index in count(len(record.arrays[array.path])))
@@ -91,7 +100,7 @@ def _remove_unplanned(root: Path, plan: Plan) -> None:
 
 
 def _finished_hooks(root: Path, held: Plan | None) -> tuple[HookSpec, ...]:
-    """What must not be lost when the cache grows; a second attempt finds it in the plan of the first."""
+    """The hooks that have to grow with the cache. A run after a killed one finds them in the plan."""
     if held is None:
         return ()
     return read_manifest(root).manifest.hooks if (root / CACHE_MANIFEST).exists() else held.hooks
@@ -99,18 +108,18 @@ def _finished_hooks(root: Path, held: Plan | None) -> tuple[HookSpec, ...]:
 
 def _sizes(config: HarvestConfig, widest: int, sequences: dict[str, SequencesRecord]) -> dict[str, int]:
     itemsize = TORCH_DTYPE[config.dtype].itemsize
-    rows = shard_rows(
+    n_rows = shard_rows(
         widest,
         itemsize,
         n_hooks=len(config.hook_names),
         n_rows=max(record.n_sequences for record in sequences.values()) * config.context_size,
         batch_tokens=config.batch_sequences * config.context_size,
     )
-    return {"shard_rows": rows, "chunk_rows": chunk_rows(widest, itemsize, rows)}
+    return {"shard_rows": n_rows, "chunk_rows": chunk_rows(widest, itemsize, n_rows)}
 
 
 def _covers(held: Plan, tokens: int | None) -> bool:
-    """Whether the plan has as many rows as are asked for; None asks for all there are."""
+    """Whether the plan has the rows that are asked for. tokens: None asks for the whole dataset."""
     if tokens is None:
         return held.tokens is None
     return tokens // held.identity["context_size"] * held.identity["context_size"] <= _n_rows(held)
@@ -121,7 +130,11 @@ def _n_rows(plan: Plan) -> int:
 
 
 def _refuse_unfinished(root: Path, held: Plan, tokens: int | None) -> None:
-    """Fewer tokens than a finished cache holds are there already; an unfinished one would get more than was asked."""
+    """Raise CacheMismatch if an unfinished cache was begun with another number of tokens.
+
+    A finished cache holds the fewer tokens that are asked for. To finish an unfinished one would harvest more than
+    that.
+    """
     if tokens != held.tokens and not (root / CACHE_MANIFEST).exists():
         raise CacheMismatch(
             f"{root}: holds an unfinished harvest of {held.tokens or 'all'} tokens, {tokens} asked; finish it with "
@@ -130,7 +143,7 @@ def _refuse_unfinished(root: Path, held: Plan, tokens: int | None) -> None:
 
 
 def _tails_are_sound(root: Path, plan: Plan) -> bool:
-    """Whether the last shard of every sequence array is what the plan says: a kill while growing may leave another."""
+    """Whether the last shard of every sequence array is the plan's. After a kill while the cache grew it may not be."""
     for split in SPLITS:
         for name in ("id", "document"):
             reader = sequence_reader(root, plan, split, name)

@@ -1,4 +1,4 @@
-"""Where activations come from: the identity of a cache, and how each shard was computed."""
+"""Where activations come from: the identity of a cache, its origin, and how activations were computed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,20 @@ from actcache.models.language_model import LanguageModel
 from actcache.text.sources import DatasetSource, Source
 from actcache.text.tokenise import tokenizer_hash
 
-SIZES = ("shard_rows", "chunk_rows")  # settled when a cache is created, not asked for
+SIZES = ("shard_rows", "chunk_rows")  # parts of an identity that are chosen when the cache is created
 
 
 def refuse_other_identity(root: Path, held: Plan, wanted: Mapping[str, Any]) -> None:
-    """Raise CacheMismatch, listing the differences, if the plan there is not of this identity (but for SIZES)."""
+    """Raise CacheMismatch if the plan of a cache has another identity; SIZES may differ.
+
+    Args:
+        root: the folder of the cache, for the message.
+        held: its plan.
+        wanted: the identity, without SIZES.
+
+    Raises:
+        CacheMismatch: the identities differ; the message lists the differences.
+    """
     wanted = {**wanted, **{size: held.identity[size] for size in SIZES}}
     differences = [
         f"{key} is {held.identity.get(key)!r} there, {wanted.get(key)!r} here"
@@ -36,9 +45,18 @@ def refuse_other_identity(root: Path, held: Plan, wanted: Mapping[str, Any]) -> 
 
 
 def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageModel) -> None:
-    """Raise CacheMismatch unless it is the model of that identity, wherever it lies, with its tokenizer.
+    """Raise CacheMismatch unless `model` is the model of a cache, wherever its files lie, with the same tokenizer.
 
-    Hashes are compared where both have them, else name and revision; of an imported cache, which has none, the name.
+    Hashes are compared if both have them, else name and revision. An imported cache has no hashes, so only the name is
+    compared.
+
+    Args:
+        root: the folder of the cache, for the message.
+        identity: of the cache.
+        model: the loaded model.
+
+    Raises:
+        CacheMismatch: the models differ; the message lists the differences.
     """
     there = {**identity["model"], "tokenizer_sha256": identity["tokenizer_sha256"]}
     here = {**model.identity, "tokenizer_sha256": tokenizer_hash(model.tokenizer)}
@@ -55,7 +73,7 @@ def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageM
 
 
 def identity_of(model: LanguageModel, source: Source, config: HarvestConfig) -> dict[str, Any]:
-    """What tells the cache of this harvest from another, but for SIZES."""
+    """The identity of the cache of this harvest, without SIZES."""
     identity = {
         "format_version": FORMAT_VERSION,
         "model": model.identity,
@@ -74,7 +92,7 @@ def identity_of(model: LanguageModel, source: Source, config: HarvestConfig) -> 
 
 
 def compute_of(model: LanguageModel, batch_size: int) -> dict[str, Any]:
-    """What decides the last bits of an activation beside the identity."""
+    """How activations are computed. Together with the identity of the cache this decides their last bits."""
     return {
         "device": model.device.type,
         "torch": torch.__version__,
@@ -88,7 +106,7 @@ def compute_of(model: LanguageModel, batch_size: int) -> dict[str, Any]:
 
 
 def other_compute(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """What differs between two computations, in words, or None."""
+    """What differs between two results of `compute_of`, in words; None if nothing does."""
     differing = [key for key, value in here.items() if there.get(key) != value]
     theirs = ", ".join(str(there.get(key)) for key in differing)
     ours = ", ".join(str(here[key]) for key in differing)
@@ -96,7 +114,7 @@ def other_compute(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | No
 
 
 def origin_of(model: LanguageModel, source: Source) -> dict[str, Any]:
-    """Where model and dataset can be loaded from again; the dataset is None if it was in memory."""
+    """Where model and dataset can be loaded from again. "dataset" is None if the dataset was in memory."""
     dataset = None
     if isinstance(source, DatasetSource):
         path = os.path.abspath(source.path) if os.path.exists(source.path) else source.path

@@ -1,6 +1,6 @@
-"""A harvest from begin to end: settle the plan, harvest the missing shards of this worker, finalise.
+"""A harvest from beginning to end: settle the plan, harvest the missing shards of this worker, finalise.
 
-`harvest` is for one process, `harvest_share` for one of several, `dry_run` for the cost beforehand.
+`harvest` is for one process, `harvest_share` is for one of several, and `dry_run` tells the cost beforehand.
 """
 
 from __future__ import annotations
@@ -51,20 +51,31 @@ def harvest(
 ) -> Cache:
     """Run the model once over the packed dataset and write every asked hook into the cache at `out`.
 
-    The same call after a kill continues at the first unfinished shard; a finished cache that already holds what is
-    asked is opened as it is; a hook that it lacks is added over the stored sequences; more tokens make it grow.
+    After a kill, the same call continues at the first unfinished shard. A finished cache that holds what is asked for
+    is opened as it is. A hook that it lacks is added over the stored sequences. More tokens make it grow.
 
     Args:
+        model: the model.
+        source: the texts.
+        config: what to harvest, and how it is packed and stored.
+        out: the folder of the cache.
         progress: called with (rows done, rows in all) after every forward batch.
+
+    Returns:
+        the finished cache, opened.
 
     Raises:
         CacheMismatch: `out` holds something else; the message lists the differences.
         CacheLocked: another process is writing there.
         DiskTooSmall: the disk has less room than the shards will take.
-        DatasetError, ModelError, NonFiniteActivations: see there; what is finished stays and is not redone.
+        DatasetError: the dataset is missing, malformed or too short.
+        ModelError: the model lacks a hook, or one sequence does not fit into its memory.
+        NonFiniteActivations: the model gave NaN or infinity, or the stored dtype overflowed.
+
+    After an error, finished shards stay and are not harvested again.
     """
     cache = harvest_share(model, source, config, out, Worker(), progress=progress)
-    assert cache is not None, "a single worker owes nothing to others"
+    assert cache is not None, "a single worker waits for no other"
     return cache
 
 
@@ -77,9 +88,18 @@ def harvest_share(
     *,
     progress: Progress | None = None,
 ) -> Cache | None:
-    """`harvest` by one of several processes on one cache; whichever writes the last shard finalises.
+    """Harvest as one of several processes that share a cache. The process that writes the last shard finalises.
 
-    Returns None while other workers owe shards. CacheLocked: another process is the same worker, or one with more.
+    Args:
+        model, source, config, out, progress: as for `harvest`.
+        worker: which of the processes this one is.
+
+    Returns:
+        the finished cache, opened; None if other workers still have shards to write.
+
+    Raises:
+        CacheLocked: another process is the same worker, or one of more workers than `worker.count`.
+        CacheMismatch, DiskTooSmall, DatasetError, ModelError, NonFiniteActivations: as for `harvest`.
     """
     root = Path(out)
     widths = model.hook_widths(config.hook_names)
@@ -94,13 +114,13 @@ def harvest_share(
             release_slot(root, journal)
             return cache
         write_atomically(root / ORIGIN, [json.dumps(origin_of(model, source)).encode()])
-        done = merge_records(read_journals(root))
-        share = [
-            owed
-            for owed in missing_shards(plan, done, hooks)
-            if shard_number(plan, *owed[:2]) % worker.count == worker.index
+        finished = merge_records(read_journals(root))
+        pending = [
+            task
+            for task in missing_shards(plan, finished, hooks)
+            if shard_number(plan, *task[:2]) % worker.count == worker.index
         ]
-        harvester = Harvester(root, plan, model, share, done, config, journal.append, times, progress)
+        harvester = Harvester(root, plan, model, pending, finished, config, journal.append, times, progress)
         harvester.warn_of_other_compute()
         harvester.run()
         cache = _finalised(root, hooks, times)
@@ -112,9 +132,15 @@ def harvest_share(
 
 
 def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: str | Path) -> Estimate:
-    """What `harvest` has still to do there; runs two short forward passes and writes nothing.
+    """What `harvest` with these arguments still has to do. Two short forward passes run, and nothing is written.
 
-    Without config.tokens the dataset is packed to count it. Raises CacheMismatch for another cache, as `harvest` does.
+    If config.tokens is None, the dataset is packed to count its sequences.
+
+    Args:
+        model, source, config, out: as for `harvest`.
+
+    Raises:
+        CacheMismatch, DatasetError, ModelError: as for `harvest`.
     """
     root = Path(out)
     widths = model.hook_widths(config.hook_names)
@@ -124,10 +150,10 @@ def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: st
     if held is not None:
         refuse_other_identity(root, held, identity_of(model, source, config))
     hooks = _specs(widths, config.dtype)
-    sequences = (
+    n_sequences = (
         count_sequences(model, source, config) if config.tokens is None else config.tokens // config.context_size
     )
-    n_rows = sequences * config.context_size - finished_rows(root, held, hooks)
+    n_rows = n_sequences * config.context_size - finished_rows(root, held, hooks)
     rate = tokens_per_second(model, config.hook_names, config.context_size, config.batch_sequences)
     return Estimate(
         n_rows=n_rows,
@@ -140,7 +166,7 @@ def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: st
 def _begun(
     root: Path, model: LanguageModel, source: Source, config: HarvestConfig, widths: dict[str, int], worker: Worker
 ) -> Plan:
-    """Settle the plan; what killed writers left goes, if nobody writes."""
+    """Settle the plan. If no other process writes, delete the files that killed writers left."""
     others = active_writers(root) - {worker.index}
     if any(slot >= worker.count for slot in others):
         raise CacheLocked(f"{root}: {len(others)} workers write this cache; wait for them, or join with --worker i/n")
@@ -156,7 +182,7 @@ def _begun(
 
 
 def _with_codec(root: Path, held: Plan | None, model: LanguageModel, config: HarvestConfig) -> HarvestConfig:
-    """The config with its codec settled: the one that is there, else measured."""
+    """The config with a profile as its codec. "auto" becomes the codec of the plan, or else the measured one."""
     if config.codec != AUTO:
         return config
     if held is not None:
@@ -171,19 +197,21 @@ def _specs(widths: dict[str, int], dtype: str) -> list[HookSpec]:
 
 
 def _wanted_hooks(plan: Plan, widths: dict[str, int]) -> list[HookSpec]:
-    """The asked hooks, and those that grow with the cache."""
+    """The hooks that are asked for, and those that have to grow with the cache."""
     return list(dict.fromkeys([*_specs(widths, plan.identity["dtype"]), *plan.hooks]))
 
 
 def _finalised(root: Path, hooks: Sequence[HookSpec], times: HarvestTimes) -> Cache | None:
-    """The finished cache, unless other workers owe shards; one process at a time."""
+    """Finalise the cache, if no shard is missing. Returns None if other workers still have shards to write."""
     started = time.perf_counter()
     with exclusive(root):
         plan, records = read_plan(root), read_journals(root)
         assert plan is not None, "settled before the first shard"
-        owed = len(list(missing_shards(plan, merge_records(records), hooks)))
-        if owed:
-            logger.info("%s: this worker is done; other workers owe %d shards, the last of them finalises", root, owed)
+        n_left = len(list(missing_shards(plan, merge_records(records), hooks)))
+        if n_left:
+            logger.info(
+                "%s: this worker is done; other workers owe %d shards, the last of them finalises", root, n_left
+            )
             return None
         if finished_cache(root, plan, hooks) is None:
             finalise(root, plan, records)
@@ -192,7 +220,7 @@ def _finalised(root: Path, hooks: Sequence[HookSpec], times: HarvestTimes) -> Ca
 
 
 def _write_log(root: Path, model: LanguageModel, times: HarvestTimes) -> None:
-    """What may differ between equal caches: when, where and how fast."""
+    """Write when, where and how fast the harvest ran. Equal caches may differ in this file."""
     values = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),

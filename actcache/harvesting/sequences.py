@@ -1,4 +1,4 @@
-"""Packed sequences, written once before the first forward pass and read by every worker."""
+"""Packed sequences: made of the dataset, and written before the first forward pass. Every worker reads them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from actcache.text.tokenise import documents
 
 
 def count_sequences(model: LanguageModel, source: Source, config: HarvestConfig) -> int:
-    """How many sequences the whole dataset fills."""
+    """How many sequences the whole dataset fills. The dataset is packed to count them."""
     return sum(1 for _ in packed_sequences(model, source, config))
 
 
 def packed_sequences(model: LanguageModel, source: Source, config: HarvestConfig) -> Iterator[PackedSequence]:
-    """The sequences of the dataset, of both splits."""
+    """The packed sequences of the dataset, those of both splits. Raises DatasetError."""
     texts = documents(source, model.tokenizer)
     return pack(texts, packing(model, config), seed=config.seed, holdout=config.holdout)
 
 
 def packing(model: LanguageModel, config: HarvestConfig) -> Packing:
-    """How documents become sequences with this model's tokenizer."""
+    """How documents become sequences, with the BOS and EOS of this model's tokenizer."""
     tokenizer = model.tokenizer
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "none": None}
     return Packing(
@@ -48,7 +48,17 @@ def packing(model: LanguageModel, config: HarvestConfig) -> Packing:
 
 
 def write_sequences(packed: SequenceArrays, sequences: Iterable[PackedSequence], config: HarvestConfig) -> None:
-    """Write as many sequences as are asked for. Raises DatasetError if there are fewer."""
+    """Write as many sequences as are asked for.
+
+    Args:
+        packed: takes the sequences.
+        sequences: those of the dataset.
+        config: its `tokens` says how many are asked for.
+
+    Raises:
+        DatasetError: the dataset has fewer sequences, or none.
+        CacheMismatch: the dataset gives other tokens than those of the held plan.
+    """
     wanted = None if config.tokens is None else config.tokens // config.context_size
     found = 0
     for sequence in sequences:
@@ -66,7 +76,7 @@ def write_sequences(packed: SequenceArrays, sequences: Iterable[PackedSequence],
 
 
 class SequenceArrays:
-    """The sequence arrays of both splits while they are written; a held plan's shards are kept and compared."""
+    """The sequence arrays of both splits while they are written. Shards of the held plan are compared, and stay."""
 
     def __init__(self, root: Path, store: Codec, context_size: int, held: Plan | None):
         self._store = root / STORE
@@ -77,16 +87,20 @@ class SequenceArrays:
                 self._writers[split][name] = _SequenceWriter(root / STORE / split, array, store, reader)
 
     def add(self, sequence: PackedSequence) -> None:
+        """Append a sequence to the arrays of its split. Raises CacheMismatch if the held plan has another."""
         self._writers[sequence.split]["id"].add(sequence.token_ids)
         self._writers[sequence.split]["document"].add(sequence.documents)
 
     def finish(self) -> None:
-        """Write what does not fill a shard. Raises CacheMismatch if the held plan has more sequences."""
+        """Write the last shards, which may have fewer rows.
+
+        Raises CacheMismatch if the held plan has more sequences.
+        """
         for writer in self._each():
             writer.finish()
 
     def commit(self) -> dict[str, SequencesRecord]:
-        """Replace what has to be replaced; returns what is stored then."""
+        """Replace the shards of the held plan that have to change; returns the records of all shards."""
         return {
             split: SequencesRecord(
                 n_sequences=writers["id"].n_rows, arrays={writer.path: writer.commit() for writer in writers.values()}
@@ -95,7 +109,7 @@ class SequenceArrays:
         }
 
     def abandon(self) -> None:
-        """Remove the shards that no plan speaks of, and the folders made for them."""
+        """Remove the new shards, which no plan names, and folders that are empty then."""
         for writer in self._each():
             writer.abandon()
         for path in sorted([self._store, *self._store.rglob("*")], reverse=True):
@@ -107,10 +121,10 @@ class SequenceArrays:
 
 
 class _SequenceWriter:
-    """Gathers rows of a sequence array and writes each full shard, which is one chunk.
+    """Gathers the rows of a sequence array and writes each full shard, which is one chunk.
 
-    Shards that a held plan speaks of are not touched before `commit`: whole ones must come out as they are, the partial
-    tail must begin as it is. A damaged one is written anew.
+    Shards of the held plan do not change before `commit`. A whole shard must get the rows that it has. A last shard
+    with fewer rows must get these rows first; then it is written again with more. A damaged shard is written again.
     """
 
     def __init__(self, folder: Path, array: ArraySpec, store: Codec, held: ArrayReader | None):
@@ -148,13 +162,16 @@ class _SequenceWriter:
     def _flush(self) -> None:
         index, chunk = len(self._records), np.stack(self._rows)
         self._rows.clear()
-        record = self._kept(index, chunk) if index < self._n_held else self._written(index, chunk)
+        record = self._record_if_held(index, chunk) if index < self._n_held else self._written(index, chunk)
         if record is None:
             self._changed[index] = chunk
         self._records.append(record)
 
-    def _kept(self, index: int, chunk: np.ndarray) -> ArrayRecord | None:
-        """The held shard's record if it is these rows, None if it has to change. Raises CacheMismatch for others."""
+    def _record_if_held(self, index: int, chunk: np.ndarray) -> ArrayRecord | None:
+        """The record of a held shard, if it has exactly these rows; None if it has to change.
+
+        Raises CacheMismatch if it has other rows.
+        """
         assert self._held is not None, "index < self._n_held"
         start = index * self._array.chunk_rows
         try:

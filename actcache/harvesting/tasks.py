@@ -1,4 +1,4 @@
-"""Which shards are still to be harvested, and by whom."""
+"""Which shards are still to be harvested, which worker harvests them, and the slots of writers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from actcache.store.cache import Cache, open_cache
 from actcache.store.journal import Journal, active_writers, read_journals, refuse_held, was_begun
 from actcache.store.locks import exclusive
 
-ShardTask = tuple[str, int, tuple[HookSpec, ...], int]  # split, index, hooks to be written, revision of a shard
+ShardTask = tuple[str, int, tuple[HookSpec, ...], int]  # of a shard: split, index, hooks to be written, revision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """One of several processes that share a cache: it takes the shards index, index + count, ... of those missing."""
+    """One of `count` processes that share a cache. It harvests the shards whose number modulo `count` is `index`.
+
+    Raises ConfigError unless 0 <= index < count.
+    """
 
     index: int = 0
     count: int = 1
@@ -32,6 +35,7 @@ class Worker:
 
 
 def finished_rows(root: Path, held: Plan | None, hooks: Sequence[HookSpec]) -> int:
+    """How many rows of the held plan are stored for all of the hooks; 0 if there is no plan."""
     if held is None:
         return 0
     lacking = {(split, index) for split, index, _, _ in missing_shards(held, merge_records(read_journals(root)), hooks)}
@@ -44,9 +48,21 @@ def finished_rows(root: Path, held: Plan | None, hooks: Sequence[HookSpec]) -> i
 
 
 def claim_slot(root: Path, slot: int, begun: Callable[[], Plan]) -> tuple[Journal, Plan]:
-    """Take a writer's slot and settle the plan, by `begun`, while nobody else does; who waits for that holds no slot.
+    """Take a writer's slot, and call `begun` to settle the plan while no other process can.
 
-    If no plan comes of it, what was made for the journal is removed again.
+    A process that waits here for its turn holds no slot yet. If `begun` fails and there is no plan, the journal and its
+    folder are removed again.
+
+    Args:
+        root: the folder of the cache.
+        slot: number of the slot.
+        begun: settles the plan and returns it.
+
+    Returns:
+        the open journal, which holds the slot, and the plan.
+
+    Raises:
+        CacheLocked: another process holds the slot.
     """
     refuse_held(root, slot)
     with exclusive(root):
@@ -61,7 +77,7 @@ def claim_slot(root: Path, slot: int, begun: Callable[[], Plan]) -> tuple[Journa
 
 
 def refuse_foreign_folder(root: Path) -> None:
-    """Raise CacheMismatch unless the folder is absent, empty or a cache, finished or not."""
+    """Raise CacheMismatch unless the folder is missing, empty, or a cache, finished or not."""
     if root.is_file():
         raise CacheMismatch(f"{root}: must be a folder for the cache, is a file; pass another --out")
     if root.exists() and not was_begun(root):
@@ -71,7 +87,7 @@ def refuse_foreign_folder(root: Path) -> None:
 
 
 def finished_cache(root: Path, plan: Plan, hooks: Sequence[HookSpec]) -> Cache | None:
-    """The cache, if it is finished, of this plan, and holds the hooks."""
+    """The opened cache, if it is finished, has the sequences of this plan and holds these hooks; else None."""
     if not (root / CACHE_MANIFEST).exists():
         return None
     cache = open_cache(root)
@@ -80,7 +96,7 @@ def finished_cache(root: Path, plan: Plan, hooks: Sequence[HookSpec]) -> Cache |
 
 
 def release_slot(root: Path, journal: Journal) -> None:
-    """Give up the slot; the last writer to do so deletes what killed ones have left aside."""
+    """Give up the slot. The last writer to do so deletes the unfinished files of killed writers."""
     with exclusive(root):
         if len(active_writers(root)) == 1:  # this one
             remove_leftovers(root)
@@ -88,12 +104,21 @@ def release_slot(root: Path, journal: Journal) -> None:
 
 
 def missing_shards(
-    plan: Plan, done: dict[tuple[str, int], ShardRecord], hooks: Sequence[HookSpec]
+    plan: Plan, finished: dict[tuple[str, int], ShardRecord], hooks: Sequence[HookSpec]
 ) -> Iterator[ShardTask]:
-    """Every shard that lacks something, with the hooks that have no finished array."""
+    """The shards that lack something.
+
+    Args:
+        plan: which shards there are to be.
+        finished: (split, index) -> what is recorded of a shard.
+        hooks: the hooks that every shard is to hold.
+
+    Returns:
+        for each shard the hooks that it lacks; all of them if the shard has grown.
+    """
     for split in SPLITS:
         for index in range(plan.n_shards(split)):
-            record = done.get((split, index))
+            record = finished.get((split, index))
             if record is not None and record.n_rows != plan.rows_of(split, index):
                 yield split, index, tuple(hooks), record.revision + 1
                 continue
@@ -104,5 +129,5 @@ def missing_shards(
 
 
 def shard_number(plan: Plan, split: str, index: int) -> int:
-    """Number of a shard among those of both splits: what workers share out."""
+    """Number of a shard among those of both splits, by which workers divide the shards."""
     return index if split == SPLITS[0] else plan.n_shards(SPLITS[0]) + index
