@@ -1,7 +1,7 @@
-"""What a damaged cache should be, as far as its manifest files tell, and a record of what is put into it again.
+"""`ExpectedCache`: what a damaged cache should hold, as far as its manifest files tell, and what a repair has written.
 
-manifest/cache.json, manifest/plan.json and the journals can each be made from the others. A reader trusts the first; a
-repair also asks the journals, which are ahead of it if an earlier repair was killed.
+manifest/cache.json, manifest/plan.json and the journals can each be made from the other two. Readers trust cache.json.
+A repair also reads the journals, because they are newer if an earlier repair was killed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ from actcache.store.cache import Cache
 from actcache.store.journal import Journal, hook_computes, read_journals
 
 Key = tuple[str, int]  # split and index of a shard
-UNKNOWN = -1  # size and checksum of what no line speaks of: no file fits
+UNKNOWN = -1  # size and checksum of an array that no line describes; no file has them
 
 logger = logging.getLogger("actcache")
 
 
 def twins(root: Path) -> tuple[Plan | None, Manifest | None, list[Problem]]:
-    """manifest/plan.json and manifest/cache.json, as far as they can be read, and what is wrong with them."""
+    """(plan, manifest, problems): manifest/plan.json and manifest/cache.json, each None if it cannot be read.
+
+    Raises ManifestError if neither can be read, CacheMismatch if they belong to two caches.
+    """
     plan = manifest = None
     problems: list[Problem] = []
     try:
@@ -57,10 +60,14 @@ def _unreadable(path: Path, error: ManifestError | OSError) -> Problem:
 
 
 def settled(root: Path, plan: Plan | None, manifest: Manifest | None) -> tuple[Plan, Manifest | None, list[Problem]]:
-    """The plan, manifest/cache.json if it is to be believed, and which of them is outdated.
+    """(plan, manifest, problems): the plan to repair by, and the manifest unless it is outdated or cannot be read.
 
-    Where they differ, one has been put back from before the cache grew: the plan is newer if it has more rows and the
-    journals speak of all of them.
+    If the two files differ, one is a copy from before the cache grew. The plan is the newer one if it has more rows and
+    the journals describe all of them.
+
+    Args:
+        root: the folder of the cache.
+        plan, manifest: what `twins` gave.
     """
     if plan is None:
         assert manifest is not None, "one of the two can be read"
@@ -79,7 +86,7 @@ def _keys(plan: Plan) -> list[Key]:
 
 
 def _unknown(plan: Plan, key: Key, hooks: Sequence[HookSpec], compute: dict[str, Any]) -> ShardRecord:
-    """A shard of which no line is left: whatever its files hold, they are damaged."""
+    """The record of a shard that no line describes. Every file of it counts as damaged."""
     (split, index), n_rows = key, plan.rows_of(*key)
     arrays = token_arrays(plan.identity["shard_rows"])
     for hook in hooks:
@@ -98,17 +105,19 @@ def _unknown(plan: Plan, key: Key, hooks: Sequence[HookSpec], compute: dict[str,
 
 
 class ExpectedCache:
-    """What is held to be true of every shard while a cache is repaired, and what has been written anew.
+    """What every shard should hold while a cache is repaired, and which files have been written again.
 
     Attributes:
-        believed: manifest/cache.json, None if it is lost or outdated.
-        hooks: those that the cache should have.
-        held: (split, index) -> the record of a shard, by which its files are judged.
-        redone: the files written anew.
+        root: the folder of the cache.
+        plan: its plan.
+        believed: manifest/cache.json; None if it is lost or outdated.
+        hooks: the hooks that the cache should have.
+        held: (split, index) -> the record that the files of a shard must match.
+        redone: the files that were written again.
     """
 
     def __init__(self, root: Path, plan: Plan, manifest: Manifest | None, journal: Journal):
-        """Raises ManifestError if too little is known to say what should be there."""
+        """Raises ManifestError if no manifest file tells the hooks of the cache. journal: open, takes new lines."""
         self.root, self.plan, self.believed, self._journal = root, plan, manifest, journal
         self._lines, self._computes = merge_records(read_journals(root)), hook_computes(root)
         self.hooks = manifest.hooks if manifest else self._hooks_of_lines()
@@ -117,32 +126,41 @@ class ExpectedCache:
         self.redone: list[str] = []
 
     def cache(self) -> Cache:
-        """The cache as it is held to be now; unlike a finished one it may have shards of which nothing is known."""
+        """The cache that the held records describe.
+
+        Unlike a finished cache it may have shards that no line describes.
+        """
         shards = {split: tuple(self.held[split, i] for i in range(self.plan.n_shards(split))) for split in SPLITS}
         manifest = Manifest(plan=replace(self.plan, hooks=()), hooks=self.hooks, shards=shards)
         return Cache(self.root, manifest, fingerprint="")
 
     def path(self, key: Key, array: str) -> Path:
-        """The file of a row-aligned array of a shard."""
+        """The file of an array of a shard. array: path below the split, of a hook or of the tokens."""
         return self.root / STORE / key[0] / shard_key(self._arrays[array], key[1])
 
     def revision(self, key: Key) -> int:
-        """Of new lines about a shard: they win over all that were there."""
+        """The revision for new lines about a shard. It is higher than that of every line so far."""
         return self._lines[key].revision + 1 if key in self._lines else 0
 
     def arrays_of(self, hook: HookSpec) -> list[str]:
-        """Paths, below the split, of the arrays of a hook."""
+        """The paths of the arrays of a hook, below the split."""
         profile = codec(self.plan.identity["codec"])
         return [array.path for array in hook_arrays(hook, profile, self.plan.identity["chunk_rows"])]
 
     def compute(self, key: Key, hook: HookSpec) -> dict[str, Any]:
-        """How a hook of a shard was computed: as the line says that wrote it, if what it wrote is what is held."""
+        """How a hook of a shard was computed.
+
+        The journals know, if they describe the held arrays; else the shard's record.
+        """
         held, line = self.held[key], self._lines.get(key)
         same = line is not None and all(line.arrays.get(array) == held.arrays[array] for array in self.arrays_of(hook))
         return self._computes[*key, hook.hook_name] if same else held.compute
 
     def in_words(self, problem: Problem) -> Problem:
-        """The problem as it is told: of a shard of which nothing is known no file is too long or too short."""
+        """The problem as it is reported.
+
+        A file that no line describes has no right size, so its message is another one.
+        """
         held = None if problem.split is None or problem.shard is None else self.held.get((problem.split, problem.shard))
         array = held.arrays.get(problem.array or "") if held else None
         if array is None or array.n_bytes != UNKNOWN:
@@ -150,7 +168,7 @@ class ExpectedCache:
         return replace(problem, message="no line of a journal is left that says what it holds")
 
     def put(self, path: Path, payload: bytes) -> None:
-        """Write a file, unless it is there already."""
+        """Write a file, unless it has these bytes already."""
         try:
             if contents(path) == payload:
                 return
@@ -160,12 +178,12 @@ class ExpectedCache:
         self.redone.append(str(path))
 
     def line(self, key: Key, **what: Any) -> ShardRecord:
-        """A record of a shard that speaks of nothing but `what`."""
+        """A record of a shard that describes `what` alone. what: fields of ShardRecord."""
         nothing = {"hooks": (), "arrays": {}, "partials": {}, "revision": self.revision(key)}
         return replace(self.held[key], **{**nothing, **what})
 
     def record(self, record: ShardRecord) -> None:
-        """Take note of arrays and partials whose files are there now; if they are not what is held, in the journal."""
+        """Note files that were written again. If they differ from the held record, append the record to the journal."""
         key = (record.split, record.index)
         held = self.held[key]
         self.redone += [str(self.path(key, array)) for array in record.arrays]
@@ -180,7 +198,7 @@ class ExpectedCache:
                 logger.warning("%s: came out with other bytes than it had", self.path(key, array))
 
     def restore_lines(self, manifest: Manifest) -> None:
-        """Have the journals say of each shard what manifest/cache.json will say."""
+        """Append lines to the journal until the journals describe each shard as manifest/cache.json will."""
         lines = merge_records(read_journals(self.root))
         for key in _keys(manifest.plan):
             shard = manifest.shards[key[0]][key[1]]
@@ -189,14 +207,14 @@ class ExpectedCache:
                 self.redone.append(str(self._journal.path))
 
     def _hooks_of_lines(self) -> tuple[HookSpec, ...]:
-        """Every hook of which any line is left: a lost line must not lose a hook."""
+        """Every hook that any line or the plan names, so that a lost line does not lose a hook."""
         if not self._lines:
             raise ManifestError(f"{self.root}: no finished shard is recorded; run the same `actcache harvest` again")
         hooks = {*self.plan.hooks, *(hook for line in self._lines.values() for hook in line.hooks)}
         return tuple(sorted(hooks, key=lambda hook: hook.hook_name))
 
     def _first_held(self, key: Key) -> ShardRecord:
-        """The record of manifest/cache.json, if that is believed, else of the journals."""
+        """The first held record of a shard: that of manifest/cache.json if it is believed, else of the journals."""
         line = self._lines.get(key)
         fits = line is not None and line.n_rows == self.plan.rows_of(*key)
         if self.believed is None:
@@ -206,7 +224,10 @@ class ExpectedCache:
         return self._truer(believed, line) if line and fits and not agrees(line, believed) else believed
 
     def _truer(self, believed: ShardRecord, line: ShardRecord) -> ShardRecord:
-        """Whichever fits the files better: the journals' if a repair was killed before it wrote manifest/cache.json."""
+        """The record that fits the files better.
+
+        It is that of the journals if a repair was killed before it wrote manifest/cache.json.
+        """
         other = replace(
             believed,
             arrays={path: line.arrays.get(path, array) for path, array in believed.arrays.items()},

@@ -1,4 +1,4 @@
-"""What can be wrong with a stored array, and how it is said."""
+"""`Problem`: one thing that is wrong with a cache; and `StoredArray`, which finds the problems of an array."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from actcache.store.shard_file import ShardFile
 class Problem:
     """One thing that is wrong, and where.
 
-    path: the file. split, array, shard: what of the cache it holds; array is a path below the split, of statistics the
-    hook's name. chunk: the inner chunk within the shard, None if it is the whole file. rows: start and stop within the
-    split; of sequence arrays they are sequences.
+    path: the file. split, array, shard: what the file holds. array is a path below the split; for statistics it is the
+    name of the hook. chunk: number of the chunk within the shard; None if the whole file is wrong. rows: (start, stop)
+    within the split; for sequence arrays these are numbers of sequences. message: what is wrong.
     """
 
     path: str
@@ -45,7 +45,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredArray:
-    """One sharded array of a split, and how its shards are read."""
+    """One sharded array of a split. folder: of the split. reader: reads the array."""
 
     folder: Path
     split: str
@@ -55,7 +55,7 @@ class StoredArray:
 
     @property
     def n_shards(self) -> int:
-        """Number of its shards."""
+        """Number of shards of the array."""
         return len(self.reader.records)
 
     def path(self, shard: int) -> Path:
@@ -63,11 +63,11 @@ class StoredArray:
         return self.folder / shard_key(self.array, shard)
 
     def rows(self, shard: int) -> tuple[int, int]:
-        """Start and stop, within the split, of a shard's rows."""
+        """(start, stop): the rows of a shard, counted within the split."""
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.reader.n_rows)
 
     def problems(self, shard: int) -> Iterator[Problem | None]:
-        """For each chunk of a shard what is wrong with it, or None; with the first one what is wrong with the file."""
+        """For each chunk of a shard its problem, or None. A problem of the whole file comes in place of the first."""
         n_chunks = len(self.reader.records[shard].checksums)
         problem = functools.partial(
             Problem, path=str(self.path(shard)), split=self.split, array=self.array.path, shard=shard
@@ -112,15 +112,15 @@ def stored_arrays(cache: Cache) -> list[StoredArray]:
 
 
 def without_path(error: Exception, path: Path) -> str:
-    """What the error says is wrong, without whose it is and the way out, which the report says for all."""
+    """What an error says is wrong. The path before it and the way out after it are cut off."""
     return str(error).removeprefix(f"{path}: ").split("; ")[0]
 
 
 def _stored_arrays(cache: Cache, split: str) -> Iterator[StoredArray]:
-    folder, rows = cache.path / STORE / split, cache.manifest.shard_rows
+    folder, shard_rows = cache.path / STORE / split, cache.manifest.shard_rows
     for array in aligned_arrays(cache.manifest):
         reader = cache.reader(split, array)
-        yield StoredArray(folder=folder, split=split, array=array, shard_rows=rows, reader=reader)
+        yield StoredArray(folder=folder, split=split, array=array, shard_rows=shard_rows, reader=reader)
     for name, array in zip(("id", "document"), sequence_arrays(cache.context_size), strict=True):
         reader = sequence_reader(cache.path, cache.manifest.plan, split, name)
         yield StoredArray(folder=folder, split=split, array=array, shard_rows=array.chunk_rows, reader=reader)

@@ -1,4 +1,4 @@
-"""Sequence arrays that are damaged, made again: from the token arrays, or else from the dataset."""
+"""`RebuiltSequences`: makes damaged sequence arrays again, from the token arrays or from the dataset."""
 
 from __future__ import annotations
 
@@ -26,40 +26,54 @@ from actcache.text.packing import pack
 from actcache.text.sources import DatasetSource, Source
 from actcache.text.tokenise import documents
 
-ModelOf = Callable[[dict[str, Any]], LanguageModel]  # the model, given how activations were computed with it
-Place = tuple[str, str, int]  # split, sequence array and shard
+ModelOf = Callable[[dict[str, Any]], LanguageModel]  # gives the model; its argument says how activations were computed
+SequenceShard = tuple[str, str, int]  # split, path of the sequence array, shard
 IDS, DOCUMENTS = SEQUENCE_ARRAYS
 PACKING = ("context_size", "prepend_bos", "separator", "seed", "holdout")
 DATASET = ("config", "split", "revision", "column", "sample_by")
 
 
 class RebuiltSequences:
-    """The sequence arrays of the cache that a expected speaks of; only shards that the plan speaks of are put back."""
+    """Rebuilds the sequence arrays of a cache. A shard is written only if it has the checksum that the plan names."""
 
     def __init__(self, expected: ExpectedCache, dataset: str | Source | None, model: ModelOf):
-        """dataset: where it is now, None: where it was. model: called only if the dataset has to be packed again."""
+        """Nothing is read yet.
+
+        Args:
+            expected: what the cache should hold; it notes the files that are written.
+            dataset: where the dataset is now; None takes what the cache remembers.
+            model: called only if the dataset has to be packed again.
+        """
         self._expected, self._root, self._plan = expected, expected.root, expected.plan
         self._dataset, self._model = dataset, model
         self._codec, self._shard_rows = codec(self._plan.identity["codec"]), self._plan.identity["shard_rows"]
 
     def restore_ids(self, damaged: set[str]) -> None:
-        """From the token arrays; where these are damaged too, from the dataset, and documents with them."""
+        """Rebuild damaged token ids from the token arrays. If these are damaged too, pack the dataset again.
+
+        The dataset then restores the documents as well. damaged: paths of the damaged files. Raises CacheMismatch,
+        DatasetError.
+        """
         lost = self._damaged_sequences(IDS, damaged)
         lost = [(stored, shard) for stored, shard in lost if not self._restored_from_tokens(stored, shard)]
         if lost:
             self._restore_from_dataset([*lost, *self._damaged_sequences(DOCUMENTS, damaged)])
 
     def restore_documents(self, damaged: set[str]) -> None:
-        """From the dataset: nothing else tells which document a sequence is of."""
+        """Rebuild damaged documents by packing the dataset again: no other file tells the document of a token.
+
+        damaged: paths of the damaged files. Raises CacheMismatch, DatasetError.
+        """
         self._restore_from_dataset(self._damaged_sequences(DOCUMENTS, damaged))
 
     def _damaged_sequences(self, array: str, damaged: set[str]) -> list[tuple[StoredArray, int]]:
-        """(array of a split, shard) of the damaged shards of a sequence array that have not been put back."""
+        """(array of a split, shard), for each damaged shard of a sequence array that was not rebuilt yet."""
         lost = damaged - {*self._expected.redone}
         of_splits = [stored for stored in stored_arrays(self._expected.cache()) if stored.array.path == array]
         return [(s, shard) for s in of_splits for shard in range(s.n_shards) if str(s.path(shard)) in lost]
 
     def _restored_from_tokens(self, stored: StoredArray, shard: int) -> bool:
+        """Rebuild a shard of token ids from the token arrays. Returns False if these are damaged or do not fit."""
         start, stop = (sequence * self._plan.identity["context_size"] for sequence in stored.rows(shard))
         first, last = start // self._shard_rows, -(-stop // self._shard_rows)
         reader = self._expected.cache().token_reader(stored.split, "id")
@@ -67,17 +81,17 @@ class RebuiltSequences:
             token_ids = np.concatenate([self._token_ids(reader, stored.split, index) for index in range(first, last)])
         except CorruptShard:
             return False
-        rows = token_ids[start - first * self._shard_rows : stop - first * self._shard_rows]
-        return self._put_sequences(stored, shard, rows.reshape(-1, self._plan.identity["context_size"]))
+        in_shard = token_ids[start - first * self._shard_rows : stop - first * self._shard_rows]
+        return self._put_sequences(stored, shard, in_shard.reshape(-1, self._plan.identity["context_size"]))
 
     def _token_ids(self, reader: ArrayReader, split: str, index: int) -> Int32[np.ndarray, " token"]:
-        """The token ids of a shard in the order of its sequences. Raises CorruptShard."""
+        """The token ids of a shard, in the order of its sequences. Raises CorruptShard."""
         held = self._expected.held[split, index]
         permutation = shard_permutation(held.n_rows, seed=self._plan.identity["seed"], split=split, index=index)
         return reader.read(held.first_token, held.first_token + held.n_rows)[permutation]
 
     def _put_sequences(self, stored: StoredArray, shard: int, rows: Int32[np.ndarray, "sequence position"]) -> bool:
-        """Write a shard of a sequence array, which is one chunk, if it is the one that the plan speaks of."""
+        """Write a shard of a sequence array, which is one chunk. Returns False if the plan names another checksum."""
         chunk = encode_chunk(rows, stored.array, self._codec)
         if stored.reader.records[shard].checksums != (chunk[1],):
             return False
@@ -86,21 +100,21 @@ class RebuiltSequences:
         return True
 
     def _restore_from_dataset(self, lost: Sequence[tuple[StoredArray, int]]) -> None:
-        """Pack the dataset again, as far as shards of sequence arrays are lost.
+        """Pack the dataset again until every lost shard is rebuilt. lost: (array of a split, shard).
 
-        Raises DatasetError if it is not known where the dataset is, CacheMismatch if it gives something else.
+        Raises DatasetError if it is not known where the dataset is, CacheMismatch if it gives other sequences.
         """
         wanted = {(stored.split, stored.array.path, shard): stored for stored, shard in lost}
-        rows: dict[Place, list[np.ndarray]] = defaultdict(list)
-        for place, row in self._packed_again() if wanted else ():
-            if (stored := wanted.get(place)) is None:
+        sequences: dict[SequenceShard, list[np.ndarray]] = defaultdict(list)
+        for key, sequence in self._packed_again() if wanted else ():
+            if (stored := wanted.get(key)) is None:
                 continue
-            rows[place].append(row)
-            first, last = stored.rows(place[2])
-            if len(rows[place]) == last - first:
-                if not self._put_sequences(stored, place[2], np.stack(rows.pop(place))):
+            sequences[key].append(sequence)
+            first, last = stored.rows(key[2])
+            if len(sequences[key]) == last - first:
+                if not self._put_sequences(stored, key[2], np.stack(sequences.pop(key))):
                     break
-                del wanted[place]
+                del wanted[key]
             if not wanted:
                 break
         if wanted:
@@ -110,8 +124,8 @@ class RebuiltSequences:
                 "--dataset, or harvest again elsewhere"
             )
 
-    def _packed_again(self) -> Iterator[tuple[Place, Int32[np.ndarray, " position"]]]:
-        """((split, sequence array, shard), row) of every sequence of the dataset, in order."""
+    def _packed_again(self) -> Iterator[tuple[SequenceShard, Int32[np.ndarray, " position"]]]:
+        """For every sequence of the dataset, in order: (shard, its token ids), then (shard, its documents)."""
         identity, source = self._plan.identity, self._source()
         model = self._model(next(iter(self._expected.held.values())).compute)
         config = HarvestConfig(
@@ -127,6 +141,7 @@ class RebuiltSequences:
             counts[sequence.split] += 1
 
     def _source(self) -> Source:
+        """The dataset to pack again. Raises DatasetError if the cache does not remember where it is."""
         if isinstance(self._dataset, str):
             known = {key: self._plan.identity["dataset"].get(key) for key in DATASET}
             return DatasetSource(

@@ -1,4 +1,4 @@
-"""The bfloat16 arrays of a finished cache under their own name in Zarr's metadata, or again as uint16."""
+"""`relabel`: switches the data type that Zarr's metadata gives for bfloat16 arrays."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ from actcache.store.zarr_metadata import make_array
 
 
 def relabel(path: str | Path, native: bool) -> int:
-    """Have Zarr's metadata call the bfloat16 arrays of a finished cache "bfloat16" (native) or "uint16".
+    """Let Zarr's metadata call the bfloat16 arrays of a finished cache "bfloat16" (native) or "uint16".
 
-    Only data_type and fill_value of their zarr.json change; no shard does, and actcache itself reads either form, or a
-    mixture: it goes by the manifest. Files are replaced whole, one by one: after a kill the same call does the rest.
-    Returns the number of files changed, 0 if all are as asked.
+    Only data_type and fill_value in zarr.json change; no shard does. actcache goes by the manifest, so it reads either
+    form, and a mixture of both. Each file is replaced as a whole. After a kill, the same call does the rest.
+
+    Returns:
+        the number of files that were changed.
 
     Raises:
         CacheMismatch: the cache has no bfloat16 array.
-        ManifestError, CorruptShard: as `open_cache`, and if a zarr.json is of neither form; nothing is changed.
+        ManifestError: as for `open_cache`; also if a zarr.json has neither form. Then nothing is changed.
+        CorruptShard: as for `open_cache`.
     """
     cache = open_cache(path)
     arrays = [array for array in aligned_arrays(cache.manifest) if array.dtype == "bfloat16"]
@@ -40,7 +43,7 @@ def relabel(path: str | Path, native: bool) -> int:
 
 
 def _changes(cache: Cache, split: str, array: ArraySpec, native: bool) -> list[tuple[Path, bytes]]:
-    """[(zarr.json of the array, its new bytes)], or nothing if it is as asked."""
+    """[(zarr.json of the array, its new bytes)]; empty if the file is as asked."""
     file = cache.path / STORE / split / array.path / "zarr.json"
     wanted, other = (_metadata(cache, split, array, form) for form in (native, not native))
     try:

@@ -1,9 +1,9 @@
-"""Make a damaged cache sound again: rebuild exactly what is damaged, from what is sound, else by running the model.
+"""`repair`: rebuilds the damaged files of a cache from sound files, or by running the model.
 
-In the order in which one needs the other: packed sequences, tokens, activations, partial statistics, statistics, Zarr's
-metadata. What comes out as the manifest knows it is put in place, and nothing else changes. Activations that come out
-otherwise, since another machine or torch computes them, are new lines of a journal, and manifest/cache.json is written
-last. After a kill at any point the same call finds what is left to do.
+Each thing is rebuilt after the things that it is made of: packed sequences, tokens, activations, partial statistics,
+statistics, Zarr's metadata. If a rebuilt file has the checksum in the manifest, nothing else changes. Activations may
+come out with other bytes, because another machine or another torch computes them. Then their records become new lines
+of a journal, and manifest/cache.json is written last. After a kill at any point, the same call does the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from actcache.integrity.rebuild_sequences import RebuiltSequences
 from actcache.integrity.verify import (
     check_files,
     journal_problems,
+    lost_lines,
     metadata_problems,
     partials_problems,
     statistics_problems,
@@ -62,7 +63,10 @@ logger = logging.getLogger("actcache")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RepairReport:
-    """found: what was wrong. redone: files written anew. problems: what is wrong now; none, unless the disk is bad."""
+    """found: what was wrong.
+
+    redone: the files that were written again. problems: what is wrong now, none on a sound disk.
+    """
 
     path: str
     found: tuple[Problem, ...]
@@ -73,19 +77,24 @@ class RepairReport:
 def repair(
     path: str | Path, load_model: ModelLoader, *, dataset: str | Source | None = None, progress: Progress | None = None
 ) -> RepairReport:
-    """Rebuild what `verify` calls damaged, and nothing that is sound; an unfinished harvest is finished on the way.
+    """Rebuild what `verify` calls damaged, and change nothing that is sound. An unfinished harvest is finished as well.
 
     Args:
-        load_model: gives the model that was harvested; called only where activations, or documents, have to be made
-            again, with how they were computed: "model_dtype", "backend", "attention", "compiled", "device", ...
-        dataset: where the dataset is now, if it is needed and is not where it was: a path or hub name, or a source.
+        path: the folder of the cache.
+        load_model: gives the model that was harvested. It is called only if activations or documents have to be made
+            again. Its argument says how they were computed: "model_dtype", "backend", "attention", "device", ...
+        dataset: where the dataset is now, a path, a hub name or a source; None takes what the cache remembers.
         progress: called with (what is being done, done, in all).
 
+    Returns:
+        what was wrong, what was written again, and what is still wrong.
+
     Raises:
-        ManifestError: nothing says any more what the cache should be.
-        CacheMismatch: model or dataset are not those of the cache, or its manifest files are of two caches.
+        ManifestError: no manifest file tells what the cache should hold.
+        CacheMismatch: the model or the dataset is not that of the cache, or its manifest files belong to two caches.
         CacheLocked: another process writes the cache.
-        DatasetError, ModelError: see there.
+        DatasetError: the dataset is needed and cannot be found or read.
+        ModelError: the model is needed and cannot be loaded.
     """
     root = Path(path)
     if not (root / MANIFEST).is_dir():
@@ -94,7 +103,7 @@ def repair(
         if active_writers(root):
             raise CacheLocked(f"{root}: other processes write this cache; wait for them")
         plan, manifest, found = twins(root)
-        found += [_lost_lines(journal, numbers) for journal, numbers in salvage(root).items()]
+        found += [lost_lines(journal, numbers) for journal, numbers in salvage(root).items()]
         with Journal(root) as journal:
             remove_leftovers(root)
             plan, manifest, outdated = settled(root, plan, manifest)
@@ -103,10 +112,6 @@ def repair(
     report = verify(root, progress=_stage(progress, "verify"))
     redone = tuple(dict.fromkeys(expected.redone))
     return RepairReport(path=str(root), found=tuple(found), redone=redone, problems=report.problems)
-
-
-def _lost_lines(journal: Path, numbers: Sequence[int]) -> Problem:
-    return Problem(path=str(journal), message=f"cannot be read in line {', '.join(map(str, numbers))}")
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
@@ -126,7 +131,7 @@ class _Rebuilding:
         self._loaded: tuple[dict[str, Any], LanguageModel] | None = None
 
     def run(self) -> list[Problem]:
-        """Rebuild what is damaged, each thing after what it is made from; returns what was wrong."""
+        """Rebuild what is damaged, each thing after the things that it is made of; returns what was wrong."""
         cache = self._expected.cache()
         found = [
             self._expected.in_words(problem)
@@ -146,7 +151,7 @@ class _Rebuilding:
     # --- tokens ---
 
     def _restore_tokens(self, damaged: set[str]) -> None:
-        """From the sequences."""
+        """Rebuild damaged token arrays from the packed sequences. damaged: paths of the damaged files."""
         arrays = token_arrays(self._shard_rows)
         for key, held in self._expected.held.items():
             if not damaged.isdisjoint(str(self._expected.path(key, array.path)) for array in arrays):
@@ -167,8 +172,11 @@ class _Rebuilding:
     # --- activations and statistics ---
 
     def _restore_hooks(self, damaged: set[str]) -> None:
-        """By the model, from the forward batches that they were made from: one run for each way of computing them."""
-        for compute, shards in self._owed(damaged):
+        """Rebuild damaged activations by the model, from the same forward batches.
+
+        One run for each way of computing.
+        """
+        for compute, shards in self._damaged_hooks(damaged):
             model = self._model(compute)
             if other := other_compute(compute, compute_of(model, compute["batch_size"])):
                 logger.warning("%s: was computed with another %s; bytes may differ in the last bit", self._root, other)
@@ -183,19 +191,20 @@ class _Rebuilding:
                 progress=_stage(self._progress, "harvest"),
             )
 
-    def _owed(self, damaged: set[str]) -> Iterator[tuple[dict[str, Any], dict[Key, list[HookSpec]]]]:
-        """(how they were computed, shard -> hooks) of every hook of which an array is damaged."""
-        owed: dict[str, dict[Key, list[HookSpec]]] = defaultdict(lambda: defaultdict(list))
+    def _damaged_hooks(self, damaged: set[str]) -> Iterator[tuple[dict[str, Any], dict[Key, list[HookSpec]]]]:
+        """For each way of computing: (how it computed, shard -> hooks with a damaged array)."""
+        shards_by_compute: dict[str, dict[Key, list[HookSpec]]] = defaultdict(lambda: defaultdict(list))
         for key in self._expected.held:
             for hook in self._expected.hooks:
                 if not damaged.isdisjoint(
                     str(self._expected.path(key, array)) for array in self._expected.arrays_of(hook)
                 ):
-                    owed[json.dumps(self._expected.compute(key, hook), sort_keys=True)][key].append(hook)
-        return ((json.loads(compute), shards) for compute, shards in owed.items())
+                    compute = json.dumps(self._expected.compute(key, hook), sort_keys=True)
+                    shards_by_compute[compute][key].append(hook)
+        return ((json.loads(compute), shards) for compute, shards in shards_by_compute.items())
 
     def _model(self, compute: dict[str, Any]) -> LanguageModel:
-        """The model as it was run then; one at a time is kept. Raises CacheMismatch for another."""
+        """The model, loaded as it ran then. Only the last one stays loaded. Raises CacheMismatch for another model."""
         if self._plan.identity["tokenizer_sha256"] is None:
             raise CacheMismatch(
                 f"{self._root}: was imported, and does not know which weights its activations are of; import it again "
@@ -210,7 +219,7 @@ class _Rebuilding:
         return self._loaded[1]
 
     def _restore_partials(self) -> None:
-        """From the stored rows, chunk by chunk as when they were encoded."""
+        """Rebuild damaged partial statistics from the stored rows, chunk by chunk as at the harvest."""
         cache = self._expected.cache()
         for problem in list(partials_problems(cache)):
             assert problem.split is not None, "a partial is of a hook of a shard of a split"
@@ -222,6 +231,7 @@ class _Rebuilding:
             self._expected.record(self._expected.line(key, hooks=(hook,), partials={name: crc32c(payload)}))
 
     def _moments(self, cache: Cache, key: Key, hook: HookSpec) -> dict[str, Moments]:
+        """Row filter -> the moments of a hook in a shard, from its stored rows."""
         reader, ids = cache.hook_reader(key[0], hook.hook_name), cache.token_reader(key[0], "id")
         special = np.array(cache.special_token_ids, dtype=np.int32)
         moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
@@ -236,7 +246,7 @@ class _Rebuilding:
     # --- what makes the cache finished ---
 
     def _restore_manifest(self) -> None:
-        """Statistics, Zarr's metadata, the journals and, last, manifest/cache.json: what differs from what is held."""
+        """Write statistics, Zarr's metadata, journals and, last, manifest/cache.json, each only if it is not right."""
         manifest = finished_manifest(self._plan, list(self._expected.held.values()))
         cache = Cache(self._root, manifest, fingerprint="")
         wrong = {problem.path for problem in statistics_problems(cache)}
@@ -254,7 +264,7 @@ class _Rebuilding:
             self._expected.put(self._root / CACHE_MANIFEST, seal(manifest.to_json()))
 
     def _has_changed(self, manifest: Manifest, split: str, hook: HookSpec) -> bool:
-        """Whether statistics may be of other values than those that are stored now."""
+        """Whether the stored values may have changed since the statistics of a hook were made."""
         if self._expected.believed is None:
             return True
         arrays = self._expected.arrays_of(hook)

@@ -1,4 +1,4 @@
-"""Hold stored activations against the language model, for a few sequences."""
+"""`sample_model`: compares stored activations with those that the model gives, for a few sequences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ from actcache.store.shard import Shard
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleReport:
-    """n_rows: compared, over all hooks. notes: where the model did not run as it did when harvesting."""
+    """n_rows: how many rows were compared, summed over the hooks.
+
+    notes: how the model ran otherwise than at the harvest.
+    """
 
     n_sequences: int
     n_rows: int
@@ -43,13 +46,19 @@ class SampleReport:
 def sample_model(cache: Cache, model: LanguageModel, n_sequences: int, *, seed: int = 0) -> SampleReport:
     """Run a random sample of sequences through the model, in the forward batches of the harvest, and compare.
 
-    Where the model runs as the cache says it ran (device kind, torch, dtype, attention kernel, ...), stored rows must
-    be equal to the bit. Elsewhere they may lie apart by `tolerance` and what storing them rounds off; a note says so.
+    If the model runs as it ran at the harvest (device kind, torch, dtype, attention kernel, ...), the stored rows must
+    be equal to the bit. Otherwise they may differ by `tolerance` and by the rounding of their storage; a note says so.
+
+    Args:
+        cache: the opened cache.
+        model: the model that was harvested.
+        n_sequences: how many sequences are sampled, from both splits.
+        seed: of the sample.
 
     Raises:
         ConfigError: n_sequences is below 1.
-        CacheMismatch: the model is another one, or has another tokenizer.
-        CorruptShard: what is to be compared is damaged; `verify` first.
+        CacheMismatch: it is another model, or it has another tokenizer.
+        CorruptShard: a chunk that is compared is damaged; `verify` lists all of them.
     """
     if n_sequences < 1:
         raise ConfigError(f"verify: needs at least 1 sequence to sample, got {n_sequences}")
@@ -73,12 +82,12 @@ def sample_model(cache: Cache, model: LanguageModel, n_sequences: int, *, seed: 
 
 
 def tolerance(model: LanguageModel) -> float:
-    """How far two computations of a row may lie apart, as a share of its norm, if they round differently.
+    """How far apart two computations of a row may be, as a fraction of its norm, if they round differently.
 
-    A product of the model adds up at most 4 * d_model terms in float32 and rounds the sum to its dtype; rounding errors
-    of n terms grow as sqrt(n) times the unit roundoff (Higham and Mary 2019, "A New Approach to Probabilistic Rounding
-    Error Analysis"), and each of n_layers blocks adds two such products to the stream. Twice that, for each of the two
-    has its own errors, and four times for what lies between the products.
+    A product of the model adds at most 4 * d_model terms in float32 and rounds the sum to its dtype. The rounding
+    errors of n terms grow as sqrt(n) times the unit roundoff (Higham and Mary 2019, "A New Approach to Probabilistic
+    Rounding Error Analysis"). Each of n_layers blocks adds two such products to the stream. A factor of two is for the
+    errors of both computations, and a factor of four for the operations between the products.
     """
     product = _unit_roundoff(model.dtype) + math.sqrt(4 * model.d_model) * _unit_roundoff(torch.float32)
     return 2 * 4 * math.sqrt(2 * model.n_layers) * product
@@ -89,24 +98,24 @@ def _unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def _chosen(cache: Cache, n_sequences: int, seed: int) -> dict[str, list[int]]:
-    """Split -> numbers of the sampled sequences."""
-    places = [(split, i) for split in SPLITS for i in range(cache.manifest.plan.sequences[split].n_sequences)]
-    picked = np.random.default_rng(seed).permutation(len(places))[:n_sequences]
+    """Split -> numbers of the sampled sequences, ascending."""
+    sequences = [(split, i) for split in SPLITS for i in range(cache.manifest.plan.sequences[split].n_sequences)]
+    picked = np.random.default_rng(seed).permutation(len(sequences))[:n_sequences]
     chosen: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for place in np.sort(picked).tolist():
-        split, number = places[place]
+    for index in np.sort(picked).tolist():
+        split, number = sequences[index]
         chosen[split].append(number)
     return chosen
 
 
 def _shards(cache: Cache, chosen: dict[str, list[int]]) -> Iterator[tuple[Shard, list[int], dict[str, Any]]]:
-    """(shard, sequences of it, how it was computed) of all that is touched; hooks computed in one way go together."""
-    computes, plan, rows = hook_computes(cache.path), cache.manifest.plan, cache.manifest.shard_rows
+    """(shard, its sampled sequences, how its hooks were computed). A shard comes once for each way of computing."""
+    computes, plan, shard_rows = hook_computes(cache.path), cache.manifest.plan, cache.manifest.shard_rows
     touched: dict[tuple[str, int], list[int]] = defaultdict(list)
     for split, numbers in chosen.items():
         for number in numbers:
             start = number * cache.context_size
-            for index in range(start // rows, -(-(start + cache.context_size) // rows)):
+            for index in range(start // shard_rows, -(-(start + cache.context_size) // shard_rows)):
                 touched[split, index].append(number)
     for (split, index), sequences in touched.items():
         ways: dict[str, list[HookSpec]] = defaultdict(list)
@@ -120,7 +129,17 @@ def _shards(cache: Cache, chosen: dict[str, list[int]]) -> Iterator[tuple[Shard,
 def _computed(
     model: LanguageModel, shard: Shard, sequences: Sequence[int], batch_size: int
 ) -> tuple[Int64[np.ndarray, " row"], dict[str, Float[Tensor, "row _"]]]:
-    """(number within the shard, hook -> activations in the model's dtype) of the rows of some sequences."""
+    """Run the forward batches that hold some sequences of a shard.
+
+    Args:
+        model: the model.
+        shard: its hooks are captured.
+        sequences: numbers of sequences of the split.
+        batch_size: sequences of a forward pass at the harvest.
+
+    Returns:
+        the number of each row within the shard, and hook name -> the activations of these rows in the model's dtype.
+    """
     hook_names = [hook.hook_name for hook in shard.hooks]
     context_size = shard.sequences.shape[1]
     rows: list[np.ndarray] = []
@@ -129,7 +148,7 @@ def _computed(
         inside = [number for number in sequences if 0 <= number - tokens.first_sequence < len(tokens.token_ids)]
         found = model.activations(torch.from_numpy(tokens.token_ids), hook_names) if inside else {}
         for number in inside:
-            first = number * context_size - shard.first_token  # negative for a sequence that begins a shard before
+            first = number * context_size - shard.first_token  # negative if the sequence begins in the shard before
             start, stop = max(first, 0), min(first + context_size, shard.n_rows)
             rows.append(shard.permutation[start:stop])
             for hook_name, values in found.items():
@@ -145,7 +164,15 @@ def _compared(
     x: Float[Tensor, "row d_in"],
     share: float | None,
 ) -> Iterator[Problem]:
-    """What is wrong with the stored rows of a hook. share: see `tolerance`; None: they must be equal to the bit."""
+    """Compare stored rows of a hook with computed ones; yields one problem, or none.
+
+    Args:
+        cache: the opened cache.
+        shard, hook: where the rows are stored.
+        row: numbers of the rows within the shard.
+        x: the computed rows.
+        share: the tolerance; None if the rows must be equal to the bit.
+    """
     reader = cache.hook_reader(shard.split, hook.hook_name)
     stored = _gathered(reader, shard.first_token + row)
     norm = x.double().norm(dim=1).numpy()
@@ -170,20 +197,20 @@ def _compared(
 
 
 def _gathered(reader: HookReader, rows: Int64[np.ndarray, " row"]) -> tuple[Shaped[np.ndarray, "row _"], ...]:
-    """Stored elements of some rows of a split, a part for each array of the hook; each chunk is decoded once."""
+    """The stored elements of some rows of a split, a part for each array of the hook. Each chunk is decoded once."""
     chunk, within = np.divmod(rows, reader.chunk_rows)
     buffer = reader.empty(1)
     gathered = tuple(np.empty((len(rows), *part.shape[1:]), dtype=part.dtype) for part in buffer)
     for number in np.unique(chunk).tolist():
         reader.decode_into(number, buffer)
-        mine = chunk == number
+        in_chunk = chunk == number
         for part, decoded in zip(gathered, buffer, strict=True):
-            part[mine] = decoded[within[mine]]
+            part[in_chunk] = decoded[within[in_chunk]]
     return gathered
 
 
 def _unequal(stored: Sequence[np.ndarray], expected: Sequence[Tensor]) -> Bool[np.ndarray, " row"]:
-    """The rows of which a bit differs."""
+    """Which rows differ in any bit."""
     pairs = [
         (ours.view(np.uint8), storage_view(theirs).view(np.uint8))
         for ours, theirs in zip(stored, expected, strict=True)
@@ -194,7 +221,7 @@ def _unequal(stored: Sequence[np.ndarray], expected: Sequence[Tensor]) -> Bool[n
 def _rounded_off(
     reader: HookReader, stored: Sequence[np.ndarray], norm: Float64[np.ndarray, " row"]
 ) -> Float64[np.ndarray, " row"]:
-    """At most how far storing moved each row: to its dtype, and half a step of each channel if it is quantised."""
+    """How far storage moved each row at most: by rounding to its dtype, and by half a step of a quantised channel."""
     moved = _unit_roundoff(TORCH_DTYPE[reader.hook.dtype]) * norm
     if len(stored) == 1:
         return moved

@@ -1,9 +1,9 @@
-"""Audit a cache: every byte that a reader would trust is read and held against the manifest."""
+"""`verify`: reads every byte that a reader would trust, and compares it with the manifest."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What was checked, and what is wrong: nothing in a sound cache. notes: what is odd but misleads nobody."""
+    """What was checked. problems: what is wrong, empty for a sound cache. notes: what is odd but misleads no reader."""
 
     path: str
     n_chunks: int
@@ -44,15 +44,19 @@ class VerifyReport:
 
 
 def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyReport:
-    """Read everything and hold it against the manifest; every problem is listed, not only the first.
+    """Read a whole cache and compare it with its manifest. Every problem is listed, not only the first.
 
-    Shard files: size, index, the checksum and decoding of every chunk, and that every row's token is the one it says.
-    Partial statistics, statistics, every zarr.json, manifest/plan.json and the journals: that they are there, sound,
-    and say what manifest/cache.json says. Files that nothing speaks of are noted.
+    Shard files are checked for their size, their index, and the checksum and decoding of every chunk. The token arrays
+    must hold the tokens of the packed sequences. Partial statistics, statistics, every zarr.json, manifest/plan.json
+    and the journals must be there, be sound, and agree with manifest/cache.json. Files that no manifest names are
+    noted.
 
-    progress: called with (chunks done, chunks in all).
+    Args:
+        path: the folder of the cache.
+        progress: called with (chunks done, chunks in all).
 
-    Raises ManifestError if there is no manifest that could be trusted to say what should be there.
+    Raises:
+        ManifestError: manifest/cache.json cannot be trusted to tell what should be there.
     """
     cache = read_manifest(path)
     problems = (*check_files(cache, progress=progress), *_twin_problems(cache))
@@ -66,7 +70,7 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
 
 
 def check_files(cache: Cache, *, progress: Progress | None = None) -> tuple[Problem, ...]:
-    """What of a cache is not as its manifest says; its other manifest files are not looked at."""
+    """Every problem of a cache except those of manifest/plan.json and of the journals."""
     problems = _chunk_problems(cache, progress)
     problems += partials_problems(cache)
     problems += statistics_problems(cache)
@@ -76,7 +80,7 @@ def check_files(cache: Cache, *, progress: Progress | None = None) -> tuple[Prob
 
 
 def agrees(line: ShardRecord | None, shard: ShardRecord) -> bool:
-    """Whether a journal's record of a shard says of each array and partial what manifest/cache.json says of it."""
+    """Whether a journal's record of a shard gives each file the size and checksum that manifest/cache.json gives it."""
     return (
         line is not None
         and (line.first_token, line.n_rows) == (shard.first_token, shard.n_rows)
@@ -86,7 +90,7 @@ def agrees(line: ShardRecord | None, shard: ShardRecord) -> bool:
 
 
 def zarr_files(cache: Cache, *, native: bool = False) -> dict[str, Any]:
-    """Path below acts.zarr -> buffer, of every zarr.json as the manifest has it."""
+    """For every zarr.json that the manifest implies: path below acts.zarr -> buffer. native: as for `make_array`."""
     attributes, profile = {"actcache": cache.identity}, codec(cache.identity["codec"])
     return make_store(attributes, store_arrays(cache.manifest), profile, native=native)
 
@@ -95,19 +99,19 @@ def _chunk_problems(cache: Cache, progress: Progress | None) -> list[Problem]:
     arrays = stored_arrays(cache)
     n_chunks = sum(stored.reader.n_chunks for stored in arrays)
     problems: list[Problem] = []
-    done = 0
+    n_done = 0
     for stored in arrays:
         for shard in range(stored.n_shards):
             for problem in stored.problems(shard):
                 problems += [problem] if problem else []
-                done += 1
+                n_done += 1
                 if progress:
-                    progress(done, n_chunks)
+                    progress(n_done, n_chunks)
     return problems
 
 
 def partials_problems(cache: Cache) -> Iterator[Problem]:
-    """Partial statistics that are missing or damaged; array is the hook's name."""
+    """Partial statistics that are missing or damaged. Problem.array is the name of the hook."""
     for split in SPLITS:
         for shard in cache.manifest.shards[split]:
             for hook_name in cache.hook_names:
@@ -126,7 +130,7 @@ def _wrong_partial(path: Path, checksum: int | None) -> str | None:
 
 
 def statistics_problems(cache: Cache) -> Iterator[Problem]:
-    """Statistics that cannot be read, or do not follow from the partial ones; array is the hook's name."""
+    """Statistics that cannot be read or are not those of the partial ones. Problem.array is the name of the hook."""
     for split in SPLITS:
         for hook in cache.manifest.hooks:
             path = cache.path / statistics_key(split, hook.hook_name)
@@ -135,7 +139,10 @@ def statistics_problems(cache: Cache) -> Iterator[Problem]:
 
 
 def _wrong_statistics(cache: Cache, split: str, hook: HookSpec, path: Path) -> str | None:
-    """Whether they can be read and, but for the median, follow from the shards' partials, where these are sound."""
+    """What is wrong with the statistics of a hook, or None.
+
+    The median is not checked. If partial statistics are damaged, only reading is checked.
+    """
     try:
         found = {name: cache.statistics(hook.hook_name, split=split, row_filter=name) for name in ROW_FILTERS}
         moments = merged_moments(cache, split, hook)
@@ -149,7 +156,7 @@ def _wrong_statistics(cache: Cache, split: str, hook: HookSpec, path: Path) -> s
 
 
 def metadata_problems(cache: Cache) -> Iterator[Problem]:
-    """Every zarr.json as other Zarr readers see it; bfloat16 in either form."""
+    """Every zarr.json that does not describe its array. bfloat16 arrays may have either data type."""
     files = zarr_files(cache)
     native = functools.cache(lambda: zarr_files(cache, native=True))
     for key in sorted(files):
@@ -177,12 +184,12 @@ def _wrong_metadata(path: Path, node: str, files: dict[str, Any], native: Callab
 
 
 def _node_metadata(store: StoreLike, node: str) -> dict[str, Any]:
-    """What zarr makes of the metadata of a group or an array."""
+    """The metadata of a group or an array, as zarr reads it."""
     return zarr.open(store, path=node, mode="r", zarr_format=3).metadata.to_dict()
 
 
 def token_problems(cache: Cache) -> Iterator[Problem]:
-    """Token arrays that do not hold what the permutation of their shard makes of the sequences."""
+    """Token arrays that do not hold the tokens of the packed sequences, scattered by the permutation of their shard."""
     names = {array.path for array in token_arrays(cache.manifest.shard_rows)}
     tokens = [stored for stored in stored_arrays(cache) if stored.array.path in names]
     for split in SPLITS:
@@ -213,7 +220,7 @@ def _wrong_tokens(stored: StoredArray, shard: ShardRecord, expected: np.ndarray)
 
 
 def _twin_problems(cache: Cache) -> Iterator[Problem]:
-    """manifest/plan.json and the journals, which say the same as manifest/cache.json."""
+    """Problems of manifest/plan.json and of the journals, which must agree with manifest/cache.json."""
     path = cache.path / PLAN
     try:
         plan = Plan.from_json(unseal(contents(path), path))
@@ -225,13 +232,21 @@ def _twin_problems(cache: Cache) -> Iterator[Problem]:
         yield Problem(path=str(path), message=f"cannot be read ({error.strerror})")
     damaged = damaged_lines(cache.path)
     for journal, numbers in damaged.items():
-        yield Problem(path=str(journal), message=f"cannot be read in line {', '.join(map(str, numbers))}")
+        yield lost_lines(journal, numbers)
     if not damaged:
         yield from journal_problems(cache)
 
 
+def lost_lines(journal: Path, numbers: Sequence[int]) -> Problem:
+    """The problem of a journal with damaged lines."""
+    return Problem(path=str(journal), message=f"cannot be read in line {', '.join(map(str, numbers))}")
+
+
 def journal_problems(cache: Cache) -> Iterator[Problem]:
-    """Shards of which the journals say something else than manifest/cache.json, or nothing. Raises ManifestError."""
+    """Shards that the journals describe in another way than manifest/cache.json, or not at all.
+
+    Raises ManifestError.
+    """
     lines = merge_records(read_journals(cache.path))
     for split in SPLITS:
         for shard in cache.manifest.shards[split]:
@@ -245,9 +260,9 @@ def journal_problems(cache: Cache) -> Iterator[Problem]:
 
 
 def _strays(cache: Cache) -> Iterator[str]:
-    """Files in acts.zarr that no manifest speaks of; readers go by the manifest or by zarr.json, and miss nothing."""
+    """A note for each file in acts.zarr that no manifest names. No reader looks at these files."""
     if active_writers(cache.path) or damaged_lines(cache.path):
-        return  # a shard is there before the line that speaks of it
+        return  # a shard is written before the line that describes it
     known = {*stored_files(cache.manifest), *zarr_files(cache), *_journalled_files(cache)}
     for path in sorted((cache.path / STORE).rglob("*")):
         if path.is_dir() or path.relative_to(cache.path / STORE).as_posix() in known:
@@ -257,7 +272,7 @@ def _strays(cache: Cache) -> Iterator[str]:
 
 
 def _journalled_files(cache: Cache) -> Iterator[str]:
-    """Shard files of hooks that are still being added."""
+    """Shard files that the journals name; hooks that are still being added have them."""
     profile = codec(cache.identity["codec"])
     for record in read_journals(cache.path):
         for hook in record.hooks:
