@@ -1,4 +1,4 @@
-"""A split of a cache as SAELens' Arrow cache."""
+"""`export_cache`: writes a split of a cache as SAELens' Arrow cache."""
 
 from __future__ import annotations
 
@@ -28,16 +28,19 @@ INFO_FILE, STATE_FILE = "dataset_info.json", "state.json"
 
 
 def export_cache(cache: Cache, out: Path | str, *, split: str = "train", progress: Progress | None = None) -> Path:
-    """Write a split of a cache as SAELens' Arrow cache at `out`, whole or not at all, in the order of its sequences.
+    """Write a split of a cache as SAELens' Arrow cache at `out`, in the order of its sequences.
 
-    bfloat16 becomes float32, which holds it exactly; other dtypes stay. Memory: one shard of every hook, one more, and
-    BATCH_BYTES. The same call again does nothing.
+    The folder appears as a whole or not at all. bfloat16 becomes float32, which is exact; other dtypes stay. This takes
+    the memory of one shard of every hook, one more shard, and BATCH_BYTES. The same call again does nothing.
 
     Args:
+        cache: the opened cache.
+        out: the folder to write; it must be new or empty.
+        split: "train" or "validation".
         progress: called with (rows done, rows in all) after every shard.
 
     Returns:
-        `out`, for `CacheActivationsRunnerConfig.new_cached_activations_path`.
+        `out`; SAELens takes it as `CacheActivationsRunnerConfig.new_cached_activations_path`.
 
     Raises:
         DatasetError: the split has no rows.
@@ -57,7 +60,7 @@ def export_cache(cache: Cache, out: Path | str, *, split: str = "train", progres
     datasets.DatasetInfo(features=features).write_to_directory(str(aside))
     info = (aside / INFO_FILE).read_bytes()
     for name, data in ((INFO_FILE, info), (STATE_FILE, json.dumps(_state(files, fingerprint), indent=2).encode())):
-        write_atomically(aside / name, [data])  # durable, which `datasets` leaves to chance
+        write_atomically(aside / name, [data])  # `datasets` wrote it without fsync
     if out.exists():
         out.rmdir()  # empty
     aside.rename(out)
@@ -66,7 +69,7 @@ def export_cache(cache: Cache, out: Path | str, *, split: str = "train", progres
 
 
 def _is_exported(out: Path, fingerprint: str) -> bool:
-    """Whether it is there already. Raises CacheMismatch if something else is."""
+    """Whether `out` holds this export already. Raises CacheMismatch if it holds something else."""
     if out.exists() and not out.is_dir():
         raise CacheMismatch(f"export-cache: {out} must be a folder, is a file; pass another --out")
     held = sorted(path.name for path in out.iterdir()) if out.exists() else []
@@ -89,7 +92,7 @@ def _features(cache: Cache) -> datasets.Features:
 
 
 def _state(files: Sequence[str], fingerprint: str) -> dict[str, Any]:
-    """state.json of `Dataset.save_to_disk`: an unformatted dataset in these files."""
+    """The state.json that `Dataset.save_to_disk` writes for an unformatted dataset in these files."""
     return {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": fingerprint,
@@ -102,7 +105,7 @@ def _state(files: Sequence[str], fingerprint: str) -> dict[str, Any]:
 def _write_arrow_files(
     cache: Cache, split: str, features: datasets.Features, folder: Path, progress: Progress | None
 ) -> Iterator[str]:
-    """A file a shard, of the sequences that end in it; those that begin in it and end in the next wait for that."""
+    """Write, for each shard, a file of the sequences that end in it; yields its name. Rows of a cut sequence wait."""
     waiting = {
         hook.hook_name: torch.empty(0, hook.d_in, dtype=TORCH_DTYPE[hook.dtype]) for hook in cache.manifest.hooks
     }
@@ -118,9 +121,16 @@ def _write_arrow_files(
 def _write_arrow_file(
     path: Path, schema: pa.Schema, cache: Cache, shard: ShardRecord, waiting: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Write the sequences that end in a shard, if any; returns the rows, by hook, of the one that does not end there.
+    """Write the sequences that end in a shard, if there are any.
 
-    waiting: what this returned for the shard before.
+    Args:
+        path: the file to write.
+        schema: of the file.
+        cache, shard: where the rows are.
+        waiting: what this returned for the shard before.
+
+    Returns:
+        hook name -> the rows of the last sequence of the shard, if that sequence does not end in it.
     """
     columns = {name: _in_token_order(cache, shard, name, before) for name, before in waiting.items()}
     first, last = (token // cache.context_size for token in (shard.first_token, shard.first_token + shard.n_rows))
@@ -145,17 +155,20 @@ def _write_arrow_file(
 def _in_token_order(
     cache: Cache, shard: ShardRecord, hook_name: str, before: Float[Tensor, "waiting d_in"]
 ) -> Float[Tensor, "token d_in"]:
-    """The rows that wait, and after them those of a shard as their tokens follow each other."""
+    """The rows that wait, and after them the rows of a shard in the order of their tokens.
+
+    before: the rows that wait.
+    """
     stored = cache.hook_reader(shard.split, hook_name).read(shard.first_token, shard.first_token + shard.n_rows)
-    places = shard_permutation(shard.n_rows, seed=cache.identity["seed"], split=shard.split, index=shard.index)
+    permutation = shard_permutation(shard.n_rows, seed=cache.identity["seed"], split=shard.split, index=shard.index)
     rows = stored.new_empty(len(before) + shard.n_rows, before.shape[1])
     rows[: len(before)] = before
-    torch.index_select(stored, 0, torch.from_numpy(places), out=rows[len(before) :])
+    torch.index_select(stored, 0, torch.from_numpy(permutation), out=rows[len(before) :])
     return rows
 
 
 def _arrow_array(column: Tensor, kind: pa.DataType, context_size: int) -> pa.Array:
-    """A column of a batch of sequences: token ids, or activations as lists of lists, as Array2D has them."""
+    """A column of whole sequences: token ids, or activations as the lists of lists of an Array2D."""
     if column.ndim == 1:
         return pa.FixedSizeListArray.from_arrays(pa.array(column.numpy()), context_size)
     values = (column.float() if column.dtype == torch.bfloat16 else column).contiguous().numpy()
@@ -166,5 +179,5 @@ def _arrow_array(column: Tensor, kind: pa.DataType, context_size: int) -> pa.Arr
 
 
 def _ends(n_lists: int, length: int) -> pa.Array:
-    """Where each of so many lists of one length begins, and the last ends."""
+    """The offsets of `n_lists` lists of one length: where each begins, and where the last one ends."""
     return pa.array(np.arange(n_lists + 1, dtype=np.int32) * length)

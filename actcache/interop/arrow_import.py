@@ -1,11 +1,11 @@
-"""SAELens' Arrow caches, both ways.
+"""`import_cache`: makes a cache of SAELens' Arrow cache.
 
-Such a cache is a folder that `datasets` saves: a row a sequence, `token_ids` int32 [context_size] and for each hook a
-column of its name, float32 or float16 [context_size, d_in]. It names neither model nor dataset, and says neither where
-documents end nor which tokens are special.
+An Arrow cache is a folder that `datasets` saved. A row is a sequence. The column `token_ids` is int32 [context_size].
+Each hook has a column of its name, float32 or float16 [context_size, d_in]. Such a cache does not tell its model, its
+dataset, where documents end, or which tokens are special.
 
-In an imported cache each row counts as a document, so that the splits are of whole rows; hashes of model and tokenizer
-are null in its identity.
+In an imported cache each row counts as a document, so that a split consists of whole rows. The hashes of model and
+tokenizer are null in its identity.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from actcache.text.packing import PackedSequence, split_of
 from actcache.text.sources import DatasetSource
 
 TOKEN_IDS = "token_ids"
-DTYPES = ("float32", "float16")  # of the columns of such a cache; it has no bfloat16
+DTYPES = ("float32", "float16")  # of the columns; an Arrow cache cannot have bfloat16
 BATCH_BYTES = 64 << 20  # of activations read or written at once
 
 Progress = Callable[[int, int], None]
@@ -62,9 +62,9 @@ Progress = Callable[[int, int], None]
 class ArrowImport:
     """What an Arrow cache does not say, and how it is to be stored.
 
-    model: the name or folder of the model that it was made with. special_token_ids: of BOS, EOS, ... in it, whose rows
-    training leaves out. dtype: of the stored values; None keeps that of the columns. codec, seed, holdout: as for a
-    harvest, with rows in the place of documents.
+    model: the name or folder of the model that it was made with. special_token_ids: of BOS, EOS and other tokens whose
+    rows training leaves out. dtype: of the stored values; None keeps that of the columns. codec, seed, holdout: as for
+    a harvest; here the documents are the rows.
     """
 
     model: str
@@ -78,16 +78,22 @@ class ArrowImport:
 def import_cache(
     source: Path | str, config: ArrowImport, out: Path | str, *, progress: Progress | None = None
 ) -> Cache:
-    """Write SAELens' Arrow cache at `source` as a cache at `out`, with all that a harvested one has.
+    """Write SAELens' Arrow cache at `source` as a cache at `out`. It has everything that a harvested cache has.
 
-    The same call after a kill goes on at the first unfinished shard; a finished cache of the same data is opened as it
-    is. Memory: one shard of every hook, BATCH_BYTES, and what the encoder threads take.
+    After a kill, the same call goes on at the first unfinished shard. A finished cache of the same data is opened as it
+    is. This takes the memory of one shard of every hook, BATCH_BYTES, and that of the encoder threads.
 
     Args:
+        source: the folder of the Arrow cache.
+        config: what the Arrow cache does not say, and how it is stored.
+        out: the folder of the cache.
         progress: called with (rows done, rows in all) after every shard.
 
+    Returns:
+        the finished cache, opened.
+
     Raises:
-        DatasetError: `source` is no such cache, or a row of it is not whole.
+        DatasetError: `source` is no Arrow cache, or a row of it is incomplete.
         CacheMismatch: `out` holds something else; the message lists the differences.
         ConfigError, CacheLocked, DiskTooSmall, NonFiniteActivations: as for a harvest.
     """
@@ -116,19 +122,19 @@ def import_cache(
 
 
 class ArrowRows:
-    """An Arrow cache, opened: nothing of it is in memory but what is asked for."""
+    """An opened Arrow cache. Rows are read when they are asked for."""
 
     def __init__(self, path: Path, model: str):
-        """Raises DatasetError unless every row has token ids and activations of one context size and dtype.
+        """Open the folder. A column named after a submodule of `model` gets TransformerLens' hook name.
 
-        Columns with the name of a module of `model` get TransformerLens' name.
+        Raises DatasetError unless there are token ids and activations, all of one context size and one dtype.
         """
         self.path = path
         try:
-            rows: Any = datasets.load_from_disk(str(path))
+            dataset: Any = datasets.load_from_disk(str(path))
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
             raise DatasetError(f"import-cache: {path} must be a folder that datasets saved, got {error}") from error
-        found = dict(rows.features) if isinstance(rows, datasets.Dataset) else {}
+        found = dict(dataset.features) if isinstance(dataset, datasets.Dataset) else {}
         columns = {name: each for name, each in found.items() if isinstance(each, datasets.Array2D)}
         kinds = {(each.shape[0], each.dtype) for each in columns.values()}
         if TOKEN_IDS not in found or len(kinds) != 1 or not all(size and dtype in DTYPES for size, dtype in kinds):
@@ -138,15 +144,18 @@ class ArrowRows:
                 f"{' or '.join(DTYPES)}, it has {said or 'none'}; make it with SAELens' CacheActivationsRunner"
             )
         ((self.context_size, self.dtype),) = kinds
-        self._n_rows = len(rows)
+        self._n_rows = len(dataset)
         names = {_hook_name(name, model): name for name in columns} | {TOKEN_IDS: TOKEN_IDS}
         self._columns: dict[str, Any] = {
-            name: rows.with_format("arrow", columns=[column]) for name, column in names.items()
+            name: dataset.with_format("arrow", columns=[column]) for name, column in names.items()
         }
         self.widths: dict[str, int] = {_hook_name(name, model): each.shape[1] for name, each in columns.items()}
 
     def sequences(self, *, seed: int, holdout: float) -> Iterator[PackedSequence]:
-        """Every row's token ids; the row is the document of all its tokens, and of the split that it falls in."""
+        """Every row as a sequence.
+
+        All its tokens belong to one document, the row; seed and holdout decide its split.
+        """
         step = max(1, BATCH_BYTES // (4 * self.context_size))
         for start in range(0, self._n_rows, step):
             token_ids = self._token_ids(slice(start, start + step))
@@ -155,7 +164,7 @@ class ArrowRows:
                 yield PackedSequence(split_of(row, seed=seed, holdout=holdout), ids, document)
 
     def activations(self, hook_name: str, rows: Sequence[int]) -> Float[Tensor, "row position d_in"]:
-        """Of some rows, in the dtype of the columns."""
+        """The activations of some rows at a hook, in the dtype of the columns. Raises DatasetError."""
         shape = (self.context_size, self.widths[hook_name])
         return torch.from_numpy(self._values(hook_name, rows, shape))
 
@@ -166,13 +175,13 @@ class ArrowRows:
         return token_ids.astype(np.int32)
 
     def _values(self, name: str, rows: slice | Sequence[int], shape: tuple[int, ...]) -> Shaped[np.ndarray, "row ..."]:
-        """A copy of what a column holds in some rows. Raises DatasetError if one has not all of `shape`."""
+        """A copy of some rows of a column, [row, *shape]. Raises DatasetError if a row is null or incomplete."""
         (column,) = self._columns[name][rows].columns
         parts = []
         for chunk in column.chunks:
             values = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
             for _ in shape:
-                values = values.flatten()  # without rows that are null
+                values = values.flatten()  # drops null rows
             parts.append(values)
         if sum(map(len, parts)) != len(column) * math.prod(shape) or any(part.null_count for part in parts):
             raise DatasetError(f"import-cache: {self.path}: every row of {name} must be whole, of shape {shape}")
@@ -184,11 +193,8 @@ def _hook_name(column: str, model: str) -> str:
     return column if hooks is None else hooks[1]
 
 
-# --- import ----------------------------------------------------------------------------------------------------------
-
-
 def _begun(root: Path, arrow: ArrowRows, config: ArrowImport, settings: HarvestConfig) -> Plan:
-    """Settle the plan; what killed writers left goes."""
+    """Settle the plan, and delete the files that killed writers left. Raises CacheLocked if other processes write."""
     if active_writers(root) != {0}:
         raise CacheLocked(f"{root}: other processes write this cache; wait for them")
     sequences = arrow.sequences(seed=config.seed, holdout=config.holdout)
@@ -198,7 +204,7 @@ def _begun(root: Path, arrow: ArrowRows, config: ArrowImport, settings: HarvestC
 
 
 def _identity(arrow: ArrowRows, config: ArrowImport, settings: HarvestConfig) -> dict[str, Any]:
-    """As of a harvest; null is what an Arrow cache does not say."""
+    """The identity of the cache, as a harvest makes it. What an Arrow cache does not say is null."""
     return {
         "format_version": FORMAT_VERSION,
         "model": {"name": name_of(config.model), "revision": None, "config_sha256": None, "weights_sha256": None},
@@ -216,7 +222,10 @@ def _identity(arrow: ArrowRows, config: ArrowImport, settings: HarvestConfig) ->
 
 
 def _compute(settings: HarvestConfig) -> dict[str, Any]:
-    """How the activations were computed, which is not known; where it names a choice, what to take in its place."""
+    """How the activations were computed.
+
+    It is not known, so choices have the defaults by which a model would be loaded.
+    """
     unknown = dict.fromkeys(("device", "torch", "transformers"), "unknown")
     choices = {"backend": "hf", "model_dtype": "auto", "attention": "auto", "compiled": False}
     return {**unknown, **choices, "batch_size": settings.batch_sequences}
@@ -231,30 +240,44 @@ def _write_shards(
     written: Callable[[ShardRecord], None],
     progress: Progress | None,
 ) -> None:
-    """Every shard that is not recorded yet, one after the other."""
-    todo = list(missing_shards(plan, merge_records(read_journals(root)), hooks))
-    n_rows, n_owed = sum(map(plan.n_rows, SPLITS)), sum(plan.rows_of(*owed[:2]) for owed in todo)
-    refuse_small_disk(root, expected_bytes(n_owed, hooks, settings.codec))
-    device, largest = torch.device("cpu"), max((plan.rows_of(*owed[:2]) for owed in todo), default=0)
+    """Write every shard that is not recorded yet.
+
+    Args:
+        root: the folder of the cache.
+        plan: its plan.
+        hooks: the hooks that every shard holds.
+        arrow: the Arrow cache.
+        settings: the import as the settings of a harvest.
+        written: called with the record of each shard after its files were written.
+        progress: called with (rows done, rows in all) after every shard.
+
+    Raises:
+        DiskTooSmall, DatasetError, NonFiniteActivations: as for `import_cache`.
+    """
+    pending = list(missing_shards(plan, merge_records(read_journals(root)), hooks))
+    n_rows, n_left = sum(map(plan.n_rows, SPLITS)), sum(plan.rows_of(*task[:2]) for task in pending)
+    refuse_small_disk(root, expected_bytes(n_left, hooks, settings.codec))
+    device, largest = torch.device("cpu"), max((plan.rows_of(*task[:2]) for task in pending), default=0)
     window = Window(hooks, codec(settings.codec), largest, device)
     encoder = ShardEncoder(root, plan, device, _compute(settings), encoder_threads(device))
     with closing(encoder):
-        for split, index, owed_hooks, revision in todo:
-            shard = Shard.of(root, plan, split, index, owed_hooks, revision)
+        for split, index, missing_hooks, revision in pending:
+            shard = Shard.of(root, plan, split, index, missing_hooks, revision)
             _fill(window, shard, arrow, _documents(root, plan, shard))
             written(encoder.write(shard, window, with_tokens=True, ready=None))
-            n_owed -= shard.n_rows
+            n_left -= shard.n_rows
             if progress is not None:
-                progress(n_rows - n_owed, n_rows)
+                progress(n_rows - n_left, n_rows)
 
 
 def _documents(root: Path, plan: Plan, shard: Shard) -> Int64[np.ndarray, " sequence"]:
-    """Which row of the Arrow cache each sequence of the shard is."""
+    """For each sequence of a shard, the number of its row in the Arrow cache."""
     first, last = shard.first_sequence, shard.first_sequence + len(shard.sequences)
     return sequence_reader(root, plan, shard.split, "document").read(first, last)[:, 0].astype(np.int64)
 
 
 def _fill(window: Window, shard: Shard, arrow: ArrowRows, rows: Int64[np.ndarray, " sequence"]) -> None:
+    """Gather the rows of a shard in the window. rows: the row of the Arrow cache of each sequence."""
     permutation = torch.from_numpy(shard.permutation)
     for hook in shard.hooks:
         row_bytes = arrow.context_size * hook.d_in * np.dtype(arrow.dtype).itemsize
@@ -264,6 +287,3 @@ def _fill(window: Window, shard: Shard, arrow: ArrowRows, rows: Int64[np.ndarray
             first_token = tokens.first_sequence * arrow.context_size
             batch = ActivationBatch(hook_name=hook.hook_name, x=x, first_token=first_token)
             window.add(batch, shard.first_token, permutation)
-
-
-# --- export ----------------------------------------------------------------------------------------------------------
