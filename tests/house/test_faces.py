@@ -1,4 +1,4 @@
-"""Each room's `__init__.py` says what the room is, what comes in and goes out, what is forbidden, and what is public."""
+"""Each room's `__init__.py` says what the room is, what comes in and goes out, what is forbidden and what is public."""
 
 import ast
 import importlib
