@@ -1,48 +1,10 @@
 import copy
 import json
-from pathlib import Path
 
 import pytest
 
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.format.arrays import chunk_rows, shard_rows
 from actcache.format.manifest import Manifest
-from actcache.format.seal import fingerprint, seal, unseal
-
-GIB = 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("d_in", "c", "s"),
-    [(64, 16384, 262144), (384, 2048, 262144), (768, 1024, 262144), (2304, 512, 131072), (4096, 256, 131072)],
-)
-def test_sizes_of_large_bfloat16_caches(d_in, c, s):
-    rows = shard_rows(d_in, 2, n_hooks=1, n_rows=10**9, batch_tokens=4096)
-    assert (rows, chunk_rows(d_in, 2, rows)) == (s, c)
-
-
-def test_small_caches_have_at_least_sixteen_shards():
-    for n_rows in (3000, 50_000, 10**6):
-        rows = shard_rows(128, 2, n_hooks=1, n_rows=n_rows, batch_tokens=128)
-        assert -(-n_rows // rows) >= 16
-        assert -(-n_rows // (2 * rows)) < 16 or rows == 2**18, "no smaller than it must be"
-
-
-def test_shards_hold_a_forward_pass_and_windows_fit():
-    assert shard_rows(128, 2, n_hooks=1, n_rows=1000, batch_tokens=2048) == 2048
-    assert 2 * 40 * 4096 * 2 * shard_rows(4096, 2, n_hooks=40, n_rows=10**9, batch_tokens=4096) <= 8 * GIB
-
-
-def test_a_seal_keeps_values_and_shows_every_changed_byte():
-    values = {"b": [1, 2.5, "ü"], "a": {"x": None}}
-    sealed = seal(values)
-    assert unseal(sealed, Path("f")) == values
-    assert json.loads(sealed)["a"] == {"x": None}, "a sealed line is plain JSON"
-    for position in range(len(sealed) - 1):
-        damaged = bytearray(sealed)
-        damaged[position] ^= 1
-        with pytest.raises(ManifestError, match=r"^f: "):
-            unseal(bytes(damaged), Path("f"))
 
 
 def test_json_round_trip(tiny_cache):
@@ -105,8 +67,3 @@ def test_malformed_manifests_are_refused(tiny_cache):
         except ManifestError:
             continue
         pytest.fail(f"{name} was believed")
-
-
-def test_fingerprint_follows_the_bytes():
-    assert fingerprint(b"a") != fingerprint(b"b")
-    assert len(fingerprint(b"a")) == 16
