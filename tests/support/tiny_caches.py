@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from actcache.store.cache import Cache
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_attn_out", "blocks.1.hook_resid_post")
+TOKENS = 2000  # of the cache that tests of growth and of several writers come to
+# settings of caches whose arrays are stored in different ways
+PROFILES = {
+    "lossless": {},
+    "raw": {"codec": "raw"},
+    "int8": {"codec": "int8"},
+    "float32": {"codec": "raw", "dtype": "float32"},
+}
 
 
 def write_texts(path: Path, n_documents: int = 60) -> Path:

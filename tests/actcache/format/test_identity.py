@@ -21,7 +21,7 @@ def test_the_identity_of_a_real_cache_is_readable(tiny_cache):
         ({"shard_rows": 0}, "shard_rows"),
         ({"shard_rows": 1 << 40}, "shard_rows"),
         ({"chunk_rows": 1.0}, "chunk_rows"),
-        ({"shard_rows": 96}, "must be a power of two"),
+        ({"shard_rows": 96, "chunk_rows": 32}, "must be a power of two"),
         ({"context_size": 0}, "context_size"),
         ({"special_token_ids": [1 << 31]}, "special_token_ids"),
     ],

@@ -1,0 +1,69 @@
+import os
+import shutil
+
+import pytest
+from support.damages import JOURNAL, flip
+from support.repairs import stamps
+from support.tiny_caches import harvest_tiny, promised_files
+
+from actcache.errors import CacheLocked, ManifestError
+from actcache.store.cache import open_cache
+from actcache.store.journal import Journal
+
+
+def test_a_torn_line_and_a_lost_line_are_redone(tiny_model, tiny_texts, tiny_cache, tmp_path):
+    root = tmp_path / "c"
+    shutil.copytree(tiny_cache.path, root)
+    (root / "manifest" / "cache.json").unlink()
+    lines = (root / JOURNAL).read_bytes().splitlines(keepends=True)
+    (root / JOURNAL).write_bytes(b"".join(lines[:-3]) + lines[-3][:40])
+    with pytest.raises(ManifestError, match="unfinished; run the same command again"):
+        open_cache(root)
+    harvest_tiny(tiny_model, tiny_texts, root)
+    assert promised_files(root) == promised_files(tiny_cache.path)
+
+
+def test_a_damaged_line_is_an_error(tiny_model, tiny_texts, tiny_cache, tmp_path):
+    root = tmp_path / "c"
+    shutil.copytree(tiny_cache.path, root)
+    damaged = bytearray((root / JOURNAL).read_bytes())
+    damaged[100] ^= 1
+    (root / JOURNAL).write_bytes(damaged)
+    with pytest.raises(ManifestError, match="line 1 is damaged"):
+        harvest_tiny(tiny_model, tiny_texts, root)
+
+
+def test_two_writers_get_one_clear_line(tiny_model, tiny_texts, tmp_path):
+    with Journal(tmp_path / "c"), pytest.raises(CacheLocked, match="another process is writing"):
+        harvest_tiny(tiny_model, tiny_texts, tmp_path / "c")
+
+
+def test_a_lock_on_a_journal_that_was_replaced_is_no_lock(tmp_path, monkeypatch):
+    """Opened before a repair put another file in its place, locked after."""
+    import fcntl
+
+    from actcache.files import write_atomically
+
+    path, real = tmp_path / JOURNAL, fcntl.flock
+
+    def replaced_meanwhile(descriptor, kind):
+        write_atomically(path, [path.read_bytes()])
+        return real(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", replaced_meanwhile)
+    with pytest.raises(CacheLocked, match="as worker 0"):
+        Journal(tmp_path)
+    monkeypatch.undo()
+    with Journal(tmp_path) as journal:
+        assert os.path.samefile(journal.path, path)
+
+
+def test_a_damaged_journal_that_is_being_written_is_left_alone(copied):
+    from actcache.store.journal import salvage
+
+    with Journal(copied):
+        flip(copied / JOURNAL)
+        before = stamps(copied)
+        with pytest.raises(CacheLocked, match="another process writes this damaged journal"):
+            salvage(copied)
+        assert stamps(copied) == before

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+from support.stored_arrays import N_ROWS, reader
+
+from actcache.errors import CorruptShard
+from actcache.format.paths import shard_key
+
+
+def test_we_read_what_we_write(written):
+    store, array, codec_name, x, records = written
+    ours = reader(store, array, codec_name, records)
+    assert np.array_equal(ours.read(0, N_ROWS), x)
+    for start, stop in ((0, 1), (31, 33), (255, 257), (500, 600), (600, 600)):
+        assert np.array_equal(ours.read(start, stop), x[start:stop])
+    with pytest.raises(ValueError, match="got 0 to 601"):
+        ours.read(0, N_ROWS + 1)
+
+
+@pytest.mark.parametrize("offset", [0, 5, 150, -1, -5, -20])
+def test_a_flipped_bit_is_an_error_that_names_the_file(written, offset):
+    store, array, codec_name, _x, records = written
+    path = store / "train" / shard_key(array, 1)
+    damaged = bytearray(path.read_bytes())
+    damaged[offset] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptShard, match=str(path)):
+        reader(store, array, codec_name, records).read(0, N_ROWS)
+
+
+def test_missing_and_truncated_shards_are_errors(written):
+    store, array, codec_name, _, records = written
+    path = store / "train" / shard_key(array, 2)
+    whole = path.read_bytes()
+    for content, message in ((whole[:-1], f"must be {len(whole)} bytes long"), (b"", "bytes long"), (None, "missing")):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(CorruptShard, match=message):
+            reader(store, array, codec_name, records).read(512, 513)
