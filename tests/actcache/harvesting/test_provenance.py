@@ -1,0 +1,35 @@
+import shutil
+
+import pytest
+from support.tiny_caches import harvest_tiny
+
+from actcache.errors import CacheMismatch
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("seed", 1, "seed is 0 there, 1 here"),
+        ("context_size", 8, "context_size is 16 there, 8 here"),
+        ("codec", "raw", "codec is 'lossless' there, 'raw' here"),
+    ],
+)
+def test_another_configuration_is_refused(tiny_model, tiny_texts, tiny_cache, setting, value, message):
+    with pytest.raises(CacheMismatch, match=message):
+        harvest_tiny(tiny_model, tiny_texts, tiny_cache.path, **{setting: value})
+
+
+def test_another_model_is_refused(tiny_gpt2_dir, tiny_texts, tiny_cache):
+    from actcache.models.load import load_model
+
+    other = load_model(str(tiny_gpt2_dir), device="cpu")
+    with pytest.raises(CacheMismatch, match=r"model is .*tiny_llama.* there, .*tiny_gpt2.* here"):
+        harvest_tiny(other, tiny_texts, tiny_cache.path)
+
+
+def test_other_compute_is_warned_about(tiny_model, tiny_texts, tiny_cache, tmp_path, caplog):
+    shutil.copytree(tiny_cache.path, tmp_path / "c")
+    (tmp_path / "c" / "manifest" / "cache.json").unlink()
+    with caplog.at_level("WARNING", logger="actcache"):
+        harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", batch_size=4)
+    assert "another batch_size (8; now 4)" in caplog.text

@@ -1,0 +1,80 @@
+"""Packed sequences as they are written, kept and compared when a cache is begun, grows, or is asked for again."""
+
+from pathlib import Path
+
+import pytest
+from support.tiny_caches import HOOKS, TOKENS, harvest_tiny, promised_files
+
+from actcache.errors import CacheMismatch, DatasetError
+from actcache.store.cache import open_cache
+
+
+def test_more_tokens_than_there_are_says_how_many(tiny_model, tiny_texts, tiny_cache, tmp_path):
+    available = tiny_cache.n_rows("train") + tiny_cache.n_rows("validation")
+    with pytest.raises(DatasetError, match=f"it holds {available} .*pass --tokens {available} or fewer"):
+        harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=available + 16)
+    cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=available)
+    assert sum(cache.n_rows(split) for split in ("train", "validation")) == available
+
+
+def test_tokens_are_rounded_down_to_whole_sequences(tiny_model, tiny_texts, tmp_path):
+    cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=1000)
+    assert cache.n_rows("train") + cache.n_rows("validation") == 1000 // 16 * 16
+
+
+def test_empty_text_is_refused(tiny_model, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n{"text": "a"}\n')
+    with pytest.raises(DatasetError, match="no text that fills a sequence of 16 tokens"):
+        harvest_tiny(tiny_model, tmp_path / "empty.jsonl", tmp_path / "c")
+
+
+def test_growth_beyond_the_dataset_leaves_the_cache_as_it_was(tiny_model, tiny_texts, tmp_path):
+    root = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=1000).path
+    before = promised_files(root)
+    with pytest.raises(DatasetError, match="10000000 tokens asked, it holds"):
+        harvest_tiny(tiny_model, tiny_texts, root, tokens=10**7)
+    assert promised_files(root) == before
+    assert open_cache(root).n_rows() > 0
+
+
+def test_growth_refuses_a_dataset_that_gives_other_tokens(tiny_model, tmp_path):
+    from datasets import Dataset
+
+    from actcache.harvesting.config import HarvestConfig
+    from actcache.harvesting.run import harvest
+    from actcache.text.sources import LoadedDataset
+
+    class Drifting(LoadedDataset):
+        """A dataset whose name and hash stay while its rows change, as a hub dataset without a revision."""
+
+        def identity(self) -> dict:
+            return {"name": "drifting"}
+
+    def asked(texts: list[str], tokens: int):
+        config = HarvestConfig(hook_names=HOOKS[:1], context_size=16, tokens=tokens, holdout=0.0)
+        return harvest(tiny_model, Drifting(Dataset.from_dict({"text": texts})), config, tmp_path / "c")
+
+    texts = [f"{number} is followed by {number + 1}. " * 9 for number in range(40)]
+    asked(texts, 640)
+    before = promised_files(tmp_path / "c")
+    with pytest.raises(CacheMismatch, match=r"gives other tokens in sequences 0 to 40; pass its former revision"):
+        asked([*texts[:3], "other text " * 20, *texts[4:]], 960)
+    assert promised_files(tmp_path / "c") == before
+    assert asked(texts, 960).n_rows() == 960
+
+
+def test_a_kill_between_the_steps_of_growth_is_healed(tiny_model, tiny_texts, tmp_path, whole):
+    """After the sequences have changed and before the plan has: the old plan's tail is another file by then."""
+    import shutil
+
+    old = harvest_tiny(tiny_model, tiny_texts, tmp_path / "old", tokens=1111).path
+    for tokens in (1111, TOKENS):
+        root = tmp_path / str(tokens)
+        shutil.copytree(old, root)
+        (root / "manifest" / "cache.json").unlink()
+        for split in ("train", "validation"):
+            for name in ("id", "document"):
+                key = Path("acts.zarr") / split / "sequences" / name / "c" / "0" / "0"
+                shutil.copy(whole.path / key, root / key)
+        healed = harvest_tiny(tiny_model, tiny_texts, root, tokens=tokens)
+        assert promised_files(healed.path) == promised_files(old if tokens == 1111 else whole.path)
