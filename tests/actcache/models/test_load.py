@@ -1,34 +1,19 @@
 """How a model may be loaded: spread by accelerate, with a chosen attention kernel; neither changes what it is."""
 
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate import cpu_offload
-from support.tiny_models import FAMILIES, make_model, make_model_dir, make_tokenizer
+from support.model_cases import TOKENS
+from support.tiny_models import FAMILIES, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from actcache.errors import ConfigError, ModelError
-from actcache.models.identity import weights_sha256
 from actcache.models.language_model import LanguageModel
 from actcache.models.load import load_model, wrap_model
 
-TOKENS = torch.randint(0, 512, (3, 20), generator=torch.Generator().manual_seed(1))
 HOOKS = ["blocks.0.hook_resid_pre", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out", "blocks.2.hook_resid_post"]
 # gpt2 and gemma2 tie the output head to the embedding, llama does not
 BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "gemma2": "model.layers"}
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return cache(lambda family: make_model_dir(family, tmp_path_factory.mktemp("models") / family))
-
-
-@pytest.fixture(scope="module")
-def plain(directory) -> Callable[[str], LanguageModel]:
-    return cache(lambda family: load_model(directory(family), device="cpu"))
 
 
 def assert_equal_activations(model: LanguageModel, expected: LanguageModel) -> None:
@@ -59,9 +44,9 @@ def test_device_map_changes_neither_activations_nor_identity(device_map, directo
 
 @pytest.mark.parametrize("on_disk", ["blocks", "everything"])
 @pytest.mark.parametrize("family", BLOCKS)
-def test_model_that_is_partly_or_wholly_on_disk(family, on_disk, directory, plain, tmp_path):
+def test_model_that_is_partly_or_wholly_on_disk(family, on_disk, directory, ours, tmp_path):
     """Parameters on disk are on the "meta" device but while their module runs; it is the same model all the time."""
-    blocks, expected = BLOCKS[family], plain(family)
+    blocks, expected = BLOCKS[family], ours(family)
     if on_disk == "everything":
         device_map = {"": "disk"}
     else:
@@ -86,69 +71,44 @@ def test_model_that_is_partly_or_wholly_on_disk(family, on_disk, directory, plai
 
 
 @pytest.mark.parametrize("family", BLOCKS)
-def test_model_in_host_memory(family, plain):
+def test_model_in_host_memory(family, ours):
     """accelerate.cpu_offload leaves tied parameters as two."""
     model = make_model(family, 512)
     expected = wrap_model(model, make_tokenizer(), name="tiny").identity
     offloaded = wrap_model(cpu_offload(model, torch.device("cpu")), make_tokenizer(), name="tiny")
     assert offloaded.identity == expected
-    assert_equal_activations(offloaded, plain(family))
+    assert_equal_activations(offloaded, ours(family))
     assert_begins_anywhere(offloaded)
-
-
-def test_weights_that_are_nowhere():
-    with torch.device("meta"):
-        model = torch.nn.Linear(2, 2)
-    with pytest.raises(ModelError, match="weight must have values, is on the meta device"):
-        weights_sha256(model)
 
 
 # Attention
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_eager_attention_equals_transformers_bit_for_bit(family, directory, plain):
+def test_eager_attention_equals_transformers_bit_for_bit(family, directory, ours):
     model = load_model(directory(family), device="cpu", attention="eager")
     reference = AutoModelForCausalLM.from_pretrained(directory(family), attn_implementation="eager")
     with torch.no_grad():
         assert torch.equal(model.logits(TOKENS), reference(TOKENS).logits)
     assert model.attention_kernel == "eager"
-    assert model.identity == plain(family).identity
+    assert model.identity == ours(family).identity
 
 
-def test_what_auto_takes(plain):
+def test_what_auto_takes(ours):
     """Eager where the model caps attention scores, sdpa elsewhere."""
-    kernels = {family: plain(family).attention_kernel for family in FAMILIES}
+    kernels = {family: ours(family).attention_kernel for family in FAMILIES}
     assert kernels == dict.fromkeys(FAMILIES, "sdpa") | {"gemma2": "eager"}
 
 
-def test_sdpa_asked_for(directory, plain):
+def test_sdpa_asked_for(directory, ours):
     model = load_model(directory("llama"), device="cpu", attention="sdpa")
-    assert model.attention_kernel == plain("llama").attention_kernel == "sdpa"
-    assert_equal_activations(model, plain("llama"))
+    assert model.attention_kernel == ours("llama").attention_kernel == "sdpa"
+    assert_equal_activations(model, ours("llama"))
 
 
 def test_bridge_keeps_eager(directory):
     model = load_model(directory("llama"), device="cpu", backend="transformer_lens", attention="eager")
     assert (model.attention_kernel, model.compiled) == ("eager", False)
-
-
-def assert_one_line(error: pytest.ExceptionInfo[Exception]) -> None:
-    assert "\n" not in str(error.value)
-    assert error.value.__cause__ is None
-
-
-def test_sdpa_where_the_model_has_none(directory):
-    with pytest.raises(ModelError, match=r"Gemma2.* does not support .*scaled_dot.*; pass --attention auto") as error:
-        load_model(directory("gemma2"), device="cpu", attention="sdpa")
-    assert_one_line(error)
-
-
-@pytest.mark.parametrize(("dtype", "got"), [("auto", "float32"), ("bfloat16", "bfloat16")])
-def test_flash_attention_needs_cuda(dtype, got, directory):
-    with pytest.raises(ModelError, match=rf"needs a CUDA device .* got cpu and {got}; pass --attention auto") as error:
-        load_model(directory("llama"), device="cpu", dtype=dtype, attention="flash_attention_2")
-    assert_one_line(error)
 
 
 # Arguments
@@ -169,3 +129,21 @@ def test_flash_attention_needs_cuda(dtype, got, directory):
 def test_settings_that_are_wrong_alone(setting, message):
     with pytest.raises(ConfigError, match=message):
         load_model("nowhere/at-all", **setting)
+
+
+def test_wrap_model_refuses_training_mode():
+    with pytest.raises(ModelError, match=r"call model\.eval\(\)"):
+        wrap_model(make_model("gpt2", 512).train(), make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"backend": "vllm"}, "backend must be one of .*got 'vllm'"),
+        ({"device": "warp"}, "device must be auto or .*got 'warp'"),
+        ({"device": "cpu", "dtype": "int8"}, "dtype must be auto or .*got 'int8'"),
+    ],
+)
+def test_arguments_that_are_wrong_alone(setting, message, directory):
+    with pytest.raises(ConfigError, match=message):
+        load_model(directory("gpt2"), **setting)

@@ -1,0 +1,93 @@
+"""A model that is missing, damaged or half there is one clear line."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.model_cases import TOKENS, hook_names, one_line
+from support.tiny_models import D_MODEL, make_tokenizer
+from transformers import AutoModel
+
+from actcache.errors import ModelError
+from actcache.models.load import load_model, wrap_model
+
+
+def test_model_without_a_head(directory, ours, tmp_path):
+    """Activations as ever; logits are an error. The same for a checkpoint that was saved without its head."""
+    headless = AutoModel.from_pretrained(directory("llama"))
+    headless.save_pretrained(tmp_path / "headless")
+    make_tokenizer().save_pretrained(tmp_path / "headless")
+    names = hook_names("llama")
+    expected = ours("llama").activations(TOKENS, names)
+    for model in (wrap_model(headless, make_tokenizer()), load_model(tmp_path / "headless", device="cpu")):
+        x = model.activations(TOKENS, names)
+        assert all(torch.equal(x[name], expected[name]) for name in names)
+        with pytest.raises(ModelError, match="no output head"):
+            model.logits(TOKENS)
+
+
+@pytest.mark.parametrize("name", ["/no/such/dir", "./no-such-dir", "a/b/c"])
+def test_missing_directory(name):
+    with pytest.raises(ModelError, match="no directory"):
+        load_model(name)
+
+
+def test_missing_hub_name():
+    with pytest.raises(ModelError, match="cannot load 'no-such-owner/no-such-model' at revision v1") as error:
+        load_model("no-such-owner/no-such-model", revision="v1")
+    assert one_line(error)
+
+
+def test_directory_without_config(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        load_model(tmp_path)
+
+
+def broken(source: Path, target: Path, file_name: str, change: Callable[[bytes], bytes]) -> Path:
+    shutil.copytree(source, target)
+    (target / file_name).write_bytes(change((target / file_name).read_bytes()))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("file_name", "change", "message"),
+    [
+        ("config.json", lambda text: text[:20], "cannot load"),
+        ("config.json", lambda text: text.replace(b'"hidden_size": 32', b'"hidden_size": "wide"'), "cannot load"),
+        ("config.json", lambda text: text.replace(b'"llama"', b'"unheard-of"'), "cannot load.*unheard-of"),
+        ("config.json", lambda text: text.replace(b'_layers": 3', b'_layers": 4'), "9 are missing.*layers.3"),
+        ("config.json", lambda text: text.replace(b'_size": 48', b'_size": 64'), "another shape.*layers.0.mlp"),
+        ("model.safetensors", lambda data: data[:-100], "cannot load"),
+        ("tokenizer.json", lambda text: text[:-100], "cannot load"),
+    ],
+)
+def test_damaged_directory(file_name, change, message, directory, tmp_path):
+    with pytest.raises(ModelError, match=message) as error:
+        load_model(broken(directory("llama"), tmp_path / "broken", file_name, change), device="cpu")
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("backend", ["hf", "transformer_lens"])
+def test_loading_prints_nothing_whatever_the_path_says(backend, directory, tmp_path, capfd):
+    """A path with another family's name in it leads nobody astray."""
+    path = shutil.copytree(directory("gpt2"), tmp_path / "llama-gemma-mistral")
+    capfd.readouterr()
+    model = load_model(path, device="cpu", backend=backend)
+    model.logits(TOKENS)
+    assert capfd.readouterr() == ("", "")
+    assert model.hook_widths(["blocks.0.hook_resid_mid"]) == {"blocks.0.hook_resid_mid": D_MODEL}
+
+
+def test_sdpa_where_the_model_has_none(directory):
+    with pytest.raises(ModelError, match=r"Gemma2.* does not support .*scaled_dot.*; pass --attention auto") as error:
+        load_model(directory("gemma2"), device="cpu", attention="sdpa")
+    assert one_line(error)
+
+
+@pytest.mark.parametrize(("dtype", "got"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_flash_attention_needs_cuda(dtype, got, directory):
+    with pytest.raises(ModelError, match=rf"needs a CUDA device .* got cpu and {got}; pass --attention auto") as error:
+        load_model(directory("llama"), device="cpu", dtype=dtype, attention="flash_attention_2")
+    assert one_line(error)
