@@ -1,7 +1,6 @@
 """A repaired cache is the cache that it was, byte for byte, and only what was damaged has been written."""
 
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -21,66 +20,17 @@ from support.damages import (
     drop,
     flip,
     hook_damages,
-    lose_a_line,
 )
 from support.places import CHILD
+from support.repairs import SETTINGS, changed, no_model, repaired, stamps
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
-from support.tiny_models import D_MODEL
 
-from actcache.errors import CacheLocked, CacheMismatch, DatasetError, ManifestError
+from actcache.errors import CacheLocked, CacheMismatch, ManifestError
 from actcache.integrity.verify import verify
 from actcache.store.cache import open_cache
-from actcache.store.journal import Journal, read_journals
+from actcache.store.journal import Journal
 
-SETTINGS = {"tokens": 72 * 16, "holdout": 0.5}  # a partial last shard in both splits
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_chunks():
-    """Several chunks in a shard, and several shards of sequences."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("actcache.format.arrays.MAX_CHUNK_BYTES", 32 * 2 * D_MODEL)
-        patch.setattr("actcache.format.arrays.SEQUENCE_SHARD_TOKENS", 16 * 16)
-        yield
-
-
-@pytest.fixture(scope="module")
-def sound(tiny_model, tiny_texts, tmp_path_factory, _small_chunks):
-    """codec -> a cache; do not change them."""
-    folder = tmp_path_factory.mktemp("sound")
-    return {
-        codec: harvest_tiny(tiny_model, tiny_texts, folder / codec, codec=codec, **SETTINGS).path
-        for codec in ("lossless", "raw", "int8")
-    }
-
-
-@pytest.fixture
-def copied(sound, tmp_path):
-    return shutil.copytree(sound["lossless"], tmp_path / "c")
-
-
-def no_model(compute):
-    raise AssertionError("the model was loaded")
-
-
-def repaired(root, load_model=no_model, **arguments):
-    """Repair the cache, which must be sound then, and must have been damaged; returns the report."""
-    from actcache.integrity.repair import repair
-
-    report = repair(root, load_model, **arguments)
-    assert report.problems == ()
-    assert report.found
-    return report
-
-
-def stamps(root):
-    """Path -> inode and time of every file but the locks."""
-    files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
-
-
-def changed(before, after):
-    return {path for path in {*before, *after} if before.get(path) != after.get(path)}
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 
 def partial_of(shard: Path) -> Path:
@@ -153,33 +103,6 @@ def test_everything_at_once(tiny_model, sound, copied):
     assert promised_files(copied) == promised_files(sound["lossless"])
 
 
-# --- manifest files ---
-
-
-@pytest.mark.parametrize("how", [flip, drop, cut])
-def test_the_manifest_is_made_from_plan_and_journal(sound, copied, how):
-    how(copied / CACHE)
-    before = stamps(copied)
-    repaired(copied)
-    assert promised_files(copied) == promised_files(sound["lossless"])
-    assert changed(before, stamps(copied)) == {copied / CACHE}
-
-
-@pytest.mark.parametrize("how", [lambda path: flip(path, 5000), lose_a_line, cut])
-def test_without_the_manifest_shards_of_lost_lines_are_made_again(tiny_model, sound, copied, how):
-    drop(copied / CACHE)
-    n_lines = len(read_journals(copied))
-    how(copied / JOURNAL)
-    before = stamps(copied)
-    report = repaired(copied, lambda compute: tiny_model)
-    assert promised_files(copied) == promised_files(sound["lossless"])
-    shards = {Path(p.path).parts[-2:] for p in report.found if "no line of a journal is left" in p.message}
-    assert shards
-    rewritten = {path for path in changed(before, stamps(copied)) if "acts" in path.parts}
-    assert len(rewritten) == len(HOOKS), "one line was lost, of one shard"
-    assert len(read_journals(copied)) == n_lines + 1, "tokens and activations apart"
-
-
 def test_an_unfinished_harvest_is_finished(tiny_model, sound, copied):
     drop(copied / CACHE)
     journal = copied / JOURNAL
@@ -188,55 +111,12 @@ def test_an_unfinished_harvest_is_finished(tiny_model, sound, copied):
     assert promised_files(copied) == promised_files(sound["lossless"])
 
 
-def test_a_harvest_of_no_shard_is_left_to_harvest(copied):
-    from actcache.integrity.repair import repair
-
-    drop(copied / CACHE)
-    (copied / JOURNAL).write_bytes(b"")
-    with pytest.raises(ManifestError, match="no finished shard is recorded; run the same `actcache harvest` again"):
-        repair(copied, no_model)
-
-
-def test_both_manifests_gone_is_the_end(copied):
-    from actcache.integrity.repair import repair
-
-    flip(copied / CACHE)
-    flip(copied / PLAN)
-    before = stamps(copied)
-    with pytest.raises(ManifestError, match=r"plan\.json.*cache\.json.*restore one of them, or harvest again"):
-        repair(copied, no_model)
-    assert stamps(copied) == before
-
-
 def test_what_is_no_cache_is_refused(tmp_path):
     from actcache.integrity.repair import repair
 
     with pytest.raises(ManifestError, match="not a cache"):
         repair(tmp_path, no_model)
     assert not list(tmp_path.iterdir())
-
-
-def test_manifests_of_two_caches_are_told_apart_from_damage(tiny_model, tiny_texts, copied, tmp_path):
-    from actcache.integrity.repair import repair
-
-    other = harvest_tiny(tiny_model, tiny_texts, tmp_path / "other", seed=1, **SETTINGS).path
-    shutil.copy(other / PLAN, copied / PLAN)
-    with pytest.raises(CacheMismatch, match="are of two caches"):
-        repair(copied, no_model)
-
-
-@pytest.mark.parametrize("outdated", [CACHE, PLAN])
-@pytest.mark.parametrize("first", [16 * 16 * 2, 700])
-def test_a_manifest_from_before_the_cache_grew_is_outdated(tiny_model, tiny_texts, sound, tmp_path, outdated, first):
-    """Whichever of the two it is, and even if its last shard was whole, the rows that came later are not lost."""
-    root = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", **{**SETTINGS, "tokens": first}).path
-    old = (root / outdated).read_bytes()
-    harvest_tiny(tiny_model, tiny_texts, root, **SETTINGS)
-    (root / outdated).write_bytes(old)
-    before = stamps(root)
-    repaired(root)
-    assert promised_files(root) == promised_files(sound["lossless"])
-    assert changed(before, stamps(root)) == {root / outdated}
 
 
 def test_a_growing_cache_is_left_growing(tiny_model, tiny_texts, sound, tmp_path):
@@ -275,64 +155,6 @@ def test_native_metadata_stays_and_what_is_lost_comes_back_in_the_first_form(cop
     repaired(copied)
     assert changed(before, stamps(copied)) == {path}
     assert '"uint16"' in path.read_text()
-
-
-# --- the dataset ---
-
-
-def test_ids_and_tokens_of_the_same_rows_come_from_the_dataset(tiny_model, sound, copied):
-    flip(copied / TRAIN / "sequences" / "id" / "c" / "0" / "0")
-    flip(copied / TRAIN / "tokens" / "id" / "c" / "1")
-    drop(copied / TRAIN / HOOK / "acts" / "c" / "1" / "0")
-    repaired(copied, lambda compute: tiny_model)
-    assert promised_files(copied) == promised_files(sound["lossless"])
-
-
-def test_a_dataset_that_has_moved_is_named(tiny_model, tiny_texts, tmp_path):
-    texts = shutil.copy(tiny_texts, tmp_path / "first.jsonl")
-    cache = harvest_tiny(tiny_model, texts, tmp_path / "c", **SETTINGS).path
-    before = promised_files(cache)
-    texts.rename(tmp_path / "second.jsonl")
-    drop(cache / TRAIN / "sequences" / "document" / "c" / "0" / "0")
-    drop(cache / TRAIN / "zarr.json")
-    with pytest.raises(DatasetError, match=r"cannot load .*first\.jsonl"):
-        repaired(cache, lambda compute: tiny_model)
-    assert {problem.array for problem in verify(cache).problems} == {"sequences/document"}, "the rest is repaired"
-    repaired(cache, lambda compute: tiny_model, dataset=str(tmp_path / "second.jsonl"))
-    assert promised_files(cache) == before
-
-
-def test_another_dataset_is_refused(tiny_model, copied, tmp_path):
-    (tmp_path / "other.jsonl").write_text('{"text": "' + "another text " * 3000 + '"}\n')
-    path = copied / TRAIN / "sequences" / "document" / "c" / "0" / "0"
-    drop(path)
-    with pytest.raises(CacheMismatch, match="the dataset does not give it again; pass its former revision"):
-        repaired(copied, lambda compute: tiny_model, dataset=str(tmp_path / "other.jsonl"))
-    assert not path.exists()
-
-
-def test_a_dataset_in_memory_is_asked_for(tiny_model, tiny_texts, tmp_path):
-    import json
-
-    from datasets import Dataset
-
-    from actcache.harvesting.config import HarvestConfig
-    from actcache.harvesting.run import harvest
-    from actcache.text.sources import LoadedDataset
-
-    texts = [json.loads(line)["text"] for line in tiny_texts.read_text().splitlines()]
-    source = LoadedDataset(Dataset.from_dict({"text": texts}))
-    config = HarvestConfig(hook_names=HOOKS[:1], context_size=16, batch_size=8, tokens=640, holdout=0.0)
-    cache = harvest(tiny_model, source, config, tmp_path / "c").path
-    before = promised_files(cache)
-    drop(cache / TRAIN / "sequences" / "document" / "c" / "0" / "0")
-    with pytest.raises(DatasetError, match="where the dataset is was not remembered; pass --dataset"):
-        repaired(cache, lambda compute: tiny_model)
-    repaired(cache, lambda compute: tiny_model, dataset=source)
-    assert promised_files(cache) == before
-    drop(cache / TRAIN / "sequences" / "document" / "c" / "0" / "0")
-    repaired(cache, lambda compute: tiny_model, dataset=str(tiny_texts))
-    assert promised_files(cache) == before, "the same texts from a file"
 
 
 # --- the model ---
@@ -479,89 +301,3 @@ def test_a_repair_with_another_kernel_may_be_killed_at_any_sync(
     assert repaired_after_kills(tiny_llama_dir, "eager", "fsync", roots) == len(roots)
     for root in roots:
         assert promised_files(root) == promised_files(base)
-
-
-# --- journals that are replaced ---
-
-
-def test_a_lock_on_a_journal_that_was_replaced_is_no_lock(tmp_path, monkeypatch):
-    """Opened before a repair put another file in its place, locked after."""
-    import fcntl
-
-    from actcache.files import write_atomically
-
-    path, real = tmp_path / JOURNAL, fcntl.flock
-
-    def replaced_meanwhile(descriptor, kind):
-        write_atomically(path, [path.read_bytes()])
-        return real(descriptor, kind)
-
-    monkeypatch.setattr(fcntl, "flock", replaced_meanwhile)
-    with pytest.raises(CacheLocked, match="as worker 0"):
-        Journal(tmp_path)
-    monkeypatch.undo()
-    with Journal(tmp_path) as journal:
-        assert os.path.samefile(journal.path, path)
-
-
-def test_a_damaged_journal_that_is_being_written_is_left_alone(copied):
-    from actcache.store.journal import salvage
-
-    with Journal(copied):
-        flip(copied / JOURNAL)
-        before = stamps(copied)
-        with pytest.raises(CacheLocked, match="another process writes this damaged journal"):
-            salvage(copied)
-        assert stamps(copied) == before
-
-
-# --- the command line ---
-
-
-def test_the_command_says_what_was_wrong_and_what_it_wrote(sound, copied):
-    from support.command_line import actcache
-
-    paths = [
-        hook_damages("acts")["acts cut"].to(copied),
-        BESIDE_HOOKS["sequences/document cut"].to(copied),
-        BESIDE_HOOKS["array gone"].to(copied),
-    ]
-    said = actcache("verify", copied, "--sample-model", code=1).stderr
-    assert "3 problems found; `actcache repair` rebuilds what is damaged" in said
-    assert "not sampled" in said
-    done = actcache("repair", copied, "--device", "cpu")
-    assert done.stdout == ""
-    for path in paths:
-        assert f"{path}: written anew" in done.stderr.splitlines()
-    assert f"{paths[0]}: shard 2, rows 256 to 384: must be" in done.stderr
-    assert done.stderr.splitlines()[-1] == f"{copied} is sound"
-    assert promised_files(copied) == promised_files(sound["lossless"])
-
-
-def test_the_commands_find_the_model_or_ask_for_it(sound, copied, tiny_llama_dir):
-    import json
-
-    from support.command_line import actcache
-
-    sampled = ("verify", copied, "--sample-model", "--sequences", 3, "--device", "cpu", "--json")
-    report = json.loads(actcache(*sampled).stdout)
-    assert (report["problems"], report["sample"]["problems"], report["sample"]["n_sequences"]) == ([], [], 3)
-    drop(copied / "log" / "origin.json")
-    BESIDE_HOOKS["statistics gone"].to(copied)
-    actcache("repair", copied)
-    hook_damages("acts")["acts cut"].to(copied)
-    assert "pass --model" in actcache("repair", copied, code=1).stderr
-    (copied / "log" / "origin.json").write_text('{"model": "", "revision": null, "dataset": null}')
-    assert "was harvested from a model in memory; pass --model" in actcache("repair", copied, code=1).stderr
-    actcache("repair", copied, "--model", tiny_llama_dir, "--device", "cpu")
-    assert promised_files(copied) == promised_files(sound["lossless"])
-
-
-def test_the_command_ends_in_one_line_where_nothing_can_be_done(copied):
-    from support.command_line import actcache
-
-    flip(copied / CACHE)
-    flip(copied / PLAN)
-    said = actcache("repair", copied, code=1).stderr
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
