@@ -1,0 +1,49 @@
+import pytest
+from support.command_line import actcache
+from support.tiny_caches import HOOKS, promised_files
+
+
+@pytest.fixture
+def command(tiny_llama_dir, tiny_texts):
+    """As the tiny cache was harvested from Python."""
+    hooks = [part for hook in HOOKS for part in ("--hook", hook)]
+    sizes = ["--context-size", 16, "--holdout", 0.2, "--batch-size", 8, "--device", "cpu"]
+    return ["harvest", "--model", tiny_llama_dir, "--dataset", tiny_texts, *hooks, *sizes]
+
+
+def test_the_command_makes_the_cache_that_python_makes(command, tiny_cache, tmp_path):
+    done = actcache(*command, "--out", tmp_path / "c")
+    assert done.stdout == ""
+    assert f"{tmp_path / 'c'} is finished" in done.stderr
+    assert promised_files(tmp_path / "c") == promised_files(tiny_cache.path)
+    assert "was already there, nothing was done" in actcache(*command, "--out", tmp_path / "c").stderr
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(command, tiny_cache, tmp_path):
+    said = actcache(*command, "--out", tmp_path / "c", "--dry-run").stderr
+    n_rows = tiny_cache.n_rows("train") + tiny_cache.n_rows("validation")
+    assert said.startswith(f"to harvest: {n_rows:,} rows, at most about ")
+    assert not (tmp_path / "c").exists()
+
+
+def test_workers_finish_it_together(command, tiny_cache, tmp_path):
+    out = ["--out", tmp_path / "c"]
+    assert "is finished" not in actcache(*command, *out, "--worker", "1/2").stderr
+    assert "is finished" in actcache(*command, *out, "--worker", "0/2").stderr
+    assert promised_files(tmp_path / "c") == promised_files(tiny_cache.path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--codec", "zip"], "codec: must be one of lossless, fast, raw"),
+        (["--separator", "comma"], "separator must be one of bos, eos, none"),
+        (["--worker", "2/2"], "0 <= i < n, got 2/2"),
+        (["--sample-by", "word"], "sample_by must be one of line"),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_wrong_alone_ends_it_with_2(command, wrong, message, tmp_path):
+    said = actcache(*command, *wrong, "--out", tmp_path / "c", code=2).stderr
+    assert message in " ".join(said.split())
+    assert not (tmp_path / "c").exists()
