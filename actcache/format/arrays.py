@@ -11,7 +11,7 @@ from actcache.format.records import HookSpec
 
 MAX_SHARD_ROWS = 1 << 18
 MAX_SHARD_BYTES = 1 << 30
-MAX_CHUNK_BYTES = 9 << 18  # 2.25 MiB: a chunk of 2304 channels is then whole blocks of 256 KiB, as zstd needs
+MAX_CHUNK_BYTES = 9 << 18  # 2.25 MiB: a chunk of 2304 channels is then whole blocks of 256 KiB, good for zstd
 MIN_CHUNK_ROWS = 32
 MIN_SHARDS = 16
 WINDOW_BYTES = 8 << 30  # two windows of every hook fit in this much memory

@@ -34,8 +34,6 @@ def _stable_argsort(keys: UInt64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     order = order[np.argsort((upper >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]
     in_order = upper[order]
     equal = in_order[1:] == in_order[:-1]
-    tied = np.flatnonzero(
-        np.append(equal, False) | np.append(False, equal)
-    )  # every entry with an upper half that comes twice
+    tied = np.flatnonzero(np.append(equal, False) | np.append(False, equal))  # entries whose upper half comes twice
     order[tied] = order[tied][np.argsort(keys[order[tied]], kind="stable")]
     return order
