@@ -120,9 +120,7 @@ class EpochOrder:
 
     def following(self, epoch: int, group: int) -> tuple[int, int] | None:
         """The (epoch, group) served after this one; None after the last."""
-        position = (
-            epoch * self.n_rows + self._epoch(epoch)[1][group + 1]
-        )  # the first row of the stream after this group
+        position = epoch * self.n_rows + self._epoch(epoch)[1][group + 1]  # the first row after this group
         if position >= self.n_stream_rows:
             return None
         following = self._slice(position, position + 1)
@@ -146,10 +144,8 @@ class EpochOrder:
             edges = np.arange(0, len(order), self._group_chunks)
             sizes = np.add.reduceat(self._n_passing[order], edges)
             found = order, [0, *np.cumsum(sizes).tolist()]
-            self._epochs = {
-                **dict(list(self._epochs.items())[-2:]),
-                epoch: found,
-            }  # a new dict, because threads read the old one
+            # a new dict, because threads read the old one
+            self._epochs = {**dict(list(self._epochs.items())[-2:]), epoch: found}
         return found
 
 
