@@ -57,9 +57,7 @@ class LanguageModel(ABC):
         self.d_model: int = config.hidden_size
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._head = cast(nn.Linear | None, model.get_output_embeddings())
-        self.attention_kernel: str = cast(
-            str, config._attn_implementation
-        )  # "auto" was resolved when the model was made
+        self.attention_kernel: str = cast(str, config._attn_implementation)  # never "auto" once the model is made
 
     def activations(
         self, token_ids: Int[Tensor, "sequence position"], hook_names: Sequence[str]

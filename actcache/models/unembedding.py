@@ -9,10 +9,8 @@ from torch import Tensor
 
 from actcache.errors import ModelError
 
-LARGE, SMALL = (
-    2.0**13,
-    2.0**-9,
-)  # LARGE^2 is far above every eps in use, SMALL^2 is near it; both are exact in every dtype
+# LARGE^2 is far above every eps in use, and SMALL^2 is near it; both numbers are exact in every dtype
+LARGE, SMALL = 2.0**13, 2.0**-9
 ROUNDINGS = 32  # within one norm: of the model's dtype, or of float32 if that is coarser
 
 
