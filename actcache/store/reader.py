@@ -133,9 +133,7 @@ class ArrayReader:
         return buffer[start - first * chunk_rows : stop - first * chunk_rows]
 
     def _shard(self, index: int) -> ShardFile:
-        if (
-            self._pid != os.getpid()
-        ):  # a forked child maps the files again: a thread of its parent may have held the lock
+        if self._pid != os.getpid():  # a forked child maps the files again; its parent's lock may be held for ever
             self._open, self._lock, self._pid = OrderedDict(), threading.Lock(), os.getpid()
         with self._lock:
             file = self._open.pop(index, None)
