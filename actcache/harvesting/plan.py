@@ -71,9 +71,7 @@ def settle_plan(
         raise
     hooks = _finished_hooks(root, held)
     if held is not None:
-        _write_plan(
-            root, replace(held, hooks=hooks)
-        )  # cache.json, which is deleted next, may be the only file that names these hooks
+        _write_plan(root, replace(held, hooks=hooks))  # only cache.json, which is deleted next, may name them so far
     (root / CACHE_MANIFEST).unlink(missing_ok=True)
     sync_folder((root / PLAN).parent)
     stored = packed.commit()
