@@ -75,9 +75,9 @@ def _loader(cache: Cache, epochs: int = 1) -> Loader:
 def _served(loader: Loader, n_batches: int) -> None:
     """Take so many batches, and wait for the group that is decoded ahead: else it is done in another's time."""
     _drained(islice(loader, n_batches))
-    wait(loader._stream._places.values())
-    for loading in list(loader._stream._loading.values()):
-        wait(loading.puts)
+    wait(loader._stream._layouts.values())
+    for decoding in list(loader._stream._decoding.values()):
+        wait(decoding.decodes)
 
 
 def _drained(batches: Any) -> None:
