@@ -5,5 +5,5 @@ Files go out that another site imports as they are.
 Nothing here may upload anything, run a language model, or give other bytes for equal features.
 
 Public:
-    neuronpedia.export_neuronpedia  writes files for Neuronpedia's import
+    neuronpedia.export_neuronpedia: writes files for Neuronpedia's import
 """

@@ -7,14 +7,14 @@ HOOK = "blocks.1.hook_resid_post"
 
 
 def test_places_are_frozen():
-    names = ("STORE", "PLAN", "CACHE_MANIFEST", "ORIGIN", "MANIFEST", "SETTLING")
+    names = ("STORE", "PLAN", "CACHE_MANIFEST", "ORIGIN", "MANIFEST", "EXCLUSIVE_LOCK")
     assert {name: getattr(paths, name) for name in names} == {
         "STORE": "acts.zarr",
         "PLAN": "manifest/plan.json",
         "CACHE_MANIFEST": "manifest/cache.json",
         "ORIGIN": "log/origin.json",
         "MANIFEST": "manifest",
-        "SETTLING": "manifest/settling.lock",
+        "EXCLUSIVE_LOCK": "manifest/settling.lock",
     }
     assert paths.partials_key("train", 7, HOOK) == f"manifest/partials/train-000007-{HOOK}.safetensors"
     assert paths.statistics_key("validation", HOOK) == f"stats/validation/{HOOK}.json"
@@ -38,5 +38,5 @@ def test_a_real_cache_has_them(tiny_cache):
                 assert key in shard.partials
                 assert (tiny_cache.path / key).is_file()
                 assert (tiny_cache.path / paths.statistics_key(split, hook.hook_name)).is_file()
-    for name in (paths.PLAN, paths.CACHE_MANIFEST, paths.ORIGIN, paths.SETTLING, f"{paths.STORE}/zarr.json"):
+    for name in (paths.PLAN, paths.CACHE_MANIFEST, paths.ORIGIN, paths.EXCLUSIVE_LOCK, f"{paths.STORE}/zarr.json"):
         assert (tiny_cache.path / name).is_file()
