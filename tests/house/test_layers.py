@@ -148,6 +148,17 @@ def test_no_language_model_is_imported_for(modules):
     assert done.stdout == "[]\n", done.stderr
 
 
+LIGHT = {"actcache.models.hook_names", "actcache.models.unembedding"}  # arithmetic on names and weights
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("trainer.")])
+def test_the_trainer_imports_no_language_model(module):
+    """Models are handed to it; only its commands load one."""
+    if room_of(module) != "trainer.commands":
+        of_models = {name for name in imported(MODULES[module]) if name.startswith("actcache.models")}
+        assert of_models <= LIGHT, f"{module} must be given a model, and import none"
+
+
 @pytest.mark.parametrize("package", ["actcache", "trainer"])
 def test_there_are_few_rooms_on_few_floors(package):
     rooms = [room for room in ALLOWED if room.startswith(f"{package}.")]
