@@ -8,7 +8,7 @@ demo: .venv/.base
 	$(BIN)/actcache demo --out demo
 
 test: .venv/.dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-faults: .venv/.dev
 	$(BIN)/python -m pytest -m faults

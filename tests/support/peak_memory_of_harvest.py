@@ -1,7 +1,7 @@
-"""Run by test_harvest_memory in a process of its own: harvest into OUT; print peak, promised and forward bytes.
+"""Run by test_memory in a process of its own: harvest into OUT with each CODEC; print peak, promised and forward bytes.
 
-Peak is the growth of anonymous memory (RssAnon) over the peak of the model and its forward passes alone; forward is
-what these took beside the model.
+A line for each codec. Peak is the growth of anonymous memory (RssAnon) over the peak of the model and its forward
+passes alone; forward is what these took beside the model.
 """
 
 import re
@@ -48,7 +48,7 @@ def peak_of(peaks: list[int]) -> Iterator[None]:
     peaks.append(peak[0])
 
 
-def main(out: str, n_tokens: int, codec: str) -> None:
+def main(out: str, n_tokens: int, codecs: list[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bundled_model_path())
     bos = tokenizer.bos_token_id
     sizes = {"n_embd": D_MODEL, "n_layer": 1, "n_head": 4, "n_positions": CONTEXT_SIZE, "vocab_size": len(tokenizer)}
@@ -56,18 +56,21 @@ def main(out: str, n_tokens: int, codec: str) -> None:
     model = wrap_model(model, tokenizer, name="random")
     ids = np.random.default_rng(0).integers(1, 256, size=(n_tokens // CONTEXT_SIZE, CONTEXT_SIZE - 1))
     documents = LoadedDataset(Dataset.from_dict({"input_ids": ids.tolist()}))
-    asked = HarvestConfig(hook_names=HOOKS, context_size=CONTEXT_SIZE, batch_size=BATCH_SIZE, holdout=0.0, codec=codec)
     loaded, peaks = anonymous_bytes(), list[int]()
     with peak_of(peaks):
-        for _ in range(32):
+        for _ in range(8):
             model.activations(torch.zeros(BATCH_SIZE, CONTEXT_SIZE, dtype=torch.long), HOOKS)
-    with peak_of(peaks):
-        manifest = harvest(model, documents, asked, out).manifest
-    row_bytes = len(HOOKS) * (D_MODEL + 2 * D_MODEL // 32 if codec == "int8" else 2 * D_MODEL)
-    windows = (2 if spare_cores(model.device) else 1) * manifest.shard_rows * row_bytes
-    encoding = encoder_threads(model.device) * 24 * manifest.chunk_rows * D_MODEL
-    promised = windows + encoding + 128 * manifest.shard_rows + 16 * 8192 * D_MODEL + (64 << 20)
-    print(peaks[1] - peaks[0], promised, peaks[0] - loaded)
+    for codec in codecs:
+        asked = HarvestConfig(
+            hook_names=HOOKS, context_size=CONTEXT_SIZE, batch_size=BATCH_SIZE, holdout=0.0, codec=codec
+        )
+        with peak_of(peaks):
+            manifest = harvest(model, documents, asked, Path(out) / codec).manifest
+        row_bytes = len(HOOKS) * (D_MODEL + 2 * D_MODEL // 32 if codec == "int8" else 2 * D_MODEL)
+        windows = (2 if spare_cores(model.device) else 1) * manifest.shard_rows * row_bytes
+        encoding = encoder_threads(model.device) * 24 * manifest.chunk_rows * D_MODEL
+        promised = windows + encoding + 128 * manifest.shard_rows + 16 * 8192 * D_MODEL + (64 << 20)
+        print(peaks[-1] - peaks[0], promised, peaks[0] - loaded)
 
 
-main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

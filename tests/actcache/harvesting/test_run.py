@@ -23,7 +23,9 @@ import torch
 torch.set_num_threads(1)  # the process forks below
 from support.tiny_caches import harvest_tiny
 from actcache import load_model
-model_dir, texts, out, points = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4].split(",")
+texts, out, points = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4].split(",")
+model = load_model(sys.argv[1], device="cpu")
+harvest_tiny(model, texts, out.with_name("warm"))  # what is imported or made once is there before the forks
 
 def die_at(point):
     name, count = point.split(":")
@@ -40,7 +42,7 @@ for point in [*points, None]:
     if child == 0:
         if point:
             die_at(point)
-        harvest_tiny(load_model(model_dir, device="cpu"), texts, out)
+        harvest_tiny(model, texts, out)
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     print(point, "killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), flush=True)

@@ -167,7 +167,7 @@ def test_memory_is_as_stated_however_long_the_split(architecture, tmp_path):
     weights = make_weights(architecture, 256, d_sae)
     if architecture == "standard":
         weights["b_enc"] += 1e4
-    for n_rows in (32_768, 131_072):
+    for n_rows in (16_384, 65_536):
         cache = wide_cache(tmp_path / f"{n_rows}", n_rows)
         config = make_config(architecture, hook_name=PLANTED_HOOK, d_in=256, d_sae=d_sae)
         run = make_run(tmp_path / f"runs-{n_rows}", config, cache.identity["model"], weights=weights)
