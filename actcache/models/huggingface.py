@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,38 +123,30 @@ class HuggingFaceModel(LanguageModel):
         family = self._family
         match site:
             case "hook_resid_pre":
-                return block.register_forward_pre_hook(_on_input(hook_fn))
+                return block.register_forward_pre_hook(partial(_on_input, hook_fn))
             case "hook_attn_out":
-                return block.get_submodule(family.attn_out).register_forward_hook(_on_output(hook_fn))
+                return block.get_submodule(family.attn_out).register_forward_hook(partial(_on_output, hook_fn))
             case "hook_resid_mid":
                 assert family.resid_mid is not None, "checked by _check"
-                return block.get_submodule(family.resid_mid).register_forward_pre_hook(_on_input(hook_fn))
+                return block.get_submodule(family.resid_mid).register_forward_pre_hook(partial(_on_input, hook_fn))
             case "hook_mlp_out":
-                return block.get_submodule(family.mlp_out).register_forward_hook(_on_output(hook_fn))
+                return block.get_submodule(family.mlp_out).register_forward_hook(partial(_on_output, hook_fn))
             case _:
-                return block.register_forward_hook(_on_output(hook_fn))
+                return block.register_forward_hook(partial(_on_output, hook_fn))
 
 
-def _on_input(hook_fn: HookFn) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...] | None]:
+def _on_input(hook_fn: HookFn, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """A forward pre-hook that calls `hook_fn` with the first positional argument."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        replaced = hook_fn(args[0])
-        return None if replaced is None else (replaced, *args[1:])
-
-    return hook
+    replaced = hook_fn(args[0])
+    return None if replaced is None else (replaced, *args[1:])
 
 
-def _on_output(hook_fn: HookFn) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+def _on_output(hook_fn: HookFn, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """A forward hook that calls `hook_fn` with the output, or with its first part (attention also returns weights)."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if not isinstance(output, tuple):
-            return hook_fn(output)
-        replaced = hook_fn(output[0])
-        return None if replaced is None else (replaced, *output[1:])
-
-    return hook
+    if not isinstance(output, tuple):
+        return hook_fn(output)
+    replaced = hook_fn(output[0])
+    return None if replaced is None else (replaced, *output[1:])
 
 
 @contextmanager

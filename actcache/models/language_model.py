@@ -95,16 +95,10 @@ class LanguageModel(ABC):
         """
         if not hook_names:
             raise ValueError("activations: hook_names must name at least one hook, got none")
-        left = set(hook_names)
-
-        def hook_fn(hook_name: str, x: Tensor) -> None:
-            on_activation(hook_name, x)
-            left.discard(hook_name)
-            if not left:
-                raise _StopForward
-
         for hook_name in hook_names:
             self._check(hook_name)
+        left = set(hook_names)
+        hook_fn = partial(_stopping_after, left, on_activation)
         try:
             self._forward(
                 token_ids, {hook_name: partial(hook_fn, hook_name) for hook_name in dict.fromkeys(hook_names)}
@@ -234,6 +228,14 @@ def unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str]
 
 class _StopForward(Exception):
     """Raised inside the forward pass after the last hook; never leaves this module."""
+
+
+def _stopping_after(left: set[str], on_activation: Callable[[str, Tensor], object], hook_name: str, x: Tensor) -> None:
+    """Call `on_activation`, and stop the forward pass when no hook is left."""
+    on_activation(hook_name, x)
+    left.discard(hook_name)
+    if not left:
+        raise _StopForward
 
 
 def _same_shape(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
