@@ -42,7 +42,9 @@ def will_need(reader: HookReader, chunks: Sequence[int], number: int) -> None:
 class BufferPool:
     """Lends arrays of up to `n_rows` rows. An array comes back when nothing refers to its memory any more.
 
-    The pool keeps an array that comes back if it has no more than MAX_ARRAYS then, those that are lent included.
+    The pool keeps no more than MAX_ARRAYS arrays, those that are lent included; what comes back above that is freed.
+    Threads may share a pool. It has no lock, because an array may come back in the middle of `acquire` in the same
+    thread. Instead each step is one call that no thread can cut in two, and nothing is checked before it is done.
     """
 
     def __init__(self, n_rows: int, row_shape: Sequence[int], dtype: str):
@@ -52,7 +54,10 @@ class BufferPool:
 
     def acquire(self, n_rows: int | None = None) -> Shaped[np.ndarray, "row ..."]:
         """An array of uninitialised rows. It stays lent while any array, tensor or view refers to its memory."""
-        memory = self._spare.pop() if self._spare else np.empty(self._shape, dtype=self._dtype)
+        try:
+            memory = self._spare.pop()
+        except IndexError:
+            memory = np.empty(self._shape, dtype=self._dtype)
         self._lent.add(id(memory))
         # Every numpy view of this memory refers to `lent`, the first array over the memoryview. So when `lent` is
         # freed, no view is left.
@@ -62,8 +67,12 @@ class BufferPool:
 
     def _take_back(self, memory: np.ndarray) -> None:
         self._lent.discard(id(memory))
-        if len(self._lent) + len(self._spare) < MAX_ARRAYS:
-            self._spare.append(memory)
+        self._spare.append(memory)
+        while len(self._lent) + len(self._spare) > MAX_ARRAYS:
+            try:
+                self._spare.pop()
+            except IndexError:  # every array is lent, or another thread has freed it
+                break
 
 
 class GroupBuffer(ABC):

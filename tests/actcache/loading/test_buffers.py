@@ -1,12 +1,16 @@
 """The device's half of the loader, on stand-ins for CUDA's streams and events here and on CUDA where there is one."""
 
 import contextlib
+import itertools
+import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from support.tiny_caches import HOOKS, harvest_tiny
 
+from actcache.loading import buffers
 from actcache.loading.buffers import MAX_ARRAYS, STAGED_CHUNKS, WILL_NEED_CHUNKS, BufferPool, DeviceBuffers, will_need
 from actcache.loading.loader import Loader
 from actcache.loading.mixture import Mixture
@@ -138,6 +142,50 @@ def test_recycled_memory_is_bounded():
     assert pool._spare == [], "three are lent"
     del lent
     assert len(pool._spare) == MAX_ARRAYS
+
+
+def between_steps(call, step, other):
+    """Do `call`, and before its bytecode number `step` let another thread do `other`; whether there was such a step."""
+    left = step
+
+    def trace(frame, event, _):
+        nonlocal left
+        frame.f_trace_opcodes = frame.f_code.co_filename == buffers.__file__
+        if event == "opcode":
+            if left == 0:
+                thread = threading.Thread(target=other)
+                thread.start()
+                thread.join()
+            left -= 1
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return left < 0
+
+
+@pytest.mark.parametrize("method", ["append", "clear"])
+def test_threads_may_share_a_pool(method):
+    """Between any two steps of one thread another takes the last spare array, or gives back what it has."""
+
+    def survives(step):
+        pool, held, mine = BufferPool(10, (3,), "uint16"), [], []
+        held += [pool.acquire() for _ in range(3)]
+        held.pop()  # one is spare
+        other = held.clear if method == "clear" else lambda: held.append(pool.acquire())
+        took = between_steps(lambda: mine.append(pool.acquire()), step, other)
+        assert len({rows.ctypes.data for rows in [*held, *mine]}) == len([*held, *mine]), "nobody shares memory"
+        gave = between_steps(mine.clear, step, other)
+        held.clear()
+        assert pool._lent == set()
+        assert len(pool._spare) <= MAX_ARRAYS
+        return took or gave
+
+    assert 10 < next(step for step in itertools.count() if not survives(step))
 
 
 @pytest.mark.gpu
