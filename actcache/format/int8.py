@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Float, Int8
+from jaxtyping import BFloat16, Float, Float32, Int8
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -22,14 +22,22 @@ def quantise(
 
     scale is the largest magnitude of the block divided by 127, rounded up to bfloat16, and at least 2^-126. So
     scale <= peak / 127 * (1 + 2^-7), and |q8 * scale - x| <= scale / 2. Each block has a scale of its own because a few
-    channels of a residual stream are hundreds of times larger than the rest.
+    channels of a residual stream are hundreds of times larger than the rest. The scale of a block that is not finite is
+    NaN, and so are its values.
     """
     d_in = x.shape[1]
     blocks = pad(x.float(), (0, -d_in % BLOCK_CHANNELS)).unflatten(1, (-1, BLOCK_CHANNELS))  # (row, block, 32)
     step = (blocks.abs().amax(dim=2) / 127).clamp_min(SMALLEST_SCALE)
-    scale = ((step.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)  # round up to the upper half
+    scale = rounded_up(step)
     q8 = (blocks / scale.float().unsqueeze(2)).round_().to(torch.int8)
     return q8.flatten(1)[:, :d_in].contiguous(), scale
+
+
+def rounded_up(x: Float32[Tensor, "*shape"]) -> BFloat16[Tensor, "*shape"]:
+    """Numbers of at least 0, rounded up to bfloat16; NaN and infinity become NaN."""
+    upper = ((x.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+    # The sum overflows for some NaNs, such as CUDA's 0x7FFFFFFF, and they would become -0.
+    return upper.masked_fill(~x.isfinite(), torch.nan)
 
 
 def dequantise(

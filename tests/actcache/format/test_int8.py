@@ -5,7 +5,7 @@ from support.heavy_tails import activations
 
 from actcache.format.codecs import codec, float32_values, stored_tensors, values
 from actcache.format.dtypes import storage_view
-from actcache.format.int8 import BLOCK_CHANNELS, dequantise, quantise
+from actcache.format.int8 import BLOCK_CHANNELS, dequantise, quantise, rounded_up
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -45,3 +45,25 @@ def test_int8_does_not_hide_what_is_not_finite(bad):
     x[1, 40] = bad
     finite = values(stored_tensors(x, "float32", codec("int8")), "float32").isfinite()
     assert finite.all(dim=1).tolist() == [True, False]
+
+
+# CUDA's own NaN, the NaNs at both ends of each sign's range, the NaN of a CPU, and both infinities
+NOT_FINITE = [0x7FFFFFFF, 0x7FFF0001, 0x7FFF0000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF, 0xFF800001, 0x7F800000, 0xFF800000]
+
+
+@pytest.mark.parametrize("bits", NOT_FINITE, ids=hex)
+def test_a_scale_that_is_not_finite_makes_its_whole_block_nan(bits):
+    step = torch.from_numpy(np.array([[bits, 0x3F800000]], dtype=np.uint32).view(np.float32))
+    scale = rounded_up(step)
+    assert scale.isnan().tolist() == [[True, False]]
+    q8 = torch.tensor([[0, 1, -128, 127] * (2 * BLOCK_CHANNELS // 4)], dtype=torch.int8)  # whatever a device makes of NaN
+    for dtype in DTYPES:
+        assert dequantise(q8, scale, dtype).isnan()[0].tolist() == [True] * BLOCK_CHANNELS + [False] * BLOCK_CHANNELS
+
+
+def test_scales_are_rounded_up_to_bfloat16():
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 0x7F7F0000, 4096, dtype=np.uint32).view(np.float32))
+    up = rounded_up(x)
+    below = (up.view(torch.int16) - 1).view(torch.bfloat16)
+    assert (up.float() >= x).all()
+    assert (below.float() < x)[x > 0].all()
