@@ -14,6 +14,7 @@ from actcache.format.codecs import codec
 from actcache.format.manifest import aligned_arrays
 from actcache.format.paths import STORE
 from actcache.store.cache import Cache, open_cache
+from actcache.store.locks import exclusive
 from actcache.store.zarr_metadata import make_array
 
 
@@ -21,7 +22,8 @@ def relabel(path: str | Path, native: bool) -> int:
     """Let Zarr's metadata call the bfloat16 arrays of a finished cache "bfloat16" (native) or "uint16".
 
     Only data_type and fill_value in zarr.json change; no shard does. actcache goes by the manifest, so it reads either
-    form, and a mixture of both. Each file is replaced as a whole. After a kill, the same call does the rest.
+    form, and a mixture of both. Each file is replaced as a whole. After a kill, the same call does the rest. A cache
+    that grows, gets a hook or is repaired keeps its form.
 
     Returns:
         the number of files that were changed.
@@ -31,15 +33,22 @@ def relabel(path: str | Path, native: bool) -> int:
         ManifestError: as for `open_cache`; also if a zarr.json has neither form. Then nothing is changed.
         CorruptShard: as for `open_cache`.
     """
-    cache = open_cache(path)
+    if not _stale(open_cache(path), native):
+        return 0
+    with exclusive(Path(path)):  # a harvest that finalises would write these files too
+        stale = _stale(open_cache(path), native)
+        for file, content in stale:
+            write_atomically(file, [content])
+    return len(stale)
+
+
+def _stale(cache: Cache, native: bool) -> list[tuple[Path, bytes]]:
+    """[(zarr.json, its new bytes)] of every bfloat16 array that is not as asked. Raises as `relabel` does."""
     arrays = [array for array in aligned_arrays(cache.manifest) if array.dtype == "bfloat16"]
     if not arrays:
         dtype = cache.identity["dtype"]
         raise CacheMismatch(f"relabel: needs bfloat16 arrays; {cache.path} stores {dtype}, which has one name only")
-    stale = [change for split in SPLITS for array in arrays for change in _changes(cache, split, array, native)]
-    for file, content in stale:
-        write_atomically(file, [content])
-    return len(stale)
+    return [change for split in SPLITS for array in arrays for change in _changes(cache, split, array, native)]
 
 
 def _changes(cache: Cache, split: str, array: ArraySpec, native: bool) -> list[tuple[Path, bytes]]:

@@ -24,7 +24,7 @@ from actcache.files import remove_leftovers, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import token_arrays
 from actcache.format.codecs import codec, crc32c
-from actcache.format.manifest import Manifest
+from actcache.format.manifest import Manifest, store_arrays
 from actcache.format.paths import CACHE_MANIFEST, MANIFEST, PLAN, STORE, partials_key, statistics_key
 from actcache.format.records import HookSpec
 from actcache.format.seal import seal
@@ -53,6 +53,7 @@ from actcache.store.locks import exclusive
 from actcache.store.shard import Shard
 from actcache.store.shard_file import chunk_slices, write_shard
 from actcache.store.statistics import partials_payload, statistics_payload
+from actcache.store.zarr_metadata import native_arrays
 from actcache.text.sources import Source
 
 ModelLoader = Callable[[Mapping[str, Any]], LanguageModel]
@@ -255,7 +256,7 @@ class _Rebuilding:
                 path = self._root / statistics_key(split, hook.hook_name)
                 if str(path) in wrong or self._has_changed(manifest, split, hook):
                     self._expected.put(path, statistics_payload(cache, split, hook))
-        files = zarr_files(cache)
+        files = zarr_files(cache, native=native_arrays(self._root / STORE, store_arrays(manifest)))
         for problem in sorted(metadata_problems(cache), key=lambda problem: problem.path, reverse=True):
             key = Path(problem.path).relative_to(self._root / STORE).as_posix()
             self._expected.put(Path(problem.path), files[key].to_bytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,8 @@ def agrees(line: ShardRecord | None, shard: ShardRecord) -> bool:
     )
 
 
-def zarr_files(cache: Cache, *, native: bool = False) -> dict[str, Any]:
-    """For every zarr.json that the manifest implies: path below acts.zarr -> buffer. native: as for `make_array`."""
+def zarr_files(cache: Cache, *, native: Collection[str] = ()) -> dict[str, Any]:
+    """For every zarr.json that the manifest implies: path below acts.zarr -> buffer. native: as for `make_store`."""
     attributes, profile = {"actcache": cache.identity}, codec(cache.identity["codec"])
     return make_store(attributes, store_arrays(cache.manifest), profile, native=native)
 
@@ -158,7 +158,7 @@ def _wrong_statistics(cache: Cache, split: str, hook: HookSpec, path: Path) -> s
 def metadata_problems(cache: Cache) -> Iterator[Problem]:
     """Every zarr.json that does not describe its array. bfloat16 arrays may have either data type."""
     files = zarr_files(cache)
-    native = functools.cache(lambda: zarr_files(cache, native=True))
+    native = functools.cache(lambda: zarr_files(cache, native=store_arrays(cache.manifest)))
     for key in sorted(files):
         path = cache.path / STORE / key
         node = key.removesuffix("zarr.json").rstrip("/")

@@ -17,7 +17,7 @@ PROBE_SECONDS = 0.5  # `is_held` in another process holds a lock for microsecond
 
 @contextmanager
 def exclusive(root: Path) -> Iterator[None]:
-    """Let one process at a time settle a plan, finalise, repair, or give up a slot; others wait here.
+    """Let one process at a time settle a plan, finalise, repair, relabel, or give up a slot; others wait here.
 
     root: the folder of the cache; it is made if it is missing.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import zarr
 from zarr.storage import MemoryStore
 
-from actcache.files import write_atomically
+from actcache.files import contents, write_atomically
 from actcache.format.arrays import ArraySpec
 from actcache.format.bfloat16 import BFloat16
 from actcache.format.codecs import Codec
+from actcache.format.seal import MALFORMED
+
+Arrays = Mapping[str, tuple[ArraySpec, int, int]]  # path below the store -> (array, rows, rows of a shard)
 
 
 def make_array(
@@ -54,15 +58,15 @@ def make_array(
 
 
 def make_store(
-    attributes: dict[str, Any], arrays: Mapping[str, tuple[ArraySpec, int, int]], codec: Codec, *, native: bool = False
+    attributes: dict[str, Any], arrays: Arrays, codec: Codec, *, native: Collection[str] = ()
 ) -> dict[str, Any]:
     """Have zarr-python make every zarr.json of a store in memory, where it cannot overwrite a shard.
 
     Args:
         attributes: attributes of the root group.
-        arrays: path below the store -> (array, rows, rows of a shard).
+        arrays: every array of the store.
         codec: the codec of every array.
-        native: as for `make_array`.
+        native: paths of the arrays that are native, as for `make_array`.
 
     Returns:
         path below the store -> buffer.
@@ -70,14 +74,35 @@ def make_store(
     made: dict[str, Any] = {}
     zarr.create_group(MemoryStore(made), attributes=attributes)
     for path, (array, n_rows, shard_rows) in arrays.items():
-        make_array(made, path, array, codec, n_rows=n_rows, shard_rows=shard_rows, native=native)
+        make_array(made, path, array, codec, n_rows=n_rows, shard_rows=shard_rows, native=path in native)
     return made
 
 
-def write_metadata(
-    store: Path, attributes: dict[str, Any], arrays: Mapping[str, tuple[ArraySpec, int, int]], codec: Codec
-) -> None:
+def native_arrays(store: Path, arrays: Arrays) -> frozenset[str]:
+    """Paths of the bfloat16 arrays that are native, as `relabel` has left them.
+
+    An array without a readable zarr.json, such as that of a new hook, is native if every other bfloat16 array is.
+
+    Args:
+        store: the folder of the store, which may be missing.
+        arrays: every array that the store is to have.
+    """
+    said = {path: _data_type(store / path) for path, (array, _, _) in arrays.items() if array.dtype == "bfloat16"}
+    of_others = "bfloat16" if {*said.values()} - {None} == {"bfloat16"} else "uint16"
+    return frozenset(path for path, data_type in said.items() if (data_type or of_others) == "bfloat16")
+
+
+def write_metadata(store: Path, attributes: dict[str, Any], arrays: Arrays, codec: Codec) -> None:
     """Write every zarr.json that `make_store` makes. Other Zarr readers see the arrays from then on."""
-    made = make_store(attributes, arrays, codec)
+    made = make_store(attributes, arrays, codec, native=native_arrays(store, arrays))
     for key in sorted(made, reverse=True):  # the root's zarr.json last
         write_atomically(store / key, [made[key].to_bytes()])
+
+
+def _data_type(node: Path) -> str | None:
+    """The data type that the zarr.json of an array gives; None if there is no such file or it cannot be understood."""
+    try:
+        said = json.loads(contents(node / "zarr.json"))["data_type"]
+    except (FileNotFoundError, *MALFORMED):
+        return None
+    return said if said in ("bfloat16", "uint16") else None

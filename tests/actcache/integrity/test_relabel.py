@@ -1,9 +1,12 @@
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +19,7 @@ from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.flow import SPLITS
 from actcache.integrity.relabel import relabel
+from actcache.integrity.repair import repair
 from actcache.integrity.verify import verify
 from actcache.store.cache import open_cache
 
@@ -169,3 +173,70 @@ def test_unreadable_metadata_is_refused(copied):
     (array_path(copied) / "zarr.json").write_text("{")
     with pytest.raises(ManifestError, match="cannot be read"):
         relabel(copied, native=True)
+
+
+@pytest.mark.parametrize("codec", ["lossless", "int8"])
+def test_growth_and_a_new_hook_keep_the_native_form(codec, tiny_model, tiny_texts, tmp_path):
+    def harvest(out, hooks, tokens):
+        return harvest_tiny(tiny_model, tiny_texts, out, hook_names=hooks, tokens=tokens, codec=codec).path
+
+    cache = harvest(tmp_path / "c", HOOKS[:1], 1000)
+    assert relabel(cache, native=True) == len(SPLITS)
+    harvest(cache, HOOKS[:1], 1500)
+    assert bfloat16_types(cache) == ["bfloat16"] * len(SPLITS)
+    harvest(cache, HOOKS[1:], 1500)
+    assert bfloat16_types(cache) == ["bfloat16"] * N_FILES
+    assert verify(cache).problems == ()
+    assert relabel(cache, native=False) == N_FILES
+    whole = harvest(tmp_path / "whole", HOOKS, 1500)
+    assert promised_files(cache) == promised_files(whole)
+
+
+def test_an_array_keeps_its_form_where_a_kill_left_both(tiny_model, tiny_texts, tmp_path):
+    """The new hook then has the plain form; the same relabel does the rest."""
+    cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", hook_names=HOOKS[:2], tokens=1000).path
+    assert relabel(cache, native=True) == 4
+    path = array_path(cache) / "zarr.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "data_type": "uint16", "fill_value": 0}))
+    harvest_tiny(tiny_model, tiny_texts, cache, hook_names=HOOKS[2:], tokens=1000)
+    plain = {file for file, data_type in data_types(cache).items() if data_type == "uint16"}
+    assert plain == {f"acts.zarr/train/{HOOKS[0]}/acts/zarr.json"} | {
+        f"acts.zarr/{split}/{HOOKS[2]}/acts/zarr.json" for split in SPLITS
+    }
+
+
+def test_a_torn_file_is_repaired_to_the_form_of_the_others(copied):
+    relabel(copied, native=True)
+    before = promised_files(copied)
+    path = array_path(copied) / "zarr.json"
+    path.write_bytes(path.read_bytes()[:100])
+    assert repair(copied, refuse_to_load).problems == ()
+    assert promised_files(copied) == before
+
+
+def test_a_repaired_file_keeps_its_own_form(copied):
+    relabel(copied, native=True)
+    before = promised_files(copied)
+    edited(copied, shape=[1, 1])
+    assert repair(copied, refuse_to_load).problems == ()
+    assert promised_files(copied) == before
+
+
+def test_it_waits_while_a_harvest_finalises(copied):
+    before = promised_files(copied)
+    with open(copied / "manifest" / "settling.lock", "ab") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        changed = pool.submit(relabel, copied, True)
+        time.sleep(0.3)
+        assert (changed.done(), promised_files(copied) == before) == (False, True)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert changed.result(timeout=30) == N_FILES
+
+
+def bfloat16_types(root):
+    files = [json.loads(file.read_text()) for file in sorted(root.glob("acts.zarr/*/*/*/zarr.json"))]
+    return [file["data_type"] for file in files if file["attributes"]["actcache"]["dtype"] == "bfloat16"]
+
+
+def refuse_to_load(compute):
+    raise AssertionError("no activation is damaged")

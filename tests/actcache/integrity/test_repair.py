@@ -145,7 +145,7 @@ def test_a_kill_while_growing_may_be_repaired_to_what_it_was(tiny_model, tiny_te
     assert promised_files(root) == before
 
 
-def test_native_metadata_stays_and_what_is_lost_comes_back_in_the_first_form(copied):
+def test_native_metadata_stays_and_what_is_lost_comes_back_in_the_form_of_the_others(copied):
     from actcache.integrity.relabel import relabel
 
     relabel(copied, native=True)
@@ -154,7 +154,7 @@ def test_native_metadata_stays_and_what_is_lost_comes_back_in_the_first_form(cop
     before = stamps(copied)
     repaired(copied)
     assert changed(before, stamps(copied)) == {path}
-    assert '"uint16"' in path.read_text()
+    assert '"bfloat16"' in path.read_text()
 
 
 # --- the model ---
