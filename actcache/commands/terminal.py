@@ -18,6 +18,7 @@ from tqdm import tqdm
 from typer.core import TyperGroup
 
 from actcache.errors import ActcacheError, ConfigError
+from actcache.installs import no_installs
 
 if TYPE_CHECKING:
     from actcache.harvesting.tasks import Worker
@@ -52,7 +53,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command. If it fails, print one line and exit."""
         try:
-            return super().invoke(ctx)
+            with no_installs("a library"):  # of no command is it the work to install anything
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted; the same command goes on from here", INTERRUPTED)
         except ConfigError as error:

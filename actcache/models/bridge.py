@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError
+from actcache.installs import no_installs
 from actcache.models.language_model import HookFn, LanguageModel, unknown_hook
 
 
@@ -28,6 +29,7 @@ class BridgeModel(LanguageModel):
 
     backend = "transformer_lens"
 
+    @no_installs("TransformerLens")
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
         super().__init__(model, tokenizer, identity)
         # Imported here: it takes seconds, and only this backend needs it.

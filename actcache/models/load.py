@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ConfigError, ModelError
+from actcache.installs import no_installs
 from actcache.models.bridge import BridgeModel
 from actcache.models.families import family_of
 from actcache.models.huggingface import HuggingFaceModel
@@ -36,6 +37,7 @@ ATTENTION_KERNELS = ("auto", "sdpa", "eager", "flash_attention_2")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate makes these by itself
 
 
+@no_installs("transformers")
 def load_model(
     name_or_path: str | Path,
     *,

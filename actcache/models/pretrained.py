@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,6 +96,11 @@ def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config
         raise ModelError(
             f"load_model: flash_attention_2 needs a CUDA device and bfloat16 or float16, got {device} and "
             f"{str(loaded_as).removeprefix('torch.')}; pass --attention auto, or --device cuda --model-dtype bfloat16"
+        )
+    if find_spec("flash_attn") is None:  # transformers would fetch a compiled kernel from the hub, if it can
+        raise ModelError(
+            "load_model: flash_attention_2 needs the package flash_attn, which is not installed; install it, or pass "
+            "--attention auto"
         )
 
 

@@ -13,6 +13,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from actcache.errors import ConfigError, DatasetError
+from actcache.installs import no_installs
 
 SAMPLE_BY = ("line", "paragraph", "document")
 FILE_KINDS = {
@@ -48,6 +49,7 @@ class DatasetSource:
         if self.sample_by not in SAMPLE_BY:
             raise ConfigError(f"dataset: sample_by must be one of {', '.join(SAMPLE_BY)}, got {self.sample_by!r}")
 
+    @no_installs("datasets")
     def load(self) -> datasets.Dataset | datasets.IterableDataset:
         """The dataset of this split. Raises DatasetError, naming the path, if it is missing or malformed."""
         try:

@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -127,5 +129,26 @@ def make_model_dir(family: str, path: Path) -> Path:
     """Write model and tokenizer of the family (one of FAMILIES) to `path` as save_pretrained does; returns `path`."""
     tokenizer = make_tokenizer()
     make_model(family, len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_multimodal_dir(path: Path) -> Path:
+    """Write a Gemma 3 that sees pictures, and its tokenizer but no processor of pictures, to `path`; returns `path`."""
+    tokenizer = make_tokenizer()
+    family, sizes = _CONFIGS["gemma3_text"]
+    text = family(**(_SIZES | sizes | {"vocab_size": len(tokenizer)}))
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text.to_dict(),
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=5,
+        boi_token_index=6,
+        eoi_token_index=7,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Gemma3ForConditionalGeneration(config).eval().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
+from actcache.installs import no_installs
 from trainer.config.settings import SAEConfig
 from trainer.formats.dictionary_learning import DICTIONARY_LEARNING_FILES, dictionary_learning_sae
 from trainer.formats.foreign import Names
@@ -59,6 +60,7 @@ def import_sae(folder: Path | str, out: Path | str, names: Names | None = None) 
     return _write_run(read(folder, names or Names()), Path(out), source)
 
 
+@no_installs("SAELens")
 def import_release(release: str, sae_id: str, out: Path | str, names: Names | None = None) -> Path:
     """Make a RUN folder at `out` of a pretrained SAE that `sae_lens.SAE.from_pretrained` finds and loads.
 

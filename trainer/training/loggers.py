@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from actcache.errors import ActcacheError, ConfigError
 from actcache.files import write_atomically
+from actcache.installs import no_installs
 from trainer.config.settings import SAEConfig
 
 PROJECT = "actcache"  # project in trackio, and in wandb unless WANDB_PROJECT names another
@@ -93,8 +94,8 @@ class _Logger:
 
 
 def _logger(name: str, runs: Sequence[LoggedRun]) -> MetricLogger:
-    module = _module(name)
-    with ExitStack() as opened:
+    with no_installs(name), ExitStack() as opened:
+        module = _module(name)
         send = {run.config.name: _OPEN[name](module, run, opened) for run in runs}
         return _Logger(send, opened.pop_all())
 

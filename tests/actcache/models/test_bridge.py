@@ -1,9 +1,12 @@
 """TransformerLens' bridge against the transformers model with hooks."""
 
+import sys
+
 import pytest
 import torch
 from support.model_cases import TOKENS, hook_names, one_line, with_raw_hook
-from support.tiny_models import D_MODEL, FAMILIES, N_LAYERS, make_model, make_tokenizer
+from support.tiny_models import D_MODEL, FAMILIES, N_LAYERS, make_model, make_multimodal_dir, make_tokenizer
+from support.wheels import offer_wheel
 from transformers import CTRLConfig, CTRLLMHeadModel
 
 from actcache.errors import ModelError
@@ -77,3 +80,15 @@ def test_bridge_refuses_a_model_that_it_does_not_know(tmp_path):
     with pytest.raises(ModelError, match="TransformerLens cannot take model_type 'ctrl'") as error:
         load_model(tmp_path, device="cpu", backend="transformer_lens")
     assert one_line(error)
+
+
+def test_transformer_lens_installs_no_torchvision_for_a_model_that_sees_pictures(tmp_path, monkeypatch, caplog):
+    """It runs `pip install torchvision` where it finds none, and that changes the version of torch."""
+    installed = offer_wheel("torchvision", tmp_path, monkeypatch)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # as if it were missing
+    monkeypatch.setenv("PATH", "")  # TransformerLens takes uv where there is one
+    model = load_model(make_multimodal_dir(tmp_path / "model"), device="cpu", backend="transformer_lens")
+    assert model.activations(TOKENS, ["blocks.1.mlp.hook_in"])["blocks.1.mlp.hook_in"].shape == (3, 20, D_MODEL)
+    assert not installed.exists()
+    assert "TransformerLens wanted to run" in caplog.text
+    assert "-m pip install torchvision -q`; nothing was installed" in caplog.text

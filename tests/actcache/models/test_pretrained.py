@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModel
 
 from actcache.errors import ModelError
 from actcache.models.load import load_model, wrap_model
+from actcache.models.pretrained import check_flash_attention
 
 
 def test_model_without_a_head(directory, ours, tmp_path):
@@ -90,4 +92,11 @@ def test_sdpa_where_the_model_has_none(directory):
 def test_flash_attention_needs_cuda(dtype, got, directory):
     with pytest.raises(ModelError, match=rf"needs a CUDA device .* got cpu and {got}; pass --attention auto") as error:
         load_model(directory("llama"), device="cpu", dtype=dtype, attention="flash_attention_2")
+    assert one_line(error)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_no_kernel_is_fetched_from_the_hub_in_place_of_flash_attn(ours):
+    with pytest.raises(ModelError, match="needs the package flash_attn, which is not installed") as error:
+        check_flash_attention(torch.device("cuda"), torch.bfloat16, ours("llama")._model.config)
     assert one_line(error)
