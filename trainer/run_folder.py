@@ -8,23 +8,29 @@
     failed.json      why training was stopped, where the SAE diverged
     eval.json        the metrics on held-out rows, once they are measured
 
+RUNS/.lock is held by whoever trains there (`only_writer`).
+
 `read_runs` and `read_harvests` read these files, and the logs of harvests, for the report. To them a file that is not
 there yet is empty, and a damaged one is an error.
 """
 
+import fcntl
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actcache.errors import CacheMismatch, ManifestError
-from actcache.files import write_atomically
+from actcache.errors import CacheLocked, CacheMismatch, ManifestError
+from actcache.files import make_folder, write_atomically
+from actcache.store.locks import is_at, try_lock
 
 Number = int | float
 CONFIG_FILE, METRICS_FILE, TIMING_FILE, FAILED_FILE = "config.json", "metrics.jsonl", "timing.jsonl", "failed.json"
 CHECKPOINTS, SAE_FOLDER = "checkpoint", "sae"
+RUNS_LOCK = ".lock"  # no run can have this name
 # These settings may differ between two calls on one folder, because they change no result.
 _MAY_DIFFER = ("cache.path", "train.checkpoint_every", "train.keep_checkpoints")
 
@@ -131,7 +137,7 @@ def check_out(out: Path, names: set[str]) -> None:
     """
     if out.is_file():
         raise CacheMismatch(f"{out}: must be a folder for runs, is a file; pass another --out")
-    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    held = sorted(path.name for path in out.iterdir() if path.name != RUNS_LOCK) if out.exists() else []
     if held and not names.intersection(held) and not any(out.glob(f"*/{CONFIG_FILE}")):
         raise CacheMismatch(f"{out}: must be empty or hold runs, holds {', '.join(held[:5])}; pass another --out")
 
@@ -157,6 +163,34 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
 def is_over(folder: Path) -> bool:
     """Whether an earlier call finished this run, or saw it diverge, as it would again."""
     return (folder / SAE_FOLDER).is_dir() or (folder / FAILED_FILE).is_file()
+
+
+@contextmanager
+def only_writer(folder: Path, lock: str, doing: str) -> Iterator[None]:
+    """Let no other process write into a folder meanwhile.
+
+    Args:
+        folder: it is made if it is missing.
+        lock: the name of the file in it that is locked. The file stays.
+        doing: what the other process does, for the message.
+
+    Raises:
+        CacheLocked: another process holds the lock.
+        OSError: the folder cannot be written. The error names the folder.
+    """
+    path = folder / lock
+    while True:
+        try:
+            make_folder(folder)
+            file = open(path, "ab")  # noqa: SIM115, closed below
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        with file:
+            if not try_lock(file.fileno(), fcntl.LOCK_EX):
+                raise CacheLocked(f"{folder}: another process {doing}; wait for it, or stop it")
+            if is_at(path, file.fileno()):
+                yield
+                return
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "actcache.harvesting": CACHE - {"actcache.loading"} | {"actcache.text", "actcache.models"},
     "actcache.integrity": CACHE | {"actcache.text", "actcache.models", "actcache.harvesting"},
     "actcache.interop": CACHE | {"actcache.text", "actcache.models", "actcache.harvesting"},
-    "trainer.run_folder": LOWEST,
+    "trainer.run_folder": LOWEST | {"actcache.store"},
     "trainer.config": LOWEST,
     "trainer.kernels": set(),
     "trainer.sae": {"actcache.errors", "trainer.config", "trainer.kernels"},

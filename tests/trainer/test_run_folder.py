@@ -7,12 +7,14 @@ import pytest
 from support.tiny_reports import add_baseline, add_logs, evaluation
 from support.tiny_saes import make_config, make_run
 
-from actcache.errors import CacheMismatch, ManifestError
+from actcache.errors import CacheLocked, CacheMismatch, ManifestError
 from trainer.run_folder import (
+    RUNS_LOCK,
     check_folder,
     check_out,
     finite,
     is_over,
+    only_writer,
     read_harvests,
     read_json,
     read_runs,
@@ -86,6 +88,30 @@ def test_runs_go_into_an_empty_folder_or_beside_other_runs(run: Path, tmp_path: 
         check_out(tmp_path / "thesis", {"a"})
     with pytest.raises(CacheMismatch, match="must be a folder for runs, is a file"):
         check_out(tmp_path / "thesis" / "thesis.tex", {"a"})
+
+
+def test_a_lock_that_a_killed_process_left_makes_no_folder_of_runs(tmp_path: Path) -> None:
+    (tmp_path / RUNS_LOCK).touch()
+    check_out(tmp_path, {"a"})
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with (
+        only_writer(folder, RUNS_LOCK, "is training there"),
+        pytest.raises(CacheLocked, match=r"new: another process is training there; wait for it"),
+        only_writer(folder, RUNS_LOCK, "is training there"),
+    ):
+        pass
+    with only_writer(folder, RUNS_LOCK, "is training there"):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_no_hidden_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"tmp|file") as caught, only_writer(tmp_path / "file", RUNS_LOCK, "trains"):
+        pass
+    assert caught.value.filename == str(tmp_path / "file")
 
 
 def test_a_folder_is_of_this_very_run(run: Path, tmp_path: Path) -> None:

@@ -6,9 +6,7 @@ last file that is whole.
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64, Shaped
 from torch import Tensor
 
-from actcache.errors import CacheLocked, CacheMismatch, DatasetError, ManifestError
-from actcache.files import make_folder, remove_leftovers, write_atomically
+from actcache.errors import CacheMismatch, DatasetError, ManifestError
+from actcache.files import remove_leftovers, write_atomically
 from actcache.loading.filters import RowFilter
 from actcache.store.cache import Cache
 from actcache.store.reader import HookReader
@@ -30,6 +28,7 @@ from trainer.features.read import (
     FOLDER,
     FORMAT_VERSION,
     LATENTS_FILE,
+    LOCK_FILE,
     SOURCE_FILE,
     SPLIT,
     Features,
@@ -39,10 +38,9 @@ from trainer.features.read import (
     sae_checksums,
 )
 from trainer.formats.saelens import load_sae
-from trainer.run_folder import CONFIG_FILE, FAILED_FILE, read_json, write_json
+from trainer.run_folder import CONFIG_FILE, FAILED_FILE, only_writer, read_json, write_json
 from trainer.sae.sae import SAE
 
-LOCK_FILE = "lock"
 FILE_ENTRIES = 1 << 22  # entries after which a file ends before its shard does; to sort so many takes 250 MB
 Progress = Callable[[int, int], None]  # rows done, and rows of the split
 
@@ -81,7 +79,7 @@ def build_features(
     sae = load_sae(run, device=device)
     _check_cache(run, config, sae, cache)
     source = _source(run, sae, cache)
-    with _only_builder(folder):
+    with only_writer(folder, LOCK_FILE, "is building these features"):
         if (folder / SOURCE_FILE).is_file():
             check_source(folder, read_json(folder / SOURCE_FILE), source)
         else:
@@ -148,17 +146,6 @@ def _n_tokens(cache: Cache) -> int:
             f"{cache.identity['holdout']}); harvest with a larger --holdout or more documents"
         )
     return n_tokens
-
-
-@contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
-    make_folder(folder)
-    with open(folder / LOCK_FILE, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CacheLocked(f"{folder}: another process is building these features; wait for it") from None
-        yield
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -29,6 +29,7 @@ from trainer.run_folder import SAE_FOLDER, read_json
 
 SPLIT = "validation"
 FOLDER, SOURCE_FILE, LATENTS_FILE, CODES = "features", "source.json", "latents.safetensors", "codes-*.safetensors"
+LOCK_FILE = "lock"
 FORMAT_VERSION = 1
 BINS = 40  # of a histogram of activations
 WINDOW = (10, 10)  # tokens shown before and after the one that a context is about

@@ -17,11 +17,11 @@ from actcache.errors import ConfigError, ManifestError, ModelError
 from actcache.files import write_atomically
 from actcache.store.cache import Cache
 from trainer.features.logit_lens import LogitLens, TokenLogit, logit_lens
-from trainer.features.read import FOLDER
+from trainer.features.read import FOLDER, LOCK_FILE
 from trainer.features.text import Model
 from trainer.features.token_strings import token_strings
 from trainer.formats.saelens import load_sae
-from trainer.run_folder import read_json
+from trainer.run_folder import only_writer, read_json
 
 TOKENS_FILE, LENS_FILE = "tokens.json", "lens.json"
 N_LENS = 10  # promoted tokens of each latent, and as many suppressed ones
@@ -72,16 +72,18 @@ def write_words(run: Path | str, cache: Cache, model: Model) -> None:
 
     Raises:
         ManifestError, CacheMismatch: as `load_sae`.
+        CacheLocked: another process is building features of this run.
     """
     folder = Path(run) / FOLDER
     if has_words(run):
         return
-    lens = _logit_lens(run, model)
-    if lens is not None:
-        _write(folder / LENS_FILE, {"latents": [{"promoted": p, "suppressed": s} for p, s in lens]})
-    shown = {token_id for ends in lens or () for end in ends for token_id, _ in end}
-    ids = sorted(shown.union(np.unique(cache.sequences("validation")).tolist()))
-    _write(folder / TOKENS_FILE, {str(i): text for i, text in token_strings(model.tokenizer, ids).items()})
+    with only_writer(folder, LOCK_FILE, "is building these features"):
+        lens = _logit_lens(run, model)
+        if lens is not None:
+            _write(folder / LENS_FILE, {"latents": [{"promoted": p, "suppressed": s} for p, s in lens]})
+        shown = {token_id for ends in lens or () for end in ends for token_id, _ in end}
+        ids = sorted(shown.union(np.unique(cache.sequences("validation")).tolist()))
+        _write(folder / TOKENS_FILE, {str(i): text for i, text in token_strings(model.tokenizer, ids).items()})
 
 
 def read_words(run: Path | str) -> Words:

@@ -29,7 +29,17 @@ from trainer.config.settings import BATCH_FAMILY, TRANSCODERS, DecoderBiasInit, 
 from trainer.config.sweep import SweepConfig
 from trainer.formats.saelens import save_inference_sae
 from trainer.kernels.active import Workspace
-from trainer.run_folder import CHECKPOINTS, CONFIG_FILE, SAE_FOLDER, check_folder, check_out, is_over, write_json
+from trainer.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    RUNS_LOCK,
+    SAE_FOLDER,
+    check_folder,
+    check_out,
+    is_over,
+    only_writer,
+    write_json,
+)
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
 from trainer.training.optimizer import check_optimizer
@@ -104,13 +114,17 @@ def train(
         DatasetError: `eval_every` is given and the validation split has no rows.
         CacheMismatch: `out` holds something else than runs, or one of its folders holds a different run. The message
             lists the differences.
+        CacheLocked: something is left to train, and another process trains in `out`.
         KeyboardInterrupt: SIGINT or SIGTERM came. Every SAE was saved at the same step before.
     """
     out, records = Path(out), dict[str, RunRecord]()
     check_loggers(loggers)
     configs = _checked_configs(cache, config, out)
-    for each in _plan(configs, config, out, device, memory_bytes).passes:
-        records |= _train_pass(cache, each, config.train, out, device, loggers, progress)
+    if _plan(configs, config, out, device, memory_bytes).passes:  # else a folder that is read-only will do
+        with only_writer(out, RUNS_LOCK, "is training there"):
+            _check_folders(cache, config, configs, out)  # the process that held the lock may have changed them
+            for each in _plan(configs, config, out, device, memory_bytes).passes:
+                records |= _train_pass(cache, each, config.train, out, device, loggers, progress)
     return tuple(records.get(each.name) or stored_record(each, out / each.name) for each in configs)
 
 
@@ -142,8 +156,13 @@ def _checked_configs(cache: Cache, config: SweepConfig, out: Path) -> tuple[SAEC
         configs = config.expand(cache, config.train.training_tokens(loader.n_rows))
     for each in configs:
         check_optimizer(each)
-        check_folder(out / each.name, _description(each, config.train, cache))
+    _check_folders(cache, config, configs, out)
     return configs
+
+
+def _check_folders(cache: Cache, config: SweepConfig, configs: Sequence[SAEConfig], out: Path) -> None:
+    for each in configs:
+        check_folder(out / each.name, _description(each, config.train, cache))
 
 
 def _train_pass(

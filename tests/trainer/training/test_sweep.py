@@ -33,7 +33,7 @@ from support.tiny_models import make_model, make_tokenizer
 from support.tiny_saes import ARCHITECTURES, TRANSCODERS
 from support.training_cases import assert_same_state
 
-from actcache.errors import CacheMismatch, ConfigError, DatasetError, ManifestError
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError, DatasetError, ManifestError
 from actcache.flow import Batch
 from actcache.loading.loader import Loader
 from actcache.models.load import wrap_model
@@ -42,6 +42,7 @@ from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.config.sweep import SweepConfig
 from trainer.formats.saelens import load_sae
 from trainer.kernels.active import Workspace
+from trainer.run_folder import RUNS_LOCK, only_writer
 from trainer.sae.architectures import forward
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.plan import pass_bytes
@@ -447,6 +448,28 @@ def test_killed_at_random_again_and_again_it_ends_bit_for_bit(
     assert code == 0
     assert n_killed >= 2
     assert_same_runs(finished, out)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(cache: Cache, finished: Path, tmp_path: Path) -> None:
+    """The second gets one clear line, whenever it comes, and the first ends as if it had been alone."""
+    refused: list[str] = []
+
+    def second(_: SweepProgress) -> None:
+        if len(refused) < 2:
+            with pytest.raises(CacheLocked, match="another process is training there; wait for it") as caught:
+                train(cache, the_sweep(), tmp_path)
+            refused.append(str(caught.value))
+
+    train(cache, the_sweep(), tmp_path, progress=second)
+    assert len(refused) == 2
+    assert_same_runs(finished, tmp_path)
+    train(cache, the_sweep(), tmp_path)
+
+
+def test_a_finished_folder_needs_no_lock(cache: Cache, finished: Path) -> None:
+    with only_writer(finished, RUNS_LOCK, "is training there"):
+        assert plan(cache, the_sweep(), finished).passes == ()
+        assert len(train(cache, the_sweep(), finished)) == len(ARCHITECTURES)
 
 
 def test_a_torn_line_is_cut_off(cache: Cache, finished: Path, tmp_path: Path) -> None:
