@@ -12,6 +12,10 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 SPLITS = ("train", "validation")
+# the way out wherever held-out rows are needed and there are none
+HOLD_OUT_MORE = (
+    "harvest with a larger --holdout, with more documents, or with --sample-by line where a text file is one document"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

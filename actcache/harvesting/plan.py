@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import count, takewhile
@@ -10,7 +11,7 @@ from typing import Any
 
 from actcache.errors import CacheLocked, CacheMismatch, CorruptShard
 from actcache.files import sync_folder, write_atomically
-from actcache.flow import SPLITS
+from actcache.flow import HOLD_OUT_MORE, SPLITS
 from actcache.format.arrays import chunk_rows, sequence_arrays, shard_rows
 from actcache.format.codecs import codec
 from actcache.format.dtypes import TORCH_DTYPE
@@ -24,6 +25,8 @@ from actcache.harvesting.sequences import SequenceArrays, write_sequences
 from actcache.store.cache import read_manifest, sequence_reader
 from actcache.store.journal import active_writers
 from actcache.text.packing import PackedSequence
+
+logger = logging.getLogger("actcache")
 
 
 def read_plan(root: Path) -> Plan | None:
@@ -79,6 +82,26 @@ def settle_plan(
     plan = Plan(identity={**wanted, **sizes}, tokens=config.tokens, sequences=stored, hooks=hooks)
     _remove_unplanned(root, plan)
     return _write_plan(root, plan)
+
+
+def warn_of_empty_splits(root: Path, plan: Plan) -> None:
+    """Log a warning for a split that has no row, unless none was held out on purpose."""
+    holdout = plan.identity["holdout"]
+    if plan.n_rows("validation") == 0 and holdout > 0:
+        logger.warning(
+            "%s: the validation split is empty (holdout %s): no held-out document fills a sequence; eval and features "
+            "will refuse this cache: %s, into another --out",
+            root,
+            holdout,
+            HOLD_OUT_MORE,
+        )
+    if plan.n_rows("train") == 0:
+        logger.warning(
+            "%s: the train split is empty (holdout %s): every document that fills a sequence is held out; training "
+            "will refuse this cache: harvest with a smaller --holdout or with more documents, into another --out",
+            root,
+            holdout,
+        )
 
 
 def _write_plan(root: Path, plan: Plan) -> Plan:

@@ -24,7 +24,7 @@ from actcache.harvesting.config import AUTO, HarvestConfig
 from actcache.harvesting.estimate import Estimate, expected_bytes, free_bytes, refuse_small_disk, tokens_per_second
 from actcache.harvesting.finalise import finalise
 from actcache.harvesting.loop import Harvester, HarvestTimes, Progress
-from actcache.harvesting.plan import read_plan, settle_plan
+from actcache.harvesting.plan import read_plan, settle_plan, warn_of_empty_splits
 from actcache.harvesting.provenance import identity_of, origin_of, refuse_other_identity
 from actcache.harvesting.sequences import count_sequences, packed_sequences
 from actcache.harvesting.tasks import (
@@ -176,6 +176,7 @@ def _begun(
         refuse_small_disk(root, expected_bytes(config.tokens, _specs(widths, config.dtype), config.codec))
     sequences = packed_sequences(model, source, config)
     plan = settle_plan(root, identity_of(model, source, config), sequences, config, max(widths.values()))
+    warn_of_empty_splits(root, plan)
     if not others:
         remove_leftovers(root)
     return plan

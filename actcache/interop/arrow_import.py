@@ -39,7 +39,7 @@ from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.encoder import ShardEncoder
 from actcache.harvesting.estimate import encoder_threads, expected_bytes, refuse_small_disk
 from actcache.harvesting.finalise import finalise
-from actcache.harvesting.plan import settle_plan
+from actcache.harvesting.plan import settle_plan, warn_of_empty_splits
 from actcache.harvesting.tasks import claim_slot, finished_cache, missing_shards, refuse_foreign_folder, release_slot
 from actcache.harvesting.window import Window
 from actcache.models.hook_names import hooks_of
@@ -199,6 +199,7 @@ def _begun(root: Path, arrow: ArrowRows, config: ArrowImport, settings: HarvestC
         raise CacheLocked(f"{root}: other processes write this cache; wait for them")
     sequences = arrow.sequences(seed=config.seed, holdout=config.holdout)
     plan = settle_plan(root, _identity(arrow, config, settings), sequences, settings, max(arrow.widths.values()))
+    warn_of_empty_splits(root, plan)
     remove_leftovers(root)
     return plan
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int32, Int64
 
 from actcache.errors import ConfigError
-from actcache.flow import SPLITS, Batch
+from actcache.flow import HOLD_OUT_MORE, SPLITS, Batch
 from actcache.loading.buffers import DECODE_THREADS, DeviceBuffers, GroupBuffer, HookBuffers, HostBuffers, will_need
 from actcache.loading.filters import RowFilter
 from actcache.loading.order import EpochOrder
@@ -70,9 +70,8 @@ class StreamConfig:
         for hook_name in self.hook_names:
             cache.hook(hook_name)
         if cache.n_rows(self.split) == 0:
-            raise ConfigError(
-                f"loader: {self.split} holds no rows; harvest with a larger holdout, or load the other split"
-            )
+            way_out = HOLD_OUT_MORE if self.split == "validation" else "harvest with a smaller --holdout"
+            raise ConfigError(f"loader: {self.split} holds no rows; {way_out}, or load the other split")
         return RowFilter(
             cache,
             self.split,

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.flow import Batch
+from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.evaluation.downstream_loss import BATCH_TOKENS, MODEL_METRICS, Model, model_metrics, piece_rows
@@ -298,7 +298,7 @@ def _check_fit(saes: Sequence[SAE | PCA], cache: Cache, model: Model | None) -> 
     if cache.n_rows("validation") == 0:
         raise DatasetError(
             f"evaluate: {cache.path} has an empty validation split (holdout {cache.identity['holdout']}); "
-            "harvest with a larger --holdout or more documents"
+            f"{HOLD_OUT_MORE}"
         )
     if model is not None:
         _check_model(model.identity, cache)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
 from actcache.files import remove_leftovers, write_atomically
+from actcache.flow import HOLD_OUT_MORE
 from actcache.loading.filters import RowFilter
 from actcache.store.cache import Cache
 from actcache.store.reader import HookReader
@@ -143,7 +144,7 @@ def _n_tokens(cache: Cache) -> int:
     if n_tokens == 0:
         raise DatasetError(
             f"features: {cache.path} has no token in its validation split that is not special (holdout "
-            f"{cache.identity['holdout']}); harvest with a larger --holdout or more documents"
+            f"{cache.identity['holdout']}); {HOLD_OUT_MORE}"
         )
     return n_tokens
 

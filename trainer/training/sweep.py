@@ -46,7 +46,12 @@ from trainer.training.optimizer import check_optimizer
 from trainer.training.plan import SweepPlan, free_memory, plan_passes
 from trainer.training.run import Run, RunRecord, saved_step, stored_record
 from trainer.training.step import TrainState, calibrated_threshold, inference_weights, initial_state, scaled_rows
-from trainer.training.validation import check_validation, validation_batches, validation_metrics
+from trainer.training.validation import (
+    check_validation,
+    validation_batches,
+    validation_metrics,
+    warn_of_no_validation,
+)
 
 CALIBRATION_BATCHES = 16  # first batches of training that calibrate a threshold or an initial b_enc
 
@@ -119,6 +124,7 @@ def train(
     """
     out, records = Path(out), dict[str, RunRecord]()
     check_loggers(loggers)
+    warn_of_no_validation(cache)
     configs = _checked_configs(cache, config, out)
     if _plan(configs, config, out, device, memory_bytes).passes:  # else a folder that is read-only will do
         with only_writer(out, RUNS_LOCK, "is training there"):

@@ -3,13 +3,14 @@
 Each SAE is measured by its forward pass of training, without gradient. Nothing of its state changes.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from actcache.errors import DatasetError
-from actcache.flow import Batch
+from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.config.settings import SAEConfig, ScaledHook, TrainConfig
@@ -17,6 +18,8 @@ from trainer.kernels.active import Workspace
 from trainer.sae.architectures import forward
 from trainer.sae.metrics import ReconstructionSums
 from trainer.training.step import TrainState, scaled_rows
+
+logger = logging.getLogger("actcache")
 
 GROUP_CHUNKS = 4  # chunks in a group: few rows are read, so the loader's usual groups would cost memory for nothing
 
@@ -41,9 +44,19 @@ def check_validation(cache: Cache, train_config: TrainConfig) -> None:
                 return
     raise DatasetError(
         f"train: eval_every={train_config.eval_every} needs held-out rows, the validation split of {cache.path} holds "
-        f"none that is not special (holdout {cache.identity['holdout']}); harvest with a larger --holdout, or leave "
-        "eval_every out"
+        f"none that is not special (holdout {cache.identity['holdout']}); {HOLD_OUT_MORE}; or leave eval_every out"
     )
+
+
+def warn_of_no_validation(cache: Cache) -> None:
+    """Log a warning if the validation split is empty: what is trained can then be neither evaluated nor looked at."""
+    if cache.n_rows("validation") == 0:
+        logger.warning(
+            "train: the validation split of %s is empty (holdout %s); eval and features will refuse these runs: %s",
+            cache.path,
+            cache.identity["holdout"],
+            HOLD_OUT_MORE,
+        )
 
 
 def validation_metrics(

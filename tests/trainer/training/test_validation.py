@@ -1,5 +1,6 @@
 """Held-out metrics while training: as defined, on validation rows only, and without a trace in the SAE."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,17 @@ from support.naive_loader import activations, served_rows, token_fields
 from support.sae_cases import definition, double_weights
 from support.sweep_cases import HOOKS, a_config
 from support.tiny_caches import harvest_tiny
+from support.tiny_models import TEXT
 from support.tiny_saes import ARCHITECTURES
 from support.training_cases import rows
 
 from actcache.errors import DatasetError
 from actcache.flow import Batch
 from trainer.config.settings import TrainConfig
+from trainer.config.sweep import SweepConfig
 from trainer.kernels.active import Workspace
 from trainer.training.step import TrainState, initial_state
+from trainer.training.sweep import train
 from trainer.training.validation import check_validation, validation_batches, validation_metrics
 
 SIZES = (40, 40, 7)
@@ -114,3 +118,20 @@ def test_an_empty_validation_split_says_what_to_do(tiny_model, tiny_texts: Path,
     cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "cache", holdout=0.0, tokens=512)
     with pytest.raises(DatasetError, match=r"eval_every=5 needs held-out rows, .* \(holdout 0\.0\); harvest with a"):
         check_validation(cache, TrainConfig(eval_every=5))
+
+
+def test_training_says_beforehand_that_nothing_can_be_evaluated(tiny_model, tiny_cache, tmp_path: Path, caplog) -> None:
+    """One document, of which nothing is held out though a share was asked for."""
+    texts = tmp_path / "one.txt"
+    texts.write_text(TEXT)
+    run = {"name": "a", "architecture": "topk", "k": 4, "hook_name": HOOKS[0], "d_sae": 48}
+    sweep = SweepConfig.from_dict({"batch_tokens": 64, "tokens": 64, "runs": [run]})
+    with caplog.at_level(logging.WARNING, "actcache"):
+        train(tiny_cache, sweep, tmp_path / "held-out")
+    assert caplog.text == ""
+    cache = harvest_tiny(tiny_model, texts, tmp_path / "cache")
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "actcache"):
+        train(cache, sweep, tmp_path / "runs")
+    for part in (str(cache.path), "validation split", "is empty (holdout 0.2)", "--holdout", "--sample-by line"):
+        assert part in caplog.text
