@@ -6,14 +6,27 @@ A file is written aside, fsynced and renamed; then its folder is fsynced. So a r
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import BinaryIO
 
 PARTIAL_SUFFIX = ".partial"
+# what flock says where a file system has no locks; EBADF is NFS's, of a file that may only be read
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
+
+# of macOS, Windows, Linux desktops, NFS, ext4, file servers and notebooks; in lower case
+_DROPPED = (
+    *(".ds_store", "._*", ".spotlight-v100", ".fseventsd", ".trashes", ".apdisk", "icon\r"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *(".directory", ".hidden", ".trash-*", ".nfs*", ".fuse_hidden*", "lost+found", ".snapshot", "@eadir"),
+    ".ipynb_checkpoints",
+)
 
 
 def contents(path: Path) -> bytes:
@@ -35,6 +48,11 @@ def file_bytes(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; [] if it is missing. What systems drop into every folder is left out."""
+    return sorted(path for path in folder.iterdir() if not _is_dropped(path.name)) if folder.exists() else []
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames within the folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -54,13 +72,13 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Add the file's name to an OSError raised inside: write and fsync leave it out."""
+    """Give an OSError raised inside the file's name: write, fsync and flock leave it out, others name a file aside."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
+        if error.errno is None or (error.filename is not None and not str(error.filename).endswith(PARTIAL_SUFFIX)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
@@ -69,21 +87,70 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     A reader sees the old file or the whole new one. If a write or an fsync fails (OSError), the old file stays.
     """
     make_folder(path.parent)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-    try:
-        with naming(path), open(aside, "wb") as file:
+    with naming(path), _aside(path) as file:
+        try:
             n_bytes = sum(file.write(part) for part in parts)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+            os.replace(file.name, path)  # before the lock goes
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
     return n_bytes
 
 
-def remove_leftovers(root: Path) -> None:
-    """Delete the unfinished files of killed writers below `root`. Only the holder of the lock may call this."""
-    for path in root.rglob(f".*{PARTIAL_SUFFIX}"):
-        path.unlink()
+def remove_leftovers(root: Path, *, alone: bool = False) -> None:
+    """Delete the unfinished files of killed writers below `root`.
+
+    A living writer holds the lock of its file, so its file stays, and what cannot be deleted stays too.
+
+    Args:
+        root: a folder.
+        alone: whether nobody else writes there. Then files go that cannot be locked, because the file system has no
+            locks.
+    """
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if name.startswith(".") and name.endswith(PARTIAL_SUFFIX):
+                with suppress(OSError):  # a leftover misleads nobody, and another process may have removed it
+                    _remove_if_left(os.path.join(folder, name), alone)
+
+
+def _is_dropped(name: str) -> bool:
+    return any(fnmatchcase(name.lower(), pattern) for pattern in _DROPPED)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, whose lock tells `remove_leftovers` that its writer lives."""
+    while True:
+        with open(path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"), "wb") as file:
+            if _is_locked(file.fileno()) is not False and os.path.exists(file.name):
+                yield file
+                return
+
+
+def _remove_if_left(path: str, alone: bool) -> None:
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return
+    descriptor = os.open(path, os.O_RDWR)  # NFS locks only what may be written
+    try:
+        locked = _is_locked(descriptor)
+        if locked or (locked is None and alone):
+            os.unlink(path)
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool | None:
+    """Try to lock an open file: True if it is locked now, False if another has it, None if there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    return True
