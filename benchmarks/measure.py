@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from actcache.machine import cores
+
 Say = Callable[[str], None]
 BF16_FLAGS = ("avx512_bf16", "amx_tile", "amx_bf16")
 SETTINGS = ("OMP_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # of threads and of the allocator
@@ -116,7 +118,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": _cpu_name(),
         "bf16_products": [flag for flag in BF16_FLAGS if flag in _cpu_line("flags").split()],
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "set": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(SETTINGS)},

@@ -19,11 +19,13 @@ from typer.core import TyperGroup
 
 from actcache.errors import ActcacheError, ConfigError
 from actcache.installs import no_installs
+from actcache.machine import SCARCE_BYTES, lacked, memory_room, thread_limits
 
 if TYPE_CHECKING:
     from actcache.harvesting.tasks import Worker
 
 ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130
+RESERVE_BYTES = 4 << 20  # given back when memory is out, so that the last line can be made
 DATA, MODEL, CACHE, TRAINING, OUTPUT = "Data", "Model", "Cache", "Training", "Output"  # the panels of --help
 
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="The folder that `actcache harvest` wrote.")]
@@ -52,22 +54,58 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. If it fails, print one line and exit."""
+        reserve = bytearray(RESERVE_BYTES)
         try:
             with no_installs("a library"):  # of no command is it the work to install anything
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted; the same command goes on from here", INTERRUPTED)
-        except ConfigError as error:
-            fail(error, ARGUMENTS_WRONG, debug=ctx.params["debug"])
-        except (ActcacheError, OSError) as error:
-            fail(error, FAILED, debug=ctx.params["debug"])
+        except Exception as error:
+            del reserve
+            code, line = _outcome(error)
+            if code is None:
+                raise
+            if ctx.params["debug"]:
+                traceback.print_exception(error)
+            fail(line, code)
 
 
-def fail(error: Exception | str, code: int, *, debug: bool = False) -> NoReturn:
-    """Print an error as one line, and exit with `code`. With `debug`, its traceback is printed first."""
-    if debug and isinstance(error, Exception):
-        traceback.print_exception(error)
-    say(f"error: {' '.join(str(error).split())}")
+def _outcome(error: Exception) -> tuple[int | None, str]:
+    """(exit code, line) of an error of a command; code None for one that is not to be one line."""
+    lack = lacked(error)
+    if lack is not None:
+        return FAILED, lack_line(lack)
+    if isinstance(error, ConfigError):
+        return ARGUMENTS_WRONG, str(error)
+    if isinstance(error, (ActcacheError, OSError)):
+        return FAILED, str(error)
+    is_ours = hasattr(error, "exit_code")  # typer ends a command by an error
+    if not is_ours and memory_room().n_bytes < SCARCE_BYTES:  # where memory is short, libraries fail in strange ways
+        return FAILED, lack_line(error)
+    return None, ""
+
+
+def lack_line(error: BaseException) -> str:
+    """What was asked for, what there is, and the way out, where memory or threads ran out."""
+    asked = next((line.strip() for line in str(error).splitlines() if line.strip()), _place(error))
+    if "thread" in asked:
+        limits = "; ".join((*thread_limits(), str(memory_room())))
+        return f"out of threads or of memory for them ({asked}): {limits}; allow more, or pass OMP_NUM_THREADS=1"
+    return (
+        f"out of memory ({asked}): {memory_room()}; allow more, or take less: a smaller batch, fewer hooks, a smaller "
+        "d_sae, or OMP_NUM_THREADS=1, because each thread reserves memory"
+    )
+
+
+def _place(error: BaseException) -> str:
+    """The type of an error that says nothing, and the module where it was raised."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return f"{type(error).__name__} in {frame.f_globals.get('__name__')}"
+
+
+def fail(line: str, code: int) -> NoReturn:
+    """Print an error as one line, and exit with `code`."""
+    say(f"error: {' '.join(line.split())}")
     raise typer.Exit(code)
 
 

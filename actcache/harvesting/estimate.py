@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from actcache.format.codecs import codec
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.int8 import BLOCK_CHANNELS
 from actcache.format.records import HookSpec
+from actcache.machine import cores
 from actcache.models.language_model import LanguageModel
 
 # The smallest compression ratio measured on trained models, Gaussians and streams with outliers.
@@ -80,14 +80,13 @@ def tokens_per_second(model: LanguageModel, hook_names: Sequence[str], context_s
 
 
 def spare_cores(device: torch.device) -> int:
-    """How many cores a model leaves free: all of them on a GPU, and on a CPU those without a torch thread."""
-    cores = os.cpu_count() or 1
-    return max(0, cores - torch.get_num_threads()) if device.type == "cpu" else cores
+    """How many of our cores a model leaves free: all of them on a GPU, and on a CPU those without a torch thread."""
+    return max(0, cores() - torch.get_num_threads()) if device.type == "cpu" else cores()
 
 
 def encoder_threads(device: torch.device) -> int:
     """How many encoder threads: one for each free core, or for every core if none is free; at most eight."""
-    return min(8, spare_cores(device) or os.cpu_count() or 1)
+    return min(8, spare_cores(device) or cores())
 
 
 def probe_tokens(model: LanguageModel, n_sequences: int, context_size: int) -> Tensor:

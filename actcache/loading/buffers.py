@@ -8,7 +8,6 @@ a copy, because operations that read it may still be queued when the next group 
 
 from __future__ import annotations
 
-import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,9 +20,10 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from actcache.format.dtypes import TORCH_DTYPE
+from actcache.machine import cores
 from actcache.store.reader import HookReader
 
-DECODE_THREADS = min(4, os.cpu_count() or 1)
+DECODE_THREADS = min(4, cores())
 WILL_NEED_CHUNKS = 8
 MAX_ARRAYS = 3  # one is filled, one is served, and a batch of the caller refers to one
 STAGED_CHUNKS = 2 * DECODE_THREADS

@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from actcache.errors import ConfigError
+from actcache.machine import memory_room
 from trainer.config.settings import TOPK_FAMILY, SAEConfig
 from trainer.kernels.active import Workspace
 from trainer.kernels.select import topk_chunk_rows
@@ -80,7 +80,7 @@ def free_memory(device: torch.device | str) -> int:
     """Bytes that training may take on a device: FREE_SHARE of those that are free."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * FREE_SHARE)
-    return int(psutil.virtual_memory().available * FREE_SHARE)
+    return int(memory_room().n_bytes * FREE_SHARE)
 
 
 def n_parameters(config: SAEConfig) -> int:

@@ -1,4 +1,4 @@
-"""Help that is quick and whole, --debug at any place, and which process of several this one is."""
+"""Help that is quick and whole, --debug at any place, memory that is out, and which process of several this is."""
 
 import json
 import subprocess
@@ -62,6 +62,73 @@ def test_debug_is_taken_before_and_after_the_command(arguments, tmp_path):
     assert "Traceback" not in plain
     assert debugged.startswith("Traceback")
     assert debugged.endswith(plain)
+
+
+FAILING = """
+import mmap, threading, typer
+from actcache.commands.terminal import Commands
+from actcache.errors import DatasetError
+app = typer.Typer(cls=Commands, pretty_exceptions_enable=False)
+@app.callback()
+def settings(debug: bool = False): ...
+@app.command()
+def python(): bytearray(1 << 46)
+@app.command()
+def mapping(): mmap.mmap(-1, 1 << 46)
+@app.command()
+def thread():
+    threading.stack_size(1 << 40)
+    threading.Thread(target=print).start()
+@app.command()
+def wrapped():
+    try:
+        bytearray(1 << 46)
+    except MemoryError as error:
+        raise DatasetError("the dataset is damaged; get another") from error
+@app.command()
+def small():
+    held = []
+    while True:
+        held.append(tuple(held[-3:]))
+@app.command()
+def strange():
+    held = []
+    try:
+        while True:
+            held.append(bytearray(1 << 20))
+    except MemoryError:
+        pass
+    raise SystemError("error return without exception set") from None
+@app.command()
+def mistake(): raise AttributeError("a mistake of ours")
+app()
+"""
+
+
+@pytest.mark.parametrize("command", ["python", "mapping", "thread", "wrapped", "small", "strange"])
+def test_memory_that_is_out_is_one_line(command):
+    """Under a real limit. It names the limit, also where code in between or a library calls it something else."""
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({300 << 20}, -1))"
+    asked = [sys.executable, "-c", f"{limit}\n{FAILING}", command]
+    done = subprocess.run(asked, capture_output=True, text=True, env=CHILD, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: out of ")
+    assert "0.31 GB of address space (ulimit -v)" in line
+    assert "allow more" in line
+
+
+def test_a_mistake_of_ours_is_no_lack_of_memory():
+    asked = [sys.executable, "-c", FAILING, "mistake"]
+    done = subprocess.run(asked, capture_output=True, text=True, env=CHILD, check=False)
+    assert done.stderr.endswith("AttributeError: a mistake of ours\n")
+
+
+def test_debug_shows_where_memory_was_out():
+    asked = [sys.executable, "-c", FAILING, "--debug", "python"]
+    done = subprocess.run(asked, capture_output=True, text=True, env=CHILD, check=False)
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-1].startswith("error: out of memory")
 
 
 def test_what_stands_behind_two_dashes_is_no_option(tmp_path, monkeypatch):

@@ -79,7 +79,7 @@ def test_a_model_that_leaves_no_core_has_one_window_and_the_same_bytes(
     """torch runs on one thread here."""
     made = []
     monkeypatch.setattr(loop, "Window", lambda *args: made.append(Window(*args)) or made[-1])
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c")
     assert len(made) == n_windows
     assert promised_files(cache.path) == promised_files(tiny_cache.path)

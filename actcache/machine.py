@@ -1,0 +1,173 @@
+"""What this process may use of its machine: cores, memory and threads.
+
+The machine itself is only the widest limit. A container, or a scheduler such as Slurm, gives a job some of the cores
+and a control group (cgroup) with less memory. A shell may limit a process too (`ulimit -v`, `ulimit -d`, `ulimit -u`).
+A process that goes beyond is refused memory or threads, or is killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import re
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+PROCESS = Path("/proc/self")
+SCARCE_BYTES = 64 << 20  # with less room than this, an error of any kind may be for want of memory
+# What libraries say where they run out of memory or threads, in errors of many types.
+_OUT_OF = re.compile(
+    "can't start new thread|can.?t allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc|"
+    "failed to map segment from shared object|failed to allocate|unable to allocate|pthread_create",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRoom:
+    """How much more memory this process may take.
+
+    Attributes:
+        n_bytes: bytes that it may still take.
+        limit_bytes: bytes that all whom the limit holds may have together; the process alone under `ulimit`.
+        limit: what sets the limit, in words.
+    """
+
+    n_bytes: int
+    limit_bytes: int
+    limit: str
+
+    def __str__(self) -> str:
+        return f"{self.n_bytes / 1e9:.2f} GB are left of the {self.limit_bytes / 1e9:.2f} GB of {self.limit}"
+
+
+def cores() -> int:
+    """How many cores this process may use: those that it may run on, or fewer if its control group gives less time."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min([allowed or 1, *(max(1, math.ceil(quota)) for quota in _core_quotas())])
+
+
+def memory_room() -> MemoryRoom:
+    """The room under the limit that is reached first."""
+    return min((_machine_room(), *_group_rooms(), *_process_rooms()), key=lambda room: room.n_bytes)
+
+
+def thread_limits() -> tuple[str, ...]:
+    """The limits on the number of threads, in words."""
+    user, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    groups = [(folder, _number(folder / "pids.max")) for folder in _group_folders("pids")]
+    ours = () if user == resource.RLIM_INFINITY else (f"ulimit -u allows {user} threads of this user",)
+    return (*ours, *(f"{folder} allows {limit} threads" for folder, limit in groups if limit is not None))
+
+
+def lacked(error: BaseException) -> BaseException | None:
+    """The error, among `error` and those that led to it, which says that memory or threads ran out; None if none does.
+
+    Libraries tell it in errors of many types, and code between wraps these.
+    """
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        if _says_lack(link):
+            return link
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def _says_lack(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or _OUT_OF.search(str(error)) is not None
+
+
+def _machine_room() -> MemoryRoom:
+    found = _fields(Path("/proc/meminfo"))
+    total = found.get("MemTotal", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return MemoryRoom(n_bytes=found.get("MemAvailable", total), limit_bytes=total, limit="this machine")
+
+
+def _process_rooms() -> Iterator[MemoryRoom]:
+    """What `ulimit` leaves. Both count memory that is reserved, touched or not."""
+    used = _fields(PROCESS / "status")
+    for number, field, limit in (
+        (resource.RLIMIT_AS, "VmSize", "address space (ulimit -v)"),
+        (resource.RLIMIT_DATA, "VmData", "data (ulimit -d)"),
+    ):
+        allowed, _ = resource.getrlimit(number)
+        if allowed != resource.RLIM_INFINITY:
+            yield MemoryRoom(n_bytes=max(0, allowed - used.get(field, 0)), limit_bytes=allowed, limit=limit)
+
+
+def _group_rooms() -> Iterator[MemoryRoom]:
+    """What the control groups leave. Pages of files count as free, because the kernel drops them when it must."""
+    for folder in _group_folders("memory"):
+        usage = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
+        pages = _fields(folder / "memory.stat")
+        of_files = sum(pages.get(f"total_{name}", pages.get(name, 0)) for name in ("inactive_file", "active_file"))
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            allowed = _number(folder / name)
+            if allowed is not None:
+                left = max(0, min(allowed, allowed - usage + of_files))
+                yield MemoryRoom(n_bytes=left, limit_bytes=allowed, limit=f"the control group {folder} ({name})")
+
+
+def _core_quotas() -> Iterator[float]:
+    """How many cores' time each control group gives, where it gives less than all."""
+    for folder in _group_folders("cpu"):
+        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        both = _text(folder / "cpu.max").split()
+        if len(both) == 2 and both[0] != "max":
+            quota, period = map(int, both)
+        if quota is not None and quota > 0 and period:
+            yield quota / period
+
+
+def _group_folders(controller: str) -> Iterator[Path]:
+    """The folders of the control groups that hold this process: of its own and, upward, of all that can be seen.
+
+    Version 1 has a tree for each controller, version 2 one tree for all. In a container the top of the tree that is
+    mounted may be the container's own group.
+    """
+    groups = {
+        name: path
+        for _, names, path in (line.split(":", 2) for line in _text(PROCESS / "cgroup").splitlines())
+        for name in names.split(",")
+    }
+    for line in _text(PROCESS / "mountinfo").splitlines():
+        mount, _, kind = line.partition(" - ")
+        is_one_tree = kind.startswith("cgroup2 ")
+        path = groups.get("" if is_one_tree else controller)
+        if path is None or not (is_one_tree or kind.startswith("cgroup ") and controller in re.split("[ ,]", kind)):
+            continue
+        top, folder = (PurePosixPath(part) for part in mount.split()[3:5])
+        inside = PurePosixPath(path).relative_to(top).parts if PurePosixPath(path).is_relative_to(top) else ()
+        if ".." not in inside:
+            yield from (Path(folder, *inside[:depth]) for depth in range(len(inside), -1, -1))
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """The numbers of a file of the kernel that has a name and a number on each line. In bytes, where it says kB."""
+    lines = (line.replace(":", " ").split() for line in _text(path).splitlines())
+    return {
+        words[0]: int(words[1]) * (1024 if words[-1] == "kB" else 1)
+        for words in lines
+        if len(words) > 1 and words[1].isdigit()
+    }
+
+
+def _number(path: Path) -> int | None:
+    """The number that a file holds; None if there is no file, or if it holds none, such as `max`."""
+    text = _text(path).strip()
+    return int(text) if re.fullmatch(r"-?\d+", text) else None
+
+
+def _text(path: Path) -> str:
+    """What a file of the kernel says; nothing if it is missing or closed to us."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
