@@ -29,13 +29,23 @@ ALLOWED: dict[str, set[str]] = {
     "actcache.harvesting": CACHE - {"actcache.loading"} | {"actcache.text", "actcache.models"},
     "actcache.integrity": CACHE | {"actcache.text", "actcache.models", "actcache.harvesting"},
     "actcache.interop": CACHE | {"actcache.text", "actcache.models", "actcache.harvesting"},
+    "trainer.checksums": LOWEST | {"actcache.format"},
     "trainer.run_folder": LOWEST | {"actcache.store"},
     "trainer.config": LOWEST,
     "trainer.kernels": set(),
     "trainer.sae": {"actcache.errors", "trainer.config", "trainer.kernels"},
-    "trainer.formats": LOWEST | {"actcache.models", "trainer.run_folder", "trainer.config", "trainer.sae"},
+    "trainer.formats": LOWEST
+    | {"actcache.models", "trainer.checksums", "trainer.run_folder", "trainer.config", "trainer.sae"},
 }
-SAES = {*CACHE, "trainer.run_folder", "trainer.config", "trainer.kernels", "trainer.sae", "trainer.formats"}
+SAES = {
+    *CACHE,
+    "trainer.checksums",
+    "trainer.run_folder",
+    "trainer.config",
+    "trainer.kernels",
+    "trainer.sae",
+    "trainer.formats",
+}
 ALLOWED |= {
     "trainer.training": SAES,
     "trainer.evaluation": SAES,

@@ -23,6 +23,7 @@ from actcache.flow import HOLD_OUT_MORE
 from actcache.loading.filters import RowFilter
 from actcache.store.cache import Cache
 from actcache.store.reader import HookReader
+from trainer.checksums import CHECKSUMS_FILE, checksums_of, sealed
 from trainer.features.feature_acts import Codes, SparseEncoder, write_codes
 from trainer.features.read import (
     CODES,
@@ -277,7 +278,7 @@ def _rows(
 
 
 def _write_latents(folder: Path, codes: Sequence[Codes]) -> None:
-    """Write n_fired and max_act of every latent. Once this file is there, the features are whole."""
+    """Write the checksums of all files, then n_fired and max_act of every latent, which make the features whole."""
     d_sae = len(codes[0].latent_start) - 1
     n_fired, max_act = np.zeros(d_sae, dtype=np.int64), np.zeros(d_sae, dtype=np.float32)
     for each in codes:
@@ -288,4 +289,7 @@ def _write_latents(folder: Path, codes: Sequence[Codes]) -> None:
             largest = np.maximum.reduceat(np.abs(each.act_by_latent), each.latent_start[there])
             max_act[there] = np.maximum(max_act[there], largest)
     stored = safetensors.numpy.save({"n_fired": n_fired, "max_act": max_act})
+    files = {each.file.path.name: each.file.bytes for each in codes}
+    files |= {SOURCE_FILE: (folder / SOURCE_FILE).read_bytes(), LATENTS_FILE: stored}
+    write_atomically(folder / CHECKSUMS_FILE, [sealed(checksums_of(files))])
     write_atomically(folder / LATENTS_FILE, [stored])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from actcache.errors import ManifestError, NonFiniteActivations
 from actcache.files import write_atomically
+from trainer.checksums import Checksums, MappedFile
 from trainer.kernels.active import ActiveEntries, Workspace
 from trainer.kernels.select import encoder_pre_acts, exceeds, topk_chunk_rows, topk_pre_acts
 from trainer.sae.sae import SAE
@@ -24,6 +25,7 @@ from trainer.sae.sae import SAE
 MAX_ROWS = 4096  # rows encoded at a time; more make the product no faster
 STORED = {"I64": "<i8", "I32": "<i4", "F32": "<f4"}  # safetensors' dtype -> numpy's
 HEADER_LENGTH_BYTES = 8
+WAY_OUT = "remove {} and build it anew"
 
 Entries = tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]  # row, latent, activation
 
@@ -94,7 +96,10 @@ class Codes:
 
     Token t below is the t-th of these tokens.
 
+    The arrays are parts of the mapped file, and their bytes may be damaged. The methods check what they read.
+
     Attributes:
+        file: the file that holds them.
         first_token: number of the first token in the split.
         token_id: the id of each token.
         token_start: token t has the entries token_start[t] : token_start[t + 1] of `latent` and `act`, in no order.
@@ -106,6 +111,7 @@ class Codes:
         act_by_latent: the activation of each entry, by latent.
     """
 
+    file: MappedFile
     first_token: int
     token_id: Int32[np.ndarray, " token"]
     token_start: Int64[np.ndarray, " token_plus_1"]
@@ -120,16 +126,31 @@ class Codes:
         """One past the last token."""
         return self.first_token + len(self.token_id)
 
-    def of_latent(self, latent: int) -> slice:
-        """Where the latent's entries are in token_by_latent and act_by_latent."""
-        return slice(int(self.latent_start[latent]), int(self.latent_start[latent + 1]))
+    def of_latent(
+        self, latent: int
+    ) -> tuple[Int32[np.ndarray, " entry_of_latent"], Float32[np.ndarray, " entry_of_latent"]]:
+        """(tokens, activations) of a latent's entries, with ascending tokens. Raises ManifestError for damage."""
+        edges = self._checked(self.latent_start[latent : latent + 2]).tolist()
+        return self._checked(self.token_by_latent[slice(*edges)]), self._checked(self.act_by_latent[slice(*edges)])
 
     def latents_at(self, tokens: Int32[np.ndarray, " chosen"]) -> Int32[np.ndarray, " entry_of_chosen"]:
-        """The latents that fire on the chosen tokens, token after token."""
+        """The latents that fire on the chosen tokens, token after token. Raises ManifestError for damage."""
+        self.file.check_at(self.token_start, tokens)
+        self.file.check_at(self.token_start, tokens + 1)
         start = self.token_start[tokens]
         counts = self.token_start[tokens + 1] - start
         first = np.cumsum(counts) - counts  # where the latents of each token begin in the result
-        return self.latent[np.repeat(start - first, counts) + np.arange(counts.sum())]
+        entries = np.repeat(start - first, counts) + np.arange(counts.sum())
+        self.file.check_at(self.latent, entries)
+        return self.latent[entries]
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """The ids of tokens [start, stop) of these. Raises ManifestError for damage."""
+        return self._checked(self.token_id[start:stop]).tolist()
+
+    def _checked(self, view: np.ndarray) -> np.ndarray:
+        self.file.check(view)
+        return view
 
 
 def write_codes(
@@ -163,12 +184,17 @@ def write_codes(
     write_atomically(path, [safetensors.numpy.save({name: np.asarray(tensor) for name, tensor in tensors.items()})])
 
 
-def map_codes(path: Path, first_token: int) -> Codes:
-    """Map a file of `write_codes` that begins with token `first_token`. Raises ManifestError if it is damaged."""
-    arrays = map_arrays(path)
-    names = [name for name in Codes.__slots__ if name != "first_token"]
+def map_codes(path: Path, first_token: int, checksums: Checksums | None = None) -> Codes:
+    """Map a file of `write_codes` that begins with token `first_token`.
+
+    checksums: those of its folder. Raises ManifestError if what is read here is damaged.
+    """
+    file, arrays = _mapped(path, checksums or {})
+    names = [name for name in Codes.__slots__ if name not in ("file", "first_token")]
     try:
-        codes = Codes(first_token=first_token, **{name: arrays[name] for name in names})
+        codes = Codes(file=file, first_token=first_token, **{name: arrays[name] for name in names})
+        for ends in (codes.token_start[-1:], codes.latent_start[-1:]):
+            file.check(ends)
         n_entries = {int(codes.token_start[-1]), int(codes.latent_start[-1]), *map(len, (codes.latent, codes.act))}
         whole = n_entries == {len(codes.token_by_latent)} == {len(codes.act_by_latent)}
         if not whole or len(codes.token_start) != len(codes.token_id) + 1:
@@ -178,25 +204,37 @@ def map_codes(path: Path, first_token: int) -> Codes:
     return codes
 
 
-def map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, read-only and mapped. Raises ManifestError if it is not one."""
+def map_arrays(path: Path, checksums: Checksums | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, read-only and mapped.
+
+    checksums: those of its folder. Raises ManifestError if the file is damaged anywhere, or is not one.
+    """
+    file, arrays = _mapped(path, checksums or {})
+    file.check(file.bytes)
+    return arrays
+
+
+def _mapped(path: Path, checksums: Checksums) -> tuple[MappedFile, dict[str, np.ndarray]]:
+    """The file, of which only the header is checked, and its arrays."""
     try:
-        mapped = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-        start = HEADER_LENGTH_BYTES + int.from_bytes(mapped[:HEADER_LENGTH_BYTES].tobytes(), "little")
-        header = json.loads(mapped[HEADER_LENGTH_BYTES:start].tobytes())
-        return {
-            name: mapped[start + about["data_offsets"][0] : start + about["data_offsets"][1]]
+        file = MappedFile(path, checksums, WAY_OUT.format(path.parent))
+        file.check(file.bytes[:HEADER_LENGTH_BYTES])
+        start = HEADER_LENGTH_BYTES + int.from_bytes(file.bytes[:HEADER_LENGTH_BYTES].tobytes(), "little")
+        file.check(file.bytes[:start])
+        header = json.loads(file.bytes[HEADER_LENGTH_BYTES:start].tobytes())
+        return file, {
+            name: file.bytes[start + about["data_offsets"][0] : start + about["data_offsets"][1]]
             .view(STORED[about["dtype"]])
             .reshape(about["shape"])
             for name, about in header.items()
         }
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise damaged(path, error) from error
 
 
 def damaged(path: Path, error: Exception) -> ManifestError:
     """The error for a file of `build_features` that no longer holds what was written."""
     return ManifestError(
-        f"{path}: must be as the features were written, got {type(error).__name__}: {error}; remove {path.parent} and "
-        "build them anew"
+        f"{path}: must be as the features were written, got {type(error).__name__}: {error}; "
+        f"{WAY_OUT.format(path.parent)}"
     )

@@ -5,6 +5,7 @@ RUN/features/ holds these files.
     source.json                        which SAE and which cache the features are of
     codes-<first token>.safetensors    what fires on the tokens of a shard (`feature_acts`); several where much fires
     latents.safetensors                n_fired and max_act of every latent; it is written last
+    crc32c.json                        checksums of these files, and of those of `words`
     lock                               one process at a time builds the features
 
 Special tokens are not encoded. Activations are those of `SAE.encode`. Only abstopk has negative ones, and "largest"
@@ -22,9 +23,10 @@ from jaxtyping import Float32, Float64, Int64, Shaped
 
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
 from actcache.format.codecs import crc32c
-from trainer.features.feature_acts import Codes, damaged, map_arrays, map_codes
+from trainer.checksums import CHECKSUMS_FILE, Checksums, check_file, read_checksums
+from trainer.features.feature_acts import WAY_OUT, Codes, damaged, map_arrays, map_codes
 from trainer.formats.saelens import CONFIG_FILE as SAE_CONFIG_FILE
-from trainer.formats.saelens import WEIGHTS_FILE
+from trainer.formats.saelens import WEIGHTS_FILE, check_sae
 from trainer.run_folder import SAE_FOLDER, read_json
 
 SPLIT = "validation"
@@ -140,7 +142,7 @@ class Features:
         self._check(latent)
         counts = np.zeros(self.d_sae, dtype=np.int64)
         for codes in self.codes:
-            tokens = codes.token_by_latent[codes.of_latent(latent)]
+            tokens, _ = codes.of_latent(latent)
             counts += np.bincount(codes.latents_at(tokens), minlength=self.d_sae)
         counts[latent] = 0
         return [(other, int(counts[other])) for other in _largest(counts, n) if counts[other] > 0]
@@ -148,12 +150,9 @@ class Features:
     def _entries(self, latent: int) -> tuple[Int64[np.ndarray, " entry"], Float32[np.ndarray, " entry"]]:
         """(tokens of the split, activations) on which the latent fires, with ascending tokens."""
         self._check(latent)
-        where = [codes.of_latent(latent) for codes in self.codes]
-        tokens = [
-            c.token_by_latent[at].astype(np.int64) + c.first_token for c, at in zip(self.codes, where, strict=True)
-        ]
-        acts = [c.act_by_latent[at] for c, at in zip(self.codes, where, strict=True)]
-        return np.concatenate(tokens), np.concatenate(acts)
+        found = [codes.of_latent(latent) for codes in self.codes]
+        tokens = [at.astype(np.int64) + codes.first_token for codes, (at, _) in zip(self.codes, found, strict=True)]
+        return np.concatenate(tokens), np.concatenate([acts for _, acts in found])
 
     def _context(
         self,
@@ -186,7 +185,7 @@ class Features:
         while start < stop:
             codes = self.codes[number]
             end = min(stop, codes.stop)
-            ids += codes.token_id[start - codes.first_token : end - codes.first_token].tolist()
+            ids += codes.ids(start - codes.first_token, end - codes.first_token)
             start, number = end, number + 1
         return tuple(ids)
 
@@ -207,7 +206,10 @@ def open_features(run: Path | str) -> Features:
     if not (folder / LATENTS_FILE).is_file():
         found = "only a part of them is there" if (folder / SOURCE_FILE).is_file() else f"there is no {FOLDER}/"
         raise ManifestError(f"{run}: its features must be built, {found}; run `actcache features {run}`")
-    source, latents, codes = read_json(folder / SOURCE_FILE), map_arrays(folder / LATENTS_FILE), map_all_codes(folder)
+    checksums = read_checksums(folder / CHECKSUMS_FILE)
+    check_file(folder / SOURCE_FILE, checksums, WAY_OUT.format(folder))
+    source, codes = read_json(folder / SOURCE_FILE), map_all_codes(folder, checksums)
+    latents = map_arrays(folder / LATENTS_FILE, checksums)
     check_source(folder, source, {"sae_crc32c": sae_checksums(run), "format_version": FORMAT_VERSION})
     try:
         whole = codes[-1].stop == source["n_rows"] and all(len(c.latent_start) == source["d_sae"] + 1 for c in codes)
@@ -221,11 +223,12 @@ def open_features(run: Path | str) -> Features:
 
 
 def sae_checksums(run: Path) -> list[int]:
-    """CRC-32C of the two files of a run's SAE."""
+    """CRC-32C of the two files of a run's SAE. Raises ManifestError if they are damaged or missing."""
+    check_sae(run / SAE_FOLDER)
     files = [run / SAE_FOLDER / name for name in (SAE_CONFIG_FILE, WEIGHTS_FILE)]
     try:
         return [crc32c(np.memmap(path, dtype=np.uint8, mode="r")) for path in files]
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ManifestError(
             f"features: {run / SAE_FOLDER} must hold the SAE of the run, {SAE_CONFIG_FILE} and {WEIGHTS_FILE}, got "
             f"{type(error).__name__}: {error}"
@@ -243,9 +246,10 @@ def check_source(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any
         )
 
 
-def map_all_codes(folder: Path) -> tuple[Codes, ...]:
+def map_all_codes(folder: Path, checksums: Checksums | None = None) -> tuple[Codes, ...]:
     """Map every file of codes, in the order of the split. Raises ManifestError if they leave out a token."""
-    codes = tuple(map_codes(path, int(path.stem.partition("-")[2])) for path in sorted(folder.glob(CODES)))
+    paths = sorted(folder.glob(CODES))
+    codes = tuple(map_codes(path, int(path.stem.partition("-")[2]), checksums) for path in paths)
     stop = 0
     for each in codes:
         if each.first_token != stop:

@@ -16,6 +16,8 @@ import numpy as np
 from actcache.errors import ConfigError, ManifestError, ModelError
 from actcache.files import write_atomically
 from actcache.store.cache import Cache
+from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
+from trainer.features.feature_acts import WAY_OUT
 from trainer.features.logit_lens import LogitLens, TokenLogit, logit_lens
 from trainer.features.read import FOLDER, LOCK_FILE
 from trainer.features.text import Model
@@ -79,11 +81,16 @@ def write_words(run: Path | str, cache: Cache, model: Model) -> None:
         return
     with only_writer(folder, LOCK_FILE, "is building these features"):
         lens = _logit_lens(run, model)
+        files: dict[str, bytes] = {}  # tokens.json comes last
         if lens is not None:
-            _write(folder / LENS_FILE, {"latents": [{"promoted": p, "suppressed": s} for p, s in lens]})
+            files[LENS_FILE] = _json({"latents": [{"promoted": p, "suppressed": s} for p, s in lens]})
         shown = {token_id for ends in lens or () for end in ends for token_id, _ in end}
         ids = sorted(shown.union(np.unique(cache.sequences("validation")).tolist()))
-        _write(folder / TOKENS_FILE, {str(i): text for i, text in token_strings(model.tokenizer, ids).items()})
+        files[TOKENS_FILE] = _json({str(i): text for i, text in token_strings(model.tokenizer, ids).items()})
+        checksums = read_checksums(folder / CHECKSUMS_FILE) | checksums_of(files)
+        write_atomically(folder / CHECKSUMS_FILE, [sealed(checksums)])
+        for name, data in files.items():
+            write_atomically(folder / name, [data])
 
 
 def read_words(run: Path | str) -> Words:
@@ -97,7 +104,10 @@ def read_words(run: Path | str) -> Words:
         raise ManifestError(
             f"{run}: must have its features built, it has no {FOLDER}/{TOKENS_FILE}; run `actcache features {run}`"
         )
-    has_lens = (folder / LENS_FILE).is_file()
+    checksums = read_checksums(folder / CHECKSUMS_FILE)
+    has_lens = (folder / LENS_FILE).is_file() or LENS_FILE in checksums
+    for name in (TOKENS_FILE, *((LENS_FILE,) if has_lens else ())):
+        check_file(folder / name, checksums, WAY_OUT.format(folder))
     try:
         tokens = {int(token_id): str(text) for token_id, text in read_json(folder / TOKENS_FILE).items()}
         lens = tuple(_lens(row) for row in read_json(folder / LENS_FILE)["latents"]) if has_lens else None
@@ -131,6 +141,5 @@ def _lens(row: dict[str, Any]) -> Lens:
     )
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    write_atomically(path, [text.encode()])
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()

@@ -19,10 +19,17 @@ from typing import Any
 
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
 from actcache.installs import no_installs
+from trainer.checksums import CHECKSUMS_FILE, checksums_of, sealed
 from trainer.config.settings import SAEConfig
 from trainer.formats.dictionary_learning import DICTIONARY_LEARNING_FILES, dictionary_learning_sae
 from trainer.formats.foreign import Names
-from trainer.formats.saelens import CONFIG_FILE, SAE_LENS_VERSION, WEIGHTS_FILE, sae_files, write_directory
+from trainer.formats.saelens import (
+    CONFIG_FILE,
+    SAE_LENS_VERSION,
+    WEIGHTS_FILE,
+    sae_files,
+    write_directory,
+)
 from trainer.formats.saelens_checkpoint import saelens_sae, saelens_sae_of
 from trainer.formats.sparsify import SPARSIFY_FILES, sparsify_sae
 from trainer.run_folder import CONFIG_FILE as RUN_CONFIG
@@ -125,7 +132,8 @@ def _write_run(sae: SAE, out: Path, source: dict[str, Any]) -> Path:
     """Write the RUN folder, whole or not at all. Where it is written already, do nothing."""
     if not sae.metadata.get("model_name"):
         raise ConfigError(f"import: {_said(source)} does not say which model it is of; pass --model-name")
-    files = {f"{SAE_FOLDER}/{name}": data for name, data in sae_files(sae).items()}
+    sae_folder = sae_files(sae)
+    files = {f"{SAE_FOLDER}/{name}": data for name, data in sae_folder.items()}
     description = json.dumps(_description(sae, out, source), indent=1, sort_keys=True, allow_nan=False)
     files[RUN_CONFIG] = f"{description}\n".encode()
     if out.exists() and not out.is_dir():
@@ -135,7 +143,7 @@ def _write_run(sae: SAE, out: Path, source: dict[str, Any]) -> Path:
         return out
     if held:
         raise CacheMismatch(f"import: {out} must be new or empty, it holds {', '.join(held[:5])}; choose another --out")
-    return write_directory(out, files)
+    return write_directory(out, {**files, f"{SAE_FOLDER}.{CHECKSUMS_FILE}": sealed(checksums_of(sae_folder))})
 
 
 def _description(sae: SAE, out: Path, source: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """SAEs for inference in SAELens' directory format, written and read without sae_lens.
 
-A directory holds cfg.json and sae_weights.safetensors. Runs keep their trained SAE in this format too.
+A directory holds cfg.json and sae_weights.safetensors. Runs keep their trained SAE in this format too, in RUN/sae/, with
+its checksums in RUN/sae.crc32c.json.
 
 The SAE that is written takes raw activations, because the input scale is folded into the weights. With s the scale of
 training, h = (s x - b_dec) W_enc + b_enc = (x - b_dec / s) (s W_enc) + b_enc. So W_enc is multiplied by s, and W_dec
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.files import sync_folder, write_atomically
+from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
+from trainer.run_folder import SAE_FOLDER
 from trainer.sae.sae import PURSUIT, SAE
 
 SAE_LENS_VERSION = "6.54.12"  # the version whose format is written; readers drop the metadata of versions below 6.0.0
@@ -45,24 +48,35 @@ def save_inference_sae(
 ) -> Path:
     """Write a trained SAE as a SAELens directory at `out`, whole or not at all. An older one is replaced.
 
+    Arguments and errors are those of `inference_sae`. Returns `out`.
+    """
+    return write_directory(Path(out), sae_files(inference_sae(config, weights, metadata=metadata)))
+
+
+def write_run_sae(run: Path, sae: SAE) -> None:
+    """Write the checksums of RUN/sae/, and then the folder, whole or not at all. An older one is replaced."""
+    files = sae_files(sae)
+    write_atomically(_checksums_file(run / SAE_FOLDER), [sealed(checksums_of(files))])
+    write_directory(run / SAE_FOLDER, files)
+
+
+def inference_sae(config: SAEConfig, weights: Mapping[str, Tensor], *, metadata: Mapping[str, Any]) -> SAE:
+    """A trained SAE as it is saved.
+
     Args:
         config: the SAE's config. Its scales are folded into the weights, and all of it goes into cfg.json under
             metadata.actcache.
         weights: the training weights, which take scaled activations; `architectures` gives their shapes. batchtopk and
             matryoshka_batchtopk need a threshold on pre-activations too, [d_sae] or a scalar; they are written as
             jumprelu.
-        out: the directory to write.
         metadata: what else the metadata in cfg.json should say (model_name, context_size, ...), as plain JSON values.
-
-    Returns:
-        `out`.
 
     Raises:
         ValueError: the weights are not those of the config, or not finite.
     """
     architecture = "jumprelu" if config.architecture in BATCH_FAMILY else config.architecture
     tensors: dict[str, Any] = _folded(config, architecture, weights)
-    sae = SAE(
+    return SAE(
         architecture=architecture,
         hook_name=config.hook_name,
         hook_name_out=config.hook_name_out,
@@ -79,7 +93,6 @@ def save_inference_sae(
         },
         **tensors,
     )
-    return write_directory(Path(out), sae_files(sae))
 
 
 def sae_files(sae: SAE) -> dict[str, bytes]:
@@ -122,7 +135,22 @@ def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
             raw one.
     """
     folder = _sae_folder(Path(path))
+    check_sae(folder)
     return sae_of(read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE), folder, device=device)
+
+
+def check_sae(folder: Path) -> None:
+    """Raise ManifestError unless the files of RUN/sae/ are as they were written, where their checksums are there."""
+    held = _checksums_file(folder)
+    checksums = read_checksums(held)
+    way_out = f"restore it; if you changed it yourself, remove {held}"
+    for name in checksums:
+        check_file(folder / name, checksums, way_out)
+
+
+def _checksums_file(folder: Path) -> Path:
+    folder = folder.absolute()
+    return folder.with_name(f"{folder.name}.{CHECKSUMS_FILE}")
 
 
 def sae_of(
@@ -213,7 +241,7 @@ def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int) -> dict[str, t
 
 
 def _sae_folder(path: Path) -> Path:
-    for folder in (path, path / "sae"):
+    for folder in (path, path / SAE_FOLDER):
         if (folder / CONFIG_FILE).is_file():
             return folder
     raise ManifestError(
@@ -227,7 +255,7 @@ def read_sae_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         cfg = json.loads(path.read_bytes(), parse_constant=lambda _: None)  # SAELens writes NaN for an L0 without steps
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ManifestError(f"load_sae: {path} must be readable JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(cfg, dict) or not isinstance(cfg.get("metadata", {}), dict):
         raise ManifestError(f"load_sae: {path} must be a JSON object with an object `metadata`")
@@ -238,7 +266,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file. Raises ManifestError if it is not one."""
     try:
         return load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (FileNotFoundError, SafetensorError) as error:
         raise ManifestError(f"load_sae: {path} must be safetensors, got {type(error).__name__}: {error}") from error
 
 

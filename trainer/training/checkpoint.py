@@ -3,7 +3,7 @@
 The file holds the tensors weights/<name>, optimizer/<name>/<what> (such as Adam's exp_avg), average/<name> and
 tokens_since_fired. Its metadata has one key, `state`, because safetensors writes several keys in no fixed order. The
 value is the JSON object {step, n_tokens, config_sha256, optimizer}; `optimizer` holds the numbers of each parameter
-group. Nothing is pickled.
+group. Nothing is pickled. step-XXXXXXXX.crc32c.json beside it holds its checksums; it is written before the file.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.files import remove_leftovers, write_atomically
+from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
 from trainer.config.settings import SAEConfig
 from trainer.training.step import TrainState, initial_state
 
@@ -52,10 +53,15 @@ def save_checkpoint(state: TrainState, folder: Path, *, keep: int = 1) -> Path:
         "config_sha256": config_sha256(state.config),
         "optimizer": [_numbers(group) for group in state.optimizer.param_groups],
     }
-    write_atomically(path, [save(_tensors(state), {"state": json.dumps(counters)})])
+    data = save(_tensors(state), {"state": json.dumps(counters)})
+    write_atomically(_checksums_file(path), [sealed(checksums_of({path.name: data}))])
+    write_atomically(path, [data])
     others = [other for other in _checkpoints(folder) if other != path]
     for older in sorted(others, key=checkpoint_step, reverse=True)[keep - 1 :]:
         older.unlink()
+    for stray in folder.glob(f"step-*.{CHECKSUMS_FILE}"):  # those of the files just removed, or of a killed writer
+        if not _file_of(stray).exists():
+            stray.unlink()
     return path
 
 
@@ -68,10 +74,12 @@ def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = 
         device: where the state is put.
 
     Raises:
-        ManifestError: the file is damaged.
+        ManifestError: the file is damaged. The message names the last checkpoint that is not.
         CacheMismatch: it is a checkpoint of another config.
+        OSError: it cannot be read.
     """
     remove_leftovers(path.parent)
+    _check(path, _way_out(path))
     state = initial_state(config, torch.zeros(config.d_out, device=device))
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,12 +89,28 @@ def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = 
             state.step, state.n_tokens = int(counters["step"]), int(counters["n_tokens"])
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             _fill(state, stored, counters["optimizer"])
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise ManifestError(
-            f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error}); remove it to go on from the "
-            "one before it, or from the start"
+            f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error}); {_way_out(path)}"
         ) from error
     return state
+
+
+def _check(path: Path, way_out: str) -> None:
+    """Raise ManifestError if the bytes of a checkpoint are not those that were written. An old one has no checksums."""
+    check_file(path, read_checksums(_checksums_file(path)), way_out)
+
+
+def _way_out(path: Path) -> str:
+    """What to do about a damaged checkpoint: to remove it, and what training then goes on from."""
+    older = [each for each in _checkpoints(path.parent) if checkpoint_step(each) < checkpoint_step(path)]
+    for each in sorted(older, key=checkpoint_step, reverse=True):
+        try:
+            _check(each, "")
+        except ManifestError:
+            continue
+        return f"remove it to go on from {each.name}, the last good one"
+    return "remove it to train from the start: there is no good one before it"
 
 
 def config_sha256(config: SAEConfig) -> str:
@@ -96,6 +120,14 @@ def config_sha256(config: SAEConfig) -> str:
 
 def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*.safetensors") if _FILE_NAME.fullmatch(path.name)]
+
+
+def _checksums_file(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.{CHECKSUMS_FILE}")
+
+
+def _file_of(checksums_file: Path) -> Path:
+    return checksums_file.with_name(checksums_file.name.removesuffix(CHECKSUMS_FILE) + "safetensors")
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, float | int | bool]:

@@ -27,13 +27,12 @@ from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.config.settings import BATCH_FAMILY, TRANSCODERS, DecoderBiasInit, SAEConfig, ScaledHook, TrainConfig
 from trainer.config.sweep import SweepConfig
-from trainer.formats.saelens import save_inference_sae
+from trainer.formats.saelens import inference_sae, write_run_sae
 from trainer.kernels.active import Workspace
 from trainer.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     RUNS_LOCK,
-    SAE_FOLDER,
     check_folder,
     check_out,
     is_over,
@@ -423,7 +422,7 @@ def _save_sae(state: TrainState, folder: Path, train_config: TrainConfig, cache:
         "prepend_bos": identity["prepend_bos"],
         "exclude_special_tokens": train_config.exclude_special_tokens,
     }
-    save_inference_sae(config, inference_weights(state, threshold), folder / SAE_FOLDER, metadata=metadata)
+    write_run_sae(folder, inference_sae(config, inference_weights(state, threshold), metadata=metadata))
 
 
 def _description(config: SAEConfig, train_config: TrainConfig, cache: Cache) -> dict[str, Any]:

@@ -82,8 +82,8 @@ def test_codes_read_back_by_token_and_by_latent(tmp_path):
         found = list(zip(codes.latent[at].tolist(), codes.act[at].tolist(), strict=True))
         assert found == [(latent, act) for where, latent, act in ENTRIES if where == token]
     for latent in range(D_SAE):
-        at = codes.of_latent(latent)
-        found = list(zip(codes.token_by_latent[at].tolist(), codes.act_by_latent[at].tolist(), strict=True))
+        tokens, acts = codes.of_latent(latent)
+        found = list(zip(tokens.tolist(), acts.tolist(), strict=True))
         assert found == [(token, act) for token, where, act in ENTRIES if where == latent]
     assert codes.latents_at(np.array([2, 1, 0], dtype=np.int32)).tolist() == [3, 0, 2, 0]
 

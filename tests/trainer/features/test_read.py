@@ -84,6 +84,47 @@ def test_damaged_features_are_named(planted_cache, tmp_path):
         open_features(run)
 
 
+def answers(run: Path) -> list[object]:
+    """Everything that the features of a run say."""
+    features = open_features(run)
+    asked = [features.n_tokens, features.n_fired.tolist(), features.max_act.tolist()]
+    for latent in range(features.d_sae):
+        counts, edges = features.histogram(latent)
+        asked += [features.top(latent, 50), features.coactive(latent), counts.tolist(), edges.tolist()]
+    return asked
+
+
+def test_a_changed_byte_is_named_wherever_it_is(planted_cache, tmp_path):
+    """A byte that no answer hangs on, such as that of an activation by token, may go unnoticed."""
+    run = planted_run(tmp_path, planted_cache)
+    build_features(run, planted_cache)
+    expected, random = answers(run), np.random.default_rng(0)
+    files = sorted(path for path in (run / "features").iterdir() if path.stat().st_size)
+    n_named = 0
+    for number in range(60):
+        path = files[number % len(files)]
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        start = int(random.integers(len(data)))
+        data[start : start + 64] = bytes(byte ^ 0x10 for byte in data[start : start + 64])
+        path.write_bytes(data)
+        try:
+            assert answers(run) == expected, f"{path.name} byte {start}"
+        except ManifestError as error:
+            n_named += path.name in str(error)
+        path.write_bytes(whole)
+    assert n_named >= 50
+
+
+def test_features_without_checksums_are_read(planted_cache, tmp_path):
+    """As older versions wrote them."""
+    run = planted_run(tmp_path, planted_cache)
+    build_features(run, planted_cache)
+    expected = answers(run)
+    (run / "features" / "crc32c.json").unlink()
+    assert answers(run) == expected
+
+
 def test_wrong_questions_are_named(planted_cache, tmp_path):
     features = build_features(planted_run(tmp_path, planted_cache), planted_cache)
     for latent in (-1, 5):

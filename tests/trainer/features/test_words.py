@@ -46,6 +46,17 @@ def test_words_that_are_missing_or_damaged(tiny_cache, tiny_model, tmp_path):
     with pytest.raises(ManifestError, match=r"it has no features/tokens\.json; run `actcache features"):
         read_words(run)
     write_words(run, tiny_cache, tiny_model)
+    for name in ("lens.json", "tokens.json"):
+        path = run / "features" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b"1", b"2", 1))
+        with pytest.raises(ManifestError, match=rf"{name}: is damaged: .* remove .*features and build it anew"):
+            read_words(run)
+        path.write_bytes(whole)
+    (run / "features" / "lens.json").rename(run / "aside")
+    with pytest.raises(ManifestError, match=r"lens\.json: is missing"):
+        read_words(run)
+    (run / "features" / "crc32c.json").unlink()
     (run / "features" / "lens.json").write_text(json.dumps({"latents": [{"promoted": [[1]]}]}))
     with pytest.raises(ManifestError, match=r"lens\.json must hold .* the lens of each latent, got ValueError"):
         read_words(run)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
 from trainer.config.settings import SAEConfig, ScaledHook
-from trainer.formats.saelens import export_sae, load_sae, save_inference_sae
+from trainer.formats.saelens import export_sae, inference_sae, load_sae, save_inference_sae, write_run_sae
 
 
 def trained_reconstruction(config: SAEConfig, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -313,3 +313,20 @@ def test_export_copies_once_and_never_over_something_else(tmp_path):
         export_sae(folder, tmp_path / "notes" / "diary.txt")
     with pytest.raises(ManifestError, match="must be a RUN folder"):
         export_sae(tmp_path / "notes", tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_a_changed_byte_of_a_run_is_named(name: str, tmp_path: Path) -> None:
+    """Old runs have no checksums, and an SAE that somebody changed is read without them."""
+    config = make_config("topk")
+    write_run_sae(tmp_path, inference_sae(config, make_weights("topk"), metadata={"model_name": "tiny"}))
+    before = load_sae(tmp_path)
+    path = tmp_path / "sae" / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-30] + bytes([data[-30] ^ 1]) + data[-29:])
+    for where in (tmp_path, tmp_path / "sae"):
+        with pytest.raises(ManifestError, match=rf"{name}: is damaged: .* restore it; if you .* sae\.crc32c\.json"):
+            load_sae(where)
+    path.write_bytes(data)
+    (tmp_path / "sae.crc32c.json").unlink()
+    assert torch.equal(load_sae(tmp_path).W_dec, before.W_dec)

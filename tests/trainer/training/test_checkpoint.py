@@ -64,7 +64,8 @@ def test_the_newest_replaces_the_older(tmp_path: Path) -> None:
     save_checkpoint(state, tmp_path)
     step(state, rows(24))
     path = save_checkpoint(state, tmp_path)
-    assert [each.name for each in tmp_path.iterdir()] == ["step-00000004.safetensors"] == [path.name]
+    held = ["step-00000004.crc32c.json", "step-00000004.safetensors"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == held
     assert latest_checkpoint(tmp_path) == path
     assert checkpoint_step(path) == 4
 
@@ -75,7 +76,8 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     seen = []
     for keep in (3, 3, 3, 3, 2, 1):
         save_checkpoint(state, tmp_path, keep=keep)
-        seen.append(sorted(checkpoint_step(each) for each in tmp_path.glob("step-0*")))
+        seen.append(sorted(checkpoint_step(each) for each in tmp_path.glob("step-0*.safetensors")))
+        assert len(list(tmp_path.glob("*.crc32c.json"))) == len(seen[-1])
         step(state, rows(24))
     assert seen == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [3, 4], [5]]
     assert (tmp_path / "step-notes.safetensors").exists()
@@ -89,11 +91,48 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_serves_once_it_is_gone
     newest.write_bytes(newest.read_bytes()[:-1])
     assert latest_checkpoint(tmp_path) == newest
     with pytest.raises(
-        ManifestError, match=r"step-00000004\.safetensors: cannot be read .* remove it to go on from the"
+        ManifestError,
+        match=r"step-00000004\.safetensors: is damaged.* remove it to go on from step-00000003\.safetensors, the last",
     ):
         load_checkpoint(state.config, newest)
     newest.unlink()
     assert_same_state(load_checkpoint(state.config, latest_checkpoint(tmp_path)), trained("topk"))
+
+
+@pytest.mark.parametrize("at", [0.0, 0.3, 0.6, 0.99])
+def test_changed_bytes_are_named_and_the_last_good_one_too(at: float, tmp_path: Path) -> None:
+    state = trained("topk", n_steps=0)
+    for seed in range(3):
+        save_checkpoint(state, tmp_path, keep=3)
+        step(state, rows(24, seed=seed))
+    first, second, third = sorted(tmp_path.glob("*.safetensors"))
+    for damaged, good in ((third, second.name), (second, first.name), (first, None)):
+        data = bytearray(damaged.read_bytes())
+        start = int(at * len(data))
+        data[start : start + 64] = bytes(byte ^ 0xFF for byte in data[start : start + 64])
+        damaged.write_bytes(data)
+        for each in [each for each in (third, second) if good is not None and each >= damaged]:
+            with pytest.raises(ManifestError, match=rf"is damaged: bytes .* remove it to go on from {good}, the last"):
+                load_checkpoint(state.config, each)
+    with pytest.raises(ManifestError, match="remove it to train from the start: there is no good one before it"):
+        load_checkpoint(state.config, third)
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path: Path) -> None:
+    """As older versions wrote them."""
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    (tmp_path / "step-00000003.crc32c.json").unlink()
+    assert_same_state(load_checkpoint(state.config, path), state)
+
+
+def test_a_kill_between_the_checksums_and_the_checkpoint_does_no_harm(tmp_path: Path) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    (tmp_path / "step-00000004.crc32c.json").write_bytes(b"of a file that never came")
+    assert_same_state(load_checkpoint(state.config, path), state)
+    save_checkpoint(state, tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000003.crc32c.json", path.name]
 
 
 def test_of_two_the_newest_counts_and_leftovers_do_not(tmp_path: Path) -> None:
@@ -104,7 +143,8 @@ def test_of_two_the_newest_counts_and_leftovers_do_not(tmp_path: Path) -> None:
     (tmp_path / ".step-00000009.safetensors.ab12.partial").write_bytes(b"half")
     assert latest_checkpoint(tmp_path) == path
     load_checkpoint(state.config, path)
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["step-00000002.safetensors", path.name]
+    assert sorted(each.name for each in tmp_path.glob("*.safetensors")) == ["step-00000002.safetensors", path.name]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +158,8 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(state, tmp_path)
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert [each.name for each in tmp_path.glob("*.safetensors")] == [path.name]
+    assert_same_state(load_checkpoint(state.config, path), trained("topk"))
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1], ids=["empty", "five_bytes", "header_cut", "one_byte_short"])
@@ -126,6 +167,9 @@ def test_a_torn_file_is_refused(keep: int, tmp_path: Path) -> None:
     state = trained("topk")
     path = save_checkpoint(state, tmp_path)
     path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ManifestError, match=r"step-00000003\.safetensors: is damaged: it must be \d+ bytes long"):
+        load_checkpoint(state.config, path)
+    (tmp_path / "step-00000003.crc32c.json").unlink()
     with pytest.raises(ManifestError, match=r"step-00000003\.safetensors: cannot be read as a checkpoint"):
         load_checkpoint(state.config, path)
 
