@@ -141,7 +141,7 @@ def _group_folders(controller: str) -> Iterator[Path]:
         mount, _, kind = line.partition(" - ")
         is_one_tree = kind.startswith("cgroup2 ")
         path = groups.get("" if is_one_tree else controller)
-        if path is None or not (is_one_tree or kind.startswith("cgroup ") and controller in re.split("[ ,]", kind)):
+        if path is None or not (is_one_tree or (kind.startswith("cgroup ") and controller in re.split("[ ,]", kind))):
             continue
         top, folder = (PurePosixPath(part) for part in mount.split()[3:5])
         inside = PurePosixPath(path).relative_to(top).parts if PurePosixPath(path).is_relative_to(top) else ()

@@ -1,6 +1,6 @@
 """SAEs for inference in SAELens' directory format, written and read without sae_lens.
 
-A directory holds cfg.json and sae_weights.safetensors. Runs keep their trained SAE in this format too, in RUN/sae/, with
+A directory holds cfg.json and sae_weights.safetensors. Runs keep their trained SAE in this format too, in RUN/sae/, and
 its checksums in RUN/sae.crc32c.json.
 
 The SAE that is written takes raw activations, because the input scale is folded into the weights. With s the scale of
