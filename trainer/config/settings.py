@@ -121,6 +121,19 @@ class SAEConfig:
                     f"take a smaller {setting} or a wider SAE"
                 )
 
+    def check_ramps(self) -> None:
+        """Raise ConfigError if lr, sparsity or k would change over more steps than the run has, and so never get there.
+
+        It is no rule of every config, so that a run that was trained before opens whatever its ramps are.
+        """
+        for ramps in (("lr_warm_up_steps", "lr_decay_steps"), ("sparsity_warm_up_steps",), ("k_anneal_steps",)):
+            steps = [getattr(self, ramp) for ramp in ramps]
+            if sum(steps) > self.n_steps:
+                raise ConfigError(
+                    f"{self.name}: {' + '.join(ramps)} must be at most n_steps={self.n_steps}, got "
+                    f"{' + '.join(map(str, steps))}; take fewer, or train on more than {self.training_tokens} tokens"
+                )
+
     @property
     def has_unit_norm_decoder(self) -> bool:
         """Whether decoder rows are held at norm 1. They are not where the penalty weighs their norms instead."""

@@ -135,10 +135,13 @@ class SweepConfig:
             training_tokens: how many rows each SAE trains on.
 
         Raises:
-            ConfigError: a setting is wrong.
+            ConfigError: a setting is wrong, or a warm-up, decay or anneal takes more steps than the run has.
             CacheMismatch: the cache does not hold a hook, or the rows of a hook have no variance.
         """
-        return tuple(_resolve(run, self._facts(cache, run, training_tokens)) for run in self.runs)
+        configs = tuple(_resolve(run, self._facts(cache, run, training_tokens)) for run in self.runs)
+        for config in configs:
+            config.check_ramps()
+        return configs
 
     def _facts(self, cache: DescribesHooks, run: Mapping[str, Any], training_tokens: int) -> Facts:
         return Facts(
@@ -393,9 +396,8 @@ def _field_types(cls: type) -> dict[str, Any]:
 
 def _typed(who: str, key: str, value: object, kind: Any) -> Any:
     """`value` as the field's type. An int is taken for a float. Raises ConfigError for another type."""
-    options = (
-        typing.get_args(kind) if isinstance(kind, types.UnionType) or type(None) in typing.get_args(kind) else (kind,)
-    )
+    is_union = isinstance(kind, types.UnionType) or type(None) in typing.get_args(kind)
+    options = typing.get_args(kind) if is_union else (kind,)
     if value is None and type(None) in options:
         return None
     accepted = next(option for option in options if option is not type(None))

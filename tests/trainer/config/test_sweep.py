@@ -96,6 +96,37 @@ def test_the_last_partial_batch_is_a_step() -> None:
     assert resolved(training_tokens=4097).n_steps == 2
 
 
+LONG_RAMPS = {
+    "a warm-up": {"lr_warm_up_steps": 11},
+    "a decay": {"lr_decay_steps": 11},
+    "a warm-up and a decay that overlap": {"lr_warm_up_steps": 5, "lr_decay_steps": 6},
+    "a warm-up of the sparsity": {"architecture": "standard", "k": None, "sparsity_warm_up_steps": 11},
+    "an anneal of k": {"k_anneal_start": 32, "k_anneal_steps": 11},
+}
+
+
+@pytest.mark.parametrize("ramps", LONG_RAMPS.values(), ids=LONG_RAMPS)
+def test_a_ramp_longer_than_the_run_is_refused(ramps: dict) -> None:
+    """The numbers are named. Just as long as the run it may be."""
+    asked = (
+        r"must be at most n_steps=10, got (11|5 \+ 6|11 \+ 0|0 \+ 11); take fewer, or train on more than 40960 tokens"
+    )
+    with pytest.raises(ConfigError, match=asked):
+        resolved(training_tokens=4096 * 10, **ramps)
+    assert resolved(training_tokens=4096 * 11, **ramps).n_steps == 11
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu", "gated"])
+@pytest.mark.parametrize("n_steps", [1, 2, 7])
+def test_the_ramps_of_presets_fit_into_the_shortest_runs(architecture: str, n_steps: int) -> None:
+    assert resolved(training_tokens=4096 * n_steps, architecture=architecture, k=None, sparsity_coefficient=1.0)
+
+
+def test_a_config_of_before_opens_whatever_its_ramps_are() -> None:
+    config = resolved(training_tokens=4096 * 11, lr_warm_up_steps=11)
+    assert dataclasses.replace(config, n_steps=3).lr_warm_up_steps == 11
+
+
 def test_grid_is_the_product_in_order_and_names_tell_what_varies() -> None:
     sweep = SweepConfig.from_dict({"base": BASE, "grid": {"d_sae": [64, 128], "k": [4, 8]}})
     assert [run["name"] for run in sweep.runs] == ["topk-k4-d64", "topk-k8-d64", "topk-k4-d128", "topk-k8-d128"]
