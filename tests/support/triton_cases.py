@@ -249,15 +249,24 @@ def test_topk_pre_acts_are_those_of_the_dense_product(by_magnitude: bool) -> Non
     assert torch.equal(values, pre_acts.gather(1, latents))
 
 
+LIKE_PLAIN_TORCH = [
+    *((name, "float32") for name in ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "standard", "gated")),
+    *((name, "bfloat16") for name in ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")),
+]
+
+
 @pytest.mark.usefixtures("_as_on_cuda")
-@pytest.mark.parametrize("architecture", ["topk", "abstopk", "batchtopk", "matryoshka_batchtopk", "standard", "gated"])
-def test_training_goes_as_in_plain_torch(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("architecture", "encoder_dtype"), LIKE_PLAIN_TORCH)
+def test_training_goes_as_in_plain_torch(
+    architecture: str, encoder_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The losses of two steps, of which AuxK takes part in the second; few entries of the penalised are above 0."""
     from support.tiny_saes import TOPK_FAMILY, make_config
     from trainer.training.step import initial_state, train_step
 
     settings = {"aux_coefficient": 1.0, "k_aux": 4, "dead_window": 1, "k": 2} if architecture in TOPK_FAMILY else {}
     widths = (3, 12) if architecture == "matryoshka_batchtopk" else None
+    settings["encoder_dtype"] = encoder_dtype
     config = make_config(architecture, d_sae=12, matryoshka_widths=widths, **settings)
     batches = [random(6, 16, seed=seed) for seed in range(2)]
 

@@ -66,7 +66,7 @@ class SAEConfig:
     k_anneal_steps: int
     matryoshka_widths: Sequence[int] | None  # widths of the prefixes that reconstruct x, ascending, d_sae last
     sparsity_coefficient: float | None  # lambda of the penalty (all but the TopK family)
-    encoder_dtype: EncoderDtype  # dtype in which the TopK family ranks pre-activations
+    encoder_dtype: EncoderDtype  # dtype in which the TopK family finds the largest pre-activations
     optimizer: Optimizer
     lr: float
     seed: int

@@ -16,17 +16,20 @@ from torch import Tensor
 
 
 class Workspace:
-    """A [batch, d_sae] buffer that steps reuse. To allocate a new one would take as long as to fill it."""
+    """A [batch, d_sae] buffer that steps reuse. To allocate a new one would take as long as to fill it.
+
+    It is bytes, so that steps in one dtype and in another use the same memory in turn.
+    """
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, n_rows: int, d_sae: int, like: Tensor) -> Float[Tensor, "{n_rows} {d_sae}"]:
         """An uninitialised matrix with the dtype and device of `like`. The next call hands out the same memory."""
-        held = self._buffer
-        if held.numel() < n_rows * d_sae or held.dtype != like.dtype or held.device != like.device:
-            self._buffer = like.new_empty(n_rows * d_sae)
-        return self._buffer[: n_rows * d_sae].view(n_rows, d_sae)
+        n_bytes = n_rows * d_sae * like.itemsize
+        if self._buffer.numel() < n_bytes or self._buffer.device != like.device:
+            self._buffer = like.new_empty(n_bytes, dtype=torch.uint8)
+        return self._buffer[:n_bytes].view(like.dtype).view(n_rows, d_sae)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -16,6 +16,7 @@ from trainer.kernels.active import Workspace
 RANKED_AT_ONCE = 1 << 24  # pre-activations that a CPU holds at a time; smaller products are slower
 RANKED_AT_ONCE_ON_CUDA = 1 << 28
 FOLD = 8  # latents in a group; only the largest of a group is ranked first
+SMALLEST_MARGIN = 16  # candidates of a row beside its k largest, where bfloat16 ranks
 SAMPLED_ENTRIES = 1 << 16  # entries from which the batch's k-th largest is guessed
 
 
@@ -47,6 +48,35 @@ def topk_pre_acts(
             if by_magnitude or active.on_cuda(pre_acts):
                 torch.gather(pre_acts, 1, latents[rows], out=values[rows])
     return values, latents
+
+
+def with_margin(k: int, d_sae: int) -> int:
+    """How many candidates of a row a ranking in bfloat16 must give, so that the k largest are among them.
+
+    bfloat16 has eight bits. Near the k-th of thousands of pre-activations many are equal in it, and others have changed
+    places.
+    """
+    return min(d_sae, k + max(SMALLEST_MARGIN, k // 4))
+
+
+def largest_of_candidates(
+    values: Float[Tensor, "batch candidate"], latents: Int[Tensor, "batch candidate"], k: int, *, by_magnitude: bool
+) -> tuple[Float[Tensor, "batch {k}"], Int[Tensor, "batch {k}"]]:
+    """(values, latents) of the k largest of the candidates of each row, in no order. NaN counts as the largest."""
+    chosen = (values.abs() if by_magnitude else values).topk(k, sorted=False).indices
+    return values.gather(1, chosen), latents.gather(1, chosen)
+
+
+def largest(values: Float[Tensor, " candidate"], n: int) -> Int[Tensor, " chosen"]:
+    """Indices of the n largest values, ascending; of all values where there are no more than n. NaN is the largest.
+
+    On a CPU, of equal values the first are chosen. On CUDA that is not defined, and nothing waits for the device.
+    """
+    if len(values) <= n:
+        return torch.arange(len(values), device=values.device)
+    if active.on_cuda(values):
+        return values.argsort(descending=True)[:n].sort().values
+    return _largest(values, n)
 
 
 def topk_chunk_rows(d_sae: int, *, is_cuda: bool) -> int:

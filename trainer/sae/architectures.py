@@ -163,10 +163,17 @@ def _topk_active(
     config: SAEConfig, weights: Weights, encoder_input: Tensor, k: int, workspace: Workspace, *, by_magnitude: bool
 ) -> tuple[Tensor, ActiveEntries]:
     """(the pre-activations of the active entries, which entries these are)."""
-    ranked = _to_be_ranked(config, encoder_input, weights)
-    values, latents = select.topk_pre_acts(*ranked, k, workspace, by_magnitude=by_magnitude)
+    encoder = encoder_input, weights["W_enc"], weights["b_enc"]
+    if config.encoder_dtype == "bfloat16":
+        n_candidates = select.with_margin(k, config.d_sae)
+        shorter = (part.bfloat16() for part in encoder)
+        _, latents = select.topk_pre_acts(*shorter, n_candidates, workspace, by_magnitude=by_magnitude)
+        exact = sparse.entry_pre_acts(topk_entries(latents, config.d_sae), *encoder).view_as(latents)
+        values, latents = select.largest_of_candidates(exact, latents, k, by_magnitude=by_magnitude)
+    else:
+        values, latents = select.topk_pre_acts(*encoder, k, workspace, by_magnitude=by_magnitude)
     entries = topk_entries(latents, config.d_sae)
-    return _exact_pre_acts(config, values.flatten(), entries, weights, encoder_input), entries
+    return active_pre_acts(values.flatten(), entries, weights, encoder_input, config), entries
 
 
 def _batchtopk(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:
@@ -207,32 +214,19 @@ def _batchtopk_active(
 ) -> tuple[Tensor, Tensor, ActiveEntries]:
     """(encoder input, feature_acts of the active entries, which entries these are)."""
     encoder_input = x - weights["b_dec"].detach()
-    ranked = _to_be_ranked(config, encoder_input, weights)
-    all_pre_acts = select.encoder_pre_acts(*ranked, workspace)
-    row, latent = select.batch_topk_entries(all_pre_acts, k)
-    entries = ActiveEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
-    pre_acts = _exact_pre_acts(config, all_pre_acts[row, latent], entries, weights, encoder_input)
-    return encoder_input, activations.relu(pre_acts), entries
-
-
-def _to_be_ranked(config: SAEConfig, encoder_input: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, W_enc, b_enc) in the dtype in which pre-activations are ranked."""
-    x, W_enc, b_enc = encoder_input, weights["W_enc"], weights["b_enc"]
-    return (
-        (x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16()) if config.encoder_dtype == "bfloat16" else (x, W_enc, b_enc)
-    )
-
-
-def _exact_pre_acts(
-    config: SAEConfig, values: Tensor, entries: ActiveEntries, weights: Weights, encoder_input: Tensor
-) -> Float[Tensor, " active"]:
-    """The pre-activations of the active entries in float32, with gradient.
-
-    values: the pre-activations that were ranked. Where they are bfloat16, they are computed anew.
-    """
+    encoder = encoder_input, weights["W_enc"], weights["b_enc"]
     if config.encoder_dtype == "bfloat16":
-        values = sparse.entry_pre_acts(entries, encoder_input, weights["W_enc"], weights["b_enc"])
-    return active_pre_acts(values, entries, weights, encoder_input, config)
+        all_pre_acts = select.encoder_pre_acts(*(part.bfloat16() for part in encoder), workspace)
+        row, latent = select.batch_topk_entries(all_pre_acts, select.with_margin(k, config.d_sae))
+        exact = sparse.entry_pre_acts(ActiveEntries.of(row, latent, batch=len(x), d_sae=config.d_sae), *encoder)
+        chosen = select.largest(exact, k * len(x))
+        values, row, latent = exact[chosen], row[chosen], latent[chosen]
+    else:
+        all_pre_acts = select.encoder_pre_acts(*encoder, workspace)
+        row, latent = select.batch_topk_entries(all_pre_acts, k)
+        values = all_pre_acts[row, latent]
+    entries = ActiveEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
+    return encoder_input, activations.relu(active_pre_acts(values, entries, weights, encoder_input, config)), entries
 
 
 def _gated(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:

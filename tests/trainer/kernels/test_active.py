@@ -41,6 +41,15 @@ def test_the_workspace_is_allocated_once() -> None:
     assert workspace.empty(2, 2, like.double()).dtype == torch.float64
 
 
+def test_dtypes_that_alternate_use_the_same_memory() -> None:
+    """AuxK ranks in float32 after a step that ranked in bfloat16; so do two SAEs of a sweep, in turn."""
+    workspace, like = Workspace(), torch.empty(0)
+    first = workspace.empty(4, 6, like)
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        lent = workspace.empty(4, 6, like.to(dtype))
+        assert (lent.shape, lent.dtype, lent.data_ptr()) == ((4, 6), dtype, first.data_ptr())
+
+
 @pytest.mark.parametrize("on_cuda", [False, True])
 @pytest.mark.parametrize("name", MASKS)
 def test_entries_are_found_once_their_number_is_known(

@@ -80,6 +80,28 @@ def test_topk_in_groups_is_topk(d_sae: int, k: int, dtype: torch.dtype, by_magni
     assert all(len(set(row)) == k for row in latents.tolist())
 
 
+@pytest.mark.parametrize("on_cuda", [False, True])
+@pytest.mark.parametrize("n", [2, 3, 40, 41, 100])
+def test_the_largest_of_candidates_come_in_their_order(n: int, on_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(active, "on_cuda", lambda _: on_cuda)
+    values = random(41).float()
+    values[7] = torch.nan
+    expected = sorted(sorted(range(41), key=lambda i: (i != 7, -values[i].nan_to_num().item()))[:n])
+    assert select.largest(values, n).tolist() == expected
+
+
+def test_candidates_of_a_row_keep_their_signs_and_latents() -> None:
+    values, latents = torch.tensor([[1.0, -3.0, 2.0], [0.0, torch.nan, 5.0]]), torch.tensor([[4, 8, 1], [7, 2, 0]])
+    found = select.largest_of_candidates(values, latents, 2, by_magnitude=True)
+    assert dict(zip(found[1][0].tolist(), found[0][0].tolist(), strict=True)) == {8: -3.0, 1: 2.0}
+    assert set(found[1][1].tolist()) == {2, 0}
+    assert select.largest_of_candidates(values, latents, 1, by_magnitude=False)[1].tolist() == [[1], [2]]
+
+
+def test_the_margin_is_no_wider_than_the_sae() -> None:
+    assert [select.with_margin(k, 1000) for k in (1, 64, 100, 990, 1000)] == [17, 80, 125, 1000, 1000]
+
+
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
 

@@ -104,6 +104,26 @@ def test_jumprelu_starts_at_its_threshold() -> None:
     assert torch.equal(weights["threshold"], torch.full((48,), 0.02))
 
 
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+@pytest.mark.parametrize("architecture", TOPK_FAMILY)
+def test_an_encoder_in_bfloat16_keeps_what_one_in_float32_keeps(architecture: str, offset: float) -> None:
+    """Among 4096 pre-activations many are equal in bfloat16. A large common part of x makes more of them equal.
+
+    The kept latents are those of a float32 product, but for a pair that two orders of summing tell apart.
+    """
+    sizes = {"d_in": 64, "d_sae": 4096, "k": 32}
+    widths = {"matryoshka_widths": (512, 4096)} if architecture == "matryoshka_batchtopk" else {}
+    configs = [make_config(architecture, encoder_dtype=dtype, **sizes, **widths) for dtype in ("float32", "bfloat16")]
+    weights = initial_weights(configs[0], torch.zeros(64))
+    x = rows(64, 64).float() + offset * rows(1, 64, seed=3).float()
+    exact, short = (forward(config, weights, x, Workspace()) for config in configs)
+    kept = [{*zip(*(e.tolist() for e in (o.entries.row, o.entries.latent)), strict=True)} for o in (exact, short)]
+    assert len(kept[0]) == len(kept[1]) == 64 * 32
+    assert len(kept[0] - kept[1]) <= 1
+    assert abs(sum(latent for _, latent in kept[0]) - sum(latent for _, latent in kept[1])) < 4096
+    torch.testing.assert_close(short.x_hat, exact.x_hat, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", TOPK_FAMILY)
 def test_an_encoder_in_bfloat16_chooses_and_float32_computes(architecture: str) -> None:
     """Where the k-th and the next pre-activation are further apart than bfloat16 errs, all is as with float32.
