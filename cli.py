@@ -14,7 +14,7 @@ import actcache
 from actcache.commands.exchange import export_cache, import_cache
 from actcache.commands.harvest import harvest
 from actcache.commands.integrity import info, relabel, repair, verify
-from actcache.commands.terminal import Commands, Json, print_json, say
+from actcache.commands.terminal import Commands, Json, print_json, say, with_local_paths
 from actcache.errors import ConfigError
 from trainer.commands.evaluate import evaluate, evaluated
 from trainer.commands.features import built_features, describe, features, similar, stability, steer
@@ -97,24 +97,22 @@ def demo(out: Annotated[Path, typer.Option(help="The folder to write.")] = Path(
     report(out / "runs", out / "report.html")
 
 
-app.command(rich_help_panel=HARVEST)(harvest)
-app.command(rich_help_panel=HARVEST)(info)
-app.command(rich_help_panel=HARVEST)(verify)
-app.command(rich_help_panel=HARVEST)(repair)
-app.command(rich_help_panel=TRAIN)(train)
-app.command("eval", rich_help_panel=TRAIN)(evaluate)
-app.command(rich_help_panel=TRAIN)(report)
-app.command(rich_help_panel=LOOK)(features)
-app.command(rich_help_panel=LOOK)(steer)
-app.command(rich_help_panel=LOOK)(similar)
-app.command(rich_help_panel=LOOK)(stability)
-app.command("import", rich_help_panel=EXCHANGE)(import_run)
-app.command(rich_help_panel=EXCHANGE)(export)
-app.command("import-cache", rich_help_panel=EXCHANGE)(import_cache)
-app.command("export-cache", rich_help_panel=EXCHANGE)(export_cache)
-app.command(rich_help_panel=EXCHANGE)(relabel)
-app.command(rich_help_panel=TRY)(demo)
-app.command(rich_help_panel=TRY)(bench)
+COMMANDS = {
+    HARVEST: {"harvest": harvest, "info": info, "verify": verify, "repair": repair},
+    TRAIN: {"train": train, "eval": evaluate, "report": report},
+    LOOK: {"features": features, "steer": steer, "similar": similar, "stability": stability},
+    EXCHANGE: {
+        "import": import_run,
+        "export": export,
+        "import-cache": import_cache,
+        "export-cache": export_cache,
+        "relabel": relabel,
+    },
+    TRY: {"demo": demo, "bench": bench},
+}
+for panel, functions in COMMANDS.items():
+    for name, function in functions.items():
+        app.command(name, rich_help_panel=panel)(with_local_paths(function))
 
 
 def main() -> None:

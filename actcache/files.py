@@ -1,4 +1,4 @@
-"""Durable files.
+"""Durable files, and which paths can be theirs.
 
 A file is written aside, fsynced and renamed; then its folder is fsynced. So a reader never sees half of a file.
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
+
+from actcache.errors import ConfigError
 
 PARTIAL_SUFFIX = ".partial"
 # what flock says where a file system has no locks; EBADF is NFS's, of a file that may only be read
@@ -27,6 +30,33 @@ _DROPPED = (
     *(".directory", ".hidden", ".trash-*", ".nfs*", ".fuse_hidden*", "lost+found", ".snapshot", "@eadir"),
     ".ipynb_checkpoints",
 )
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[:/]")  # s3://; a Path of it has one slash; fsspec chains with ::
+
+
+def local_path(path: str | Path) -> Path:
+    """The path of a file or folder, with "~" expanded. Raises ConfigError for an address such as s3://bucket/cache."""
+    refuse_address(path, "a path of this machine")
+    return Path(os.path.expanduser(path))
+
+
+def refuse_address(name: str | Path, instead: str) -> None:
+    """Raise ConfigError for an address, which as a path would be a folder of the name "s3:".
+
+    instead: what the caller should pass, for the message.
+    """
+    if ADDRESS.match(str(name)):
+        raise ConfigError(f"{name}: no address is read or written; mount or copy what is there, and pass {instead}")
+
+
+def can_only_be_a_path(name: str, suffixes: Collection[str]) -> bool:
+    """Whether a name cannot be one of the hub, owner/name. suffixes: of the files that such a path may have."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in suffixes
+
+
+def missing_here(name: str) -> str:
+    """What to say first when the hub has no owner/name: that a folder called owner is here and lacks it; else ""."""
+    owner = os.path.dirname(name)
+    return f"the folder {owner} is here and lacks it; the hub: " if owner and os.path.isdir(owner) else ""
 
 
 def contents(path: Path) -> bytes:

@@ -1,12 +1,15 @@
 """The command line as a user types it: one path through every command, and every wrong use."""
 
+import inspect
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import typer
 from support.command_line import actcache
 from support.places import ROOT
 from support.tiny_caches import HOOKS
@@ -365,3 +368,64 @@ def test_a_process_keeps_exit_code_and_streams_apart(work):
     wrong = in_a_process("info", work)
     assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
     assert "Traceback" in in_a_process("--debug", "info", work).stderr
+
+
+def paths_of_commands():
+    """(command, parameter) for every argument that is a file or a folder."""
+    import cli
+
+    for functions in cli.COMMANDS.values():
+        for command, function in functions.items():
+            for name, hint in get_type_hints(function).items():
+                if hint in (Path, Path | None, list[Path]):
+                    yield command, name
+
+
+def typed(command: str, **given: str) -> list[str]:
+    """A command with these arguments, and something for every other that it needs."""
+    import cli
+
+    (function,) = (functions[command] for functions in cli.COMMANDS.values() if command in functions)
+    hints, argv = get_type_hints(function, include_extras=True), [command]
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in given and parameter.default is not inspect.Parameter.empty:
+            continue
+        kind, info = get_args(hints[name])[0], hints[name].__metadata__[0]
+        value = given.get(name, "1" if kind is int else "x")
+        declared = [word for word in (info.default, *(info.param_decls or ())) if str(word).startswith("--")]
+        option = (declared or [f"--{name.replace('_', '-')}"])[0].split("/")[0]
+        is_positional = isinstance(info, typer.models.ArgumentInfo)
+        argv += [value] if is_positional else [option] if kind is bool else [option, value]
+    return argv
+
+
+def test_every_path_of_every_command_refuses_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = list(paths_of_commands())
+    assert {("harvest", "out"), ("train", "cache"), ("train", "sweep"), ("eval", "cache"), ("stability", "others")} <= {
+        *found
+    }
+    for command, name in found:
+        said = actcache(*typed(command, **{name: "s3://bucket/x"}), code=2).stderr
+        assert said.startswith("error: s3:/bucket/x: no address is read or written; mount or copy"), (command, name)
+        assert len(said.splitlines()) == 1
+        assert not list(tmp_path.iterdir()), (command, name)
+
+
+@pytest.mark.parametrize("option", ["--model", "--dataset", "--release"])
+def test_names_that_may_be_paths_refuse_an_address_too(option, tmp_path, monkeypatch, tiny_llama_dir):
+    monkeypatch.chdir(tmp_path)
+    argv = ["import", "--sae-id", "x", "--out", "out"]
+    if option != "--release":
+        given = {"--model": tiny_llama_dir, "--dataset": "texts.jsonl", "--hook": HOOKS[0], "--out": "cache"}
+        argv = ["harvest", *(part for each in given.items() if each[0] != option for part in each)]
+    said = actcache(*argv, option, "hf://owner/name", code=2).stderr
+    assert said.splitlines()[-1].startswith("error: hf://owner/name: no address is read or written")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_is_the_home_folder(work, monkeypatch, tmp_path):
+    """A shell leaves it as it is in --out=~/cache."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    actcache("export", work / "runs" / "topk", "--out=~/exported")
+    assert (tmp_path / "exported" / "cfg.json").is_file()

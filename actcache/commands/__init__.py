@@ -17,4 +17,5 @@ Public:
     remembered.model_of_cache: the model that a cache remembers
     terminal.Commands: turns errors into exit codes
     terminal.say: prints a line for a person
+    terminal.with_local_paths: refuses an address among a command's paths
 """

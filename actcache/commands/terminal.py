@@ -5,11 +5,13 @@ Nothing heavy is imported here, because `actcache --help` would wait for it.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,6 +20,7 @@ from tqdm import tqdm
 from typer.core import TyperGroup
 
 from actcache.errors import ActcacheError, ConfigError
+from actcache.files import local_path
 from actcache.installs import no_installs
 from actcache.machine import SCARCE_BYTES, lacked, memory_room, thread_limits
 
@@ -101,6 +104,22 @@ def _place(error: BaseException) -> str:
     """The type of an error that says nothing, and the module where it was raised."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return f"{type(error).__name__} in {frame.f_globals.get('__name__')}"
+
+
+def with_local_paths(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which refuses an address among its paths before it begins. It gets its paths with "~" expanded."""
+
+    @functools.wraps(command)
+    def checked(**arguments: Any) -> None:
+        command(**{name: _local(value) for name, value in arguments.items()})
+
+    return checked
+
+
+def _local(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_local(each) for each in value]
+    return local_path(value) if isinstance(value, Path) else value
 
 
 def fail(line: str, code: int) -> NoReturn:

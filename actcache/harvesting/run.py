@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from actcache.errors import CacheLocked
-from actcache.files import remove_leftovers, write_atomically
+from actcache.files import local_path, remove_leftovers, write_atomically
 from actcache.format.manifest import Plan
 from actcache.format.paths import ORIGIN
 from actcache.format.records import HookSpec, merge_records
@@ -101,7 +101,7 @@ def harvest_share(
         CacheLocked: another process is the same worker, or one of more workers than `worker.count`.
         CacheMismatch, DiskTooSmall, DatasetError, ModelError, NonFiniteActivations: as for `harvest`.
     """
-    root = Path(out)
+    root = local_path(out)
     widths = model.hook_widths(config.hook_names)
     refuse_foreign_folder(root)
     times, started = HarvestTimes(), time.perf_counter()
@@ -142,7 +142,7 @@ def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: st
     Raises:
         CacheMismatch, DatasetError, ModelError: as for `harvest`.
     """
-    root = Path(out)
+    root = local_path(out)
     widths = model.hook_widths(config.hook_names)
     refuse_foreign_folder(root)
     held = read_plan(root)

@@ -33,9 +33,10 @@ def relabel(path: str | Path, native: bool) -> int:
         ManifestError: as for `open_cache`; also if a zarr.json has neither form. Then nothing is changed.
         CorruptShard: as for `open_cache`.
     """
-    if not _stale(open_cache(path), native):
+    cache = open_cache(path)
+    if not _stale(cache, native):
         return 0
-    with exclusive(Path(path)):  # a harvest that finalises would write these files too
+    with exclusive(cache.path):  # a harvest that finalises would write these files too
         stale = _stale(open_cache(path), native)
         for file, content in stale:
             write_atomically(file, [content])

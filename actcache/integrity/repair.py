@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
-from actcache.files import remove_leftovers, write_atomically
+from actcache.files import local_path, remove_leftovers, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import token_arrays
 from actcache.format.codecs import codec, crc32c
@@ -97,7 +97,7 @@ def repair(
         DatasetError: the dataset is needed and cannot be found or read.
         ModelError: the model is needed and cannot be loaded.
     """
-    root = Path(path)
+    root = local_path(path)
     if not (root / MANIFEST).is_dir():
         raise ManifestError(f"{root}: not a cache (no folder {MANIFEST}); make one with `actcache harvest`")
     with exclusive(root):

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, DatasetError
-from actcache.files import naming, sync_folder, write_atomically
+from actcache.files import local_path, naming, sync_folder, write_atomically
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.records import ShardRecord
 from actcache.format.scatter import shard_permutation
@@ -47,7 +47,7 @@ def export_cache(cache: Cache, out: Path | str, *, split: str = "train", progres
         CacheMismatch: `out` holds something else.
         CorruptShard: a chunk is damaged.
     """
-    out, fingerprint = Path(out).absolute(), f"{cache.fingerprint}-{split}"
+    out, fingerprint = local_path(out).absolute(), f"{cache.fingerprint}-{split}"
     if cache.n_rows(split) == 0:
         raise DatasetError(f"export-cache: {split} of {cache.path} holds no rows; export the other split")
     if _is_exported(out, fingerprint):

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
 from actcache.errors import CacheLocked, DatasetError
-from actcache.files import remove_leftovers, write_atomically
+from actcache.files import local_path, remove_leftovers, write_atomically
 from actcache.flow import SPLITS, ActivationBatch
 from actcache.format.codecs import codec
 from actcache.format.identity import FORMAT_VERSION
@@ -97,7 +97,7 @@ def import_cache(
         CacheMismatch: `out` holds something else; the message lists the differences.
         ConfigError, CacheLocked, DiskTooSmall, NonFiniteActivations: as for a harvest.
     """
-    root, arrow = Path(out), ArrowRows(Path(source), config.model)
+    root, arrow = local_path(out), ArrowRows(local_path(source), config.model)
     refuse_foreign_folder(root)
     dtype = config.dtype or arrow.dtype
     settings = HarvestConfig(

@@ -21,22 +21,25 @@ from transformers import (
 )
 
 from actcache.errors import ConfigError, ModelError
+from actcache.files import can_only_be_a_path, local_path, missing_here, refuse_address
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FILE_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"}  # no name on the hub ends in one of them
 WHOLE_MODEL = "check the name or pass a directory with a whole model"
 
 
 def source_of(name_or_path: str) -> str:
     """The hub name, or the path of the directory.
 
-    Raises ModelError for a directory that is missing or has no config.json.
+    Raises ConfigError for an address, ModelError for a directory that is missing or has no config.json.
     """
-    path = Path(name_or_path).expanduser()
+    refuse_address(name_or_path, "a directory or a hub name owner/model")
+    path = local_path(name_or_path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"load_model: {path} has no config.json; pass a directory with config, weights, tokenizer")
         return str(path)
-    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+    if can_only_be_a_path(name_or_path, FILE_SUFFIXES):
         raise ModelError(f"load_model: no directory {path}; pass a directory with a model, or a hub name owner/model")
     return name_or_path
 
@@ -158,8 +161,11 @@ def _loaded(
             return from_pretrained(source, revision=revision or "main", **settings)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
         at = "" if revision is None else f" at revision {revision}"
+        at_hub = "" if os.path.isdir(source) else missing_here(source)
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"load_model: cannot load {source!r}{at}: {lines[0].rstrip(':.')}; {way_out}") from None
+        raise ModelError(
+            f"load_model: cannot load {source!r}{at}: {at_hub}{lines[0].rstrip(':.')}; {way_out}"
+        ) from None
 
 
 def _complete(model: PreTrainedModel, report: dict[str, Any], name: str) -> PreTrainedModel:

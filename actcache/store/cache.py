@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from actcache.errors import CorruptShard, ManifestError
-from actcache.files import contents, file_bytes
+from actcache.files import contents, file_bytes, local_path
 from actcache.flow import SPLITS
 from actcache.format.arrays import ArraySpec, hook_arrays, sequence_arrays, token_arrays
 from actcache.format.codecs import codec
@@ -155,7 +155,7 @@ def read_manifest(path: str | Path) -> Cache:
 
     Raises ManifestError if there is no cache, it is not finished, or its manifest cannot be trusted.
     """
-    root = Path(path)
+    root = local_path(path)
     try:
         sealed = contents(root / CACHE_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):

@@ -13,10 +13,11 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from actcache.errors import ConfigError, DatasetError
+from actcache.files import can_only_be_a_path, local_path, missing_here, refuse_address
 from actcache.installs import no_installs
 
 SAMPLE_BY = ("line", "paragraph", "document")
-FILE_KINDS = {
+FILE_KINDS = {  # of local files
     ".txt": "text",
     ".md": "text",
     ".jsonl": "json",
@@ -24,6 +25,7 @@ FILE_KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+FILE_SUFFIXES = {*FILE_KINDS, ".csv", ".tsv", ".gz", ".zst", ".zip"}  # no name on the hub ends in one of them
 _load_dataset: Callable[..., Any] = datasets.load_dataset  # its overloads know no `streaming: bool`
 HASH_BLOCK_BYTES = 1 << 20
 
@@ -46,6 +48,7 @@ class DatasetSource:
     streaming: bool = False
 
     def __post_init__(self) -> None:
+        refuse_address(self.path, "a local file, a folder or a hub name")
         if self.sample_by not in SAMPLE_BY:
             raise ConfigError(f"dataset: sample_by must be one of {', '.join(SAMPLE_BY)}, got {self.sample_by!r}")
 
@@ -56,15 +59,24 @@ class DatasetSource:
             return self._load()
         except (OSError, ValueError, ConnectionError, DatasetGenerationError) as error:
             reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+            if not self._local.exists() and not can_only_be_a_path(self.path, FILE_SUFFIXES):
+                reason = f"{missing_here(self.path)}{reason}"
             raise DatasetError(
                 f"dataset: cannot load {self.path!r} ({reason}); give a local file, a folder or a hub name"
             ) from error
 
+    @property
+    def _local(self) -> Path:
+        """The path as a local one, whether there is something or not."""
+        return local_path(self.path)
+
     def _load(self) -> Any:
-        path = Path(self.path)
+        path = self._local
         if path.is_dir() and (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
         if not path.exists():
+            if can_only_be_a_path(self.path, FILE_SUFFIXES):
+                raise FileNotFoundError("there is no such file or folder")
             return _load_dataset(
                 self.path, self.config, split=self.split, revision=self.revision, streaming=self.streaming
             )
@@ -78,7 +90,7 @@ class DatasetSource:
 
     def identity(self) -> dict[str, Any]:
         """What tells this dataset from another: its settings, and for local files a sha256 of all their bytes."""
-        path = Path(self.path)
+        path = self._local
         local = path.exists()
         return {
             "name": path.name if local else self.path,

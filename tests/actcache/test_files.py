@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from support.places import CHILD
 from support.strangers import as_another_user, only_root
 
-from actcache.files import remove_leftovers, write_atomically
+from actcache.errors import ConfigError
+from actcache.files import can_only_be_a_path, local_path, remove_leftovers, write_atomically
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -128,3 +130,73 @@ def test_an_error_names_the_file_and_not_the_one_aside(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match=r"'[^']*/folder'$"):
         write_atomically(tmp_path / "folder", [b""])
+
+
+ADDRESSES = [
+    "s3://bucket/cache",
+    "gs://bucket/cache",
+    "hf://datasets/owner/name",
+    "file:///tmp/cache",
+    "https://host/cache",
+    "abfss://fs@account/cache",
+    "S3://bucket",
+    "simplecache::s3://bucket/cache",
+    "dbfs:/mnt/cache",
+    Path("s3://bucket/cache"),  # a Path has lost one of the slashes
+]
+
+
+@pytest.mark.parametrize("address", ADDRESSES, ids=str)
+def test_an_address_is_no_path(address):
+    with pytest.raises(ConfigError, match=r"no address is read or written; mount or copy .* pass a path of this"):
+        local_path(address)
+
+
+@pytest.mark.parametrize("path", ["cache", "/a:b/c", "./s3/x", "a:b", "run-12:30", "C:/x", "cache/s3:x", "../x"])
+def test_every_other_path_is_taken_as_it_is(path):
+    assert local_path(path) == Path(path)
+
+
+def test_the_home_folder_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/her")
+    assert local_path("~/cache") == local_path(Path("~/cache")) == Path("/home/her/cache")
+    assert local_path("~nobody-of-this-name/cache") == Path("~nobody-of-this-name/cache")
+
+
+def test_what_can_only_be_a_path():
+    paths = ["./a", "../a/b", "/a", "~/a", "a/b/c", "texts.jsonl", "owner/texts.JSONL"]
+    names = ["gpt2", "owner/model-0.5b", "owner/model-v1.5", "EleutherAI/pythia-70m"]
+    assert [can_only_be_a_path(name, {".jsonl"}) for name in (*paths, *names)] == [True] * len(paths) + [False] * 4
+
+
+def addressed(model, texts, cache):
+    """Every function of actcache that takes a path, called with an address."""
+    from actcache.harvesting.config import HarvestConfig
+    from actcache.harvesting.run import dry_run, harvest
+    from actcache.integrity.relabel import relabel
+    from actcache.integrity.repair import repair
+    from actcache.integrity.verify import verify
+    from actcache.interop.arrow_export import export_cache
+    from actcache.interop.arrow_import import ArrowImport, import_cache
+    from actcache.models.load import load_model
+    from actcache.store.cache import open_cache, read_manifest
+    from actcache.text.sources import DatasetSource
+
+    out, config = "s3://bucket/cache", HarvestConfig(hook_names=("a.b",))
+    yield lambda: harvest(model, DatasetSource(path=str(texts)), config, out)
+    yield lambda: dry_run(model, DatasetSource(path=str(texts)), config, Path(out))
+    yield lambda: import_cache("arrow", ArrowImport(model="gpt2"), out)
+    yield lambda: import_cache(out, ArrowImport(model="gpt2"), "cache")
+    yield lambda: export_cache(cache, out)
+    yield lambda: load_model(out)
+    yield lambda: DatasetSource(path=out)
+    for function in (open_cache, read_manifest, verify, lambda p: relabel(p, native=True), lambda p: repair(p, print)):
+        yield lambda function=function: function(out)
+
+
+def test_no_function_takes_an_address(tiny_model, tiny_texts, tiny_cache, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for number, call in enumerate(addressed(tiny_model, tiny_texts, tiny_cache)):
+        with pytest.raises(ConfigError, match="no address is read or written"):
+            call()
+        assert not list(tmp_path.iterdir()), number

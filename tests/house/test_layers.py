@@ -16,7 +16,7 @@ CACHE = {*LOWEST, "actcache.format", "actcache.store", "actcache.loading"}
 ALLOWED: dict[str, set[str]] = {
     "actcache.errors": set(),
     "actcache.flow": set(),
-    "actcache.files": set(),
+    "actcache.files": {"actcache.errors"},
     "actcache.installs": set(),
     "actcache.machine": set(),
     "actcache.lazy": set(),

@@ -7,7 +7,7 @@ import pytest
 from support.tiny_reports import add_baseline, add_logs, evaluation
 from support.tiny_saes import make_config, make_run
 
-from actcache.errors import CacheLocked, CacheMismatch, ManifestError
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
 from trainer.run_folder import (
     RUNS_LOCK,
     check_folder,
@@ -170,3 +170,38 @@ def test_the_cache_of_the_first_run_that_remembers_one(run: Path, tmp_path: Path
     assert remembered_cache(run) == remembered_cache(run.parent) == Path("cache")
     with pytest.raises(ManifestError, match="holds no run that remembers its cache; train first, or pass --cache"):
         remembered_cache(tmp_path)
+
+
+def addressed(cache):
+    """Every function of trainer that takes a path, called with an address."""
+    import trainer
+    from trainer.features.words import has_words, read_words
+
+    address = "gs://bucket/run"
+    run = {"name": "a", "architecture": "topk", "hook_name": "blocks.0.hook_resid_post", "k": 1, "d_sae": 2}
+    config = trainer.SweepConfig.from_dict({"runs": [run]})
+    yield lambda: trainer.train(cache, config, address)
+    yield lambda: trainer.plan(cache, config, address)
+    yield lambda: trainer.SweepConfig.from_yaml(address)
+    yield lambda: trainer.build_features(address, cache)
+    yield lambda: trainer.evaluate(address, cache)
+    yield lambda: trainer.evaluate_runs(address, cache)
+    yield lambda: trainer.export_neuronpedia(address, "out")
+    yield lambda: trainer.export_neuronpedia("run", address)
+    yield lambda: trainer.export_sae(address, "out")
+    yield lambda: trainer.import_release(address, "id", "out")
+    yield lambda: trainer.import_release("release", "id", address)
+    yield lambda: trainer.import_sae(address, "out")
+    yield lambda: trainer.import_sae("folder", address)
+    yield lambda: trainer.write_report(address, "out")
+    yield lambda: trainer.write_report("runs", address)
+    for function in (trainer.load_sae, trainer.open_features, has_words, read_words):
+        yield lambda function=function: function(address)
+
+
+def test_no_function_takes_an_address(tiny_cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, call in enumerate(addressed(tiny_cache)):
+        with pytest.raises(ConfigError, match="no address is read or written"):
+            call()
+        assert not list(tmp_path.iterdir()), number

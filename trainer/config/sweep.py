@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import yaml
 
 from actcache.errors import CacheMismatch, ConfigError
+from actcache.files import local_path
 from trainer.config.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
 from trainer.config.settings import (
     PENALISED,
@@ -103,7 +104,7 @@ class SweepConfig:
     def from_yaml(cls, path: str | Path) -> "SweepConfig":
         """Read a sweep file. Raises ConfigError for anything wrong in it; the error names the file."""
         try:
-            loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_SweepLoader)
+            loaded = yaml.load(local_path(path).read_text(encoding="utf-8"), Loader=_SweepLoader)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing sweep file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:

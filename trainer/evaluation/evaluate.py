@@ -19,6 +19,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
+from actcache.files import local_path
 from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
@@ -60,7 +61,7 @@ def evaluate(
     how: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "progress": progress}
     if isinstance(run, SAE | PCA):
         return evaluate_all([run], cache, model, **how)[0]
-    _check_run(Path(run), cache)
+    _check_run(local_path(run), cache)
     return evaluate_all([load_sae(run, device=_device(model))], cache, model, **how)[0]
 
 
@@ -139,7 +140,7 @@ def evaluate_runs(
         ManifestError: there is no run, or one has not finished training.
         CacheMismatch, DatasetError: as `evaluate_all`, or a run was trained on another model than the cache's.
     """
-    runs = Path(runs)
+    runs = local_path(runs)
     folders = _finished(runs)
     configs = [_check_run(folder, cache) for folder in folders]
     saes: list[SAE | PCA] = [load_sae(folder, device=_device(model)) for folder in folders]

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Int32, Int64, Shaped
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.files import remove_leftovers, write_atomically
+from actcache.files import local_path, remove_leftovers, write_atomically
 from actcache.flow import HOLD_OUT_MORE
 from actcache.loading.filters import RowFilter
 from actcache.store.cache import Cache
@@ -76,7 +76,7 @@ def build_features(
         CorruptShard: a chunk of the cache is damaged.
         CacheLocked: another process is building them.
     """
-    run = Path(run)
+    run = local_path(run)
     folder, config = run / FOLDER, _run_config(run)
     sae = load_sae(run, device=device)
     _check_cache(run, config, sae, cache)

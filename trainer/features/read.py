@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64, Shaped
 
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
+from actcache.files import local_path
 from actcache.format.codecs import crc32c
 from trainer.checksums import CHECKSUMS_FILE, Checksums, check_file, read_checksums
 from trainer.features.feature_acts import WAY_OUT, Codes, damaged, map_arrays, map_codes
@@ -201,7 +202,7 @@ def open_features(run: Path | str) -> Features:
         ManifestError: they were not built, the build did not end, or a file is damaged.
         CacheMismatch: they are of another SAE than the run holds now.
     """
-    run = Path(run)
+    run = local_path(run)
     folder = run / FOLDER
     if not (folder / LATENTS_FILE).is_file():
         found = "only a part of them is there" if (folder / SOURCE_FILE).is_file() else f"there is no {FOLDER}/"

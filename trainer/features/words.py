@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import ConfigError, ManifestError, ModelError
-from actcache.files import write_atomically
+from actcache.files import local_path, write_atomically
 from actcache.store.cache import Cache
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
 from trainer.features.feature_acts import WAY_OUT
@@ -58,7 +58,7 @@ class Words:
 
 def has_words(run: Path | str) -> bool:
     """Whether the words of a run's features are written. They are written after the features."""
-    return (Path(run) / FOLDER / TOKENS_FILE).is_file()
+    return (local_path(run) / FOLDER / TOKENS_FILE).is_file()
 
 
 def write_words(run: Path | str, cache: Cache, model: Model) -> None:
@@ -76,7 +76,7 @@ def write_words(run: Path | str, cache: Cache, model: Model) -> None:
         ManifestError, CacheMismatch: as `load_sae`.
         CacheLocked: another process is building features of this run.
     """
-    folder = Path(run) / FOLDER
+    folder = local_path(run) / FOLDER
     if has_words(run):
         return
     with only_writer(folder, LOCK_FILE, "is building these features"):
@@ -99,7 +99,7 @@ def read_words(run: Path | str) -> Words:
     Raises:
         ManifestError: there is no tokens.json, or a file is malformed.
     """
-    folder = Path(run) / FOLDER
+    folder = local_path(run) / FOLDER
     if not has_words(run):
         raise ManifestError(
             f"{run}: must have its features built, it has no {FOLDER}/{TOKENS_FILE}; run `actcache features {run}`"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
+from actcache.files import local_path, refuse_address
 from actcache.installs import no_installs
 from trainer.checksums import CHECKSUMS_FILE, checksums_of, sealed
 from trainer.config.settings import SAEConfig
@@ -61,10 +62,10 @@ def import_sae(folder: Path | str, out: Path | str, names: Names | None = None) 
         CacheMismatch: the SAE was trained on a centred stream, or `out` holds something else.
         ConfigError: neither the folder nor `names` says the model, or neither says the hook.
     """
-    folder = Path(folder)
+    folder, out = local_path(folder), local_path(out)
     layout, read = _reader(folder)
     source = {"format": layout, "path": str(folder.absolute())}
-    return _write_run(read(folder, names or Names()), Path(out), source)
+    return _write_run(read(folder, names or Names()), out, source)
 
 
 @no_installs("SAELens")
@@ -86,6 +87,8 @@ def import_release(release: str, sae_id: str, out: Path | str, names: Names | No
         ConfigError: sae_lens is not installed, or there is no such release or id.
         ManifestError, CacheMismatch: as `import_sae`, or the files cannot be downloaded.
     """
+    refuse_address(release, "the name of a release, or its folder as DIR")
+    out = local_path(out)
     try:
         from sae_lens import SAE as TheirSAE
     except ImportError as error:
@@ -102,7 +105,7 @@ def import_release(release: str, sae_id: str, out: Path | str, names: Names | No
     cfg["metadata"] |= {"sae_lens_version": SAE_LENS_VERSION}  # an older cfg.json has been brought up to date
     tensors = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
     sae = saelens_sae_of(cfg, tensors, Path(release, sae_id), names or Names())
-    return _write_run(sae, Path(out), {"format": "saelens", "release": release, "sae_id": sae_id})
+    return _write_run(sae, out, {"format": "saelens", "release": release, "sae_id": sae_id})
 
 
 def _reader(folder: Path) -> tuple[str, Callable[[Path, Names], SAE]]:

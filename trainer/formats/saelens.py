@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.files import sync_folder, write_atomically
+from actcache.files import local_path, sync_folder, write_atomically
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
 from trainer.run_folder import SAE_FOLDER
@@ -50,7 +50,7 @@ def save_inference_sae(
 
     Arguments and errors are those of `inference_sae`. Returns `out`.
     """
-    return write_directory(Path(out), sae_files(inference_sae(config, weights, metadata=metadata)))
+    return write_directory(local_path(out), sae_files(inference_sae(config, weights, metadata=metadata)))
 
 
 def write_run_sae(run: Path, sae: SAE) -> None:
@@ -134,7 +134,7 @@ def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
         CacheMismatch: the SAE was trained on a centred residual stream (center_writing_weights), and a cache holds the
             raw one.
     """
-    folder = _sae_folder(Path(path))
+    folder = _sae_folder(local_path(path))
     check_sae(folder)
     return sae_of(read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE), folder, device=device)
 
@@ -187,7 +187,7 @@ def export_sae(run: Path | str, out: Path | str) -> Path:
         raise ManifestError(
             f"export: SAELens has {', '.join(SAELENS_ARCHITECTURES)}, {run} is a {architecture}; load it with load_sae"
         )
-    source, out = _sae_folder(Path(run)), Path(out).absolute()
+    source, out = _sae_folder(local_path(run)), local_path(out).absolute()
     files = {name: (source / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
     if out.exists() and not out.is_dir():
         raise CacheMismatch(f"export: {out} must be a directory, got a file; choose another --out")

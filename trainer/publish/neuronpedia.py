@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import ManifestError
-from actcache.files import write_atomically
+from actcache.files import local_path, write_atomically
 from trainer.features.read import Context, Features, open_features
 from trainer.features.words import TokenWeight, Words, read_words
 from trainer.formats.saelens import load_sae
@@ -64,10 +64,10 @@ def export_neuronpedia(run: Path | str, out: Path | str) -> Path:
     Raises:
         ManifestError: the features or the words of `run` are not written, or its hook belongs to no layer.
     """
-    run = Path(run).resolve()
+    run, out = local_path(run).resolve(), local_path(out)
     features, words, sae = open_features(run), read_words(run), load_sae(run)
     source = _source(run, sae)
-    folder = Path(out) / source.model / source.id
+    folder = out / source.model / source.id
     for name, row in _tables(source, sae).items():
         write_atomically(folder / f"{name}.jsonl", [_line(row)])
     fired = np.flatnonzero(features.n_fired > 0)

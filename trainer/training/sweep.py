@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actcache.errors import DatasetError
+from actcache.files import local_path
 from actcache.flow import Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
@@ -121,7 +122,7 @@ def train(
         CacheLocked: something is left to train, and another process trains in `out`.
         KeyboardInterrupt: SIGINT or SIGTERM came. Every SAE was saved at the same step before.
     """
-    out, records = Path(out), dict[str, RunRecord]()
+    out, records = local_path(out), dict[str, RunRecord]()
     check_loggers(loggers)
     warn_of_no_validation(cache)
     configs = _checked_configs(cache, config, out)
@@ -142,7 +143,8 @@ def plan(
     memory_bytes: int | None = None,
 ) -> SweepPlan:
     """What `train` with the same arguments has still to do. Nothing is written. Raises as `train` does."""
-    return _plan(_checked_configs(cache, config, Path(out)), config, Path(out), device, memory_bytes)
+    out = local_path(out)
+    return _plan(_checked_configs(cache, config, out), config, out, device, memory_bytes)
 
 
 def _plan(

@@ -30,10 +30,22 @@ def test_model_without_a_head(directory, ours, tmp_path):
             model.logits(TOKENS)
 
 
-@pytest.mark.parametrize("name", ["/no/such/dir", "./no-such-dir", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/dir", "./no-such-dir", "~/no-such-dir", "a/b/c", "model.safetensors", "m/x.gguf"]
+)
 def test_missing_directory(name):
     with pytest.raises(ModelError, match="no directory"):
         load_model(name)
+
+
+def test_a_hub_name_whose_owner_is_a_folder_here_may_be_either(tmp_path, monkeypatch):
+    """The tests are offline, so the hub has nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(
+        ModelError, match="cannot load 'models/tiny': the folder models is here and lacks it; the hub: "
+    ):
+        load_model("models/tiny")
 
 
 def test_missing_hub_name():

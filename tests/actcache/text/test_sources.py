@@ -50,3 +50,49 @@ def test_missing_and_malformed_files_are_one_clear_line(tmp_path):
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="sample_by"):
         DatasetSource(path="x", sample_by="word")
+
+
+def refusal(path):
+    with pytest.raises(DatasetError) as error:
+        DatasetSource(path=str(path)).load()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "texts.jsonl",
+        "data/texts.txt",
+        "owner/texts.parquet",
+        "texts.json.gz",
+        "./texts",
+        "../texts",
+        "~/texts",
+        "a/b/c",
+    ],
+)
+def test_a_missing_path_is_said_to_be_missing_and_not_looked_for_on_the_hub(path, tmp_path, monkeypatch):
+    def ask(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("actcache.text.sources._load_dataset", ask)
+    assert f"cannot load {path!r} (there is no such file or folder); give a local file" in refusal(path)
+    assert "(there is no such file or folder)" in refusal(tmp_path / "texts")
+
+
+def test_a_hub_name_whose_owner_is_a_folder_here_may_be_either(tmp_path, monkeypatch):
+    """The tests are offline, so the hub has nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert "cannot load 'data/texts' (the folder data is here and lacks it; the hub: " in refusal("data/texts")
+    assert "is here and lacks it" not in refusal("no-such-owner/texts")
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.txt").write_text("text")
+    source = DatasetSource(path="~/t.txt")
+    assert len(source.load()) == 1
+    assert source.identity() == DatasetSource(path=str(tmp_path / "t.txt")).identity()
