@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from actcache.commands.terminal import CACHE, DATA, MODEL, Bar, Device, Out, local_device, say, this_worker
+from actcache.commands.terminal import (
+    CACHE,
+    DATA,
+    MODEL,
+    Bar,
+    Device,
+    Out,
+    TrustRemoteCode,
+    local_device,
+    say,
+    this_worker,
+)
 
 
 def harvest(
@@ -102,6 +113,7 @@ def harvest(
             help="hf is fast and has the residual stream. transformer_lens has every other hook.", rich_help_panel=MODEL
         ),
     ] = "hf",
+    trust_remote_code: TrustRemoteCode = False,
     worker: Annotated[
         str | None,
         typer.Option(
@@ -156,6 +168,7 @@ def harvest(
         attention=attention,
         compile=compiled,
         backend=backend,
+        trust_remote_code=trust_remote_code,
     )
     if estimate:
         return say(estimate_line(dry_run(language_model, source, config, out)))

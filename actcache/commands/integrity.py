@@ -11,11 +11,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from actcache.commands.remembered import model_of_cache
-from actcache.commands.terminal import DATA, MODEL, Bar, CachePath, Device, Json, StageBar, print_json, say
+from actcache.commands.terminal import (
+    DATA,
+    MODEL,
+    Bar,
+    CachePath,
+    Device,
+    Json,
+    StageBar,
+    TrustRemoteCode,
+    print_json,
+    say,
+)
 from actcache.errors import ManifestError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from actcache.integrity.spot_check import SampleReport
+    from actcache.models.language_model import LanguageModel
 
 RememberedModel = Annotated[
     str | None,
@@ -51,13 +65,15 @@ def verify(
         int, typer.Option(help="How many sequences to run through the model.", rich_help_panel=MODEL)
     ] = 16,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Read every byte of a cache and hold it against the manifest. The exit code is 1 if anything is wrong."""
     from actcache.integrity.verify import verify as checked
 
     with closing(Bar("verify", "chunk")) as progress:
         found = checked(cache, progress=progress)
-    sample = _sample(cache, model, sequences, device) if sampled and not found.problems else None
+    load_model = partial(model_of_cache, model=model, device=device, trust_remote_code=trust_remote_code)
+    sample = _sample(cache, load_model, sequences) if sampled and not found.problems else None
     if as_json:
         print_json({**asdict(found), "sample": asdict(sample) if sample else None})
     if sampled and sample is None:
@@ -72,12 +88,12 @@ def verify(
         say(f"{cache}: {sample.n_rows} rows of {sample.n_sequences} sequences are what the model gives")
 
 
-def _sample(root: Path, model: str | None, sequences: int, device: str) -> SampleReport:
+def _sample(root: Path, load_model: Callable[..., LanguageModel], sequences: int) -> SampleReport:
     from actcache.integrity.spot_check import sample_model
     from actcache.store.cache import open_cache
 
     opened = open_cache(root)
-    return sample_model(opened, model_of_cache(root, opened.compute, model=model, device=device), sequences)
+    return sample_model(opened, load_model(root, opened.compute), sequences)
 
 
 def repair(
@@ -88,11 +104,12 @@ def repair(
         typer.Option(help="Where the dataset is now.", show_default="as the cache remembers", rich_help_panel=DATA),
     ] = None,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Rebuild what is damaged and nothing else. The model is loaded only if activations are damaged."""
     from actcache.integrity.repair import repair as repaired
 
-    load_model = partial(model_of_cache, cache, model=model, device=device)
+    load_model = partial(model_of_cache, cache, model=model, device=device, trust_remote_code=trust_remote_code)
     with closing(StageBar()) as progress:
         done = repaired(cache, load_model, dataset=dataset, progress=progress)
     for problem in done.found:

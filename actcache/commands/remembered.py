@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from actcache.models.language_model import LanguageModel
 
 
-def model_of_cache(cache: Path | None, compute: Mapping[str, Any], *, model: str | None, device: str) -> LanguageModel:
+def model_of_cache(
+    cache: Path | None,
+    compute: Mapping[str, Any],
+    *,
+    model: str | None,
+    device: str,
+    trust_remote_code: bool,
+) -> LanguageModel:
     """Load the model that a cache was harvested from, with the dtype and the backend that it ran with.
 
     The attention kernel is the same only on the same kind of device, because another kind may not have it.
@@ -23,6 +30,7 @@ def model_of_cache(cache: Path | None, compute: Mapping[str, Any], *, model: str
         compute: how the activations were computed (`Cache.compute`); {} stands for the defaults of `load_model`.
         model: a Hugging Face name or local directory; None takes what the cache remembers.
         device: the value of --device.
+        trust_remote_code: as for `load_model`. It is asked anew, because the code may have changed since.
 
     Raises:
         ManifestError: the cache was harvested from a model in memory, and `model` is None.
@@ -46,4 +54,5 @@ def model_of_cache(cache: Path | None, compute: Mapping[str, Any], *, model: str
         backend=compute.get("backend", "hf"),
         attention=compute.get("attention", "auto") if same_device else "auto",
         compile=compute.get("compiled", False),
+        trust_remote_code=trust_remote_code,
     )

@@ -44,6 +44,11 @@ Device = Annotated[
     typer.Option(help="The device: cpu, cuda:0, ... With auto it is CUDA where there is a GPU.", rich_help_panel=MODEL),
 ]
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let the model run Python code that it brings.", rich_help_panel=MODEL),
+]
+
 
 class Commands(TyperGroup):
     """Turns every error that is raised on purpose into one line and an exit code. --debug may stand anywhere."""

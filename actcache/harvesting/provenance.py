@@ -61,14 +61,16 @@ def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageM
     there = {**identity["model"], "tokenizer_sha256": identity["tokenizer_sha256"]}
     here = {**model.identity, "tokenizer_sha256": tokenizer_hash(model.tokenizer)}
     hashes = [key for key in ("config_sha256", "weights_sha256") if there.get(key) and here.get(key)]
-    keys = [*(hashes or ("name", "revision")), "tokenizer_sha256"]
+    code = ["code_sha256"] if there.get("code_sha256") else []  # only a model that brought code has it
+    keys = [*(hashes or ("name", "revision")), *code, "tokenizer_sha256"]
     if identity["tokenizer_sha256"] is None:
         keys = ["name"]
-    differences = [f"{key} is {there.get(key)} there, {here[key]} here" for key in keys if there.get(key) != here[key]]
-    if differences:
+    differing = [key for key in keys if there.get(key) != here.get(key)]
+    if differing:
+        differences = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing)
         raise CacheMismatch(
-            f"{root}: was harvested from {there['name']!r}, the model is {here['name']!r}: {'; '.join(differences)}; "
-            "pass that model, loaded in the same dtype"
+            f"{root}: was harvested from {there['name']!r}, the model is {here['name']!r}: {differences}; pass that "
+            f"model, loaded in the same dtype{' and with --trust-remote-code' if code else ''}"
         )
 
 

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError
 
@@ -16,17 +19,25 @@ _NOT_ARCHITECTURE = frozenset(
     {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
     | {"bos_token_id", "eos_token_id", "pad_token_id"}
 )
+_REMOTE_CODE = "transformers_modules."  # transformers imports the code that models bring from packages below this one
 
 
-def model_identity(model: PreTrainedModel, name: str, revision: str | None) -> dict[str, str | None]:
-    """{"name", "revision", "config_sha256", "weights_sha256"} of a loaded model; name and revision are as given."""
+def model_identity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None
+) -> dict[str, str | None]:
+    """{"name", "revision", "config_sha256", "weights_sha256"} of a loaded model; name and revision are as given.
+
+    "code_sha256" is there too if the model or its tokenizer runs Python code that it brought.
+    """
     config = _architecture(model.config.to_diff_dict())
     canonical = json.dumps(config, sort_keys=True, separators=(",", ":"), default=str)
+    code = code_sha256([tokenizer, model.config, *model.modules()])
     return {
         "name": name,
         "revision": revision,
         "config_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
         "weights_sha256": weights_sha256(model),
+        **({"code_sha256": code} if code else {}),
     }
 
 
@@ -58,6 +69,22 @@ def weights_sha256(model: nn.Module) -> str:
         stride = max(1, parameter.numel() // SAMPLES_PER_PARAMETER)
         sample = _values(model, name, parameter).flatten()[::stride]
         digest.update(sample.to(device="cpu", dtype=torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def code_sha256(parts: Iterable[object]) -> str | None:
+    """sha256 of the Python files that a model brought, as they were imported; None if it runs none.
+
+    parts: the tokenizer, the config and the modules of the model.
+    """
+    homes = {type(part).__module__.rpartition(".")[0] for part in parts}
+    folders = tuple(f"{home}." for home in homes if home.startswith(_REMOTE_CODE))
+    files = [str(module.__file__) for name, module in list(sys.modules.items()) if name.startswith(folders)]
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for code in sorted(Path(file).read_bytes() for file in files):
+        digest.update(hashlib.sha256(code).digest())
     return digest.hexdigest()
 
 

@@ -29,7 +29,7 @@ class LanguageModel(ABC):
 
     Attributes:
         tokenizer: the model's tokenizer, unchanged.
-        identity: {"name", "revision", "config_sha256", "weights_sha256"}; plain JSON values, no absolute path.
+        identity: as `model_identity` gives it; plain JSON values, no absolute path.
         source: a hub name or an absolute path from which the model can be loaded again; "" if that is not known.
         device: of the embedding. With a device map, activations may be on other devices.
         dtype: of the parameters, and of most activations.

@@ -48,6 +48,7 @@ def load_model(
     backend: str = "hf",
     attention: str = "auto",
     compile: bool = False,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer from a local directory or the Hugging Face hub.
 
@@ -63,28 +64,37 @@ def load_model(
         backend: "hf" or "transformer_lens".
         attention: "auto" (what transformers prefers for the model), "sdpa", "eager" or "flash_attention_2".
         compile: run the blocks compiled (see HuggingFaceModel); only on one device.
+        trust_remote_code: let the model run Python code that it brings; a hash of it is in the model's identity.
 
     Raises:
         ConfigError: an unknown word, or settings that exclude each other.
-        ModelError: the model is missing, incomplete or damaged, the backend does not support its family, or the
-            attention kernel is not available.
+        ModelError: the model is missing, incomplete or damaged, or brings code that is not trusted; the backend does
+            not support its family; or the attention kernel is not available.
     """
     _check_settings(device, device_map, backend, attention, compile)
     where = device_of(device)
     source = source_of(str(name_or_path))
-    config = load_config(source, revision)
+    config = load_config(source, revision, trust_remote_code)
     name = name_of(source)
     if backend == "hf":
         family_of(config.get_text_config(), name)  # refuse an unknown family before loading the weights
     torch_dtype = dtype_of(dtype, where)
     if attention == "flash_attention_2":
         check_flash_attention(where, torch_dtype, config)
-    tokenizer = load_tokenizer(source, revision)
+    tokenizer = load_tokenizer(source, revision, trust_remote_code)
     kernel = "eager" if backend == "transformer_lens" else attention
-    model = load_weights(source, revision, name, torch_dtype, kernel, device_map)
+    model = load_weights(
+        source,
+        revision,
+        trust_remote_code,
+        name=name,
+        dtype=torch_dtype,
+        kernel=kernel,
+        device_map=device_map,
+    )
     if device_map is None:
         model.to(where)  # pyright: ignore[reportArgumentType]: transformers' stub loses `self`
-    identity = model_identity(model, name, revision_of(config, revision))
+    identity = model_identity(model, tokenizer, name, revision_of(config, revision))
     if backend == "transformer_lens":
         return BridgeModel(model, tokenizer, identity)
     return HuggingFaceModel(model, tokenizer, identity, compiled=compile)
@@ -105,7 +115,8 @@ def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str |
     name = name or name_of(cast(str, model.config.name_or_path)) or type(model).__name__
     if model.training:
         raise ModelError(f"wrap_model: {name} must be in evaluation mode, got training mode; call model.eval() first")
-    return HuggingFaceModel(model, tokenizer, model_identity(model, name, revision_of(model.config, None)))
+    identity = model_identity(model, tokenizer, name, revision_of(model.config, None))
+    return HuggingFaceModel(model, tokenizer, identity)
 
 
 def _check_settings(device: str, device_map: str | None, backend: str, attention: str, compile: bool) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,10 @@ from actcache.files import can_only_be_a_path, local_path, missing_here, refuse_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"}  # no name on the hub ends in one of them
+_LOADING_ERRORS = (
+    *(OSError, ValueError, RuntimeError, ImportError, EOFError),
+    *(UnpicklingError, SafetensorError, StrictDataclassError),
+)
 WHOLE_MODEL = "check the name or pass a directory with a whole model"
 
 
@@ -79,14 +84,17 @@ def dtype_of(dtype: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def load_config(source: str, revision: str | None) -> PretrainedConfig:
-    """The config of a model. Raises ModelError if it is missing, damaged or of an unknown type."""
-    return _loaded(AutoConfig.from_pretrained, source, revision)
+def load_config(source: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of a model.
+
+    Raises ModelError if it is missing, damaged or of an unknown type, or brings code that is not trusted.
+    """
+    return _loaded(AutoConfig.from_pretrained, source, revision, trust_remote_code)
 
 
-def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises ModelError if it is missing or damaged."""
-    return _loaded(AutoTokenizer.from_pretrained, source, revision)
+def load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises ModelError if it is missing or damaged, or brings code that is not trusted."""
+    return _loaded(AutoTokenizer.from_pretrained, source, revision, trust_remote_code)
 
 
 def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config: PretrainedConfig) -> None:
@@ -108,13 +116,21 @@ def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config
 
 
 def load_weights(
-    source: str, revision: str | None, name: str, dtype: torch.dtype | str, kernel: str, device_map: str | None
+    source: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    *,
+    name: str,
+    dtype: torch.dtype | str,
+    kernel: str,
+    device_map: str | None,
 ) -> PreTrainedModel:
     """The transformers model with all its weights, on the CPU or where the device map puts it.
 
     Args:
         source: a hub name or a directory.
         revision: branch, tag or commit on the hub.
+        trust_remote_code: let the model run code that it brings.
         name: the model's name, for messages.
         dtype: of the parameters; "auto" is the checkpoint's.
         kernel: the attention kernel; "auto" leaves it to transformers.
@@ -130,7 +146,9 @@ def load_weights(
         settings["device_map"] = device_map
     way_out = WHOLE_MODEL if kernel in ("auto", "eager") else f"pass --attention auto, or {WHOLE_MODEL}"
     with _quiet():
-        model, report = _loaded(AutoModelForCausalLM.from_pretrained, source, revision, way_out, **settings)
+        model, report = _loaded(
+            AutoModelForCausalLM.from_pretrained, source, revision, trust_remote_code, way_out, **settings
+        )
     return _complete(model, report, name)
 
 
@@ -138,6 +156,7 @@ def _loaded(
     from_pretrained: Callable[..., Any],
     source: str,
     revision: str | None,
+    trust_remote_code: bool,
     way_out: str = WHOLE_MODEL,
     **settings: object,
 ) -> Any:
@@ -145,23 +164,34 @@ def _loaded(
 
     Args:
         from_pretrained: a loader of transformers.
-        source, revision: as for `load_weights`.
+        source, revision, trust_remote_code: as for `load_weights`.
         way_out: the end of the message if loading fails.
         settings: more arguments of the loader.
 
     Raises:
         ModelError: loading fails.
     """
+    # said even where it is False: if nobody says it, transformers asks the terminal
+    settings |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         try:
-            return from_pretrained(source, revision=revision or "main", local_files_only=True, **settings)
+            return from_pretrained(source, local_files_only=True, **settings)
         except OSError:
             if os.path.isdir(source):
                 raise
-            return from_pretrained(source, revision=revision or "main", **settings)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, StrictDataclassError) as error:
+            return from_pretrained(source, **settings)
+    except Exception as error:
+        if not trust_remote_code and not isinstance(error, _LOADING_ERRORS):
+            raise  # a model's own code may raise anything, transformers only these
+        if not trust_remote_code and "trust_remote_code" in str(error):  # the message names the argument to pass
+            raise ModelError(
+                f"load_model: {source!r} brings code of its own, which must run to load it, and was not run; read that "
+                "code, then pass --trust-remote-code (in Python trust_remote_code=True)"
+            ) from None
         at = "" if revision is None else f" at revision {revision}"
         at_hub = "" if os.path.isdir(source) else missing_here(source)
+        if isinstance(error, UnpicklingError):
+            error = "its weights are a pickle that holds more than tensors, and could run any code"
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"load_model: cannot load {source!r}{at}: {at_hub}{lines[0].rstrip(':.')}; {way_out}"

@@ -10,7 +10,7 @@ import typer
 
 from actcache.commands.integrity import RememberedModel
 from actcache.commands.remembered import model_of_cache
-from actcache.commands.terminal import DATA, Bar, Device, Json, print_json, say
+from actcache.commands.terminal import DATA, Bar, Device, Json, TrustRemoteCode, print_json, say
 from actcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def evaluate(
     exclude_special_tokens: ExcludeSpecialTokens = False,
     keep_special_tokens: KeepSpecialTokens = False,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate on the held-out split, with the model in the loop. Writes eval.json beside each run."""
@@ -48,7 +49,7 @@ def evaluate(
 
     opened = open_cache(cache or remembered_cache(runs))
     excludes = is_excluding(exclude_special_tokens, keep_special_tokens) is not False  # by default they are left out
-    rows = evaluated(runs, opened, model, device, exclude_special_tokens=excludes)
+    rows = evaluated(runs, opened, model, device, trust_remote_code=trust_remote_code, exclude_special_tokens=excludes)
     if as_json:
         print_json({"runs": rows})
     else:
@@ -66,7 +67,13 @@ def is_excluding(exclude: bool, keep: bool) -> bool | None:
 
 
 def evaluated(
-    runs: Path, cache: Cache, model: str | None, device: str, *, exclude_special_tokens: bool = True
+    runs: Path,
+    cache: Cache,
+    model: str | None,
+    device: str,
+    *,
+    trust_remote_code: bool = False,
+    exclude_special_tokens: bool = True,
 ) -> list[dict[str, Any]]:
     """Evaluate runs with a progress bar. Returns what each eval.json says.
 
@@ -75,11 +82,14 @@ def evaluated(
         cache: the cache to evaluate on.
         model: the language model; None for the one that the cache remembers.
         device: where the model and the SAEs run.
+        trust_remote_code: let the model run code that it brings.
         exclude_special_tokens: leave the rows of special tokens out.
     """
     from trainer.evaluation.evaluate import evaluate_runs
 
-    language_model = model_of_cache(cache.path, cache.compute, model=model, device=device)
+    language_model = model_of_cache(
+        cache.path, cache.compute, model=model, device=device, trust_remote_code=trust_remote_code
+    )
     with closing(Bar("evaluate", "tok")) as progress:
         return evaluate_runs(
             runs, cache, language_model, exclude_special_tokens=exclude_special_tokens, progress=progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,17 @@ import typer
 
 from actcache.commands.integrity import RememberedModel
 from actcache.commands.remembered import model_of_cache
-from actcache.commands.terminal import MODEL, OUTPUT, Bar, Device, Json, print_json, resolved_device, say
+from actcache.commands.terminal import (
+    MODEL,
+    OUTPUT,
+    Bar,
+    Device,
+    Json,
+    TrustRemoteCode,
+    print_json,
+    resolved_device,
+    say,
+)
 from actcache.errors import ConfigError
 from trainer.commands.evaluate import RememberedCache
 
@@ -51,6 +62,7 @@ def features(
     ] = None,
     model: RememberedModel = None,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Find what each feature of a run fires on in the held-out split.
@@ -65,13 +77,15 @@ def features(
 
     opened = open_cache(cache or remembered_cache(run))
     if text is not None:
-        language_model = model_of_cache(opened.path, opened.compute, model=model, device=device)
+        language_model = model_of_cache(
+            opened.path, opened.compute, model=model, device=device, trust_remote_code=trust_remote_code
+        )
         facts, lines = _of_text(load_sae(run, device=resolved_device(device)), language_model, text, predict, top)
         return print_json(facts) if as_json else say(lines)
     if predict is not None:
         raise ConfigError("features: --predict says what --text adds to a logit; give --text too")
     built, rate = built_features(run, opened, device)
-    describe(run, opened, model, device)
+    describe(run, opened, model, device, trust_remote_code=trust_remote_code)
     words = read_words(run) if has_words(run) else Words(tokens={}, lens=None)  # without a model there are no words
     if feature is not None:
         facts, described = feature_facts(built, feature, top, words), feature_lines
@@ -99,7 +113,7 @@ def built_features(run: Path, cache: Cache, device: str) -> tuple[Features, floa
     return built, (done[-1] - done[0]) / (time.perf_counter() - started) if done else None
 
 
-def describe(run: Path, cache: Cache, model: str | None, device: str) -> None:
+def describe(run: Path, cache: Cache, model: str | None, device: str, *, trust_remote_code: bool = False) -> None:
     """Write the words of a run's features, which a report shows. Where they are written already, no model is loaded."""
     from trainer.features.words import has_words, write_words
 
@@ -107,7 +121,11 @@ def describe(run: Path, cache: Cache, model: str | None, device: str) -> None:
         return
     if not (model or cache.origin["model"]):
         return say(f"{run}: a report cannot show its features, for nobody knows the model; pass --model")
-    write_words(run, cache, model_of_cache(cache.path, cache.compute, model=model, device=device))
+    write_words(
+        run,
+        cache,
+        model_of_cache(cache.path, cache.compute, model=model, device=device, trust_remote_code=trust_remote_code),
+    )
 
 
 def _of_text(sae: SAE, model: LanguageModel, text: str, predicted: str | None, top: int) -> tuple[dict[str, Any], str]:
@@ -141,6 +159,7 @@ def steer(
     ] = True,
     model: RememberedModel = None,
     device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Let the model write on, without and with one feature changed at every token."""
@@ -148,7 +167,8 @@ def steer(
     from trainer.interventions.steering import steer as steered_texts
 
     change = _change(mode, strength)
-    sae, language_model = load_sae(run, device=resolved_device(device)), _model_of(run, model, device)
+    sae = load_sae(run, device=resolved_device(device))
+    language_model = _model_of(run, model, device, trust_remote_code)
     steered = steered_texts(
         language_model,
         sae,
@@ -176,15 +196,16 @@ def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
     return {"add": Add, "scale": Scale, "clamp": Clamp, "ablate": Clamp}[mode](strength or 0.0)
 
 
-def _model_of(run: Path, model: str | None, device: str) -> LanguageModel:
+def _model_of(run: Path, model: str | None, device: str, trust_remote_code: bool) -> LanguageModel:
     """The model that is named, or else the model of the run's cache."""
     from actcache.store.cache import open_cache
     from trainer.run_folder import remembered_cache
 
+    load = partial(model_of_cache, model=model, device=device, trust_remote_code=trust_remote_code)
     if model:
-        return model_of_cache(None, {}, model=model, device=device)
+        return load(None, {})
     cache = open_cache(remembered_cache(run))
-    return model_of_cache(cache.path, cache.compute, model=None, device=device)
+    return load(cache.path, cache.compute)
 
 
 def similar(

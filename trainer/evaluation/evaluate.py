@@ -320,12 +320,14 @@ def _check_model(got: Mapping[str, Any], cache: Cache) -> None:
             f"the cache again with --model {got.get('name')}"
         )
     hashes = [key for key in ("config_sha256", "weights_sha256") if got.get(key) and wanted.get(key)]
-    keys = hashes or (["name"] if is_imported else ["name", "revision"])
+    code = ["code_sha256"] if wanted.get("code_sha256") else []  # only a model that brought code has it
+    keys = [*hashes, *code] if hashes else ["name"] if is_imported else ["name", "revision"]
     differing = [key for key in keys if got.get(key) != wanted.get(key)]
     if differing:
         raise CacheMismatch(
             f"evaluate: {cache.path} was harvested from {_described(wanted, differing)}, the model is "
             f"{_described(got, differing)}; pass that model, loaded in the same dtype"
+            f"{' and with --trust-remote-code' if code else ''}"
         )
 
 

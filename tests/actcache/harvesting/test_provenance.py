@@ -4,6 +4,7 @@ import pytest
 from support.tiny_caches import harvest_tiny
 
 from actcache.errors import CacheMismatch
+from actcache.harvesting.provenance import refuse_other_model
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,10 @@ def test_other_compute_is_warned_about(tiny_model, tiny_texts, tiny_cache, tmp_p
     with caplog.at_level("WARNING", logger="actcache"):
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", batch_size=4)
     assert "another batch_size (8; now 4)" in caplog.text
+
+
+def test_a_model_that_runs_other_code_is_another_model(tiny_model, tiny_cache):
+    brought = {**tiny_cache.identity["model"], "code_sha256": "abc"}
+    with pytest.raises(CacheMismatch, match=r"code_sha256 is abc there, None here; .* with --trust-remote-code"):
+        refuse_other_model(tiny_cache.path, {**tiny_cache.identity, "model": brought}, tiny_model)
+    refuse_other_model(tiny_cache.path, tiny_cache.identity, tiny_model)

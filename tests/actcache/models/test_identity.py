@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from support.remote_code import RemoteCode
 from support.tiny_models import FAMILIES, make_model, make_tokenizer
 
 from actcache.errors import ModelError
@@ -34,3 +35,20 @@ def test_weights_that_are_nowhere():
         model = torch.nn.Linear(2, 2)
     with pytest.raises(ModelError, match="weight must have values, is on the meta device"):
         weights_sha256(model)
+
+
+def test_the_code_that_a_model_brings_is_part_of_its_identity(directory, ours, tmp_path):
+    made = RemoteCode(directory("llama"), tmp_path)
+    plain = load_model(made.model("own", model_type="llama"), device="cpu").identity
+    first, again, other = (
+        load_model(
+            made.model(f"{place}/own", comment=comment, model_type="llama"), device="cpu", trust_remote_code=True
+        ).identity
+        for place, comment in (("a", "one"), ("b", "one"), ("c", "another"))
+    )
+    assert set(plain) == set(ours("llama").identity) == set(first) - {"code_sha256"}
+    assert first == again
+    assert {**first, "code_sha256": ""} == {**other, "code_sha256": ""}
+    assert first["code_sha256"] != other["code_sha256"]
+    trusted = load_model(directory("llama"), device="cpu", trust_remote_code=True).identity
+    assert trusted == ours("llama").identity

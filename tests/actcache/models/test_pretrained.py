@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.model_cases import TOKENS, hook_names, one_line
+from support.remote_code import RemoteCode
 from support.tiny_models import D_MODEL, make_tokenizer
 from transformers import AutoModel
 
@@ -112,3 +113,61 @@ def test_no_kernel_is_fetched_from_the_hub_in_place_of_flash_attn(ours):
     with pytest.raises(ModelError, match="needs the package flash_attn, which is not installed") as error:
         check_flash_attention(torch.device("cuda"), torch.bfloat16, ours("llama")._model.config)
     assert one_line(error)
+
+
+@pytest.fixture
+def remote_code(directory, tmp_path, monkeypatch) -> RemoteCode:
+    """Whoever asks the terminal is told yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    return RemoteCode(directory("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("part", ["model", "tokenizer"])
+@pytest.mark.parametrize("backend", ["hf", "transformer_lens"])
+def test_code_of_a_model_is_refused_in_one_line_and_nobody_is_asked(part, backend, remote_code):
+    path = getattr(remote_code, part)("own")
+    with pytest.raises(ModelError, match=r"own' brings code of its own, .* pass --trust-remote-code") as error:
+        load_model(path, device="cpu", backend=backend)
+    assert one_line(error)
+    assert remote_code.ran == set()
+
+
+def test_code_of_a_model_runs_for_those_who_trust_it(remote_code, bridge):
+    model = load_model(remote_code.model("own"), device="cpu", backend="transformer_lens", trust_remote_code=True)
+    assert remote_code.ran == {"config"}
+    assert torch.equal(model.logits(TOKENS), bridge("llama").logits(TOKENS))
+
+
+def test_where_transformers_has_the_model_itself_its_own_code_runs(remote_code, ours):
+    model = load_model(remote_code.model("llama", model_type="llama"), device="cpu")
+    assert remote_code.ran == set()
+    assert torch.equal(model.logits(TOKENS), ours("llama").logits(TOKENS))
+
+
+def test_code_that_fails_is_one_line(remote_code):
+    path = remote_code.model("own")
+    (path / "config.py").write_text("raise ZeroDivisionError('a fault of its own')")
+    with pytest.raises(ModelError, match=r"cannot load .*own': a fault of its own; check the name") as error:
+        load_model(path, device="cpu", trust_remote_code=True)
+    assert one_line(error)
+
+
+def test_a_pickle_of_weights_runs_nothing(directory, tmp_path):
+    """torch loads only tensors of it."""
+    path = Path(shutil.copytree(directory("llama"), tmp_path / "pickled"))
+    (path / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Touches(tmp_path / "ran")}, path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="a pickle that holds more than tensors, and could run any code") as error:
+        load_model(path, device="cpu")
+    assert one_line(error)
+    assert not (tmp_path / "ran").exists()
+
+
+class Touches:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self._path,)

@@ -162,6 +162,14 @@ def test_a_cache_of_another_model_says_both_sides(cache, model, tmp_path):
         evaluate(run, cache)
 
 
+def test_a_model_that_runs_other_code_is_another_model(cache, model):
+    identity = {**cache.identity, "model": {**cache.identity["model"], "code_sha256": "abc"}}
+    plan = dataclasses.replace(cache.manifest.plan, identity=identity)
+    brought = Cache(cache.path, dataclasses.replace(cache.manifest, plan=plan), cache.fingerprint)
+    with pytest.raises(CacheMismatch, match=r"'tiny' \(code_sha256 abc\).* \(code_sha256 None\).* --trust-remote-code"):
+        evaluate(make_sae(), brought, model)
+
+
 def test_a_wrong_hook_or_width_says_both_sides(cache):
     with pytest.raises(CacheMismatch, match=r"blocks\.7"):
         evaluate(make_sae(hook_name="blocks.7.hook_resid_post"), cache)
