@@ -397,8 +397,9 @@ def _field_types(cls: type) -> dict[str, Any]:
 
 def _typed(who: str, key: str, value: object, kind: Any) -> Any:
     """`value` as the field's type. An int is taken for a float. Raises ConfigError for another type."""
-    is_union = isinstance(kind, types.UnionType) or type(None) in typing.get_args(kind)
-    options = typing.get_args(kind) if is_union else (kind,)
+    options = (
+        typing.get_args(kind) if isinstance(kind, types.UnionType) or type(None) in typing.get_args(kind) else (kind,)
+    )
     if value is None and type(None) in options:
         return None
     accepted = next(option for option in options if option is not type(None))
