@@ -14,7 +14,14 @@ import actcache
 from actcache.commands.exchange import export_cache, import_cache
 from actcache.commands.harvest import harvest
 from actcache.commands.integrity import info, relabel, repair, verify
-from actcache.commands.terminal import Commands, Json, print_json, say, with_local_paths
+from actcache.commands.terminal import (
+    Commands,
+    Json,
+    end_at_once_without_memory,
+    print_json,
+    say,
+    with_local_paths,
+)
 from actcache.errors import ConfigError
 from trainer.commands.evaluate import evaluate, evaluated
 from trainer.commands.features import built_features, describe, features, similar, stability, steer
@@ -119,7 +126,11 @@ def main() -> None:
     """Run the command line: exit code 0 when all was done, 2 for wrong arguments, 1 for everything else."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("actcache").setLevel(logging.INFO)
-    app()
+    try:
+        app()
+    except SystemExit as ended:
+        end_at_once_without_memory(ended)
+        raise
 
 
 if __name__ == "__main__":

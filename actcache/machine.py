@@ -13,11 +13,14 @@ import os
 import re
 import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 PROCESS = Path("/proc/self")
 SCARCE_BYTES = 64 << 20  # with less room than this, an error of any kind may be for want of memory
+THREAD_BYTES = 16 << 20  # a thread's stack of 8 MiB, and what it takes to begin
 # What libraries say where they run out of memory or threads, in errors of many types.
 _OUT_OF = re.compile(
     "can't start new thread|can.?t allocate memory|cannot allocate memory|not enough memory|out of memory|bad_alloc|"
@@ -55,6 +58,45 @@ def memory_room() -> MemoryRoom:
     return min((_machine_room(), *_group_rooms(), *_process_rooms()), key=lambda room: room.n_bytes)
 
 
+def resident_bytes(*, forget_peak: bool = False) -> tuple[int, int]:
+    """(now, at most until now): the memory that this process takes, what it maps included.
+
+    forget_peak: let what later calls tell be the most from now on, where the kernel does so.
+    """
+    if forget_peak:
+        with suppress(OSError):
+            (PROCESS / "clear_refs").write_text("5")
+    found = _fields(PROCESS / "status")
+    return found.get("VmRSS", 0), found.get("VmHWM", 0)
+
+
+def require_memory(n_bytes: int, what: str) -> None:
+    """Raise MemoryError if there is less room than n_bytes and SCARCE_BYTES.
+
+    It stands before libraries that end the whole process where they get no memory.
+
+    Args:
+        n_bytes: what the work takes.
+        what: the work, for the message.
+    """
+    if memory_room().n_bytes < n_bytes + SCARCE_BYTES:
+        raise MemoryError(f"{what} may take {(n_bytes + SCARCE_BYTES) / 1e9:.2f} GB")
+
+
+def thread_pool(n_threads: int, name: str) -> ThreadPoolExecutor:
+    """A pool of `n_threads`, or of fewer where memory is short.
+
+    Python waits for ever for a thread that got no memory to begin. So there must be room for each.
+
+    Raises:
+        MemoryError: there is no room for one.
+    """
+    n_fit = memory_room().n_bytes // THREAD_BYTES
+    if n_fit == 0:
+        raise MemoryError(f"a thread may take {THREAD_BYTES / 1e9:.2f} GB")
+    return ThreadPoolExecutor(min(n_threads, n_fit), name)
+
+
 def thread_limits() -> tuple[str, ...]:
     """The limits on the number of threads, in words."""
     user, _ = resource.getrlimit(resource.RLIMIT_NPROC)
@@ -64,18 +106,16 @@ def thread_limits() -> tuple[str, ...]:
 
 
 def lacked(error: BaseException) -> BaseException | None:
-    """The error, among `error` and those that led to it, which says that memory or threads ran out; None if none does.
+    """The first error, among those that led to `error`, which says that memory or threads ran out; None if none does.
 
     Libraries tell it in errors of many types, and code between wraps these.
     """
-    seen: list[BaseException] = []
+    links: list[BaseException] = []
     link: BaseException | None = error
-    while link is not None and link not in seen:
-        if _says_lack(link):
-            return link
-        seen.append(link)
+    while link is not None and link not in links:
+        links.append(link)
         link = link.__cause__ or link.__context__
-    return None
+    return next(filter(_says_lack, reversed(links)), None)
 
 
 def _says_lack(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ from actcache.machine import SCARCE_BYTES, lacked, memory_room, thread_limits
 if TYPE_CHECKING:
     from actcache.harvesting.tasks import Worker
 
+tqdm.monitor_interval = 0  # no thread that watches the bars
 ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130
 RESERVE_BYTES = 4 << 20  # given back when memory is out, so that the last line can be made
 DATA, MODEL, CACHE, TRAINING, OUTPUT = "Data", "Model", "Cache", "Training", "Output"  # the panels of --help
@@ -93,6 +94,14 @@ def _outcome(error: Exception) -> tuple[int | None, str]:
     return None, ""
 
 
+def end_at_once_without_memory(ended: SystemExit) -> None:
+    """End the process now if memory was out: what libraries do at the end of Python would fail too, with tracebacks."""
+    if lacked(ended) is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(FAILED)
+
+
 def lack_line(error: BaseException) -> str:
     """What was asked for, what there is, and the way out, where memory or threads ran out."""
     asked = next((line.strip() for line in str(error).splitlines() if line.strip()), _place(error))
@@ -147,7 +156,7 @@ class Bar:
     """A tqdm bar on stderr. It is called with (done, in all). touched: whether it was called."""
 
     def __init__(self, title: str, unit: str):
-        self._bar = tqdm(desc=title, unit=unit, unit_scale=True, file=sys.stderr, disable=None)
+        self._bar = tqdm(desc=title, unit=unit, unit_scale=True, miniters=1, file=sys.stderr, disable=None)
         self.touched = False
 
     def __call__(self, done: int, total: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -32,6 +32,7 @@ from actcache.format.paths import STORE, partials_key, shard_key
 from actcache.format.records import ArrayRecord, HookSpec, ShardRecord
 from actcache.format.stats import ROW_FILTERS, Moments, chunk_moments
 from actcache.harvesting.window import Window
+from actcache.machine import thread_pool
 from actcache.store.shard import Shard
 from actcache.store.shard_file import EncodedChunk, chunk_slices, encode_chunk, write_encoded_shard, write_shard
 from actcache.store.statistics import partials_payload
@@ -77,7 +78,7 @@ class ShardEncoder:
         self._root, self._identity, self._compute = root, plan.identity, compute
         self._codec = codec(plan.identity["codec"])
         self._special = np.array(plan.identity["special_token_ids"], dtype=np.int32)
-        self._threads, self._ahead = ThreadPoolExecutor(n_threads, "actcache-encode"), n_threads + 1
+        self._threads, self._ahead = thread_pool(n_threads, "actcache-encode"), n_threads + 1
         self._ring = _PinnedRing(self._ahead + 1, device) if device.type == "cuda" else None
         self._waited = 0.0
         self.seconds = StageSeconds()

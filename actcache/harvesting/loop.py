@@ -12,7 +12,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from actcache.harvesting.estimate import encoder_threads, expected_bytes, free_b
 from actcache.harvesting.provenance import compute_of, other_compute
 from actcache.harvesting.tasks import ShardTask
 from actcache.harvesting.window import Window
+from actcache.machine import thread_pool
 from actcache.models.batch_size import largest_batch
 from actcache.models.language_model import LanguageModel
 from actcache.store.shard import Shard
@@ -152,7 +153,7 @@ class Harvester:
         started = time.perf_counter()
         n_threads = encoder_threads(self._model.device)
         encoder = ShardEncoder(self._root, self._plan, self._model.device, self._compute, n_threads)
-        with closing(encoder), ThreadPoolExecutor(1, "actcache-write") as writer:
+        with closing(encoder), thread_pool(1, "actcache-write") as writer:
             writes: list[Future[None]] = []
             for split, index, hooks, revision in self._pending:
                 window = self._free_window(writes)

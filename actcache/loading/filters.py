@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped, UInt8
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float64, Int64, Shaped, UInt8
 from actcache.errors import ConfigError
 from actcache.format.codecs import float32_values
 from actcache.loading.buffers import DECODE_THREADS, will_need
+from actcache.machine import thread_pool
 from actcache.store.cache import Cache
 
 FILTERS = ("exclude_special_tokens", "positions", "max_norm_ratio")
@@ -91,7 +91,7 @@ class RowFilter:
         n_chunks = -(-self._n_rows // self._chunk_rows)
         per_span = max(1, _SPAN_ROWS // self._chunk_rows)  # so that a chunk of tokens, which is long, is decoded once
         spans = [range(first, min(first + per_span, n_chunks)) for first in range(0, n_chunks, per_span)]
-        with ThreadPoolExecutor(DECODE_THREADS, "actcache-filter") as threads:
+        with thread_pool(DECODE_THREADS, "actcache-filter") as threads:
             return list(threads.map(self._count, spans))
 
     def _count(self, chunks: range) -> Int64[np.ndarray, "chunk counts"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from actcache.flow import HOLD_OUT_MORE, SPLITS, Batch
 from actcache.loading.buffers import DECODE_THREADS, DeviceBuffers, GroupBuffer, HookBuffers, HostBuffers, will_need
 from actcache.loading.filters import RowFilter
 from actcache.loading.order import EpochOrder
+from actcache.machine import thread_pool
 from actcache.store.cache import Cache, sequence_reader
 from actcache.store.reader import HookReader
 
@@ -165,7 +166,7 @@ class RowStream:
         self._buffers: dict[str, HookBuffers] = {
             name: buffers(reader, config.device, group_chunks=n_chunks) for name, reader in self._readers.items()
         }
-        self._threads = ThreadPoolExecutor(DECODE_THREADS, "actcache-decode")
+        self._threads = thread_pool(DECODE_THREADS, "actcache-decode")
         self._layouts: dict[tuple[int, int], Future[_GroupLayout]] = {}
         self._decoding: dict[tuple[int, int], _DecodingGroup] = {}
         self._free_groups: list[dict[str, GroupBuffer]] = []

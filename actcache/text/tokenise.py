@@ -17,10 +17,12 @@ from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import DatasetError
+from actcache.machine import require_memory
 from actcache.text.sources import Source
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
 DOCUMENTS_PER_BATCH = 256
+CHARACTER_BYTES = 200  # memory that a fast tokenizer takes for each character; where it gets none, it ends the process
 
 
 def documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Int32[np.ndarray, " _"]]]:
@@ -51,6 +53,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _ids_of(column: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], list[Any]]:
     def encode(values: list[Any]) -> list[Any]:
         if all(isinstance(value, str) for value in values):
+            require_memory(sum(map(len, values)) * CHARACTER_BYTES, f"tokenising {len(values)} documents")
             return tokenizer(values, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         if all(isinstance(value, list) and all(isinstance(v, int) for v in value) for value in values):
             out_of_range = [v for value in values for v in value if not 0 <= v < len(tokenizer)]

@@ -184,6 +184,33 @@ def test_a_process_in_a_small_control_group_has_little_room(small_group: Path):
     assert str(small_group) in limit
 
 
+def test_the_peak_is_of_what_came_after_it_was_forgotten():
+    np.ones(64 << 20, dtype=np.uint8)
+    before, _ = machine.resident_bytes(forget_peak=True)
+    np.ones(32 << 20, dtype=np.uint8)
+    _, peak = machine.resident_bytes()
+    assert 30 << 20 < peak - before < 50 << 20
+
+
+def test_work_that_may_not_fit_is_refused_before_it_begins():
+    room = memory_room().n_bytes
+    machine.require_memory(0, "little")
+    with pytest.raises(MemoryError, match=r"tokenising may take \d+\.\d\d GB"):
+        machine.require_memory(room + GIB, "tokenising")
+
+
+def test_a_pool_has_no_thread_that_memory_is_too_short_for():
+    """Under a real limit: of two threads one, and then none. A thread without memory would be waited for for ever."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
+    for room, n_threads in ((machine.THREAD_BYTES * 3 // 2, 1), (GIB, 2)):
+        with limited(resource.RLIMIT_AS, used + room), machine.thread_pool(2, "test") as pool:
+            assert pool._max_workers == n_threads
+            assert list(pool.map(abs, [-1, -2])) == [1, 2]
+    with limited(resource.RLIMIT_AS, used + machine.THREAD_BYTES // 2), pytest.raises(MemoryError, match="a thread"):
+        machine.thread_pool(2, "test")
+
+
 def test_limits_on_threads_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     described(tmp_path, "0::/job\n", ONE_TREE, {"sys/job/pids.max": "100\n", "sys/pids.max": "max\n"})
     monkeypatch.setattr(machine, "PROCESS", tmp_path / "proc")

@@ -163,12 +163,10 @@ def _topk_active(
     config: SAEConfig, weights: Weights, encoder_input: Tensor, k: int, workspace: Workspace, *, by_magnitude: bool
 ) -> tuple[Tensor, ActiveEntries]:
     """(the pre-activations of the active entries, which entries these are)."""
-    x, W_enc, b_enc = encoder = encoder_input, weights["W_enc"], weights["b_enc"]
+    encoder = encoder_input, weights["W_enc"], weights["b_enc"]
     if config.encoder_dtype == "bfloat16":
         n_candidates = select.with_margin(k, config.d_sae)
-        _, latents = select.topk_pre_acts(
-            x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16(), n_candidates, workspace, by_magnitude=by_magnitude
-        )
+        _, latents = select.topk_pre_acts(*_bfloat16(*encoder), n_candidates, workspace, by_magnitude=by_magnitude)
         exact = sparse.entry_pre_acts(topk_entries(latents, config.d_sae), *encoder).view_as(latents)
         values, latents = select.largest_of_candidates(exact, latents, k, by_magnitude=by_magnitude)
     else:
@@ -215,9 +213,9 @@ def _batchtopk_active(
 ) -> tuple[Tensor, Tensor, ActiveEntries]:
     """(encoder input, feature_acts of the active entries, which entries these are)."""
     encoder_input = x - weights["b_dec"].detach()
-    _, W_enc, b_enc = encoder = encoder_input, weights["W_enc"], weights["b_enc"]
+    encoder = encoder_input, weights["W_enc"], weights["b_enc"]
     if config.encoder_dtype == "bfloat16":
-        all_pre_acts = select.encoder_pre_acts(encoder_input.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16(), workspace)
+        all_pre_acts = select.encoder_pre_acts(*_bfloat16(*encoder), workspace)
         row, latent = select.batch_topk_entries(all_pre_acts, select.with_margin(k, config.d_sae))
         exact = sparse.entry_pre_acts(ActiveEntries.of(row, latent, batch=len(x), d_sae=config.d_sae), *encoder)
         chosen = select.largest(exact, k * len(x))
@@ -228,6 +226,10 @@ def _batchtopk_active(
         values = all_pre_acts[row, latent]
     entries = ActiveEntries.of(row, latent, batch=len(x), d_sae=config.d_sae)
     return encoder_input, activations.relu(active_pre_acts(values, entries, weights, encoder_input, config)), entries
+
+
+def _bfloat16(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16()
 
 
 def _gated(config: SAEConfig, weights: Weights, x: Tensor, k: int, workspace: Workspace) -> SAEOutput:

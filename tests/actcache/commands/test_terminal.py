@@ -118,6 +118,21 @@ def test_memory_that_is_out_is_one_line(command):
     assert "allow more" in line
 
 
+def test_nothing_follows_the_last_line():
+    """What libraries do at the end of Python fails too where memory is out."""
+    code = """
+import atexit, resource, sys, cli
+atexit.register(lambda: 1 / 0)
+resource.setrlimit(resource.RLIMIT_AS, (300 << 20, -1))
+sys.argv = ["actcache", "info", "cache"]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=CHILD, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: out of memory (libtorch")
+
+
 def test_a_mistake_of_ours_is_no_lack_of_memory():
     asked = [sys.executable, "-c", FAILING, "mistake"]
     done = subprocess.run(asked, capture_output=True, text=True, env=CHILD, check=False)

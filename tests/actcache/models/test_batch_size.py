@@ -1,6 +1,8 @@
 """The number of sequences per forward pass, found with models that take a known time or memory."""
 
+import resource
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from support.tiny_models import make_model, make_tokenizer
 from torch import Tensor
 
 from actcache.errors import ModelError
+from actcache.machine import MemoryRoom
+from actcache.models import batch_size
 from actcache.models.batch_size import N_TIMED, largest_batch
 from actcache.models.huggingface import HuggingFaceModel
 
@@ -54,6 +58,36 @@ def test_out_of_memory_leaves_half_of_what_ran(fits, expected):
     model = Limited(seconds=lambda n: 0.02, max_sequences=fits)  # always the same time: more is always faster
     assert largest_batch(model, CONTEXT, HOOKS) == expected
     assert max(model.shapes)[0] == 2 * (1 << (fits.bit_length() - 1))
+
+
+class Hungry(Limited):
+    """Each sequence of a pass takes, and touches, 64 MiB."""
+
+    def _forward(self, token_ids: Tensor, visits) -> Tensor:
+        taken = torch.ones(len(token_ids), 1 << 24)
+        return super()._forward(token_ids, visits) + 0 * taken[0, 0]
+
+
+def test_an_allocator_without_memory_ends_the_search(monkeypatch):
+    """On a CPU torch says it by a plain RuntimeError; here it is the real one, under a real limit."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used = next(int(line.split()[1]) for line in lines if line.startswith("VmSize")) * 1024
+    monkeypatch.setattr(batch_size, "_twice_fits", lambda *_: True)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20), before[1]))
+    try:
+        found = largest_batch(Hungry(seconds=lambda n: 0.3), CONTEXT, HOOKS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert found in (2, 4)
+
+
+def test_a_pass_that_may_not_fit_is_not_run(monkeypatch):
+    """Where the kernel would kill the process: 256 MiB were taken, 512 MiB more do not fit into what there is."""
+    model = Hungry(seconds=lambda n: 0.3)
+    monkeypatch.setattr(batch_size, "memory_room", lambda: MemoryRoom(n_bytes=300 << 20, limit_bytes=0, limit="a test"))
+    assert largest_batch(model, CONTEXT, HOOKS) in (1, 2)
+    assert max(model.shapes)[0] <= 4
 
 
 def test_one_sequence_is_too_much():
