@@ -211,9 +211,8 @@ def _resolve(run: Mapping[str, Any], facts: Facts) -> SAEConfig:
 
 def _scales(settings: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """The settings that come from the hooks: widths, scales and variance."""
-    inputs, outputs = (
-        [h.scale(settings["normalize_activations"]) for h in side] for side in (facts.inputs, facts.outputs)
-    )
+    normalized = settings["normalize_activations"]
+    inputs, outputs = ([h.scale(normalized) for h in side] for side in (facts.inputs, facts.outputs))
     is_crosscoder = settings["hook_names"] is not None
     return {
         "d_in": facts.d_in,
