@@ -1,4 +1,4 @@
-"""Every error actcache raises on purpose.
+"""Every error actcache raises on purpose. A file that the system does not let us read is an OSError: it may be sound.
 
 ActcacheError          what is on disk, in the model or in the data is not as it must be
   ManifestError        the manifest or a metadata file is missing, malformed, incomplete or of another format version
@@ -13,12 +13,31 @@ ActcacheError          what is on disk, in the model or in the data is not as it
 ConfigError            (a ValueError) the arguments or the YAML are wrong, whatever is on disk
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class ActcacheError(Exception):
     """Base of every error about what was found outside the program.
 
-    A message says who complains, the rule, what was got, and the way out.
+    A message says who complains, the rule, what was got, and the way out. Whoever needs a part of it reads the
+    attributes.
+
+    Attributes:
+        what: what is wrong.
+        path: the file that it is wrong with; None where `what` says it.
+        way_out: what to do; "" where `what` says it.
     """
+
+    def __init__(self, what: str, *, path: Path | None = None, way_out: str = "", where: str = ""):
+        """where: the place within the file, for the message."""
+        self.what, self.path, self.way_out = what, path, way_out
+        said = ": ".join(part for part in ("" if path is None else str(path), where, what) if part)
+        super().__init__(f"{said}; {way_out}" if way_out else said)
 
 
 class ManifestError(ActcacheError):
@@ -30,7 +49,27 @@ class CacheMismatch(ActcacheError):
 
 
 class CorruptShard(ActcacheError):
-    """Bytes on disk do not match the checksum in the manifest."""
+    """Bytes on disk do not match the checksum in the manifest.
+
+    Attributes:
+        what, path, way_out: as in ActcacheError.
+        chunk: number of the chunk within the file; None if the whole file is wrong.
+        rows: (start, stop), the rows of the chunk within the split; None if the whole file is wrong.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        path: Path | None = None,
+        chunk: int | None = None,
+        rows: tuple[int, int] | None = None,
+        way_out: str = "",
+    ):
+        self.chunk, self.rows = chunk, rows
+        number = "" if chunk is None else f"chunk {chunk}"
+        where = f"{number} (rows {rows[0]} to {rows[1]})" if number and rows else number
+        super().__init__(what, path=path, where=where, way_out=way_out)
 
 
 class CacheLocked(ActcacheError):

@@ -1,4 +1,8 @@
-"""Durable files, and which paths can be theirs.
+"""Files, read and durably written, and which paths can be theirs.
+
+Two things may be wrong with a file that is read. It is not there: `NoFile`, which is damage. Or the surroundings do not
+let us read it, for want of permission, descriptors, memory, a sound disk: any other OSError, which says nothing about
+the bytes. No caller may take the second for the first.
 
 A file is written aside, fsynced and renamed; then its folder is fsynced. So a reader never sees half of a file.
 """
@@ -20,6 +24,18 @@ from typing import BinaryIO
 from actcache.errors import ConfigError
 
 PARTIAL_SUFFIX = ".partial"
+# What the system says where no file is: nothing, a folder, a file in the place of a folder, a link to itself, a name
+# that no file can have, a socket.
+NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+WAYS_OUT = {
+    errno.EMFILE: "let this process open more files (`ulimit -n`)",
+    errno.ENFILE: "this machine has too many files open; close programs that hold many",
+    errno.EACCES: "ask its owner to let you read it, or run as a user who may",
+    errno.EPERM: "ask its owner to let you read it, or run as a user who may",
+    errno.ENOMEM: "give this process more memory (`ulimit -v`), or run fewer programs",
+    errno.EIO: "look after the disk or the network, then run the same again",
+    errno.ESTALE: "the file server has lost hold of the file; run the same again",
+}
 # what flock says where a file system has no locks; EBADF is NFS's, of a file that may only be read
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
 
@@ -59,28 +75,77 @@ def missing_here(name: str) -> str:
     return f"the folder {owner} is here and lacks it; the hub: " if owner and os.path.isdir(owner) else ""
 
 
-def contents(path: Path) -> bytes:
-    """The bytes of a regular file.
+class NoFile(FileNotFoundError):
+    """There is no regular file: nothing at all, a folder, a pipe, a device, or a link to itself."""
 
-    Raises OSError if it is missing or no regular file: a pipe would block for ever, and a device may never end.
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading. OSErrors that are raised while it is open are named as by `naming`.
+
+    Raises NoFile if there is none. A pipe would block for ever, and a device may never end.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "no regular file")
-    return path.read_bytes()
+    with naming(path):
+        try:
+            file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115, closed below
+        except OSError as error:
+            if error.errno in NOT_THERE:
+                raise NoFile(error.errno, error.strerror, str(path)) from None
+            raise
+        with file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise NoFile(errno.EINVAL, "no regular file", str(path))
+            yield file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe opens at once
+
+
+def contents(path: Path) -> bytes:
+    """The bytes of a regular file. Raises NoFile if there is none, another OSError if it cannot be read."""
+    with opened(path) as file:
+        return file.read()
 
 
 def file_bytes(path: Path) -> int | None:
-    """Size in bytes of a regular file; None if it is missing, out of reach, or a folder, a pipe or a device."""
+    """Size in bytes of a regular file; None where `contents` raises NoFile. Raises OSError if that cannot be told."""
     try:
-        status = path.stat()
-    except OSError:
-        return None
+        with naming(path):
+            status = path.stat()
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return None
+        raise
     return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def listed(folder: Path) -> list[Path]:
+    """What a folder holds, in order; nothing if there is no folder.
+
+    Raises OSError if it cannot be listed. Path.glob and Path.rglob take such a folder for an empty one.
+    """
+    try:
+        with naming(folder):
+            return sorted(folder.iterdir())
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return []
+        raise
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Everything below a folder that is no folder, in order. Raises OSError as `listed`."""
+    for path in listed(folder):
+        if not path.is_dir():
+            yield path
+        elif not path.is_symlink():
+            yield from files_below(path)
 
 
 def entries(folder: Path) -> list[Path]:
     """What a folder holds, sorted; [] if it is missing. What systems drop into every folder is left out."""
-    return sorted(path for path in folder.iterdir() if not _is_dropped(path.name)) if folder.exists() else []
+    return [path for path in listed(folder) if not _is_dropped(path.name)]
 
 
 def sync_folder(folder: Path) -> None:
@@ -102,13 +167,26 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError raised inside the file's name: write, fsync and flock leave it out, others name a file aside."""
+    """Let an OSError that is raised inside say which file it is about, and the way out; see `name_`."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.filename is not None and not str(error.filename).endswith(PARTIAL_SUFFIX)):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        name_(error, path)
+        raise
+
+
+def name_(error: OSError, path: Path) -> None:
+    """Add the way out to an error, and the file's name: read, write, fsync, flock and mmap leave it out.
+
+    Others name a file aside, which is gone by the time that somebody reads the error.
+    """
+    if error.errno is None:
+        return
+    if error.filename is None or str(error.filename).endswith(PARTIAL_SUFFIX):
+        error.filename = str(path)
+    way_out = WAYS_OUT.get(error.errno)
+    if way_out and not str(error.strerror).endswith(way_out):
+        error.strerror = f"{error.strerror}; {way_out}"
 
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:

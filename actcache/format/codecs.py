@@ -76,6 +76,14 @@ class Codec:
         """CRC-32C of a stored chunk, as `encode` gives it and the manifest records it."""
         return crc32c(stored if self.compressor is None else stored[:-CHECKSUM_BYTES])
 
+    def is_sound(self, stored: memoryview, checksum: int) -> bool:
+        """Whether a stored chunk has the CRC-32C that `encode` gave.
+
+        The 4 bytes of the crc32c codec must say so too: we go without them, but other Zarr readers trust them.
+        """
+        said = checksum.to_bytes(CHECKSUM_BYTES, "little")
+        return self.checksum(stored) == checksum and (self.compressor is None or stored[-CHECKSUM_BYTES:] == said)
+
     def decode_into(self, stored: memoryview, out: np.ndarray) -> None:
         """Decode one stored chunk into `out`, which is C-contiguous and exactly as large as the chunk.
 

@@ -29,11 +29,13 @@ def unseal(sealed: bytes, source: Path) -> dict[str, Any]:
     """
     match = SEAL.fullmatch(sealed)
     if match is None or crc32c(match[1]) != int(match[2], 16):
-        raise ManifestError(f"{source}: its checksum does not match its bytes; restore the file or harvest again")
+        what, way_out = "its checksum does not match its bytes", "restore the file or harvest again"
+        raise ManifestError(what, path=source, way_out=way_out)
     try:
         return json.loads(match[1] + b"}")
     except (ValueError, RecursionError) as error:  # the checksum is right, but this is no JSON or is nested too deeply
-        raise ManifestError(f"{source}: cannot be read as JSON ({type(error).__name__}); harvest again") from error
+        what = f"cannot be read as JSON ({type(error).__name__})"
+        raise ManifestError(what, path=source, way_out="harvest again") from error
 
 
 def fingerprint(sealed_manifest: bytes) -> str:

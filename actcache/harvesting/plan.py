@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheLocked, CacheMismatch, CorruptShard
-from actcache.files import sync_folder, write_atomically
+from actcache.files import contents, sync_folder, write_atomically
 from actcache.flow import HOLD_OUT_MORE, SPLITS
 from actcache.format.arrays import chunk_rows, sequence_arrays, shard_rows
 from actcache.format.codecs import codec
@@ -32,7 +32,7 @@ logger = logging.getLogger("actcache")
 def read_plan(root: Path) -> Plan | None:
     """The plan of the cache at `root`; None if there is none yet. Raises ManifestError if it is damaged."""
     path = root / PLAN
-    return Plan.from_json(unseal(path.read_bytes(), path)) if path.exists() else None
+    return Plan.from_json(unseal(contents(path), path)) if path.exists() else None
 
 
 def settle_plan(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.files import contents, write_atomically
+from actcache.files import NoFile, contents, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import hook_arrays, token_arrays
 from actcache.format.codecs import codec
@@ -33,19 +33,19 @@ logger = logging.getLogger("actcache")
 
 
 def twins(root: Path) -> tuple[Plan | None, Manifest | None, list[Problem]]:
-    """(plan, manifest, problems): manifest/plan.json and manifest/cache.json, each None if it cannot be read.
+    """(plan, manifest, problems): manifest/plan.json and manifest/cache.json, each None if it is missing or damaged.
 
-    Raises ManifestError if neither can be read, CacheMismatch if they belong to two caches.
+    Raises ManifestError if both are, CacheMismatch if they belong to two caches, OSError if one cannot be read.
     """
     plan = manifest = None
     problems: list[Problem] = []
     try:
         plan = Plan.from_json(unseal(contents(root / PLAN), root / PLAN))
-    except (ManifestError, OSError) as error:
+    except (ManifestError, NoFile) as error:
         problems.append(_unreadable(root / PLAN, error))
     try:
         manifest = Manifest.from_json(unseal(contents(root / CACHE_MANIFEST), root / CACHE_MANIFEST))
-    except (ManifestError, OSError) as error:
+    except (ManifestError, NoFile) as error:
         problems.append(_unreadable(root / CACHE_MANIFEST, error))
     if plan is None and manifest is None:
         raise ManifestError(f"{'; '.join(map(str, problems))}; restore one of them, or harvest again elsewhere")
@@ -54,9 +54,9 @@ def twins(root: Path) -> tuple[Plan | None, Manifest | None, list[Problem]]:
     return plan, manifest, problems
 
 
-def _unreadable(path: Path, error: ManifestError | OSError) -> Problem:
-    said = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
-    return Problem(path=str(path), message=said.removeprefix(f"{path}: ").split("; ")[0])
+def _unreadable(path: Path, error: ManifestError | NoFile) -> Problem:
+    message = f"cannot be read ({error.strerror})" if isinstance(error, NoFile) else error.what
+    return Problem(path=str(path), message=message)
 
 
 def settled(root: Path, plan: Plan | None, manifest: Manifest | None) -> tuple[Plan, Manifest | None, list[Problem]]:
@@ -168,11 +168,11 @@ class ExpectedCache:
         return replace(problem, message="no line of a journal is left that says what it holds")
 
     def put(self, path: Path, payload: bytes) -> None:
-        """Write a file, unless it has these bytes already."""
+        """Write a file, unless it has these bytes already. Raises OSError if these cannot be read."""
         try:
             if contents(path) == payload:
                 return
-        except OSError:
+        except NoFile:
             pass
         write_atomically(path, [payload])
         self.redone.append(str(path))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actcache.errors import CorruptShard
-from actcache.files import file_bytes
 from actcache.flow import SPLITS
 from actcache.format.arrays import ArraySpec, sequence_arrays
 from actcache.format.manifest import aligned_arrays
@@ -67,13 +66,18 @@ class StoredArray:
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.reader.n_rows)
 
     def problems(self, shard: int) -> Iterator[Problem | None]:
-        """For each chunk of a shard its problem, or None. A problem of the whole file comes in place of the first."""
+        """For each chunk of a shard its problem, or None. A problem of the whole file comes in place of the first.
+
+        Raises OSError if the file cannot be read, for then nobody can tell.
+        """
         n_chunks = len(self.reader.records[shard].checksums)
         problem = functools.partial(
             Problem, path=str(self.path(shard)), split=self.split, array=self.array.path, shard=shard
         )
-        if wrong := self._wrong_file(shard):
-            yield problem(rows=self.rows(shard), message=wrong)
+        try:
+            ShardFile(self.path(shard), self._chunks_per_shard, self.reader.records[shard].n_bytes)
+        except CorruptShard as error:
+            yield problem(rows=self.rows(shard), message=error.what)
             yield from [None] * (n_chunks - 1)
             return
         buffer = self.reader.empty(1)
@@ -84,9 +88,7 @@ class StoredArray:
             except CorruptShard as error:
                 start = chunk * self.array.chunk_rows
                 rows = (start, start + self.reader.rows_of(chunk))
-                message = without_path(error, self.path(shard)).removeprefix(f"chunk {number}")
-                message = message.removeprefix(f" (rows {rows[0]} to {rows[1]})").lstrip(": ")
-                yield problem(chunk=number, rows=rows, message=message)
+                yield problem(chunk=number, rows=rows, message=error.what)
             else:
                 yield None
 
@@ -94,26 +96,10 @@ class StoredArray:
     def _chunks_per_shard(self) -> int:
         return self.shard_rows // self.array.chunk_rows
 
-    def _wrong_file(self, shard: int) -> str | None:
-        path, n_bytes = self.path(shard), self.reader.records[shard].n_bytes
-        size = file_bytes(path)
-        if size is None:
-            return "is missing, or no file"
-        try:
-            ShardFile(path, self._chunks_per_shard, n_bytes)
-        except CorruptShard as error:
-            return without_path(error, path)
-        return None
-
 
 def stored_arrays(cache: Cache) -> list[StoredArray]:
     """Every sharded array of both splits."""
     return [stored for split in SPLITS for stored in _stored_arrays(cache, split)]
-
-
-def without_path(error: Exception, path: Path) -> str:
-    """What an error says is wrong. The path before it and the way out after it are cut off."""
-    return str(error).removeprefix(f"{path}: ").split("; ")[0]
 
 
 def _stored_arrays(cache: Cache, split: str) -> Iterator[StoredArray]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.files import write_atomically
+from actcache.files import NoFile, contents, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import ArraySpec
 from actcache.format.codecs import codec
@@ -57,9 +57,10 @@ def _changes(cache: Cache, split: str, array: ArraySpec, native: bool) -> list[t
     file = cache.path / STORE / split / array.path / "zarr.json"
     wanted, other = (_metadata(cache, split, array, form) for form in (native, not native))
     try:
-        said = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{file}: cannot be read ({type(error).__name__}); run `actcache verify`") from error
+        said = json.loads(contents(file))
+    except (NoFile, ValueError, RecursionError) as error:
+        what = f"cannot be read ({type(error).__name__})"
+        raise ManifestError(what, path=file, way_out="run `actcache verify`") from error
     if said not in (json.loads(wanted), json.loads(other)):
         raise ManifestError(f"{file}: does not describe what the manifest says is stored; run `actcache verify`")
     return [] if said == json.loads(wanted) else [(file, wanted)]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
-from actcache.files import local_path, remove_leftovers, write_atomically
+from actcache.files import local_path, naming, remove_leftovers, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import token_arrays
 from actcache.format.codecs import codec, crc32c
@@ -96,8 +96,16 @@ def repair(
         CacheLocked: another process writes the cache.
         DatasetError: the dataset is needed and cannot be found or read.
         ModelError: the model is needed and cannot be loaded.
+        OSError: a file cannot be read or written. What cannot be read is not written again, for it may be sound.
     """
     root = local_path(path)
+    with naming(root):
+        return _repaired(root, load_model, dataset, progress)
+
+
+def _repaired(
+    root: Path, load_model: ModelLoader, dataset: str | Source | None, progress: Progress | None
+) -> RepairReport:
     if not (root / MANIFEST).is_dir():
         raise ManifestError(f"{root}: not a cache (no folder {MANIFEST}); make one with `actcache harvest`")
     with exclusive(root):

@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import MemoryStore, StoreLike
+from zarr.buffer import cpu
+from zarr.storage import MemoryStore
 
 from actcache.errors import CorruptShard, ManifestError
-from actcache.files import PARTIAL_SUFFIX, contents
+from actcache.files import PARTIAL_SUFFIX, NoFile, contents, files_below, naming
 from actcache.flow import SPLITS
 from actcache.format.arrays import hook_arrays, token_arrays
 from actcache.format.codecs import codec, crc32c
 from actcache.format.manifest import Plan, store_arrays, stored_files
 from actcache.format.paths import CACHE_MANIFEST, MANIFEST, PLAN, STORE, partials_key, shard_key, statistics_key
 from actcache.format.records import HookSpec, ShardRecord, merge_records
-from actcache.format.seal import unseal
+from actcache.format.seal import MALFORMED, unseal
 from actcache.format.stats import ROW_FILTERS, HookStatistics
-from actcache.integrity.problems import Problem, StoredArray, stored_arrays, without_path
+from actcache.integrity.problems import Problem, StoredArray, stored_arrays
 from actcache.store.cache import Cache, read_manifest
 from actcache.store.journal import active_writers, damaged_lines, read_journals
 from actcache.store.shard import Shard
@@ -57,16 +58,18 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
 
     Raises:
         ManifestError: manifest/cache.json cannot be trusted to tell what should be there.
+        OSError: a file cannot be read, so nobody can tell whether it is sound.
     """
-    cache = read_manifest(path)
-    problems = (*check_files(cache, progress=progress), *_twin_problems(cache))
-    return VerifyReport(
-        path=str(cache.path),
-        n_chunks=sum(stored.reader.n_chunks for stored in stored_arrays(cache)),
-        n_rows=sum(cache.n_rows(split) for split in SPLITS),
-        problems=problems,
-        notes=tuple(_strays(cache)),
-    )
+    with naming(Path(path)):
+        cache = read_manifest(path)
+        problems = (*check_files(cache, progress=progress), *_twin_problems(cache))
+        return VerifyReport(
+            path=str(cache.path),
+            n_chunks=sum(stored.reader.n_chunks for stored in stored_arrays(cache)),
+            n_rows=sum(cache.n_rows(split) for split in SPLITS),
+            problems=problems,
+            notes=tuple(_strays(cache)),
+        )
 
 
 def check_files(cache: Cache, *, progress: Progress | None = None) -> tuple[Problem, ...]:
@@ -125,7 +128,7 @@ def partials_problems(cache: Cache) -> Iterator[Problem]:
 def _wrong_partial(path: Path, checksum: int | None) -> str | None:
     try:
         return None if crc32c(contents(path)) == checksum else "does not match its checksum in the manifest"
-    except OSError as error:
+    except NoFile as error:
         return f"cannot be read ({error.strerror})"
 
 
@@ -147,8 +150,8 @@ def _wrong_statistics(cache: Cache, split: str, hook: HookSpec, path: Path) -> s
         found = {name: cache.statistics(hook.hook_name, split=split, row_filter=name) for name in ROW_FILTERS}
         moments = merged_moments(cache, split, hook)
     except ManifestError as error:
-        return without_path(error, path)
-    except (CorruptShard, OSError):  # listed as a problem of its own
+        return error.what
+    except CorruptShard:  # listed as a problem of its own
         return None
     expected = {name: HookStatistics.of(moments[name], found[name].geometric_median) for name in ROW_FILTERS}
     same = all(expected[name].to_json() == found[name].to_json() for name in ROW_FILTERS)
@@ -169,23 +172,24 @@ def metadata_problems(cache: Cache) -> Iterator[Problem]:
 
 def _wrong_metadata(path: Path, node: str, files: dict[str, Any], native: Callable[[], dict[str, Any]]) -> str | None:
     try:
-        if contents(path) == files[f"{node}/zarr.json".removeprefix("/")].to_bytes():
-            return None
-    except OSError as error:
+        found = contents(path)
+    except NoFile as error:
         return f"cannot be read ({error.strerror})"
-    try:
-        said = _node_metadata(str(path.parent), "")
-    except (KeyError, ValueError, TypeError, OSError, AttributeError, RecursionError) as error:
+    if found == files[f"{node}/zarr.json".removeprefix("/")].to_bytes():
+        return None
+    try:  # from memory: what zarr cannot read then is the bytes' fault alone
+        said = _node_metadata({"zarr.json": cpu.Buffer.from_bytes(found)}, "")
+    except MALFORMED as error:
         return f"the metadata cannot be read by zarr ({type(error).__name__}: {error})"
     form = native() if said.get("data_type") == "bfloat16" else files
-    wanted = _node_metadata(MemoryStore(form), node)
+    wanted = _node_metadata(form, node)
     wrong = {key: said.get(key) for key in {**wanted, **said} if said.get(key) != wanted.get(key)}
     return f"must describe what the manifest says is stored, says {wrong}" if wrong else None
 
 
-def _node_metadata(store: StoreLike, node: str) -> dict[str, Any]:
-    """The metadata of a group or an array, as zarr reads it."""
-    return zarr.open(store, path=node, mode="r", zarr_format=3).metadata.to_dict()
+def _node_metadata(files: dict[str, Any], node: str) -> dict[str, Any]:
+    """The metadata of a group or an array, as zarr reads it. files: path below the store -> buffer."""
+    return zarr.open(MemoryStore(files), path=node, mode="r", zarr_format=3).metadata.to_dict()
 
 
 def token_problems(cache: Cache) -> Iterator[Problem]:
@@ -227,8 +231,8 @@ def _twin_problems(cache: Cache) -> Iterator[Problem]:
         if replace(plan, hooks=()) != cache.manifest.plan:
             yield Problem(path=str(path), message=f"says another plan than {CACHE_MANIFEST}")
     except ManifestError as error:
-        yield Problem(path=str(path), message=without_path(error, path))
-    except OSError as error:
+        yield Problem(path=str(path), message=error.what)
+    except NoFile as error:
         yield Problem(path=str(path), message=f"cannot be read ({error.strerror})")
     damaged = damaged_lines(cache.path)
     for journal, numbers in damaged.items():
@@ -264,8 +268,8 @@ def _strays(cache: Cache) -> Iterator[str]:
     if active_writers(cache.path) or damaged_lines(cache.path):
         return  # a shard is written before the line that describes it
     known = {*stored_files(cache.manifest), *zarr_files(cache), *_journalled_files(cache)}
-    for path in sorted((cache.path / STORE).rglob("*")):
-        if path.is_dir() or path.relative_to(cache.path / STORE).as_posix() in known:
+    for path in files_below(cache.path / STORE):
+        if path.relative_to(cache.path / STORE).as_posix() in known:
             continue
         whose = "a killed writer left it" if path.name.endswith(PARTIAL_SUFFIX) else "no manifest speaks of it"
         yield f"{path}: {whose}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from actcache.errors import CorruptShard, ManifestError
-from actcache.files import contents, file_bytes, local_path
+from actcache.files import NoFile, contents, file_bytes, local_path
 from actcache.flow import SPLITS
 from actcache.format.arrays import ArraySpec, hook_arrays, sequence_arrays, token_arrays
 from actcache.format.codecs import codec
@@ -118,17 +119,20 @@ class Cache:
         Raises:
             CacheMismatch: the cache lacks the hook.
             ManifestError: the statistics are missing, damaged, or those of another cache.
+            OSError: the file cannot be read.
         """
         hook = self.hook(hook_name)
         path = self.path / statistics_key(split, hook_name)
         try:
             values = unseal(contents(path), path)
             every, found = (HookStatistics.from_json(values[name]) for name in ("all", row_filter))
-        except (OSError, *MALFORMED) as error:
-            raise ManifestError(f"{path}: cannot be read as statistics ({type(error).__name__}: {error})") from error
+        except (NoFile, *MALFORMED) as error:
+            what = f"cannot be read as statistics ({type(error).__name__}: {error})"
+            raise ManifestError(what, path=path, way_out="run `actcache repair`") from error
         wanted, got = (self.n_rows(split), hook.d_in), (every.n_rows, len(found.mean))
         if wanted != got or found.n_rows > every.n_rows:
-            raise ManifestError(f"{path}: must be of (rows, d_in) = {wanted}, is of {got}; another cache's statistics?")
+            what = f"must be of (rows, d_in) = {wanted}, is of {got}"
+            raise ManifestError(what, path=path, way_out="another cache's statistics?")
         return found
 
     def _sequences(self, split: str, name: str) -> np.ndarray:
@@ -142,33 +146,36 @@ def open_cache(path: str | Path) -> Cache:
     Raises:
         ManifestError: there is no cache, it is not finished, or its manifest is damaged or of another version.
         CorruptShard: a shard file is missing or has the wrong size.
+        OSError: a file cannot be read or looked at, which says nothing about its bytes.
     """
     cache = read_manifest(path)
     _check_identity(cache)
-    for problem in wrong_files(cache):
-        raise CorruptShard(f"{problem}; run `actcache verify {cache.path}`")
+    for damage in wrong_files(cache):
+        raise damage
     return cache
 
 
 def read_manifest(path: str | Path) -> Cache:
     """Open a cache by its manifest and look at no other file. Only a check of the whole cache needs this.
 
-    Raises ManifestError if there is no cache, it is not finished, or its manifest cannot be trusted.
+    Raises ManifestError if there is no cache, it is not finished, or its manifest cannot be trusted; OSError if it
+    cannot be read.
     """
     root = local_path(path)
     try:
         sealed = contents(root / CACHE_MANIFEST)
-    except (FileNotFoundError, NotADirectoryError):
-        if (root / PLAN).exists():
-            raise ManifestError(f"{root}: the harvest is unfinished; run the same command again") from None
-        raise ManifestError(f"{root}: not a cache (no {CACHE_MANIFEST}); make one with `actcache harvest`") from None
-    except OSError as error:
-        raise ManifestError(f"{root / CACHE_MANIFEST}: cannot be read ({error.strerror})") from error
+    except NoFile as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise ManifestError(f"is no regular file ({error.strerror})", path=root / CACHE_MANIFEST) from error
+        if file_bytes(root / PLAN) is not None:
+            raise ManifestError("the harvest is unfinished", path=root, way_out="run the same command again") from None
+        what, way_out = f"not a cache (no {CACHE_MANIFEST})", "make one with `actcache harvest`"
+        raise ManifestError(what, path=root, way_out=way_out) from None
     values = unseal(sealed, root / CACHE_MANIFEST)
     try:
         manifest = Manifest.from_json(values)
     except ManifestError as error:
-        raise ManifestError(f"{root / CACHE_MANIFEST}: {error}") from error
+        raise ManifestError(error.what, path=root / CACHE_MANIFEST) from error
     return Cache(root, manifest, fingerprint(sealed))
 
 
@@ -176,12 +183,13 @@ def read_origin(root: Path) -> dict[str, Any]:
     """{"model", "revision", "dataset"}: where the model and the dataset were loaded from.
 
     Two equal caches may have different origins. "dataset" holds the fields of a DatasetSource, or is None if the
-    dataset was in memory. Raises ManifestError if the file cannot be read.
+    dataset was in memory. Raises ManifestError if the file is missing or malformed, OSError if it cannot be read.
     """
     try:
         return json.loads(contents(root / ORIGIN))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{root / ORIGIN}: unreadable ({type(error).__name__}); pass --model") from error
+    except (NoFile, ValueError, RecursionError) as error:
+        what = f"unreadable ({type(error).__name__})"
+        raise ManifestError(what, path=root / ORIGIN, way_out="pass --model") from error
 
 
 def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReader:
@@ -205,8 +213,8 @@ def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReade
     )
 
 
-def wrong_files(cache: Cache) -> Iterator[str]:
-    """A message for each shard file that is missing or has the wrong size.
+def wrong_files(cache: Cache) -> Iterator[CorruptShard]:
+    """An error for each shard file that is missing or has the wrong size. Raises OSError if that cannot be told.
 
     Reading a truncated file through a memory map kills the process (SIGBUS). Other Zarr readers read a missing shard as
     zeros.
@@ -216,7 +224,8 @@ def wrong_files(cache: Cache) -> Iterator[str]:
         size = file_bytes(path)
         if size != n_bytes:
             found = "is missing or no file" if size is None else f"is {size} bytes long"
-            yield f"{path}: must be {n_bytes} bytes long, {found}"
+            what, way_out = f"must be {n_bytes} bytes long, {found}", f"run `actcache verify {cache.path}`"
+            yield CorruptShard(what, path=path, way_out=way_out)
 
 
 def _check_identity(cache: Cache) -> None:
@@ -224,7 +233,8 @@ def _check_identity(cache: Cache) -> None:
     try:
         identity = json.loads(contents(metadata))["attributes"]["actcache"]
         same = identity == cache.identity
-    except (OSError, *MALFORMED) as error:
-        raise ManifestError(f"{metadata}: cannot be read ({type(error).__name__}); the cache is damaged") from error
+    except (NoFile, *MALFORMED) as error:
+        what = f"cannot be read ({type(error).__name__})"
+        raise ManifestError(what, path=metadata, way_out="run `actcache repair`") from error
     if not same:
         raise ManifestError(f"{metadata}: says another identity than {CACHE_MANIFEST}; two caches were mixed")

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from actcache.errors import CacheLocked, ManifestError
-from actcache.files import make_folder, naming, sync_folder, write_atomically
+from actcache.files import contents, listed, make_folder, naming, sync_folder, write_atomically
 from actcache.format.paths import EXCLUSIVE_LOCK, MANIFEST
 from actcache.format.records import ShardRecord, shard_record
 from actcache.format.seal import MALFORMED, seal, unseal
@@ -145,7 +145,7 @@ def was_begun(root: Path) -> bool:
 
 
 def _journals(root: Path) -> dict[Path, int]:
-    paths = sorted((root / MANIFEST).glob("writer-*.jsonl"))
+    paths = [path for path in listed(root / MANIFEST) if path.match("writer-*.jsonl")]
     return {path: int(path.stem.removeprefix("writer-")) for path in paths}
 
 
@@ -157,7 +157,7 @@ def _read(path: Path) -> tuple[list[ShardRecord], int]:
     """The records of a journal, and the bytes of their lines. Bytes after those are a torn line."""
     parsed = _parsed(path)
     if damaged := _damaged(parsed):
-        raise ManifestError(f"{path}: line {damaged[0]} is damaged; restore it with `actcache repair`")
+        raise ManifestError(f"line {damaged[0]} is damaged", path=path, way_out="restore it with `actcache repair`")
     whole = [(line, record) for line, record in parsed if record is not None]
     return [record for _, record in whole], sum(len(line) for line, _ in whole)
 
@@ -168,7 +168,7 @@ def _damaged(parsed: Sequence[tuple[bytes, ShardRecord | None]]) -> list[int]:
 
 def _parsed(path: Path) -> list[tuple[bytes, ShardRecord | None]]:
     """Every line of a journal, and its record; None for a line that cannot be read."""
-    return [(line, _record(line, path)) for line in path.read_bytes().splitlines(keepends=True)]
+    return [(line, _record(line, path)) for line in contents(path).splitlines(keepends=True)]
 
 
 def _record(line: bytes, path: Path) -> ShardRecord | None:

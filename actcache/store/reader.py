@@ -1,14 +1,11 @@
 """`ArrayReader` and `HookReader`: rows read from memory-mapped shard files.
 
-Sizes and checksums are checked before bytes are used. Threads may share a reader.
+Sizes and checksums are checked before bytes are used. Threads may share a reader, and so may forked processes.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +18,8 @@ from actcache.errors import CorruptShard
 from actcache.format.arrays import ArraySpec
 from actcache.format.codecs import Codec, values
 from actcache.format.dtypes import tensor_view
-from actcache.format.paths import shard_key
 from actcache.format.records import ArrayRecord, HookSpec
-from actcache.store.shard_file import ShardFile
-
-MAX_OPEN_SHARDS = 128
+from actcache.store.mapped_shards import MappedShards
 
 
 class ArrayReader:
@@ -54,11 +48,8 @@ class ArrayReader:
         self.array, self.n_rows = array, n_rows
         self.n_chunks = -(-n_rows // array.chunk_rows)
         self.records = records
-        self._folder, self._codec = folder, codec
-        self._chunks_per_shard = shard_rows // array.chunk_rows
-        self._open: OrderedDict[int, ShardFile] = OrderedDict()
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
+        self._codec, self._chunks_per_shard = codec, shard_rows // array.chunk_rows
+        self._shards = MappedShards(folder, array, records, self._chunks_per_shard)
 
     def rows_of(self, chunk: int) -> int:
         """How many rows a chunk holds; only the last chunk may hold fewer than chunk_rows."""
@@ -71,10 +62,13 @@ class ArrayReader:
     def will_need(self, chunk: int) -> None:
         """Tell the kernel to read a chunk's bytes from disk soon; returns at once."""
         shard, number = divmod(chunk, self._chunks_per_shard)
-        self._shard(shard).advise(number, mmap.MADV_WILLNEED)
+        self._shards[shard].advise(number, mmap.MADV_WILLNEED)
 
     def decode_into(self, chunk: int, out: Shaped[np.ndarray, "chunk_rows ..."]) -> None:
-        """Decode a chunk into `out`, which has chunk_rows rows. Raises CorruptShard, naming file, chunk and rows."""
+        """Decode a chunk into `out`, which has chunk_rows rows.
+
+        Raises CorruptShard, naming file, chunk and rows, or OSError if the file cannot be read.
+        """
         with self.verified(chunk) as stored:
             self._codec.decode_into(stored, out)
 
@@ -94,7 +88,8 @@ class ArrayReader:
             buffer: the chunk is decoded into it first; plain bytes are scattered straight from the file instead.
 
         Raises:
-            CorruptShard: the chunk is damaged; the message names file, chunk and rows.
+            CorruptShard: the chunk is damaged; the error names file, chunk and rows.
+            OSError: the file cannot be read.
         """
         with self.verified(chunk) as stored:
             scatter(self._codec.decoded(stored, buffer), target_rows, out)
@@ -106,18 +101,14 @@ class ArrayReader:
         They are valid inside the `with` alone.
         """
         shard, number = divmod(chunk, self._chunks_per_shard)
-        file = self._shard(shard)
+        file = self._shards[shard]
         stored = file.chunk(number)
-        if stored is None or self._codec.checksum(stored) != self.records[shard].checksums[number]:
-            start = chunk * self.array.chunk_rows
-            raise CorruptShard(
-                f"{file.path}: chunk {number} (rows {start} to {start + self.rows_of(chunk)}) does not match "
-                "its checksum in the manifest; run `actcache verify` to see what else is damaged"
-            )
+        if stored is None or not self._codec.is_sound(stored, self.records[shard].checksums[number]):
+            raise self._damage(file.path, chunk, "does not match its checksum in the manifest")
         try:
             yield stored
         except CorruptShard as error:
-            raise CorruptShard(f"{file.path}: chunk {number}: {error}") from error
+            raise self._damage(file.path, chunk, error.what) from error
         del stored  # the view would keep the map from being closed
         file.advise(number, mmap.MADV_DONTNEED)
 
@@ -132,18 +123,15 @@ class ArrayReader:
             self.decode_into(chunk, buffer[(chunk - first) * chunk_rows : (chunk - first + 1) * chunk_rows])
         return buffer[start - first * chunk_rows : stop - first * chunk_rows]
 
-    def _shard(self, index: int) -> ShardFile:
-        if self._pid != os.getpid():  # a forked child maps the files again; its parent's lock may be held for ever
-            self._open, self._lock, self._pid = OrderedDict(), threading.Lock(), os.getpid()
-        with self._lock:
-            file = self._open.pop(index, None)
-            if file is None:
-                path = self._folder / shard_key(self.array, index)
-                file = ShardFile(path, self._chunks_per_shard, self.records[index].n_bytes)
-            self._open[index] = file
-            if len(self._open) > MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)  # the file is unmapped when no thread holds a view of it
-            return file
+    def _damage(self, path: Path, chunk: int, what: str) -> CorruptShard:
+        start = chunk * self.array.chunk_rows
+        return CorruptShard(
+            what,
+            path=path,
+            chunk=chunk % self._chunks_per_shard,
+            rows=(start, start + self.rows_of(chunk)),
+            way_out="run `actcache verify` to see what else is damaged",
+        )
 
 
 class HookReader:

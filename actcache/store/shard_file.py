@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from actcache.errors import CorruptShard
-from actcache.files import write_atomically
+from actcache.files import NoFile, name_, opened, write_atomically
 from actcache.format.arrays import ArraySpec
 from actcache.format.codecs import CHECKSUM_BYTES, Codec, crc32c
 from actcache.format.records import ArrayRecord
@@ -25,7 +25,10 @@ ABSENT = np.iinfo(np.uint64).max  # offset and size of a chunk that a shard lack
 
 
 class ShardFile:
-    """One shard file, mapped into memory. The index at its end says where each chunk lies (zarr v3 sharding codec)."""
+    """One shard file, mapped into memory. The index at its end says where each chunk lies (zarr v3 sharding codec).
+
+    A disk that fails under a map (EIO) kills the process by a signal, SIGBUS, which Python cannot catch.
+    """
 
     def __init__(self, path: Path, n_chunks: int, n_bytes: int | None = None):
         """Map the file and check its index.
@@ -37,25 +40,28 @@ class ShardFile:
 
         Raises:
             CorruptShard: the file is missing or not `n_bytes` long, or its index does not match its checksum.
+            OSError: it cannot be opened or mapped, which says nothing about its bytes.
         """
         self.path = path
         index_bytes = n_chunks * INDEX_ENTRY_BYTES + CHECKSUM_BYTES
         try:
-            with open(path, "rb") as file:
+            with opened(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < index_bytes or (n_bytes is not None and size != n_bytes):
                     wanted = f"{n_bytes} bytes" if n_bytes is not None else f"at least {index_bytes} bytes"
-                    raise CorruptShard(f"{path}: must be {wanted} long, is {size}; run `actcache verify`")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise CorruptShard(f"{path}: the shard is missing; restore it or harvest again") from None
-        except OSError as error:
-            raise CorruptShard(f"{path}: the shard cannot be read ({error.strerror}); restore it") from error
-        self._map.madvise(mmap.MADV_RANDOM)  # with readahead the kernel reads three times as much as the chunks hold
+                    raise CorruptShard(f"must be {wanted} long, is {size}", path=path, way_out="run `actcache verify`")
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except NoFile:
+            way_out = "restore it, or run `actcache repair`"
+            raise CorruptShard("is missing, or no file", path=path, way_out=way_out) from None
+        except ValueError as error:  # from mmap
+            raise CorruptShard("became shorter while it was opened", path=path, way_out="restore it") from error
+        self._advise(mmap.MADV_RANDOM)  # with readahead the kernel reads three times as much as the chunks hold
         self._bytes = memoryview(self._map)
         index = self._bytes[size - index_bytes : size - CHECKSUM_BYTES]
         if crc32c(index) != int.from_bytes(self._bytes[size - CHECKSUM_BYTES :], "little"):
-            raise CorruptShard(f"{path}: the checksum of the shard index does not match; the file is damaged")
+            what, way_out = "the checksum of the shard index does not match", "run `actcache repair`"
+            raise CorruptShard(what, path=path, way_out=way_out)
         self._index = np.frombuffer(index, dtype="<u8").reshape(n_chunks, 2).copy()
         self._payload_bytes = size - index_bytes
 
@@ -63,15 +69,22 @@ class ShardFile:
         """The stored bytes of a chunk; None if the shard lacks it, which Zarr reads as the fill value.
 
         Raises CorruptShard if the chunk lies outside of the file, or if the file's size has changed since it was
-        mapped.
+        mapped; OSError if the size cannot be told.
         """
-        if self._map.size() != len(self._map):  # reading beyond the end of a shortened file kills the process (SIGBUS)
-            raise CorruptShard(f"{self.path}: was {len(self._map)} bytes long, is {self._map.size()}; restore it")
+        try:
+            n_bytes = self._map.size()
+        except OSError as error:
+            name_(error, self.path)
+            raise
+        if n_bytes != len(self._map):  # reading beyond the end of a shortened file kills the process (SIGBUS)
+            what = f"was {len(self._map)} bytes long, is {n_bytes}"
+            raise CorruptShard(what, path=self.path, way_out="restore it, or run `actcache repair`")
         offset, size = self._index[number].tolist()
         if offset == ABSENT and size == ABSENT:
             return None
         if offset + size > self._payload_bytes:
-            raise CorruptShard(f"{self.path}: chunk {number} lies outside of the file")
+            what, way_out = "lies outside of the file", "run `actcache repair`"
+            raise CorruptShard(what, path=self.path, chunk=number, way_out=way_out)
         return self._bytes[offset : offset + size]
 
     def advise(self, number: int, advice: int) -> None:
@@ -79,7 +92,13 @@ class ShardFile:
         offset, size = self._index[number].tolist()
         if offset + size <= self._payload_bytes:
             start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(advice, start, offset + size - start)
+            self._advise(advice, start, offset + size - start)
+
+    def _advise(self, advice: int, *span: int) -> None:
+        try:  # noqa: SIM105, as this is done for every chunk
+            self._map.madvise(advice, *span)
+        except OSError:
+            pass  # no byte depends on advice; memory that is locked cannot take it, for one
 
 
 def chunk_slices(array: ArraySpec, n_rows: int) -> Iterator[slice]:

@@ -10,7 +10,7 @@ import safetensors.numpy
 from jaxtyping import Float
 
 from actcache.errors import CorruptShard
-from actcache.files import file_bytes
+from actcache.files import NoFile, contents
 from actcache.format.codecs import crc32c, float32_values
 from actcache.format.paths import partials_key
 from actcache.format.records import HookSpec, ShardRecord
@@ -51,9 +51,13 @@ def merged_moments(cache: Cache, split: str, hook: HookSpec) -> dict[str, Moment
 
 def _partials(root: Path, shard: ShardRecord, hook_name: str) -> dict[str, Moments]:
     key = partials_key(shard.split, shard.index, hook_name)
-    payload = None if file_bytes(root / key) is None else (root / key).read_bytes()
+    try:
+        payload = contents(root / key)
+    except NoFile:
+        payload = None
     if payload is None or crc32c(payload) != shard.partials.get(key):
-        raise CorruptShard(f"{root / key}: does not match its checksum; run `actcache repair`")
+        what = "is missing, or no file" if payload is None else "does not match its checksum in the manifest"
+        raise CorruptShard(what, path=root / key, way_out="run `actcache repair`")
     arrays = safetensors.numpy.load(payload)
     prefixes = {row_filter: f"{row_filter}." for row_filter in ROW_FILTERS}
     return {

@@ -1,6 +1,8 @@
 import errno
 import fcntl
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -9,9 +11,21 @@ from pathlib import Path
 import pytest
 from support.places import CHILD
 from support.strangers import as_another_user, only_root
+from support.surroundings import ERRNOS, FailingCalls, as_nobody, cache_of_nobody, descriptors
 
 from actcache.errors import ConfigError
-from actcache.files import can_only_be_a_path, local_path, remove_leftovers, write_atomically
+from actcache.files import (
+    NoFile,
+    can_only_be_a_path,
+    contents,
+    file_bytes,
+    files_below,
+    listed,
+    local_path,
+    name_,
+    remove_leftovers,
+    write_atomically,
+)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -200,3 +214,85 @@ def test_no_function_takes_an_address(tiny_model, tiny_texts, tiny_cache, monkey
         with pytest.raises(ConfigError, match="no address is read or written"):
             call()
         assert not list(tmp_path.iterdir()), number
+
+
+def not_there(folder):
+    """Name -> a path where there is no regular file."""
+    (folder / "file").write_bytes(b"x")
+    (folder / "folder").mkdir()
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to("loop")
+    (folder / "nowhere").symlink_to("none")
+    (folder / "device").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(folder / "socket"))
+    names = ("none", "folder", "pipe", "loop", "nowhere", "device", "socket", "file/below", "x" * 300)
+    return [folder / name for name in names]
+
+
+def test_where_there_is_no_file_that_is_said(tmp_path):
+    for path in not_there(tmp_path):
+        with pytest.raises(NoFile, match=re.escape(str(path))):
+            contents(path)
+        assert file_bytes(path) is None
+    assert (contents(tmp_path / "file"), file_bytes(tmp_path / "file")) == (b"x", 1)
+
+
+@pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
+@pytest.mark.parametrize("read", [contents, file_bytes])
+def test_what_the_surroundings_refuse_is_told_as_what_it_is(tmp_path, read, number):
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    with FailingCalls(tmp_path)() as calls:
+        read(path)
+    for call in range(calls.n_calls):
+        with FailingCalls(tmp_path, call, number)() as calls, pytest.raises(OSError, match="; ") as raised:
+            read(path)
+        assert (type(raised.value), raised.value.errno) == (type(OSError(number, "")), number), calls.failed
+        assert str(raised.value).startswith(f"[Errno {number}] {os.strerror(number)}; ")
+        assert str(raised.value).endswith(f": '{path}'")
+    assert calls.n_calls > 0
+
+
+def test_the_way_out_is_said_once(tmp_path):
+    error = OSError(errno.EIO, "Input/output error")
+    name_(error, tmp_path)
+    once = str(error)
+    name_(error, tmp_path / "other")
+    assert str(error) == once
+
+
+def test_a_file_of_another_user_is_no_missing_file(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "file").write_bytes(b"x")
+    with cache_of_nobody(tmp_path / "c") as root:
+        os.chown(root / "file", 0, 0)
+        (root / "file").chmod(0o600)
+        with as_nobody():
+            assert file_bytes(root / "file") == 1
+            with pytest.raises(PermissionError, match=rf"run as a user who may: '{root}/file'"):
+                contents(root / "file")
+        os.chown(root, 0, 0)
+        root.chmod(0o700)
+        with as_nobody():
+            for look in (lambda: file_bytes(root / "file"), lambda: listed(root), lambda: list(files_below(root))):
+                with pytest.raises(PermissionError, match=str(root)):
+                    look()
+
+
+def test_no_descriptor_is_left_for_a_file(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    with descriptors(3), pytest.raises(OSError, match="ulimit -n") as raised:
+        contents(tmp_path / "file")
+    assert raised.value.errno == errno.EMFILE
+
+
+def test_what_a_folder_holds(tmp_path):
+    not_there(tmp_path)
+    (tmp_path / "folder" / "b").touch()
+    (tmp_path / "folder" / "a").touch()
+    (tmp_path / "elsewhere").symlink_to("folder")
+    assert listed(tmp_path / "folder") == [tmp_path / "folder" / "a", tmp_path / "folder" / "b"]
+    assert listed(tmp_path / "none") == listed(tmp_path / "file") == []
+    found = [str(path.relative_to(tmp_path)) for path in files_below(tmp_path)]
+    assert found == ["device", "file", "folder/a", "folder/b", "loop", "nowhere", "pipe", "socket"]

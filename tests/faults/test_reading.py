@@ -33,6 +33,7 @@ from support.hostile_caches import (
     with_manifest,
 )
 from support.places import CHILD
+from support.surroundings import as_nobody, cache_of_nobody
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 from support.tiny_models import D_MODEL
 
@@ -249,14 +250,14 @@ def test_whatever_lies_in_the_place_of_a_file_is_an_error_that_names_it(sound, c
     assert contents(root) == contents(sound[codec].path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
-def test_a_file_that_may_not_be_read_is_an_error_that_names_it(copied):
-    for path in (*shards_of(copied, "lossless").values(), *texts_of(copied).values()):
-        mode = path.stat().st_mode
-        path.chmod(0)
-        with pytest.raises(ActcacheError, match=str(path)):
-            contents(copied)
-        path.chmod(mode)
+def test_a_file_that_may_not_be_read_is_an_error_that_names_it_and_no_damage(copied):
+    with cache_of_nobody(copied) as root:
+        for path in (*shards_of(root, "lossless").values(), *texts_of(root).values()):
+            mode = path.stat().st_mode
+            path.chmod(0)
+            with as_nobody(), pytest.raises(PermissionError, match=str(path)):
+                contents(root)
+            path.chmod(mode)
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -18,9 +18,9 @@ def repaired(root, load_model=no_model, **arguments):
 
 
 def stamps(root):
-    """Path -> inode and time of every file but the locks."""
+    """Path -> inode, time and bytes of every file but the locks."""
     files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def changed(before, after):

@@ -4,8 +4,7 @@ import pytest
 import zarr
 from support.tiny_caches import HOOKS
 
-from actcache.errors import CorruptShard
-from actcache.integrity.problems import Problem, stored_arrays, without_path
+from actcache.integrity.problems import Problem, stored_arrays
 from actcache.store.cache import open_cache
 
 ACTS = f"{HOOKS[0]}/acts"
@@ -77,6 +76,12 @@ def test_a_file_that_is_gone_is_one_problem_of_all_its_rows(cache):
     assert others == [None] * (n_chunks - 1), "as many as there are chunks, for whoever counts"
 
 
-def test_what_is_said_is_without_file_and_way_out(tmp_path):
-    error = CorruptShard(f"{tmp_path}: must be 5 bytes long, is 4; run `actcache verify`")
-    assert without_path(error, tmp_path) == "must be 5 bytes long, is 4"
+def test_what_is_said_is_whole(cache):
+    """A path may hold what stands between the parts of a message."""
+    root = cache.path.rename(cache.path.with_name("a: b; c"))
+    stored = of(open_cache(root), "train", ACTS)
+    path = stored.path(1)
+    path.write_bytes(path.read_bytes()[:-1])
+    problem = next(iter(stored.problems(1)))
+    assert problem.message == f"must be {path.stat().st_size + 1} bytes long, is {path.stat().st_size}"
+    assert problem.path == str(path)

@@ -4,11 +4,19 @@ import shutil
 import pytest
 from support.damages import JOURNAL, flip
 from support.repairs import stamps
+from support.surroundings import as_nobody, cache_of_nobody
 from support.tiny_caches import harvest_tiny, promised_files
 
 from actcache.errors import CacheLocked, ManifestError
 from actcache.store.cache import open_cache
-from actcache.store.journal import Journal
+from actcache.store.journal import Journal, read_journals
+
+
+def test_a_folder_that_may_not_be_listed_is_not_one_without_journals(tiny_cache):
+    with cache_of_nobody(tiny_cache.path) as root:
+        (root / "manifest").chmod(0o311)
+        with as_nobody(), pytest.raises(PermissionError, match=f"run as a user who may: '{root}/manifest'"):
+            read_journals(root)
 
 
 def test_a_torn_line_and_a_lost_line_are_redone(tiny_model, tiny_texts, tiny_cache, tmp_path):

@@ -1,9 +1,12 @@
+import pickle
+
 import numpy as np
 import pytest
 from support.stored_arrays import N_ROWS, reader
 
 from actcache.errors import CorruptShard
 from actcache.format.paths import shard_key
+from actcache.store.shard_file import ShardFile
 
 
 def test_we_read_what_we_write(written):
@@ -23,8 +26,38 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(written, offset):
     damaged = bytearray(path.read_bytes())
     damaged[offset] ^= 4
     path.write_bytes(damaged)
-    with pytest.raises(CorruptShard, match=str(path)):
+    with pytest.raises(CorruptShard, match=str(path)) as raised:
         reader(store, array, codec_name, records).read(0, N_ROWS)
+    assert raised.value.path == path
+
+
+def test_a_damaged_chunk_is_told_in_facts(written):
+    store, array, codec_name, _x, records = written
+    path = store / "train" / shard_key(array, 1)
+    damaged = bytearray(path.read_bytes())
+    damaged[5] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptShard) as raised:
+        reader(store, array, codec_name, records).read(0, N_ROWS)
+    facts, rows = raised.value, (256, 256 + array.chunk_rows)
+    assert (facts.path, facts.chunk, facts.rows) == (path, 0, rows)
+    assert facts.what == "does not match its checksum in the manifest"
+    assert str(facts) == f"{path}: chunk 0 (rows {rows[0]} to {rows[1]}): {facts.what}; {facts.way_out}"
+    assert str(pickle.loads(pickle.dumps(facts))) == str(facts)
+    assert vars(pickle.loads(pickle.dumps(facts))) == vars(facts)
+
+
+@pytest.mark.parametrize("byte", [-1, -4])
+def test_every_byte_of_a_chunk_counts_also_those_that_only_other_readers_read(written, byte):
+    """The last four bytes of a compressed chunk are its CRC-32C, which zarr-python holds against the others."""
+    store, array, codec_name, _x, records = written
+    path = store / "train" / shard_key(array, 0)
+    stored = ShardFile(path, 256 // array.chunk_rows).chunk(0)
+    damaged = bytearray(path.read_bytes())
+    damaged[len(stored) + byte] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptShard, match=r"chunk 0 \(rows 0 to \d+\): does not match"):
+        reader(store, array, codec_name, records).read(0, 1)
 
 
 def test_missing_and_truncated_shards_are_errors(written):

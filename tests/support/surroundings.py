@@ -1,0 +1,168 @@
+"""Faults of the surroundings: descriptors at their limit, another user, and system calls that fail.
+
+Where only a system call that fails can make the fault, Python's own `open`, `stat`, `read`, `mmap`, ... fail.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import mmap
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+ERRNOS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOMEM, errno.EIO, errno.ESTALE)
+NOBODY = 65534
+
+
+@contextmanager
+def descriptors(limit: int) -> Iterator[None]:
+    """This process may have no more than `limit` open descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def open_descriptors() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """This process is not the superuser, who may read everything. Only the superuser can become another."""
+    if os.geteuid() != 0:
+        pytest.skip("only the superuser can become another user")
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextmanager
+def cache_of_nobody(cache: Path) -> Iterator[Path]:
+    """A copy of a cache that belongs to another user, where that user may go."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        root = shutil.copytree(cache, Path(folder) / "c")
+        for path in (root, *root.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        yield root
+
+
+class FailingCalls:
+    """System calls about files below a folder, counted; one of them fails. failed: which did, and for which file."""
+
+    def __init__(self, folder: Path, number: int | None = None, error: int = errno.EIO):
+        """number: from 0, of the call that fails; None lets every call do. error: its errno."""
+        self._folder, self._number, self._error = str(folder), number, error
+        self.n_calls, self.failed = 0, ""
+
+    @contextmanager
+    def __call__(self) -> Iterator[FailingCalls]:
+        """The calls fail inside."""
+        patches = [
+            *((where, "open") for where in (builtins, io, os)),
+            *((os, name) for name in ("stat", "fstat", "scandir", "listdir")),
+            (mmap, "mmap"),
+        ]
+        with ExitStack() as stack:
+            for where, name in patches:
+                stack.enter_context(patch.object(where, name, self._failing(name, getattr(where, name))))
+            yield self
+
+    def _failing(self, name: str, call: Any) -> Any:
+        if name == "mmap":
+            return self._failing_map(call)
+
+        def failing(*arguments: Any, **named: Any) -> Any:
+            found = call(*arguments, **named) if self._fails(name, arguments[0] if arguments else ".") else None
+            return _FailingFile(found, self) if name == "open" and isinstance(found, io.BufferedReader) else found
+
+        return failing
+
+    def _failing_map(self, base: type[mmap.mmap]) -> type[mmap.mmap]:
+        fails = self._fails
+
+        class FailingMap(base):
+            def __new__(cls, descriptor: int, *arguments: Any, **named: Any) -> mmap.mmap:
+                fails("mmap", descriptor)
+                made = super().__new__(cls, descriptor, *arguments, **named)
+                made.where = os.readlink(f"/proc/self/fd/{descriptor}")
+                return made
+
+            def size(self) -> int:
+                fails("size", self.where)
+                return super().size()
+
+            def madvise(self, *arguments: int) -> None:
+                fails("madvise", self.where)
+                super().madvise(*arguments)
+
+        return FailingMap
+
+    def _fails(self, name: str, target: object) -> bool:
+        """Always True; raises OSError if this is the call that fails. As the kernel does it, without a name."""
+        path = self.path_of(target)
+        if path.startswith(self._folder):
+            self.n_calls += 1
+            if self.n_calls - 1 == self._number:
+                self.failed = f"{name} {path}"
+                raise OSError(self._error, os.strerror(self._error))
+        return True
+
+    def path_of(self, target: object) -> str:
+        """The path that an argument means, a descriptor or a path."""
+        if isinstance(target, int):
+            try:
+                return os.readlink(f"/proc/self/fd/{target}")
+            except OSError:
+                return ""
+        return os.path.abspath(os.fspath(target)) if isinstance(target, str | os.PathLike) else ""
+
+    def reading(self, file: io.BufferedReader) -> None:
+        """Count a read of a file; raises OSError if it is the call that fails."""
+        self._fails("read", file.name)
+
+
+class _FailingFile:
+    """A file whose reads may fail."""
+
+    def __init__(self, file: io.BufferedReader, calls: FailingCalls):
+        self._file, self._calls = file, calls
+
+    def read(self, *arguments: int) -> bytes:
+        self._calls.reading(self._file)
+        return self._file.read(*arguments)
+
+    def __enter__(self) -> _FailingFile:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._file.__exit__(*raised)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def outcome(do: Callable[[], Any]) -> Any:
+    """What it gives, or the exception that it raises."""
+    try:
+        return do()
+    except Exception as error:
+        return error
