@@ -39,10 +39,12 @@ class BridgeModel(LanguageModel):
         # bridge loads it a second time. So the bridge gets a copy without a BOS.
         spare = copy.deepcopy(tokenizer)
         spare.bos_token = None
-        # With hf_model the bridge takes the family from the config, not from the name (a path may contain "llama").
+        # With hf_model the bridge takes the family from the config, not from the name (a path may contain "llama"). By
+        # the name it looks for a processor of pictures: the whole path, so that the hub is not asked for a folder.
+        name = self.source or cast(str, identity["name"])
         try:
             self._bridge = TransformerBridge.boot_transformers(
-                cast(str, identity["name"]), hf_model=model, tokenizer=spare, device=self.device, dtype=self.dtype
+                name, hf_model=model, tokenizer=spare, device=self.device, dtype=self.dtype
             )
         except ValueError as error:
             reason = str(error).partition(". ")[0]

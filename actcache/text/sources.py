@@ -57,7 +57,7 @@ class DatasetSource:
         """The dataset of this split. Raises DatasetError, naming the path, if it is missing or malformed."""
         try:
             return self._load()
-        except (OSError, ValueError, ConnectionError, DatasetGenerationError) as error:
+        except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:  # RuntimeError: a loading script
             reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
             if not self._local.exists() and not can_only_be_a_path(self.path, FILE_SUFFIXES):
                 reason = f"{missing_here(self.path)}{reason}"

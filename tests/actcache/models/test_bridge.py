@@ -92,3 +92,11 @@ def test_transformer_lens_installs_no_torchvision_for_a_model_that_sees_pictures
     assert not installed.exists()
     assert "TransformerLens wanted to run" in caplog.text
     assert "-m pip install torchvision -q`; nothing was installed" in caplog.text
+
+
+def test_the_hub_is_not_asked_for_the_name_of_a_folder(tmp_path, monkeypatch):
+    """A model that sees pictures has a processor for them. TransformerLens loads it by the name that it is given."""
+    asked = []
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda name, **_: asked.append(name))
+    load_model(make_multimodal_dir(tmp_path / "gemma-3-4b-it"), device="cpu", backend="transformer_lens")
+    assert asked == [str(tmp_path / "gemma-3-4b-it")]

@@ -47,6 +47,12 @@ def test_missing_and_malformed_files_are_one_clear_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_loading_script_is_refused_in_one_line():
+    with pytest.raises(DatasetError, match=r"cannot load .* \(Dataset scripts are no longer supported") as error:
+        DatasetSource(path="somewhere/script.py").load()
+    assert "\n" not in str(error.value)
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="sample_by"):
         DatasetSource(path="x", sample_by="word")
