@@ -30,8 +30,8 @@ NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAME
 WAYS_OUT = {
     errno.EMFILE: "let this process open more files (`ulimit -n`)",
     errno.ENFILE: "this machine has too many files open; close programs that hold many",
-    errno.EACCES: "ask its owner to let you read it, or run as a user who may",
-    errno.EPERM: "ask its owner to let you read it, or run as a user who may",
+    errno.EACCES: "ask its owner for the permission, or run as a user who has it",
+    errno.EPERM: "ask its owner for the permission, or run as a user who has it",
     errno.ENOMEM: "give this process more memory (`ulimit -v`), or run fewer programs",
     errno.EIO: "look after the disk or the network, then run the same again",
     errno.ESTALE: "the file server has lost hold of the file; run the same again",

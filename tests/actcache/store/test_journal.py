@@ -15,7 +15,7 @@ from actcache.store.journal import Journal, read_journals
 def test_a_folder_that_may_not_be_listed_is_not_one_without_journals(tiny_cache):
     with cache_of_nobody(tiny_cache.path) as root:
         (root / "manifest").chmod(0o311)
-        with as_nobody(), pytest.raises(PermissionError, match=f"run as a user who may: '{root}/manifest'"):
+        with as_nobody(), pytest.raises(PermissionError, match=f"run as a user who has it: '{root}/manifest'"):
             read_journals(root)
 
 
