@@ -14,6 +14,7 @@ import actcache
 from actcache.commands.exchange import export_cache, import_cache
 from actcache.commands.harvest import harvest
 from actcache.commands.integrity import info, relabel, repair, verify
+from actcache.commands.streams import standard_streams
 from actcache.commands.terminal import (
     Commands,
     Json,
@@ -124,13 +125,14 @@ for panel, functions in COMMANDS.items():
 
 def main() -> None:
     """Run the command line: exit code 0 when all was done, 2 for wrong arguments, 1 for everything else."""
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("actcache").setLevel(logging.INFO)
-    try:
-        app()
-    except SystemExit as ended:
-        end_at_once_without_memory(ended)
-        raise
+    with standard_streams():
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("actcache").setLevel(logging.INFO)
+        try:
+            app()
+        except SystemExit as ended:
+            end_at_once_without_memory(ended)
+            raise
 
 
 if __name__ == "__main__":
