@@ -96,7 +96,7 @@ def test_a_cache_goes_out_to_saelens_and_comes_back(work, tiny_llama_dir):
     assert "are what the model gives" in report.stderr
     actcache("eval", work / "runs" / "topk", "--cache", work / "back", "--device", "cpu")
     assert (
-        "--split must be one of"
+        "split must be one of"
         in actcache("export-cache", work / "cache", "--out", work / "x", "--split", "test", code=2).stderr
     )
 

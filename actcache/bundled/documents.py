@@ -37,8 +37,9 @@ def module_documents(folder: Path) -> list[str]:
     return list(filter(None, (_module_document(path, folder) for path in sorted(_module_files(folder)))))
 
 
-def write_documents(path: Path) -> Path:
-    """Write the standard library's documents as JSON lines with a `text` column; returns `path`."""
+def write_documents(path: Path | str) -> Path:
+    """Write the standard library's documents as JSON lines with a `text` column; returns the path."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in standard_library_documents()))
     return path

@@ -19,6 +19,7 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
+from actcache.arguments import device_of
 from actcache.errors import ActcacheError, ConfigError
 from actcache.files import local_path
 from actcache.installs import no_installs
@@ -40,9 +41,22 @@ Out = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=OUTPUT)]
+
+
+def checked_device(device: str) -> str:
+    """--device as it was given. Raises ConfigError before any work if it is none of this machine."""
+    if device != "auto":
+        device_of("--device", device)
+    return device
+
+
 Device = Annotated[
     str,
-    typer.Option(help="The device: cpu, cuda:0, ... With auto it is CUDA where there is a GPU.", rich_help_panel=MODEL),
+    typer.Option(
+        help="The device: cpu, cuda:0, ... With auto it is CUDA where there is a GPU.",
+        callback=checked_device,
+        rich_help_panel=MODEL,
+    ),
 ]
 
 TrustRemoteCode = Annotated[
@@ -191,12 +205,8 @@ class StageBar:
 
 
 def resolved_device(device: str) -> str:
-    """The device that --device names; "auto" is CUDA if there is a GPU, else the CPU."""
-    import torch  # takes seconds
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
+    """The device that --device names; "auto" is CUDA if there is a GPU, else the CPU. Raises ConfigError."""
+    return str(device_of("--device", device))
 
 
 def this_worker(share: str | None) -> Worker:

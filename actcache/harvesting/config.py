@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from actcache.arguments import type_fields_
 from actcache.errors import ConfigError
 from actcache.format.codecs import codec
 from actcache.format.dtypes import ACTIVATION_DTYPES
@@ -40,6 +41,7 @@ class HarvestConfig:
     holdout: float = 0.01
 
     def __post_init__(self) -> None:
+        type_fields_("harvest", self)
         if self.codec != AUTO:
             codec(self.codec)
         for hook_name in self.hook_names:

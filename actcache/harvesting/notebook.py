@@ -9,6 +9,7 @@ import datasets
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from actcache.arguments import names
 from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.loop import Progress
 from actcache.harvesting.run import harvest as run_harvest
@@ -55,7 +56,7 @@ def harvest(
             `actcache.harvesting.run.harvest`.
     """
     config = HarvestConfig(
-        hook_names=(hook_names,) if isinstance(hook_names, str) else tuple(hook_names),
+        hook_names=names("harvest", "hook_names", hook_names),
         tokens=tokens,
         context_size=context_size,
         codec=codec,

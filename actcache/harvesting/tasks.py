@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from actcache.arguments import type_fields_
 from actcache.errors import CacheMismatch, ConfigError
 from actcache.files import remove_leftovers
 from actcache.flow import SPLITS
@@ -30,6 +31,7 @@ class Worker:
     count: int = 1
 
     def __post_init__(self) -> None:
+        type_fields_("harvest: worker", self)
         if not 0 <= self.index < self.count:
             raise ConfigError(f"harvest: worker i/n must have 0 <= i < n, got {self.index}/{self.count}")
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from actcache.arguments import typed
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.files import NoFile, contents, write_atomically
 from actcache.flow import SPLITS
@@ -33,6 +34,7 @@ def relabel(path: str | Path, native: bool) -> int:
         ManifestError: as for `open_cache`; also if a zarr.json has neither form. Then nothing is changed.
         CorruptShard: as for `open_cache`.
     """
+    typed("relabel", "native", native, bool)
     cache = open_cache(path)
     if not _stale(cache, native):
         return 0

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
+from actcache.arguments import typed, whole_number
 from actcache.errors import ConfigError
 from actcache.flow import SPLITS
 from actcache.format.codecs import codec, stored_tensors
@@ -60,10 +61,10 @@ def sample_model(cache: Cache, model: LanguageModel, n_sequences: int, *, seed: 
         CacheMismatch: it is another model, or it has another tokenizer.
         CorruptShard: a chunk that is compared is damaged; `verify` lists all of them.
     """
-    if n_sequences < 1:
+    if typed("verify", "n_sequences", n_sequences, int) < 1:
         raise ConfigError(f"verify: needs at least 1 sequence to sample, got {n_sequences}")
     refuse_other_model(cache.path, cache.identity, model)
-    chosen = _chosen(cache, n_sequences, seed)
+    chosen = _chosen(cache, n_sequences, whole_number("verify", "seed", seed))
     problems: list[Problem] = []
     notes: dict[str, None] = {}
     n_rows = 0

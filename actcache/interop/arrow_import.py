@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
+from actcache.arguments import type_fields_
 from actcache.errors import CacheLocked, DatasetError
 from actcache.files import local_path, remove_leftovers, write_atomically
 from actcache.flow import SPLITS, ActivationBatch
@@ -65,6 +66,8 @@ class ArrowImport:
     model: the name or folder of the model that it was made with. special_token_ids: of BOS, EOS and other tokens whose
     rows training leaves out. dtype: of the stored values; None keeps that of the columns. codec, seed, holdout: as for
     a harvest; here the documents are the rows.
+
+    Raises ConfigError for a value of another type.
     """
 
     model: str
@@ -73,6 +76,9 @@ class ArrowImport:
     dtype: str | None = None
     seed: int = 0
     holdout: float = 0.01
+
+    def __post_init__(self) -> None:
+        type_fields_("import-cache", self)
 
 
 def import_cache(

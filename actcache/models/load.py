@@ -13,6 +13,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actcache.arguments import device_of, typed
 from actcache.errors import ConfigError, ModelError
 from actcache.installs import no_installs
 from actcache.models.bridge import BridgeModel
@@ -22,7 +23,6 @@ from actcache.models.identity import model_identity
 from actcache.models.language_model import LanguageModel
 from actcache.models.pretrained import (
     check_flash_attention,
-    device_of,
     dtype_of,
     load_config,
     load_tokenizer,
@@ -72,7 +72,7 @@ def load_model(
             not support its family; or the attention kernel is not available.
     """
     _check_settings(device, device_map, backend, attention, compile)
-    where = device_of(device)
+    where = device_of("load_model", device)
     source = source_of(str(name_or_path))
     config = load_config(source, revision, trust_remote_code)
     name = name_of(source)
@@ -124,6 +124,7 @@ def _check_settings(device: str, device_map: str | None, backend: str, attention
 
     The arguments are load_model's.
     """
+    typed("load_model", "compile", compile, bool)
     if backend not in BACKENDS:
         raise ConfigError(f"load_model: backend must be one of {list(BACKENDS)}, got {backend!r}")
     if attention not in ATTENTION_KERNELS:

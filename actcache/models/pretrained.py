@@ -1,4 +1,4 @@
-"""The parts of `load_model`: config, tokenizer, weights, device and dtype, each checked. Errors are one line long."""
+"""The parts of `load_model`: config, tokenizer, weights and dtype, each checked. Errors are one line long."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -57,19 +57,6 @@ def name_of(source: str) -> str:
 def revision_of(config: PretrainedConfig, revision: str | None) -> str | None:
     """The commit that the hub told, because a branch moves; else the revision as given."""
     return getattr(config, "_commit_hash", None) or revision  # only a config from the hub has it
-
-
-def device_of(device: str) -> torch.device:
-    """The device of that name; "auto" is cuda if there is one, else cpu. Raises ConfigError if torch lacks it."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"load_model: device must be auto or a torch device such as cuda:0, got {device!r}") from None
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"load_model: device {device!r} asked for, torch sees no CUDA device; pass auto or cpu")
-    return where
 
 
 def dtype_of(dtype: str, device: torch.device) -> torch.dtype | str:

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from actcache.arguments import type_fields_
 from actcache.errors import ConfigError, DatasetError
 from actcache.files import can_only_be_a_path, local_path, missing_here, refuse_address
 from actcache.installs import no_installs
@@ -48,6 +49,7 @@ class DatasetSource:
     streaming: bool = False
 
     def __post_init__(self) -> None:
+        type_fields_("dataset", self)
         refuse_address(self.path, "a local file, a folder or a hub name")
         if self.sample_by not in SAMPLE_BY:
             raise ConfigError(f"dataset: sample_by must be one of {', '.join(SAMPLE_BY)}, got {self.sample_by!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from contextlib import closing
@@ -141,7 +142,7 @@ def train(
     }
     sweep_config = _sweep_config(sweep or config, _given(single), _given(shared))
     opened, device = open_cache(cache), resolved_device(device)
-    memory_bytes = None if memory is None else int(memory * 1e9)
+    memory_bytes = None if memory is None else _bytes(memory)
     planned = plan(opened, sweep_config, out, device=device, memory_bytes=memory_bytes)
     say(plan_lines(planned))
     if dry_run:
@@ -155,6 +156,12 @@ def train(
     failed = [record.config.name for record in records if record.error]
     if failed:
         raise ActcacheError(f"train: {len(failed)} of {len(records)} SAEs diverged: {', '.join(failed)}")
+
+
+def _bytes(memory: float) -> int:
+    if not 0 < memory < math.inf:
+        raise ConfigError(f"train: --memory must be above 0 GB, got {memory}")
+    return max(1, int(memory * 1e9))
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

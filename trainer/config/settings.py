@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from actcache.arguments import type_fields_
 from actcache.errors import ConfigError
 
 Architecture = Literal[
@@ -105,9 +106,7 @@ class SAEConfig:
     n_steps: int
 
     def __post_init__(self) -> None:
-        for setting in ("matryoshka_widths", "hook_names", "hook_widths", "hook_scales"):  # JSON gives lists
-            value = getattr(self, setting)
-            object.__setattr__(self, setting, None if value is None else tuple(value))
+        type_fields_(str(self.name), self)
         check_settings(self.name, {setting: getattr(self, setting) for setting in _RULES})
         if self.matryoshka_widths is not None and self.matryoshka_widths[-1] != self.d_sae:
             raise ConfigError(
@@ -185,6 +184,7 @@ class TrainConfig:
     eval_tokens: int = 32_768  # rows of the validation split that an evaluation reads, at most
 
     def __post_init__(self) -> None:
+        type_fields_("train", self)
         for setting, rule in _TRAIN_RULES.items():
             rule.check("train", setting, getattr(self, setting))
 

@@ -8,15 +8,14 @@ import difflib
 import itertools
 import math
 import re
-import types
-import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
+from actcache.arguments import field_types, type_fields_, typed
 from actcache.errors import CacheMismatch, ConfigError
 from actcache.files import local_path
 from trainer.config.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
@@ -94,6 +93,7 @@ class SweepConfig:
     runs: tuple[dict[str, Any], ...]
 
     def __post_init__(self) -> None:
+        type_fields_("sweep", self)
         if not self.runs:
             raise ConfigError("sweep: names no run; give base: {...}, a grid: {...} or runs: [...]")
         for run in self.runs:
@@ -118,9 +118,9 @@ class SweepConfig:
     def from_dict(cls, mapping: object) -> "SweepConfig":
         """Make the config from what a YAML file holds. Raises ConfigError for anything wrong in it."""
         sweep = _mapping("sweep", mapping)
-        shared = _field_types(TrainConfig)
+        shared = field_types(TrainConfig)
         _check_keys("sweep", sweep, [*shared, "base", "grid", "runs"])
-        train = {key: _typed("sweep", key, value, shared[key]) for key, value in sweep.items() if key in shared}
+        train = {key: typed("sweep", key, value, shared[key]) for key, value in sweep.items() if key in shared}
         return cls(train=TrainConfig(**train), runs=tuple(_named(_expanded(sweep))))
 
     @property
@@ -231,12 +231,12 @@ def _checked_run(run: Mapping[str, Any]) -> dict[str, Any]:
     Raises ConfigError for an unknown key, a value of a wrong type, or a setting that the architecture ignores.
     """
     who = str(run.get("name", "run"))
-    settable = {key: kind for key, kind in _field_types(SAEConfig).items() if key not in _FROM_CACHE}
+    settable = {key: kind for key, kind in field_types(SAEConfig).items() if key not in _FROM_CACHE}
     settable["preset"] = str | None
     _check_keys(who, run, settable)
     present = {key: value for key, value in run.items() if value is not None or key not in _NEEDED}
-    typed = {key: _typed(who, key, value, settable[key]) for key, value in present.items()}
-    given = _with_hook_name(who, _with_preset(who, typed))
+    checked = {key: typed(who, key, value, settable[key]) for key, value in present.items()}
+    given = _with_hook_name(who, _with_preset(who, checked))
     missing = [key for key in _NEEDED if key not in given]
     if missing:
         raise ConfigError(f"{who}: needs {', '.join(missing)}; add them to base or to the run")
@@ -268,7 +268,7 @@ def _with_hook_name(who: str, given: dict[str, Any]) -> dict[str, Any]:
     """The run's settings with hook_name, which is a crosscoder's first hook. A transcoder must name its second."""
     architecture = given.get("architecture")
     needed = "hook_names" if architecture == "crosscoder" else "hook_name_out"
-    if architecture in ("crosscoder", *TRANSCODERS) and given.get(needed) is None:
+    if architecture in ("crosscoder", *TRANSCODERS) and not given.get(needed):
         raise ConfigError(f"{who}: {architecture} needs {needed}; add it to base or to the run")
     if architecture != "crosscoder":
         return given
@@ -359,7 +359,7 @@ def _expanded(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _named(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The runs, each with a name: its own, or one made of its architecture, sparsity, width and what differs."""
-    settings = [key for key in _field_types(SAEConfig) if key not in ("name", "architecture", "d_sae", "k")]
+    settings = [key for key in field_types(SAEConfig) if key not in ("name", "architecture", "d_sae", "k")]
     settings.remove("sparsity_coefficient")
     unnamed = [run for run in runs if run.get("name") is None]
     varying = [key for key in settings if len({repr(run.get(key)) for run in unnamed}) > 1]
@@ -387,29 +387,6 @@ def _check_names(names: list[str]) -> None:
                 f"sweep: run names must differ, got {name!r} twice; give each run its own name or another setting"
             )
         seen[name.lower()] = name
-
-
-def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {each.name: hints[each.name] for each in fields(cls) if each.init or each.default is not MISSING}
-
-
-def _typed(who: str, key: str, value: object, kind: Any) -> Any:
-    """`value` as the field's type. An int is taken for a float. Raises ConfigError for another type."""
-    options = (
-        typing.get_args(kind) if isinstance(kind, types.UnionType) or type(None) in typing.get_args(kind) else (kind,)
-    )
-    if value is None and type(None) in options:
-        return None
-    accepted = next(option for option in options if option is not type(None))
-    if typing.get_origin(accepted) is Sequence:
-        return tuple(_typed(who, key, each, typing.get_args(accepted)[0]) for each in _sequence(f"{who}: {key}", value))
-    accepted = str if typing.get_origin(accepted) is Literal else accepted
-    if type(value) is accepted:
-        return value
-    if accepted is float and type(value) is int:
-        return float(value)
-    raise ConfigError(f"{who}: {key} must be {accepted.__name__}, got {value!r} ({type(value).__name__})")
 
 
 def _check_keys(who: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from actcache.arguments import typed, whole_number
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
 from actcache.files import local_path
 from actcache.flow import HOLD_OUT_MORE, Batch
@@ -58,6 +59,7 @@ def evaluate(
         ManifestError: as `load_sae`.
         CacheMismatch, DatasetError: as `evaluate_all`.
     """
+    typed("evaluate", "cache", cache, Cache)
     how: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "progress": progress}
     if isinstance(run, SAE | PCA):
         return evaluate_all([run], cache, model, **how)[0]
@@ -94,9 +96,12 @@ def evaluate_all(
         docs/reference/metrics.md says what each key means.
 
     Raises:
+        ConfigError: an argument is out of range or of another type.
         CacheMismatch: the cache lacks a hook, holds it with another width, or was harvested from another model.
         DatasetError: the validation split is empty.
     """
+    typed("evaluate", "exclude_special_tokens", exclude_special_tokens, bool)
+    whole_number("evaluate", "model_tokens", model_tokens, 1)
     _check_fit(saes, cache, model)
     with torch.no_grad():
         spliced = model is not None and any(len(sae.output_hooks) == 1 for sae in saes)
@@ -140,6 +145,7 @@ def evaluate_runs(
         ManifestError: there is no run, or one has not finished training.
         CacheMismatch, DatasetError: as `evaluate_all`, or a run was trained on another model than the cache's.
     """
+    typed("evaluate", "cache", cache, Cache)
     runs = local_path(runs)
     folders = _finished(runs)
     configs = [_check_run(folder, cache) for folder in folders]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actcache.arguments import typed
 from actcache.flow import Batch
 
 
@@ -115,5 +116,5 @@ def fit_pca(batches: Iterable[Batch], hook_name: str, n_components: int) -> PCA:
 
 
 def _check_components(n_components: int, most: int) -> None:
-    if not 1 <= n_components <= most:
+    if not 1 <= typed("pca", "n_components", n_components, int) <= most:
         raise ValueError(f"pca: n_components must be in [1, {most}], got {n_components}; pick fewer components")

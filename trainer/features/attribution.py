@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from actcache.arguments import typed
 from actcache.errors import ConfigError
 from trainer.features.logit_lens import check_stream, directions
 from trainer.features.text import Model, active_by_magnitude, check_width, prompt_ids
@@ -125,10 +126,10 @@ def _bias(sae: SAE, x: Float[Tensor, " d_in"]) -> Float64[Tensor, " d_out"]:
 
 
 def _token_id(tokenizer: Any, token: str | int) -> int:
-    if isinstance(token, int):
-        ids = [token] if 0 <= token < len(tokenizer) else []
-    else:
+    if isinstance(token, str):
         ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    else:
+        ids = [token] if 0 <= typed("logit_attribution", "token", token, int) < len(tokenizer) else []
     if len(ids) == 1:
         return ids[0]
     pieces = [token_string(tokenizer, i) for i in ids]
@@ -136,6 +137,6 @@ def _token_id(tokenizer: Any, token: str | int) -> int:
 
 
 def _position(position: int, n_tokens: int) -> int:
-    if not -n_tokens <= position < n_tokens:
+    if not -n_tokens <= typed("logit_attribution", "position", position, int) < n_tokens:
         raise ConfigError(f"logit_attribution: position must be in [-{n_tokens}, {n_tokens}), got {position}")
     return position % n_tokens

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64, Shaped
 from torch import Tensor
 
+from actcache.arguments import typed
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
 from actcache.files import local_path, remove_leftovers, write_atomically
 from actcache.flow import HOLD_OUT_MORE
@@ -68,6 +69,7 @@ def build_features(
         The features, mapped.
 
     Raises:
+        ConfigError: `device` is no device of this machine, or `cache` no Cache.
         ManifestError: `run` is no RUN folder, is not finished or diverged, or one of its files is damaged.
         CacheMismatch: the cache is of another model, lacks a hook or holds it with another width, or RUN/features is of
             another cache or SAE.
@@ -76,6 +78,7 @@ def build_features(
         CorruptShard: a chunk of the cache is damaged.
         CacheLocked: another process is building them.
     """
+    typed("features", "cache", cache, Cache)
     run = local_path(run)
     folder, config = run / FOLDER, _run_config(run)
     sae = load_sae(run, device=device)

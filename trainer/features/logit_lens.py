@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actcache.arguments import typed
 from actcache.errors import ConfigError
 from actcache.models.unembedding import Unembedding
 from trainer.features.text import ROWS_AT_ONCE, Model
@@ -64,7 +65,7 @@ def logit_lens(sae: SAE, model: Model, latents: Sequence[int], n: int = 10) -> t
         ModelError: the model has no output head, or no LayerNorm or RMSNorm before it.
     """
     n_tokens = len(model.tokenizer)
-    if not 1 <= n <= n_tokens:
+    if not 1 <= typed("logit_lens", "n", n, int) <= n_tokens:
         raise ConfigError(f"logit_lens: n must be in [1, {n_tokens}], got {n}")
     check_latents(sae, latents)
     check_stream(sae, "logit_lens")
@@ -88,7 +89,7 @@ def directions(sae: SAE, latents: Sequence[int]) -> Float[Tensor, "latent d_out"
 
 def check_latents(sae: SAE, latents: Sequence[int]) -> None:
     """Raise ConfigError for a latent that the SAE does not have."""
-    wrong = [latent for latent in latents if not 0 <= latent < sae.d_sae]
+    wrong = [latent for latent in latents if not 0 <= typed(sae.hook_name, "a feature", latent, int) < sae.d_sae]
     if wrong:
         raise ConfigError(f"{sae.hook_name}: a feature must be in [0, d_sae={sae.d_sae}), got {wrong[0]}")
 

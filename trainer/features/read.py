@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Shaped
 
+from actcache.arguments import typed, whole_number
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
 from actcache.files import local_path
 from actcache.format.codecs import crc32c
@@ -112,7 +113,8 @@ class Features:
         Raises:
             ConfigError: there is no such latent, or a number is less than 1.
         """
-        _check_positive(n_bands=n_bands, n_each=n_each)
+        whole_number("features", "n_bands", n_bands, 1)
+        whole_number("features", "n_each", n_each, 1)
         tokens, acts = self._entries(latent)
         sizes = np.abs(acts).astype(np.float64)
         band = n_bands - np.ceil(sizes * n_bands / self.max_act[latent])
@@ -191,7 +193,7 @@ class Features:
         return tuple(ids)
 
     def _check(self, latent: int) -> None:
-        if not 0 <= latent < self.d_sae:
+        if not 0 <= typed("features", "a latent", latent, int) < self.d_sae:
             raise ConfigError(f"features: a latent must be in [0, d_sae={self.d_sae}), got {latent}")
 
 
@@ -261,13 +263,7 @@ def map_all_codes(folder: Path, checksums: Checksums | None = None) -> tuple[Cod
 
 def _largest(sizes: Shaped[np.ndarray, " n"], n: int) -> list[int]:
     """Indices of the n largest sizes, largest first; of equal ones the first."""
-    _check_positive(n=n)
+    whole_number("features", "n", n, 1)
     cut = np.partition(sizes, len(sizes) - n)[len(sizes) - n] if n < len(sizes) else sizes.min(initial=0)
     candidates = np.flatnonzero(sizes >= cut)
     return candidates[np.argsort(-sizes[candidates], kind="stable")[:n]].tolist()
-
-
-def _check_positive(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"features: {name} must be at least 1, got {count}")

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from actcache.arguments import typed
 from actcache.errors import CacheMismatch, ConfigError
 from trainer.features.logit_lens import check_latents, in_parts
 from trainer.sae.sae import SAE
@@ -51,7 +52,7 @@ def similar_features(a: SAE, b: SAE, n: int = 1, *, latents: Sequence[int] | Non
             f"similar: both SAEs must reconstruct activations of one width, got {a.d_out} and {b.d_out}; compare SAEs "
             "of one hook"
         )
-    if not 1 <= n <= b.d_sae:
+    if not 1 <= typed("similar", "n", n, int) <= b.d_sae:
         raise ConfigError(f"similar: n must be in [1, d_sae={b.d_sae}], got {n}")
     others = _unit_rows(b.W_dec.to(a.device)).T
     tops = [(_unit_rows(a.W_dec[list(part)]) @ others).topk(n) for part in in_parts(chosen)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from actcache.arguments import type_fields_
 from actcache.errors import ConfigError, ManifestError
 from trainer.formats.saelens import SAE_LENS_VERSION, sae_of
 from trainer.sae.sae import SAE
@@ -29,6 +30,9 @@ class Names:
     model_name: str | None = None
     hook_name: str | None = None
     hook_name_out: str | None = None
+
+    def __post_init__(self) -> None:
+        type_fields_("import", self)
 
     def over(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """The metadata, in which the names that the caller gave replace those that it held."""

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from actcache.arguments import device_of
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.files import local_path, sync_folder, write_atomically
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
@@ -129,14 +130,15 @@ def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
     """Read the SAE of a RUN folder, of its sae/, or of a directory of SAELens 6.0 or later, if it is in ARCHITECTURES.
 
     Raises:
+        ConfigError: `device` is no device of this machine.
         ManifestError: a file is missing or malformed; a tensor is missing, unknown, of a wrong shape or not finite; or
             the SAE is not supported (another architecture, normalize_activations, a single head).
         CacheMismatch: the SAE was trained on a centred residual stream (center_writing_weights), and a cache holds the
             raw one.
     """
-    folder = _sae_folder(local_path(path))
+    where, folder = device_of("load_sae", device), _sae_folder(local_path(path))
     check_sae(folder)
-    return sae_of(read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE), folder, device=device)
+    return sae_of(read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE), folder, device=where)
 
 
 def check_sae(folder: Path) -> None:

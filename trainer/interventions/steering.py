@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
+from actcache.arguments import type_fields_, typed, whole_number
 from actcache.errors import ConfigError
 from trainer.features.logit_lens import check_latents, directions
 from trainer.features.text import check_width, prompt_ids
@@ -20,6 +21,9 @@ class Scale:
 
     factor: float
 
+    def __post_init__(self) -> None:
+        type_fields_("steer: Scale", self)
+
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
@@ -27,12 +31,18 @@ class Clamp:
 
     value: float
 
+    def __post_init__(self) -> None:
+        type_fields_("steer: Clamp", self)
+
 
 @dataclass(frozen=True, slots=True)
 class Add:
     """The activation grows by `amount` at every token. With the error term, x becomes x + amount d_i."""
 
     amount: float
+
+    def __post_init__(self) -> None:
+        type_fields_("steer: Add", self)
 
 
 Change = Scale | Clamp | Add
@@ -114,7 +124,7 @@ def steer(
         CacheMismatch: the model's hook has another width than the SAE takes.
         ModelError: the model lacks the hook, or has no output head.
     """
-    _check_arguments(n_tokens, temperature)
+    _check_arguments(n_tokens, temperature, seed)
     prompt = prompt_ids(sae, model.tokenizer, text)
     if model.max_positions is not None and prompt.shape[1] + n_tokens - 1 > model.max_positions:
         raise ConfigError(
@@ -239,8 +249,8 @@ def _decoded(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _check_arguments(n_tokens: int, temperature: float) -> None:
-    if n_tokens < 1:
-        raise ConfigError(f"steer: must write at least 1 token, got {n_tokens}")
-    if not 0 <= temperature < float("inf"):
+def _check_arguments(n_tokens: int, temperature: float, seed: int) -> None:
+    whole_number("steer", "n_tokens", n_tokens, 1)
+    whole_number("steer", "seed", seed, 0, 2**63 - 1)
+    if not 0 <= typed("steer", "temperature", temperature, float) < float("inf"):
         raise ConfigError(f"steer: temperature must be 0 or a positive number, got {temperature}")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from actcache.arguments import whole_number
 from actcache.files import local_path, write_atomically
 from trainer.features.read import open_features
 from trainer.features.words import has_words, read_words
@@ -37,6 +38,7 @@ def write_report(runs: Path | str, out: Path | str, *, n_features: int = N_FEATU
         ManifestError: there is no run, or a file of one is malformed.
         CacheMismatch: the features of a run are of another SAE than it holds.
     """
+    whole_number("report", "n_features", n_features)
     runs, out = local_path(runs), local_path(out)
     found = read_runs(runs)
     text = page(runs.resolve().name, found, throughput(found, read_harvests(found)), _features(found, n_features))

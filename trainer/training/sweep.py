@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actcache.arguments import device_of, typed, whole_number
 from actcache.errors import DatasetError
 from actcache.files import local_path
 from actcache.flow import Batch
@@ -115,14 +116,15 @@ def train(
 
     Raises:
         ConfigError: more tokens are asked for than the epochs hold, a setting does not fit the cache, an SAE does not
-            fit into the memory, or the package of a logger or an optimizer is not installed.
+            fit into the memory, the package of a logger or an optimizer is not installed, or `device` is none of this
+            machine.
         DatasetError: `eval_every` is given and the validation split has no rows.
         CacheMismatch: `out` holds something else than runs, or one of its folders holds a different run. The message
             lists the differences.
         CacheLocked: something is left to train, and another process trains in `out`.
         KeyboardInterrupt: SIGINT or SIGTERM came. Every SAE was saved at the same step before.
     """
-    out, records = local_path(out), dict[str, RunRecord]()
+    out, records, device = local_path(out), dict[str, RunRecord](), device_of("train", device)
     check_loggers(loggers)
     warn_of_no_validation(cache)
     configs = _checked_configs(cache, config, out)
@@ -143,19 +145,23 @@ def plan(
     memory_bytes: int | None = None,
 ) -> SweepPlan:
     """What `train` with the same arguments has still to do. Nothing is written. Raises as `train` does."""
-    out = local_path(out)
+    out, device = local_path(out), device_of("train", device)
     return _plan(_checked_configs(cache, config, out), config, out, device, memory_bytes)
 
 
 def _plan(
     configs: Sequence[SAEConfig], config: SweepConfig, out: Path, device: torch.device | str, memory_bytes: int | None
 ) -> SweepPlan:
+    if memory_bytes is not None:
+        whole_number("train", "memory_bytes", memory_bytes, 1)
     pending = [each for each in configs if not is_over(out / each.name)]
     return plan_passes(pending, config.train.batch_tokens, memory_bytes or free_memory(device))
 
 
 def _checked_configs(cache: Cache, config: SweepConfig, out: Path) -> tuple[SAEConfig, ...]:
     """Resolve every run of the sweep. Raises CacheMismatch if the folder of one holds something else."""
+    typed("train", "cache", cache, Cache)
+    typed("train", "config", config, SweepConfig)
     if config.train.eval_every is not None:
         check_validation(cache, config.train)
     check_out(out, {run["name"] for run in config.runs})
@@ -201,7 +207,7 @@ def _hook_names(configs: Sequence[SAEConfig]) -> tuple[str, ...]:
 
 
 def sweep(
-    batches: Iterator[Batch],
+    batches: Iterable[Batch],
     states: Sequence[TrainState],
     train_config: TrainConfig,
     out: Path,
@@ -233,12 +239,12 @@ def sweep(
     """
     if train_config.eval_every is not None and validation is None:
         raise ValueError(f"sweep: eval_every={train_config.eval_every} needs rows to evaluate on; pass validation")
-    workspace, clock = Workspace(), _Clock()
+    workspace, clock, stream = Workspace(), _Clock(), iter(batches)
     with ExitStack() as stack:
         runs = [stack.enter_context(Run(s, out / s.config.name, train_config, workspace, loggers)) for s in states]
         stopped_by = stack.enter_context(_signals())
         while active := [run for run in runs if not run.is_over]:
-            batch = _next_batch(batches, active, clock)
+            batch = _next_batch(stream, active, clock)
             stepped = _step_all(active, batch, clock)
             if validation is not None:
                 _validate([run for run in stepped if run.is_due(train_config.eval_every)], validation, workspace)

@@ -55,13 +55,13 @@ def test_a_lock_on_a_journal_that_was_replaced_is_no_lock(tmp_path, monkeypatch)
     path, real = tmp_path / JOURNAL, fcntl.flock
 
     def replaced_meanwhile(descriptor, kind):
+        monkeypatch.setattr(fcntl, "flock", real)
         write_atomically(path, [path.read_bytes()])
         return real(descriptor, kind)
 
     monkeypatch.setattr(fcntl, "flock", replaced_meanwhile)
     with pytest.raises(CacheLocked, match="as worker 0"):
         Journal(tmp_path)
-    monkeypatch.undo()
     with Journal(tmp_path) as journal:
         assert os.path.samefile(journal.path, path)
 

@@ -1,0 +1,114 @@
+"""Checks of what a caller gives: the types of settings, whole numbers, names and devices. Their errors are ConfigError.
+
+A wrong type is refused here, because it would be a TypeError of some line deep inside, or be taken for another value:
+True for 1, 1.5 for a seed, the letters of a word for a list of names.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal
+
+from actcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def typed(who: str, name: str, value: object, kind: Any) -> Any:
+    """`value` as a setting of type `kind`.
+
+    Args:
+        who, name: whose setting it is and what it is called, for the message.
+        value: what the caller gave. An int is taken for a float, a number of numpy for one of Python, a path for a str,
+            and a list for a tuple. A bool is no number.
+        kind: a class, a Literal of str, Sequence[...], tuple[..., ...], or one of these `| None`.
+
+    Raises:
+        ConfigError: `value` is of another type.
+    """
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) or _is_optional(kind) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    accepted = next(option for option in options if option is not type(None))
+    if typing.get_origin(accepted) in (Sequence, tuple):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{who}: {name} must be a list, got {value!r} ({type(value).__name__})")
+        return tuple(typed(who, name, each, typing.get_args(accepted)[0]) for each in value)
+    accepted = str if typing.get_origin(accepted) is Literal else typing.get_origin(accepted) or accepted
+    if isinstance(value, bool) == (accepted is bool):
+        if accepted is int and isinstance(value, Integral):
+            return int(value)
+        if accepted is float and isinstance(value, Real):
+            return float(value)
+        if accepted is str and isinstance(value, str | os.PathLike):
+            return os.fspath(value)
+        if isinstance(value, accepted):
+            return value
+    raise ConfigError(f"{who}: {name} must be {accepted.__name__}, got {value!r} ({type(value).__name__})")
+
+
+def type_fields_(who: str, config: Any) -> None:
+    """Give every field of a frozen dataclass its type, as `typed` does. Raises ConfigError for another type."""
+    for name, kind in field_types(type(config)).items():
+        object.__setattr__(config, name, typed(who, name, getattr(config, name), kind))
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The type of each field of a dataclass that its constructor takes."""
+    hints = typing.get_type_hints(cls)
+    return {each.name: hints[each.name] for each in fields(cls) if each.init or each.default is not MISSING}
+
+
+def whole_number(who: str, name: str, value: object, lowest: int = 0, highest: int | None = None) -> int:
+    """`value` as an int in [lowest, highest], both included. Raises ConfigError."""
+    number = typed(who, name, value, int)
+    if number < lowest or (highest is not None and number > highest):
+        must = f"at least {lowest}" if highest is None else f"in [{lowest}, {highest}]"
+        raise ConfigError(f"{who}: {name} must be {must}, got {value!r}")
+    return number
+
+
+def names(who: str, name: str, value: object) -> tuple[str, ...]:
+    """One name, or a list of names, as a tuple. Raises ConfigError."""
+    return (value,) if isinstance(value, str) else typed(who, name, value, tuple[str, ...])
+
+
+def device_of(who: str, device: object) -> torch.device:
+    """The device of that name; "auto" is CUDA if there is a GPU, else the CPU.
+
+    Raises:
+        ConfigError: it is no device, of a kind that is not supported, or not in this machine.
+    """
+    import torch  # takes seconds, and `actcache --help` must not wait for it
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        found = None
+    if found is None:
+        raise ConfigError(f"{who}: device must be auto, cpu, cuda or cuda:0, cuda:1, ..., got {device!r}")
+    asked = str(device)
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"{who}: device must be cpu or cuda, got {asked!r}; nothing here runs on {found.type}; pass cpu"
+        )
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"{who}: device {asked!r} asked for, torch sees no CUDA device; pass auto or cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        last = f"cuda:{torch.cuda.device_count() - 1}"
+        raise ConfigError(f"{who}: device {asked!r} asked for, the last one here is {last!r}; pass that, or another")
+    return found
+
+
+def _is_optional(kind: Any) -> bool:
+    return type(None) in typing.get_args(kind)
