@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actcache.flow import Batch
 from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
 from actcache.loading.loader import GROUP_CHUNKS, Loader
@@ -51,7 +51,8 @@ def _measured(d_model: int, n_tokens: int, root: Path, say: Say) -> dict[str, An
     for name, cache in caches.items():
         _check(cache, x)
         loader = _loader(cache, epochs=REPEATS + 2)
-        feeds[name] = lambda loader=loader: _served(loader, len(x) // BATCH_TOKENS)
+        batches = iter(loader)  # one pass, of which each measurement takes an epoch
+        feeds[name] = lambda loader=loader, batches=batches: _served(loader, batches, len(x) // BATCH_TOKENS)
     costs = interleaved_costs(feeds, REPEATS)
     served = dict.fromkeys(feeds, len(x))
     if installed("sae_lens", say):
@@ -72,12 +73,10 @@ def _loader(cache: Cache, epochs: int = 1) -> Loader:
     return Loader(cache, HOOK, batch_tokens=BATCH_TOKENS, epochs=epochs, exclude_special_tokens=False)
 
 
-def _served(loader: Loader, n_batches: int) -> None:
+def _served(loader: Loader, batches: Iterator[Batch], n_batches: int) -> None:
     """Take so many batches, and wait for the group that is decoded ahead: else it is done in another's time."""
-    _drained(islice(loader, n_batches))
-    wait(loader._stream._layouts.values())
-    for decoding in list(loader._stream._decoding.values()):
-        wait(decoding.decodes)
+    _drained(islice(batches, n_batches))
+    loader._stream.opened().wait_until_idle()
 
 
 def _drained(batches: Any) -> None:

@@ -5,6 +5,7 @@ Out go `Batch`es in an order that depends on (seed, epoch, step) and the cache a
 Nothing here may write to a cache, import a language model, or draw from a random generator of the process.
 
 Public:
+    batches.Pass: batches from one step on, an iterator
     loader.Loader: shuffled batches of one cache
     loader.GROUP_CHUNKS: chunks that are shuffled together
     mixture.Mixture: shuffled batches of several caches

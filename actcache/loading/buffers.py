@@ -52,6 +52,9 @@ class BufferPool:
         self._lent: set[int] = set()
         self._spare: list[np.ndarray] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BufferPool, (self._shape[0], self._shape[1:], self._dtype)  # without its memory
+
     def acquire(self, n_rows: int | None = None) -> Shaped[np.ndarray, "row ..."]:
         """An array of uninitialised rows. It stays lent while any array, tensor or view refers to its memory."""
         try:

@@ -122,9 +122,14 @@ class RowFilter:
 
 def _allowed_positions(positions: slice | None, context_size: int) -> Bool[np.ndarray, " position"]:
     allowed = np.zeros(context_size, dtype=np.bool_)
-    allowed[positions or slice(None)] = True
+    try:
+        allowed[positions or slice(None)] = True
+    except TypeError as error:  # a slice may hold anything
+        raise ConfigError(f"loader: positions must be a slice of whole numbers, got {positions}") from error
     if not allowed.any():
-        raise ConfigError(f"positions: must leave some of the {context_size} positions of a sequence, got {positions}")
+        raise ConfigError(
+            f"loader: positions must leave some of the {context_size} positions of a sequence, got {positions}"
+        )
     return allowed
 
 

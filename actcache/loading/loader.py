@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from types import TracebackType
+from collections.abc import Sequence
 
 import torch
 
-from actcache.errors import ConfigError
+from actcache.arguments import device_of, names, typed
 from actcache.flow import Batch
+from actcache.loading.batches import Batches, check_batches, rank_part
 from actcache.loading.stream import GROUP_CHUNKS, RowStream, StreamConfig
 from actcache.store.cache import Cache
 
-__all__ = ["GROUP_CHUNKS", "Loader", "check_batches", "rank_part"]
+__all__ = ["GROUP_CHUNKS", "Loader"]
 
 
-class Loader(Iterator[Batch]):
-    """Shuffled batches of one or several hooks of a cache; a plain iterator. Every hook has the same rows.
+class Loader(Batches):
+    """Shuffled batches of one or several hooks of a cache. Every hook has the same rows.
 
     The order depends on (seed, epoch, step) and the cache alone. Every row that passes the filters comes exactly once
-    in an epoch. The order is the same at every batch size and on every machine. `start_step` begins at that batch
-    without reading the batches before it.
+    in an epoch. The order is the same at every batch size and on every machine.
+
+    Each `iter(loader)`, and so each `for batch in loader`, is a fresh pass over all epochs from `start_step` on, also
+    after a `break`. `loader.at(step)` is a pass from another batch on. The batches before it are not read. To go on
+    after a `break`, keep the pass (`batches = iter(loader)`), or take `loader.at(batch.step + 1)`.
+
+    Threads may share a loader, which has a lock: a pass that several threads share gives each batch to one of them.
+    Passes that run at the same time give right batches, but they share the memory of one: each of them decodes its
+    group anew whenever another one was served. Make a loader for each instead.
+
+    A loader can be pickled, for a process that is spawned: there it opens the cache by its path, and raises
+    CacheMismatch if it is another one by then. It is an IterableDataset of torch. The workers of a
+    DataLoader(loader, batch_size=None) share its batches, which all come once and in order; divide them no further by
+    `rank`. Each worker decodes every group, so one worker is as fast as many.
 
     On a CPU, x is a view of the group of chunks that its rows were shuffled in, unless it has rows of two groups. So a
     few rows of x keep the memory of a whole group. Clone rows that you keep for long.
@@ -38,7 +50,7 @@ class Loader(Iterator[Batch]):
         batch_tokens: rows of a batch over all ranks; only the last batch may be shorter.
         seed: keys the shuffle.
         epochs: how often every row comes.
-        start_step: number of the first batch.
+        start_step: number of the first batch of every pass, at most n_steps.
         limit: rows after which the stream ends, counted over all epochs; None for the end of the last epoch.
         exclude_special_tokens: drop rows whose token is BOS, EOS or another special token.
         positions: keep only rows at these positions of their sequence, a slice of range(context_size).
@@ -56,10 +68,10 @@ class Loader(Iterator[Batch]):
         dropped: for each filter, "exclude_special_tokens", "positions" and "max_norm_ratio" in this order, how many
             rows it drops that no filter before it drops. So n_rows + sum(dropped.values()) == n_stored_rows.
         n_steps: batches of all epochs.
-        step: number of the next batch.
+        wait_seconds: how many seconds batches have waited for rows to be decoded.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range or of another type.
         CacheMismatch: the cache lacks a hook.
         CorruptShard: a chunk that must be read for the filters is damaged.
     """
@@ -84,71 +96,30 @@ class Loader(Iterator[Batch]):
         world_size: int = 1,
         device: str | torch.device = "cpu",
     ):
+        typed("loader", "cache", cache, Cache)
         config = StreamConfig(
-            hook_names=(hook_names,) if isinstance(hook_names, str) else tuple(hook_names),
+            hook_names=names("loader", "hook_names", hook_names),
             split=split,
             seed=seed,
             epochs=epochs,
             exclude_special_tokens=exclude_special_tokens,
             positions=positions,
             max_norm_ratio=max_norm_ratio,
-            token_fields=tuple(token_fields),
+            token_fields=names("loader", "token_fields", token_fields),
             group_chunks=group_chunks,
-            device=torch.device(device),
+            device=device_of("loader", device),
         )
-        check_batches(batch_tokens, start_step, limit, rank, world_size)
+        check_batches(batch_tokens, limit, rank, world_size)
         row_filter = config.row_filter(cache)
         self.hook_names = config.hook_names
         self.n_stored_rows, self.n_rows, self.dropped = cache.n_rows(split), row_filter.n_rows, row_filter.dropped
-        self.step = start_step
         self._stream = RowStream(cache, config, row_filter, batch_rows=batch_tokens, limit=limit)
-        self.n_steps = self._stream.order.n_steps
-        self._batch_tokens, self._rank, self._world_size = batch_tokens, rank, world_size
+        self._rank, self._world_size = rank, world_size
+        n_steps = self._stream.order.n_steps
+        super().__init__([self._stream], n_steps=n_steps, batch_tokens=batch_tokens, start_step=start_step)
 
-    @property
-    def wait_seconds(self) -> float:
-        """How many seconds batches have waited for rows to be decoded."""
-        return self._stream.wait_seconds
-
-    def __next__(self) -> Batch:
-        """The batch of the current step.
-
-        Raises CorruptShard for a damaged chunk, StopIteration after the last batch.
-        """
-        if self.step >= self.n_steps:
-            self.close()
-            raise StopIteration
-        start = self.step * self._batch_tokens
+    def batch(self, step: int) -> Batch:
+        start = step * self._batch_tokens
         n_rows = min(self._batch_tokens, self._stream.order.n_stream_rows - start)
         part = rank_part(n_rows, self._rank, self._world_size)
-        batch = self._stream.rows(start + part.start, start + part.stop, step=self.step)
-        self.step += 1
-        return batch
-
-    def close(self) -> None:
-        """Stop the threads and free the memory of the groups."""
-        self._stream.close()
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-def rank_part(n_rows: int, rank: int, world_size: int) -> range:
-    """Which rows of a batch of `n_rows` rows a rank gets. The parts of all ranks, in order, are the whole batch."""
-    return range(n_rows * rank // world_size, n_rows * (rank + 1) // world_size)
-
-
-def check_batches(batch_tokens: int, start_step: int, limit: int | None, rank: int, world_size: int) -> None:
-    """Raise ConfigError for an argument of Loader or Mixture that is out of range."""
-    rules = {
-        "batch_tokens must be at least 1": (batch_tokens >= 1, batch_tokens),
-        "start_step must be at least 0": (start_step >= 0, start_step),
-        "limit must be at least 0, or None": (limit is None or limit >= 0, limit),
-        "rank must be in [0, world_size)": (0 <= rank < world_size, (rank, world_size)),
-    }
-    for rule, (is_met, got) in rules.items():
-        if not is_met:
-            raise ConfigError(f"loader: {rule}, got {got!r}")
+        return self._stream.rows(start + part.start, start + part.stop, step=step)

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from types import TracebackType
+from numbers import Real
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
+from actcache.arguments import device_of, names, typed
 from actcache.errors import ConfigError
 from actcache.flow import Batch
 from actcache.format.dtypes import STORAGE_DTYPE, storage_view, tensor_view
 from actcache.format.records import HookSpec
+from actcache.loading.batches import Batches, check_batches, rank_part
 from actcache.loading.buffers import BufferPool
-from actcache.loading.loader import check_batches, rank_part
 from actcache.loading.order import MixtureOrder
 from actcache.loading.stream import GROUP_CHUNKS, RowStream, StreamConfig
 from actcache.store.cache import Cache
 
 
-class Mixture(Iterator[Batch]):
-    """Shuffled batches of several caches that hold the same hooks; a plain iterator.
+class Mixture(Batches):
+    """Shuffled batches of several caches that hold the same hooks.
+
+    Passes, `at`, threads, pickling and the workers of a torch DataLoader are as for Loader.
 
     The rows of a cache come in the order in which a Loader gives them. After t batches of b rows, each cache has given
     its share of t * b rows, rounded down or up; together they have given exactly t * b. Within a batch the rows of each
     cache are spread evenly. `MixtureOrder` in actcache.loading.order defines this in exact fractions. Batch.cache is
     the number of the cache that a row comes from, and Batch.row the number of the row there.
 
-    The mixture ends before the first row that its cache no longer has, or after `limit` rows. `start_step` begins at
-    that batch without reading the batches before it. Each cache takes the memory of a Loader.
+    The mixture ends before the first row that its cache no longer has, or after `limit` rows. Each cache takes the
+    memory of a Loader.
 
     Args:
         caches: each cache with its share, a number above zero. Shares are relative to their sum. The smallest share
@@ -43,10 +46,10 @@ class Mixture(Iterator[Batch]):
     Attributes:
         n_rows, dropped: for each cache what Loader calls by that name.
         n_steps: number of batches.
-        step: number of the next batch.
+        wait_seconds: how many seconds batches have waited for rows to be decoded.
 
     Raises:
-        ConfigError: an argument is out of range, or a hook has another width or dtype in another cache.
+        ConfigError: an argument is out of range or of another type, or a hook is not alike in all caches.
         CacheMismatch: a cache lacks a hook.
         CorruptShard: a chunk that must be read for the filters is damaged.
     """
@@ -72,70 +75,45 @@ class Mixture(Iterator[Batch]):
         device: str | torch.device = "cpu",
     ):
         config = StreamConfig(
-            hook_names=(hook_names,) if isinstance(hook_names, str) else tuple(hook_names),
+            hook_names=names("loader", "hook_names", hook_names),
             split=split,
             seed=seed,
             epochs=epochs,
             exclude_special_tokens=exclude_special_tokens,
             positions=positions,
             max_norm_ratio=max_norm_ratio,
-            token_fields=tuple(token_fields),
+            token_fields=names("loader", "token_fields", token_fields),
             group_chunks=group_chunks,
-            device=torch.device(device),
+            device=device_of("loader", device),
         )
-        check_batches(batch_tokens, start_step, limit, rank, world_size)
-        shares = _checked_shares([share for _, share in caches], batch_tokens)
+        check_batches(batch_tokens, limit, rank, world_size)
+        shares = _checked_shares(caches, batch_tokens)
         _check_hooks([cache for cache, _ in caches], config.hook_names)
         filters = [config.row_filter(cache) for cache, _ in caches]
         self.hook_names = config.hook_names
         self.n_rows, self.dropped = tuple(f.n_rows for f in filters), tuple(f.dropped for f in filters)
         self._order = MixtureOrder(shares, [epochs * n for n in self.n_rows], batch_tokens=batch_tokens, limit=limit)
-        self.n_steps, self.step = self._order.n_steps, start_step
-        self._streams = [
+        streams = [
             RowStream(cache, config, row_filter, batch_rows=batch_tokens, limit=given)
             for (cache, _), row_filter, given in zip(caches, filters, self._order.totals().tolist(), strict=True)
         ]
         self._mixer = _Mixer([caches[0][0].hook(hook_name) for hook_name in self.hook_names], batch_tokens)
         self._rank, self._world_size = rank, world_size
+        super().__init__(streams, n_steps=self._order.n_steps, batch_tokens=batch_tokens, start_step=start_step)
 
-    @property
-    def wait_seconds(self) -> float:
-        """How many seconds batches have waited for rows to be decoded."""
-        return sum(stream.wait_seconds for stream in self._streams)
-
-    def __next__(self) -> Batch:
-        """The batch of the current step.
-
-        Raises CorruptShard for a damaged chunk, StopIteration after the last batch.
-        """
-        if self.step >= self.n_steps:
-            self.close()
-            raise StopIteration
-        owners = self._order.owners(self.step)
-        n_rows = min(len(owners), self._order.n_stream_rows - self.step * len(owners))
+    def batch(self, step: int) -> Batch:
+        owners = self._order.owners(step)
+        n_rows = min(len(owners), self._order.n_stream_rows - step * len(owners))
         part = rank_part(n_rows, self._rank, self._world_size)
         n_streams = len(self._streams)
-        starts = self._order.given(self.step) + np.bincount(owners[: part.start], minlength=n_streams)
+        starts = self._order.given(step) + np.bincount(owners[: part.start], minlength=n_streams)
         owner = owners[part.start : part.stop]
         stops = starts + np.bincount(owner, minlength=n_streams)
         batches = [
-            stream.rows(start, stop, step=self.step)
+            stream.rows(start, stop, step=step)
             for stream, start, stop in zip(self._streams, starts.tolist(), stops.tolist(), strict=True)
         ]
-        batch = self._mixer.mixed(batches, owner)
-        self.step += 1
-        return batch
-
-    def close(self) -> None:
-        """Stop the threads and free the memory of the groups."""
-        for stream in self._streams:
-            stream.close()
-
-    def __enter__(self) -> Mixture:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        return self._mixer.mixed(batches, owner)
 
 
 class _Mixer:
@@ -179,12 +157,16 @@ def _mixed_field(parts: Sequence[Tensor | None], order: Int64[Tensor, " batch"])
     return torch.cat(fields)[order] if fields else None
 
 
-def _checked_shares(shares: Sequence[int | float | Fraction], batch_tokens: int) -> list[Fraction]:
-    """The shares as exact fractions.
+def _checked_shares(caches: Sequence[tuple[Cache, int | float | Fraction]], batch_tokens: int) -> list[Fraction]:
+    """The shares of the caches as exact fractions.
 
     Raises ConfigError if one is not above 0 or is worth less than a row of a batch.
     """
-    if not shares or not all(math.isfinite(share) and share > 0 for share in shares):
+    shares = [share for cache, share in typed("mixture", "caches", caches, Sequence[tuple])]
+    for cache, _ in caches:
+        typed("mixture", "cache", cache, Cache)
+    is_number = [isinstance(share, Real) and not isinstance(share, bool) for share in shares]
+    if not shares or not all(is_number) or not all(math.isfinite(share) and share > 0 for share in shares):
         raise ConfigError(f"mixture: needs caches, each with a finite share above 0, got shares {list(shares)}")
     exact = [Fraction(share) for share in shares]
     if min(exact) * batch_tokens < sum(exact):

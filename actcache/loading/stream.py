@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Int32, Int64
 
+from actcache.arguments import type_fields_
 from actcache.errors import ConfigError
 from actcache.flow import HOLD_OUT_MORE, SPLITS, Batch
 from actcache.loading.buffers import DECODE_THREADS, DeviceBuffers, GroupBuffer, HookBuffers, HostBuffers, will_need
@@ -45,7 +46,8 @@ class StreamConfig:
     device: torch.device
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a value that is out of range."""
+        """Raises ConfigError for a value that is out of range or of another type."""
+        type_fields_("loader", self)
         fields, ratio = self.token_fields, self.max_norm_ratio
         rules = {
             f"split must be one of {SPLITS}": (self.split in SPLITS, self.split),
@@ -86,13 +88,14 @@ class StreamConfig:
 class RowStream:
     """The rows of one cache that pass the filters, epoch after epoch, as one stream.
 
-    It may be read from any position on; reading on from there costs the least.
+    It may be read from any position on; reading on from there costs the least. Arrays and threads are opened when rows
+    are asked for, so that a stream can be closed and read again, forked, and pickled.
     """
 
     def __init__(
         self, cache: Cache, config: StreamConfig, row_filter: RowFilter, *, batch_rows: int, limit: int | None = None
     ):
-        """Open the cache's arrays.
+        """Nothing is opened before it is read.
 
         Args:
             cache: the cache.
@@ -109,24 +112,28 @@ class RowStream:
             group_chunks=config.group_chunks,
             limit=limit,
         )
-        self.wait_seconds = 0.0
         self._cache, self._config, self._filter = cache, config, row_filter
-        self._chunk_rows, self._n_stored_rows = cache.manifest.chunk_rows, cache.n_rows(config.split)
-        self._current: _DecodedGroup | None = None
-        self._open()
+        self._waited = 0.0
+        self._decoder: GroupDecoder | None = None
+
+    @property
+    def wait_seconds(self) -> float:
+        """How many seconds rows were waited for."""
+        return self._waited + (0.0 if self._decoder is None else self._decoder.wait_seconds)
 
     def rows(self, start: int, stop: int, *, step: int) -> Batch:
         """Rows [start, stop) of the stream.
 
         Raises CorruptShard for a damaged chunk of their groups. step: Batch.step.
         """
-        parts: dict[str, list[Sequence[Any]]] = {name: [] for name in self._buffers}
+        decoder = self.opened()
+        parts: dict[str, list[Sequence[Any]]] = {name: [] for name in decoder.buffers}
         row, fields = (
             [np.empty(0, dtype=np.int64)],
-            {name: [np.empty(0, dtype=np.int32)] for name in self._fields.names},
+            {name: [np.empty(0, dtype=np.int32)] for name in self._config.token_fields},
         )
         for part in self.order.span(start, stop):
-            decoded = self._group((part.epoch, part.group))
+            decoded = decoder.group((part.epoch, part.group))
             for name, group in decoded.buffers.items():
                 parts[name].append(group.rows(part.start, part.stop))
             row.append(decoded.row[part.start : part.stop])
@@ -134,7 +141,7 @@ class RowStream:
                 fields[name].append(values[part.start : part.stop])
         tokens = {name: torch.from_numpy(np.concatenate(values)) for name, values in fields.items()}
         return Batch(
-            x={name: buffers.values(parts[name]) for name, buffers in self._buffers.items()},
+            x={name: buffers.values(parts[name]) for name, buffers in decoder.buffers.items()},
             row=torch.from_numpy(np.concatenate(row)),
             step=step,
             token_id=tokens.get("id"),
@@ -143,57 +150,81 @@ class RowStream:
             position=tokens.get("position"),
         )
 
+    def opened(self) -> GroupDecoder:
+        """The decoder of this process. A forked child makes one, because it cannot use that of its parent."""
+        if self._decoder is None or self._decoder.pid != os.getpid():
+            self._decoder = GroupDecoder(self._cache, self._config, self._filter, self.order)
+        return self._decoder
+
     def close(self) -> None:
         """Stop the threads and free the memory of the groups."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
-        self._layouts.clear()
-        self._decoding.clear()
-        self._free_groups.clear()
-        self._current = None
+        self._waited = self.wait_seconds
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None and decoder.pid == os.getpid():
+            decoder.close()
 
-    def _open(self) -> None:
-        """Make readers, buffers and threads.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoder": None}
 
-        A forked child calls this again, because it cannot use those of its parent.
-        """
-        config = self._config
-        self._pid = os.getpid()
-        self._filter.open_readers()
-        self._fields = _TokenFields(self._cache, config.split, config.token_fields)
-        self._readers = {name: self._cache.hook_reader(config.split, name) for name in config.hook_names}
-        n_chunks = min(config.group_chunks, len(self._filter.n_passing))
+
+class GroupDecoder:
+    """Decodes the groups of a stream with threads: the one that is asked for, and the one after it.
+
+    Attributes:
+        pid: the process that made it.
+        buffers: hook name -> what makes the buffers of its rows.
+        wait_seconds: how many seconds groups were waited for.
+    """
+
+    def __init__(self, cache: Cache, config: StreamConfig, row_filter: RowFilter, order: EpochOrder):
+        """Open the arrays. The arguments are those of RowStream, and its order."""
+        self.pid, self.wait_seconds = os.getpid(), 0.0
+        self._order, self._filter = order, row_filter
+        self._chunk_rows, self._n_stored_rows = cache.manifest.chunk_rows, cache.n_rows(config.split)
+        row_filter.open_readers()
+        self._fields = _TokenFields(cache, config.split, config.token_fields)
+        self._readers = {name: cache.hook_reader(config.split, name) for name in config.hook_names}
+        n_chunks = min(config.group_chunks, len(row_filter.n_passing))
         buffers = DeviceBuffers if config.device.type == "cuda" else HostBuffers
-        self._buffers: dict[str, HookBuffers] = {
+        self.buffers: dict[str, HookBuffers] = {
             name: buffers(reader, config.device, group_chunks=n_chunks) for name, reader in self._readers.items()
         }
         self._threads = thread_pool(DECODE_THREADS, "actcache-decode")
         self._layouts: dict[tuple[int, int], Future[_GroupLayout]] = {}
         self._decoding: dict[tuple[int, int], _DecodingGroup] = {}
         self._free_groups: list[dict[str, GroupBuffer]] = []
+        self._current: _DecodedGroup | None = None
 
-    def _group(self, key: tuple[int, int]) -> _DecodedGroup:
+    def group(self, key: tuple[int, int]) -> _DecodedGroup:
         """The decoded group. The group after it begins to decode, in the buffers of the group before."""
         if self._current is None or self._current.key != key:
             started = time.perf_counter()
             self._current = None
-            if self._pid != os.getpid():
-                self._open()
             for other in [other for other in self._decoding if other != key]:
                 self._free_groups.append(self._decoding.pop(other).stopped())
             self._start(key)
-            following = self.order.following(*key)
+            following = self._order.following(*key)
             if following is not None:
                 self._start(following)
             self._current = self._decoding[key].result(key)
             self.wait_seconds += time.perf_counter() - started
         return self._current
 
+    def wait_until_idle(self) -> None:
+        """Wait for what is decoded ahead."""
+        wait(self._layouts.values())
+        wait([decode for decoding in self._decoding.values() for decode in decoding.decodes])
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
     def _start(self, key: tuple[int, int]) -> None:
         """Let the threads decode a group, unless they do already. The layout of the group after it is made as well."""
         if key in self._decoding:
             return
-        groups = self._free_groups.pop() if self._free_groups else {n: b.new_group() for n, b in self._buffers.items()}
-        chunks, following = self.order.chunks(*key).tolist(), self.order.following(*key)
+        groups = self._free_groups.pop() if self._free_groups else {n: b.new_group() for n, b in self.buffers.items()}
+        chunks, following = self._order.chunks(*key).tolist(), self._order.following(*key)
         keys = [key] if following is None else [key, following]  # so that no chunk waits for the layout of its group
         self._layouts = {each: self._layouts.get(each) or self._threads.submit(self._layout, each) for each in keys}
         layout = self._layouts[key]
@@ -206,10 +237,10 @@ class RowStream:
         self._decoding[key] = _DecodingGroup(groups, layout, expected, decodes)
 
     def _layout(self, key: tuple[int, int]) -> _GroupLayout:
-        chunks = self.order.chunks(*key).tolist()
+        chunks = self._order.chunks(*key).tolist()
         firsts = range(0, len(chunks) * self._chunk_rows, self._chunk_rows)
         passing = [first + np.flatnonzero(self._filter.rows(c)) for first, c in zip(firsts, chunks, strict=True)]
-        rows_in_order = np.concatenate(passing)[self.order.rows(*key)]
+        rows_in_order = np.concatenate(passing)[self._order.rows(*key)]
         target_rows = np.full(len(chunks) * self._chunk_rows, len(rows_in_order))
         target_rows[rows_in_order] = np.arange(len(rows_in_order))
         row = np.add.outer(np.array(chunks) * self._chunk_rows, np.arange(self._chunk_rows)).ravel()[rows_in_order]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from actcache.errors import CorruptShard, ManifestError
+from actcache.errors import CacheMismatch, CorruptShard, ManifestError
 from actcache.files import NoFile, contents, file_bytes, local_path
 from actcache.flow import SPLITS
 from actcache.format.arrays import ArraySpec, hook_arrays, sequence_arrays, token_arrays
@@ -27,12 +27,17 @@ from actcache.store.reader import ArrayReader, HookReader
 class Cache:
     """A finished cache, made by `open_cache`. Threads and forked processes may share it.
 
+    It can be pickled: a process that gets it opens it by its path, and raises CacheMismatch if it is another one there.
+
     path: its folder. manifest: what manifest/cache.json holds. fingerprint: 16 hex digits that name this cache; ""
     where the manifest was not read from manifest/cache.json.
     """
 
     def __init__(self, path: Path, manifest: Manifest, fingerprint: str):
         self.path, self.manifest, self.fingerprint = path, manifest, fingerprint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.path.absolute(), self.fingerprint)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -152,6 +157,17 @@ def open_cache(path: str | Path) -> Cache:
     _check_identity(cache)
     for damage in wrong_files(cache):
         raise damage
+    return cache
+
+
+def _reopened(path: Path, fingerprint: str) -> Cache:
+    """The cache that was pickled. Raises CacheMismatch if there is another one now."""
+    cache = open_cache(path)
+    if cache.fingerprint != fingerprint:
+        raise CacheMismatch(
+            f"{path}: was cache {fingerprint} when it was sent to this process, is {cache.fingerprint} now; it has "
+            "grown or was written anew, so open it again"
+        )
     return cache
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, Shaped
@@ -23,7 +25,10 @@ from actcache.store.mapped_shards import MappedShards
 
 
 class ArrayReader:
-    """One sharded array of a split as a sequence of chunks. Chunk c begins with row c * chunk_rows of the split."""
+    """One sharded array of a split as a sequence of chunks. Chunk c begins with row c * chunk_rows of the split.
+
+    It can be pickled; the process that gets it maps the files for itself.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,11 @@ class ArrayReader:
         self.records = records
         self._codec, self._chunks_per_shard = codec, shard_rows // array.chunk_rows
         self._shards = MappedShards(folder, array, records, self._chunks_per_shard)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        shard_rows = self._chunks_per_shard * self.array.chunk_rows
+        rebuilt = partial(ArrayReader, n_rows=self.n_rows, shard_rows=shard_rows)  # it maps the files anew
+        return rebuilt, (self._folder.absolute(), self.array, self._codec, self.records)
 
     def rows_of(self, chunk: int) -> int:
         """How many rows a chunk holds; only the last chunk may hold fewer than chunk_rows."""

@@ -170,12 +170,12 @@ def test_what_a_caller_holds_is_never_overwritten(caches, profile, how):
 
 def test_a_gradient_of_an_earlier_batch_is_its_own(caches):
     weight = torch.ones(caches["float32"].hook(HOOKS[0]).d_in, requires_grad=True)
-    loader = Loader(caches["float32"], HOOKS[0], batch_tokens=64)
-    first = next(loader).x[HOOKS[0]]
+    batches = iter(Loader(caches["float32"], HOOKS[0], batch_tokens=64))
+    first = next(batches).x[HOOKS[0]]
     expected = first.sum(dim=0)
     loss = (weight * first).sum()
     del first
-    for batch in loader:
+    for batch in batches:
         del batch
     loss.backward()
     assert torch.equal(weight.grad, expected)

@@ -81,7 +81,7 @@ def test_a_batch_is_a_part_of_its_group_whose_memory_serves_again(caches, profil
 def test_the_next_group_decodes_while_one_is_served(tiny_cache, monkeypatch):
     seen = chunk_reads(monkeypatch)
     with Loader(tiny_cache, HOOKS[0], batch_tokens=100, group_chunks=2) as loader:
-        next(loader)
+        next(iter(loader))
         deadline = time.monotonic() + 60
         while sum(path.endswith("acts") for path, _ in seen) < 4:
             assert time.monotonic() < deadline
@@ -101,7 +101,7 @@ def test_two_groups_are_all_that_is_ever_made(tiny_cache, monkeypatch):
 def test_a_forked_child_goes_on_with_threads_of_its_own(tiny_cache):
     settings = {"batch_tokens": 500, "group_chunks": 5}
     expected = rows(Loader(tiny_cache, HOOKS[0], **settings))
-    loader = Loader(tiny_cache, HOOKS[0], **settings)
+    loader = iter(Loader(tiny_cache, HOOKS[0], **settings))
     first = rows(itertools.islice(loader, 2))
     reading, writing = os.pipe()
     child = os.fork()
@@ -128,10 +128,11 @@ def test_damage_is_an_error_at_the_batch_that_needs_it_again_and_again(tiny_cach
     damaged[20] ^= 1
     path.write_bytes(damaged)
     with Loader(cache, HOOKS[0], batch_tokens=256, group_chunks=1) as loader:
+        batches = iter(loader)
         for _ in range(2):
             with pytest.raises(CorruptShard, match=r"chunk 0 \(rows 1024 to 1536\)"):
-                rows(loader)
-        assert loader.step < loader.n_steps - 1
+                rows(batches)
+        assert batches.step < loader.n_steps - 1
     with pytest.raises(CorruptShard, match="rows 1024 to 1536"):
         Loader(cache, HOOKS[0], max_norm_ratio=2.0)
 
@@ -139,6 +140,6 @@ def test_damage_is_an_error_at_the_batch_that_needs_it_again_and_again(tiny_cach
 def test_closing_early_stops_the_threads(tiny_cache):
     before = set(threading.enumerate())
     with Loader(tiny_cache, HOOKS[0], batch_tokens=10) as loader:
-        next(loader)
+        next(iter(loader))
         assert set(threading.enumerate()) > before
     assert set(threading.enumerate()) == before

@@ -268,7 +268,7 @@ def test_a_finished_run_says_what_it_was(cache: Cache, finished: Path) -> None:
 def test_a_trained_sae_explains_raw_activations(cache: Cache, finished: Path) -> None:
     """The exported SAE, scale folded, reconstructs what the training SAE did."""
     with Loader(cache, HOOKS[1], batch_tokens=64) as loader:
-        x = next(loader).x[HOOKS[1]].float()
+        x = next(iter(loader)).x[HOOKS[1]].float()
     sae = load_sae(finished / "topk")
     config = SAEConfig(**json.loads((finished / "topk" / "config.json").read_text())["sae"])
     state = load_checkpoint(config, latest_checkpoint(finished / "topk" / "checkpoint"))
@@ -282,7 +282,7 @@ def test_a_trained_sae_explains_raw_activations(cache: Cache, finished: Path) ->
 def test_transcoders_and_crosscoders_explain_what_they_are_to(cache: Cache, finished: Path) -> None:
     """The exported SAE, scales folded, reconstructs what the training SAE did: y, or all hooks side by side."""
     with Loader(cache, HOOKS, batch_tokens=64) as loader:
-        x = {name: each.float() for name, each in next(loader).x.items()}
+        x = {name: each.float() for name, each in next(iter(loader)).x.items()}
     for name in (*TRANSCODERS, "crosscoder"):
         sae = load_sae(finished / name)
         config = SAEConfig(**json.loads((finished / name / "config.json").read_text())["sae"])
@@ -299,7 +299,7 @@ def test_transcoders_and_crosscoders_explain_what_they_are_to(cache: Cache, fini
 
 def test_batchtopk_is_saved_with_a_threshold_that_keeps_about_k(cache: Cache, finished: Path) -> None:
     with Loader(cache, HOOKS[1], batch_tokens=256) as loader:
-        acts = load_sae(finished / "batchtopk").encode(next(loader).x[HOOKS[1]].float())
+        acts = load_sae(finished / "batchtopk").encode(next(iter(loader)).x[HOOKS[1]].float())
     assert 3 < (acts > 0).sum(1).float().mean() < 5
 
 
