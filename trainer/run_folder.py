@@ -205,10 +205,15 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ManifestError if the file cannot be read or holds anything else."""
+    """The JSON object in a file.
+
+    Raises:
+        ManifestError: there is no such file, or it holds anything else.
+        OSError: it cannot be read.
+    """
     try:
         values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ManifestError(f"{path}: must be readable JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(values, dict):
         raise ManifestError(f"{path}: must be a JSON object, got {type(values).__name__}")

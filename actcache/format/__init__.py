@@ -10,6 +10,7 @@ Public:
     records.HookSpec: name, width and dtype of a hook
     manifest.Plan: identity and packed sequences of a harvest
     manifest.Manifest: a whole finished cache
+    manifest.rows_fingerprint: hash that names a hook's rows
     arrays.ArraySpec: one sharded array of a split
     arrays.shard_rows: how many rows a shard has
     arrays.chunk_rows: how many rows an inner chunk has

@@ -8,6 +8,8 @@ these files is executed, and no name in them can lead out of the cache's folder.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -182,6 +184,30 @@ def stored_files(manifest: Manifest) -> dict[str, int]:
             for index, stored in enumerate(record.arrays[array.path]):
                 files[f"{split}/{shard_key(array, index)}"] = stored.n_bytes
     return files
+
+
+def rows_fingerprint(manifest: Manifest, split: str, hook_name: str, n_shards: int | None = None) -> str:
+    """16 hex digits that name the rows of one hook in a split: what they hold, their order, and whose they are.
+
+    They depend on the identity of the cache, and on the checksums of the hook's arrays and of the tokens beside them.
+    Another hook that is added changes nothing, nor does growth change the first whole shards.
+
+    Args:
+        manifest: of the cache.
+        split: "train" or "validation".
+        hook_name: a hook of the cache.
+        n_shards: how many shards to name, from the first; None for all.
+
+    Raises:
+        CacheMismatch: the cache lacks the hook.
+    """
+    hook = manifest.hook(hook_name)
+    arrays = hook_arrays(hook, codec(manifest.identity["codec"]), manifest.chunk_rows)
+    paths = [array.path for array in (*arrays, *token_arrays(manifest.shard_rows))]
+    digest = hashlib.sha256(json.dumps([manifest.identity, asdict(hook), split], sort_keys=True).encode())
+    for shard in manifest.shards[split][:n_shards]:
+        digest.update(json.dumps([shard.n_rows, [asdict(shard.arrays[path]) for path in paths]]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _check_hooks(manifest: Manifest) -> None:

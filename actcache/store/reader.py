@@ -53,7 +53,7 @@ class ArrayReader:
         self.array, self.n_rows = array, n_rows
         self.n_chunks = -(-n_rows // array.chunk_rows)
         self.records = records
-        self._codec, self._chunks_per_shard = codec, shard_rows // array.chunk_rows
+        self._folder, self._codec, self._chunks_per_shard = folder, codec, shard_rows // array.chunk_rows
         self._shards = MappedShards(folder, array, records, self._chunks_per_shard)
 
     def __reduce__(self) -> tuple[Any, ...]:

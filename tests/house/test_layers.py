@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainer.checksums": LOWEST | {"actcache.format"},
     "trainer.run_folder": LOWEST | {"actcache.store"},
     "trainer.config": LOWEST,
+    "trainer.trained_on": LOWEST | {"actcache.format", "actcache.store", "trainer.config", "trainer.run_folder"},
     "trainer.kernels": set(),
     "trainer.sae": {"actcache.errors", "trainer.config", "trainer.kernels"},
     "trainer.formats": LOWEST

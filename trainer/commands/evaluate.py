@@ -45,9 +45,9 @@ def evaluate(
     """Evaluate on the held-out split, with the model in the loop. Writes eval.json beside each run."""
     from actcache.store.cache import open_cache
     from trainer.commands.lines import evaluation_lines
-    from trainer.run_folder import remembered_cache
+    from trainer.trained_on import open_trained_on
 
-    opened = open_cache(cache or remembered_cache(runs))
+    opened = open_cache(cache) if cache else open_trained_on(runs)
     excludes = is_excluding(exclude_special_tokens, keep_special_tokens) is not False  # by default they are left out
     rows = evaluated(runs, opened, model, device, trust_remote_code=trust_remote_code, exclude_special_tokens=excludes)
     if as_json:

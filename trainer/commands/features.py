@@ -73,9 +73,9 @@ def features(
     from trainer.commands.lines import feature_facts, feature_lines, features_facts, features_lines
     from trainer.features.words import Words, has_words, read_words
     from trainer.formats.saelens import load_sae
-    from trainer.run_folder import remembered_cache
+    from trainer.trained_on import open_trained_on
 
-    opened = open_cache(cache or remembered_cache(run))
+    opened = open_cache(cache) if cache else open_trained_on(run)
     if text is not None:
         language_model = model_of_cache(
             opened.path, opened.compute, model=model, device=device, trust_remote_code=trust_remote_code
@@ -198,13 +198,12 @@ def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
 
 def _model_of(run: Path, model: str | None, device: str, trust_remote_code: bool) -> LanguageModel:
     """The model that is named, or else the model of the run's cache."""
-    from actcache.store.cache import open_cache
-    from trainer.run_folder import remembered_cache
+    from trainer.trained_on import open_trained_on
 
     load = partial(model_of_cache, model=model, device=device, trust_remote_code=trust_remote_code)
     if model:
         return load(None, {})
-    cache = open_cache(remembered_cache(run))
+    cache = open_trained_on(run)
     return load(cache.path, cache.compute)
 
 

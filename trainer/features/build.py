@@ -21,6 +21,7 @@ from actcache.arguments import typed
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
 from actcache.files import local_path, remove_leftovers, write_atomically
 from actcache.flow import HOLD_OUT_MORE
+from actcache.format.manifest import rows_fingerprint
 from actcache.loading.filters import RowFilter
 from actcache.store.cache import Cache
 from actcache.store.reader import HookReader
@@ -32,6 +33,7 @@ from trainer.features.read import (
     FORMAT_VERSION,
     LATENTS_FILE,
     LOCK_FILE,
+    ROWS_FILE,
     SOURCE_FILE,
     SPLIT,
     Features,
@@ -83,11 +85,15 @@ def build_features(
     folder, config = run / FOLDER, _run_config(run)
     sae = load_sae(run, device=device)
     _check_cache(run, config, sae, cache)
-    source = _source(run, sae, cache)
+    source, rows = _source(run, sae, cache), _rows_of(sae, cache)
+    if (folder / LATENTS_FILE).is_file():  # a look needs no lock, and the folder may be read-only
+        _check_held(folder, source, rows, cache)
+        return open_features(run)
     with only_writer(folder, LOCK_FILE, "is building these features"):
         if (folder / SOURCE_FILE).is_file():
-            check_source(folder, read_json(folder / SOURCE_FILE), source)
+            _check_held(folder, source, rows, cache)
         else:
+            write_json(folder / ROWS_FILE, rows)
             write_json(folder / SOURCE_FILE, source)
         if not (folder / LATENTS_FILE).is_file():
             remove_leftovers(folder)
@@ -138,6 +144,28 @@ def _source(run: Path, sae: SAE, cache: Cache) -> dict[str, Any]:
         "n_rows": cache.n_rows(SPLIT),
         "n_tokens": _n_tokens(cache),
     }
+
+
+def _rows_of(sae: SAE, cache: Cache) -> dict[str, str]:
+    """What rows.json says: which rows of each hook are encoded."""
+    return {hook_name: rows_fingerprint(cache.manifest, SPLIT, hook_name) for hook_name in sae.input_hooks}
+
+
+def _check_held(folder: Path, source: Mapping[str, Any], rows: Mapping[str, str], cache: Cache) -> None:
+    """Raise CacheMismatch unless the features there, finished or begun, are of this SAE and of these rows.
+
+    The cache may hold more hooks than it held. Features of older versions do not name their rows. They are taken where
+    the split has the same tokens; whether its activations are stored in the same dtype and codec cannot be known.
+    """
+    held = read_json(folder / SOURCE_FILE)
+    if held.get("cache_fingerprint") != cache.fingerprint:
+        if (folder / ROWS_FILE).is_file():
+            same = read_json(folder / ROWS_FILE) == rows
+        else:
+            ids = [np.empty(0, np.int32), *(codes.token_id for codes in map_all_codes(folder))]
+            same = np.array_equal(np.concatenate(ids), cache.sequences(SPLIT).flatten())
+        source = {**source, "cache_fingerprint": held.get("cache_fingerprint")} if same else source
+    check_source(folder, held, source)
 
 
 def _n_tokens(cache: Cache) -> int:
@@ -293,6 +321,7 @@ def _write_latents(folder: Path, codes: Sequence[Codes]) -> None:
             max_act[there] = np.maximum(max_act[there], largest)
     stored = safetensors.numpy.save({"n_fired": n_fired, "max_act": max_act})
     files = {each.file.path.name: each.file.bytes for each in codes}
-    files |= {SOURCE_FILE: (folder / SOURCE_FILE).read_bytes(), LATENTS_FILE: stored}
+    files |= {path.name: path.read_bytes() for path in (folder / SOURCE_FILE, folder / ROWS_FILE) if path.exists()}
+    files[LATENTS_FILE] = stored
     write_atomically(folder / CHECKSUMS_FILE, [sealed(checksums_of(files))])
     write_atomically(folder / LATENTS_FILE, [stored])

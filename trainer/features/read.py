@@ -3,6 +3,7 @@
 RUN/features/ holds these files.
 
     source.json                        which SAE and which cache the features are of
+    rows.json                          the rows of each hook that were encoded, whatever other hooks the cache holds
     codes-<first token>.safetensors    what fires on the tokens of a shard (`feature_acts`); several where much fires
     latents.safetensors                n_fired and max_act of every latent; it is written last
     crc32c.json                        checksums of these files, and of those of `words`
@@ -33,7 +34,7 @@ from trainer.run_folder import SAE_FOLDER, read_json
 
 SPLIT = "validation"
 FOLDER, SOURCE_FILE, LATENTS_FILE, CODES = "features", "source.json", "latents.safetensors", "codes-*.safetensors"
-LOCK_FILE = "lock"
+LOCK_FILE, ROWS_FILE = "lock", "rows.json"
 FORMAT_VERSION = 1
 BINS = 40  # of a histogram of activations
 WINDOW = (10, 10)  # tokens shown before and after the one that a context is about
@@ -240,12 +241,13 @@ def sae_checksums(run: Path) -> list[int]:
 
 def check_source(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise CacheMismatch unless source.json, which holds `held`, says what is wanted."""
-    differing = [name for name, value in wanted.items() if held.get(name) != value]
+    differing = [
+        f"{name} is {held.get(name)} there, {value} here" for name, value in wanted.items() if held.get(name) != value
+    ]
     if differing:
-        name = differing[0]
         raise CacheMismatch(
-            f"{folder}: holds features of another cache or SAE: {name} is {held.get(name)} there, {wanted[name]} here; "
-            "remove it to build them anew, or pass the cache that it is of"
+            f"{folder}: holds features of another cache or SAE: {', '.join(differing)}; remove it to build them anew, "
+            "or pass the cache that it is of"
         )
 
 

@@ -1,7 +1,7 @@
 """SAEs for inference in SAELens' directory format, written and read without sae_lens.
 
-A directory holds cfg.json and sae_weights.safetensors. Runs keep their trained SAE in this format too, in RUN/sae/, and
-its checksums in RUN/sae.crc32c.json.
+A directory holds cfg.json and sae_weights.safetensors. Runs keep their trained SAE in this format too, in RUN/sae/.
+RUN/sae.crc32c.json holds its checksums.
 
 The SAE that is written takes raw activations, because the input scale is folded into the weights. With s the scale of
 training, h = (s x - b_dec) W_enc + b_enc = (x - b_dec / s) (s W_enc) + b_enc. So W_enc is multiplied by s, and W_dec

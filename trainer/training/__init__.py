@@ -8,6 +8,7 @@ Public:
     sweep.train: trains every SAE of a sweep
     sweep.plan: what a sweep has still to do
     sweep.SweepProgress: how far a sweep is
+    resolve.resolve_runs: configs, rows and descriptions of runs
     run.RunRecord: what became of one SAE
     step.TrainState: all that changes while training
     step.train_step: one optimizer step on one batch

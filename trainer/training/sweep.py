@@ -4,13 +4,12 @@
 for bit.
 """
 
-import json
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,6 @@ from actcache.arguments import device_of, typed, whole_number
 from actcache.errors import DatasetError
 from actcache.files import local_path
 from actcache.flow import Batch
-from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.config.settings import BATCH_FAMILY, TRANSCODERS, DecoderBiasInit, SAEConfig, ScaledHook, TrainConfig
 from trainer.config.sweep import SweepConfig
@@ -35,7 +33,6 @@ from trainer.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     RUNS_LOCK,
-    check_folder,
     check_out,
     is_over,
     only_writer,
@@ -43,8 +40,8 @@ from trainer.run_folder import (
 )
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
-from trainer.training.optimizer import check_optimizer
 from trainer.training.plan import SweepPlan, free_memory, plan_passes
+from trainer.training.resolve import ResolvedRun, resolve_runs, training_loader
 from trainer.training.run import Run, RunRecord, saved_step, stored_record
 from trainer.training.step import TrainState, calibrated_threshold, inference_weights, initial_state, scaled_rows
 from trainer.training.validation import (
@@ -127,13 +124,17 @@ def train(
     out, records, device = local_path(out), dict[str, RunRecord](), device_of("train", device)
     check_loggers(loggers)
     warn_of_no_validation(cache)
-    configs = _checked_configs(cache, config, out)
-    if _plan(configs, config, out, device, memory_bytes).passes:  # else a folder that is read-only will do
+    epoch_rows = _epoch_rows(cache, config, out)
+    runs = resolve_runs(cache, config, out, epoch_rows)
+    if any(not is_over(out / run.config.name) for run in runs):  # else a folder that is read-only will do
         with only_writer(out, RUNS_LOCK, "is training there"):
-            _check_folders(cache, config, configs, out)  # the process that held the lock may have changed them
-            for each in _plan(configs, config, out, device, memory_bytes).passes:
-                records |= _train_pass(cache, each, config.train, out, device, loggers, progress)
-    return tuple(records.get(each.name) or stored_record(each, out / each.name) for each in configs)
+            runs = resolve_runs(cache, config, out, epoch_rows)  # the process that held the lock may have changed them
+            by_name = {run.config.name: run for run in runs}
+            for each in _plan(runs, config, out, device, memory_bytes).passes:
+                records |= _train_pass(
+                    [by_name[one.name] for one in each], config.train, out, device, loggers, progress
+                )
+    return tuple(records.get(run.config.name) or stored_record(run.config, out / run.config.name) for run in runs)
 
 
 def plan(
@@ -146,41 +147,41 @@ def plan(
 ) -> SweepPlan:
     """What `train` with the same arguments has still to do. Nothing is written. Raises as `train` does."""
     out, device = local_path(out), device_of("train", device)
-    return _plan(_checked_configs(cache, config, out), config, out, device, memory_bytes)
+    runs = resolve_runs(cache, config, out, _epoch_rows(cache, config, out))
+    return _plan(runs, config, out, device, memory_bytes)
 
 
 def _plan(
-    configs: Sequence[SAEConfig], config: SweepConfig, out: Path, device: torch.device | str, memory_bytes: int | None
+    runs: Sequence[ResolvedRun], config: SweepConfig, out: Path, device: torch.device | str, memory_bytes: int | None
 ) -> SweepPlan:
+    """The passes over what is pending. The runs of a pass train on the same rows."""
     if memory_bytes is not None:
         whole_number("train", "memory_bytes", memory_bytes, 1)
-    pending = [each for each in configs if not is_over(out / each.name)]
-    return plan_passes(pending, config.train.batch_tokens, memory_bytes or free_memory(device))
+    pending = [run for run in runs if not is_over(out / run.config.name)]
+    memory_bytes = memory_bytes or free_memory(device)
+    lengths = dict.fromkeys(run.cache.n_rows() for run in pending)  # of a cache that grew, some take the first rows
+    together = [[run.config for run in pending if run.cache.n_rows() == length] for length in lengths]
+    plans = [plan_passes(configs, config.train.batch_tokens, memory_bytes) for configs in together]
+    return SweepPlan(
+        passes=tuple(each for one in plans for each in one.passes),
+        batch_tokens=config.train.batch_tokens,
+        memory_bytes=memory_bytes,
+    )
 
 
-def _checked_configs(cache: Cache, config: SweepConfig, out: Path) -> tuple[SAEConfig, ...]:
-    """Resolve every run of the sweep. Raises CacheMismatch if the folder of one holds something else."""
+def _epoch_rows(cache: Cache, config: SweepConfig, out: Path) -> int:
+    """How many rows an epoch has. Raises CacheMismatch if `out` holds something else than runs."""
     typed("train", "cache", cache, Cache)
     typed("train", "config", config, SweepConfig)
     if config.train.eval_every is not None:
         check_validation(cache, config.train)
     check_out(out, {run["name"] for run in config.runs})
-    with _loader(cache, config.hook_names[:1], config.train, 0, "cpu") as loader:
-        configs = config.expand(cache, config.train.training_tokens(loader.n_rows))
-    for each in configs:
-        check_optimizer(each)
-    _check_folders(cache, config, configs, out)
-    return configs
-
-
-def _check_folders(cache: Cache, config: SweepConfig, configs: Sequence[SAEConfig], out: Path) -> None:
-    for each in configs:
-        check_folder(out / each.name, _description(each, config.train, cache))
+    with training_loader(cache, config.hook_names[:1], config.train) as loader:
+        return loader.n_rows
 
 
 def _train_pass(
-    cache: Cache,
-    configs: Sequence[SAEConfig],
+    runs: Sequence[ResolvedRun],
     train_config: TrainConfig,
     out: Path,
     device: torch.device | str,
@@ -188,10 +189,11 @@ def _train_pass(
     progress: Progress | None,
 ) -> dict[str, RunRecord]:
     """Train these SAEs in one pass over the cache, from the lowest step among them."""
-    hook_names = _hook_names(configs)
-    start = min(saved_step(out / each.name) for each in configs)
-    states = [_state(each, out / each.name, train_config, cache, device) for each in configs]
-    with _loader(cache, hook_names, train_config, start, device) as loader:
+    cache = runs[0].cache
+    hook_names = _hook_names([run.config for run in runs])
+    start = min(saved_step(out / run.config.name) for run in runs)
+    states = [_state(run, out / run.config.name, train_config, device) for run in runs]
+    with training_loader(cache, hook_names, train_config, start, device) as loader:
         validation = partial(validation_batches, cache, train_config, device)
         logged = [LoggedRun(config=s.config, folder=out / s.config.name, step=s.step) for s in states]
         with open_loggers(loggers, logged) as opened:
@@ -361,29 +363,13 @@ def _signals() -> Iterator[list[int]]:
         restore()
 
 
-def _loader(
-    cache: Cache, hook_names: Sequence[str], train_config: TrainConfig, start_step: int, device: torch.device | str
-) -> Loader:
-    return Loader(
-        cache,
-        hook_names,
-        batch_tokens=train_config.batch_tokens,
-        seed=train_config.seed,
-        epochs=train_config.epochs,
-        start_step=start_step,
-        exclude_special_tokens=train_config.exclude_special_tokens,
-        device=device,
-    )
-
-
-def _state(
-    config: SAEConfig, folder: Path, train_config: TrainConfig, cache: Cache, device: torch.device | str
-) -> TrainState:
+def _state(run: ResolvedRun, folder: Path, train_config: TrainConfig, device: torch.device | str) -> TrainState:
     """The state of the latest checkpoint. Without one it is the initial state, and config.json is written."""
+    config, cache = run.config, run.cache
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is not None:
         return load_checkpoint(config, checkpoint, device)
-    write_json(folder / CONFIG_FILE, _description(config, train_config, cache))
+    write_json(folder / CONFIG_FILE, run.description)
     b_dec = torch.zeros(config.d_out)
     if config.b_dec_init != "zeros":
         b_dec = _centre(config.outputs, config.b_dec_init, train_config, cache)
@@ -411,7 +397,8 @@ def _first_inputs(
     config: SAEConfig, train_config: TrainConfig, cache: Cache, device: torch.device | str
 ) -> Iterator[Iterator[Float[Tensor, "batch d_in"]]]:
     """The first batches of training, as the SAE gets them."""
-    with _loader(cache, [hook.hook_name for hook in config.inputs], train_config, 0, device) as loader:
+    hook_names = tuple(hook.hook_name for hook in config.inputs)
+    with training_loader(cache, hook_names, train_config, device=device) as loader:
         n_batches = max(1, min(CALIBRATION_BATCHES, config.training_tokens // train_config.batch_tokens))
         yield (scaled_rows(batch, config.inputs, {}) for batch in islice(loader, n_batches))
 
@@ -431,15 +418,3 @@ def _save_sae(state: TrainState, folder: Path, train_config: TrainConfig, cache:
         "exclude_special_tokens": train_config.exclude_special_tokens,
     }
     write_run_sae(folder, inference_sae(config, inference_weights(state, threshold), metadata=metadata))
-
-
-def _description(config: SAEConfig, train_config: TrainConfig, cache: Cache) -> dict[str, Any]:
-    """What config.json says: all settings that decide how the run ends."""
-    model = cache.identity["model"]
-    description = {
-        "sae": asdict(config),
-        "train": asdict(train_config),
-        "cache": {"path": str(cache.path.absolute()), "fingerprint": cache.fingerprint},
-        "model": {"name": model["name"], "revision": model["revision"]},
-    }
-    return json.loads(json.dumps(description))  # so that it equals what is read back

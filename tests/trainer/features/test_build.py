@@ -117,13 +117,40 @@ def test_a_resumed_build_begins_where_it_was_killed(tiny_cache, tmp_path, monkey
     monkeypatch.setattr("trainer.features.build.FILE_ENTRIES", 400)
     monkeypatch.setattr("trainer.features.feature_acts.MAX_ROWS", 50)
     run, calls = double_run(tmp_path, tiny_cache, "jumprelu"), []
-    build_and_die(run, tiny_cache.path, 4)
+    build_and_die(run, tiny_cache.path, 5)  # two files say of what the features are
     done = sum(codes.name.startswith("codes-") for codes in (run / "features").iterdir())
     assert done == 3
     build_features(run, tiny_cache, progress=lambda *call: calls.append(call))
     fourth = sorted((run / "features").glob("codes-*"))[3]
     assert calls[0] == (int(fourth.stem[6:]), tiny_cache.n_rows("validation"))
     assert calls[1][0] > calls[0][0] > 0
+
+
+@pytest.mark.parametrize("is_old", [False, True], ids=["rows named", "older source.json"])
+def test_a_hook_that_is_added_changes_nothing(is_old, tiny_model, tiny_texts, tmp_path):
+    how = {"tokens": 1000, "holdout": 0.4}
+    cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "cache", hook_names=HOOKS[:2], **how)
+    run = double_run(tmp_path, cache, "topk")
+    build_features(run, cache)
+    if is_old:
+        for name in ("rows.json", "crc32c.json"):
+            (run / "features" / name).unlink()
+    more = harvest_tiny(tiny_model, tiny_texts, tmp_path / "cache", **how)
+    assert more.fingerprint != cache.fingerprint
+    calls = []
+    assert build_features(run, more, progress=lambda *call: calls.append(call)).n_fired.any()
+    assert calls == []
+    grown = harvest_tiny(tiny_model, tiny_texts, tmp_path / "cache", tokens=2000, holdout=0.4)
+    with pytest.raises(CacheMismatch, match=r"of another cache or SAE: cache_fingerprint is .* there, .* here"):
+        build_features(run, grown)
+
+
+def test_finished_features_are_looked_up_without_a_lock(tiny_cache, tmp_path):
+    run = double_run(tmp_path, tiny_cache, "topk")
+    build_features(run, tiny_cache)
+    (run / "features" / "lock").unlink()
+    build_features(run, tiny_cache)
+    assert not (run / "features" / "lock").exists()
 
 
 def test_one_process_builds_at_a_time(tiny_cache, tmp_path):

@@ -1,0 +1,189 @@
+"""The rows that a run was trained on, as config.json names them, and whether a cache holds them still.
+
+A run depends on its hooks, the split and the rows that it read, and on no other hook of the cache. So the block `cache`
+of config.json names these rows for each hook and split. When a cache grows, its whole shards stay as they are, and the
+last, partial shard of a split is written anew with its rows in another order. What the rows of the run were like on
+average, and how many there were, stands in the block too: a run of a cache that has grown keeps to that.
+
+Runs that were begun before this block named rows hold the fingerprint of the whole cache alone. Where that differs,
+their scales and their total_variance can be compared with the statistics of the cache, to the last bit. Equal ones mean
+that the values of the training rows are the same, for any other value would move a sum. That the order of the rows is
+the same too, or that a larger cache has grown from the one they read, cannot be known.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from actcache.errors import CacheMismatch
+from actcache.flow import SPLITS
+from actcache.format.manifest import rows_fingerprint
+from actcache.store.cache import Cache, open_cache
+from trainer.config.presets import HookFacts
+from trainer.config.settings import RowFilter, SAEConfig
+from trainer.run_folder import CONFIG_FILE, read_json, remembered_cache
+
+_log = logging.getLogger(__name__)
+
+State = Literal["same", "grown", "other"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenHooks:
+    """The hooks of a run as they were when it began, in place of a cache that has grown since.
+
+    hooks: the facts of each hook, by name.
+    """
+
+    hooks: Mapping[str, HookFacts]
+
+    @staticmethod
+    def of(block: Mapping[str, Any]) -> "FrozenHooks":
+        """The hooks of the block `cache` of a config.json."""
+        names = HookFacts.__slots__
+        return FrozenHooks(hooks={h: HookFacts(**{n: of[n] for n in names}) for h, of in block["hooks"].items()})
+
+    def hook(self, hook_name: str) -> HookFacts:
+        """The width of a hook. Raises CacheMismatch if the run has no such hook."""
+        if hook_name not in self.hooks:
+            raise CacheMismatch(f"train: the run was begun with {', '.join(self.hooks)}, got hook_name={hook_name!r}")
+        return self.hooks[hook_name]
+
+    def statistics(
+        self, hook_name: str, *, split: str = "train", row_filter: RowFilter = "no_special_tokens"
+    ) -> HookFacts:
+        """The statistics of the rows that the run trains on, whatever the split and the filter."""
+        return self.hook(hook_name)
+
+
+def describer(cache: Cache, row_filter: RowFilter) -> Callable[[Iterable[str]], dict[str, Any]]:
+    """Gives the block `cache` of config.json for the hooks of a run. Each hook is looked at once for all runs."""
+
+    @functools.cache
+    def described(hook_name: str) -> dict[str, Any]:
+        splits = {split: _fingerprints(cache, split, hook_name, cache.n_rows(split)) for split in SPLITS}
+        return asdict(_facts(cache, hook_name, row_filter)) | splits
+
+    return lambda hook_names: {
+        "path": str(cache.path.absolute()),
+        "fingerprint": cache.fingerprint,
+        "n_rows": {split: cache.n_rows(split) for split in SPLITS},
+        "hooks": {hook_name: described(hook_name) for hook_name in hook_names},
+    }
+
+
+def _facts(cache: Cache, hook_name: str, row_filter: RowFilter) -> HookFacts:
+    statistics = cache.statistics(hook_name, split="train", row_filter=row_filter)
+    return HookFacts(
+        d_in=cache.hook(hook_name).d_in,
+        mean_norm=statistics.mean_norm,
+        mean_square_norm=statistics.mean_square_norm,
+        total_variance=statistics.total_variance,
+    )
+
+
+def _fingerprints(cache: Cache, split: str, hook_name: str, n_rows: int) -> dict[str, str]:
+    """Of all rows, and of those of the whole shards among the first `n_rows`."""
+    n_whole = n_rows // cache.manifest.shard_rows
+    return {
+        "rows": rows_fingerprint(cache.manifest, split, hook_name),
+        "whole_shards": rows_fingerprint(cache.manifest, split, hook_name, n_whole),
+    }
+
+
+def names_rows(block: Mapping[str, Any]) -> bool:
+    """Whether the block `cache` of a config.json names the rows of each hook. That of an older run does not."""
+    return "hooks" in block
+
+
+def rows_state(block: Mapping[str, Any], cache: Cache, split: str) -> State:
+    """What became of the rows of a split that a run saw.
+
+    Args:
+        block: the block `cache` of its config.json, which names rows.
+        cache: the cache.
+        split: "train" or "validation".
+
+    Returns:
+        "same": the cache holds these rows, in this order. "grown": it has more rows, and all whole shards are the same.
+        "other": these are other rows.
+
+    Raises:
+        CacheMismatch: the cache lacks a hook of the run.
+    """
+    n_rows = block["n_rows"][split]
+    found = {hook_name: _fingerprints(cache, split, hook_name, n_rows) for hook_name in block["hooks"]}
+    if all(found[hook_name]["rows"] == of[split]["rows"] for hook_name, of in block["hooks"].items()):
+        return "same"
+    whole = all(
+        found[hook_name]["whole_shards"] == of[split]["whole_shards"] for hook_name, of in block["hooks"].items()
+    )
+    return "grown" if whole and cache.n_rows(split) > n_rows else "other"
+
+
+def first_rows(cache: Cache, n_rows: int) -> Cache:
+    """The cache with the first `n_rows` rows of its training split alone, which must be those of whole shards.
+
+    Its statistics are not to be read: they are those of all rows.
+    """
+    manifest, plan = cache.manifest, cache.manifest.plan
+    assert n_rows % manifest.shard_rows == 0, "the rows of a part of a shard are no rows of the smaller cache"
+    record = replace(plan.sequences["train"], n_sequences=n_rows // cache.context_size)
+    shards = {**manifest.shards, "train": manifest.shards["train"][: n_rows // manifest.shard_rows]}
+    smaller = replace(manifest, plan=replace(plan, sequences={**plan.sequences, "train": record}), shards=shards)
+    return Cache(cache.path, smaller, cache.fingerprint)
+
+
+def open_trained_on(runs: Path) -> Cache:
+    """Open the cache that a run, or the first run of a folder, remembers.
+
+    It is that of every run there, or has grown from it: then a warning says by how much.
+
+    Raises:
+        ManifestError: no run there names a cache, or a config.json is malformed.
+        CacheMismatch: a run was trained on other rows than the cache holds now.
+        ManifestError, CorruptShard: as `open_cache`.
+    """
+    cache = open_cache(remembered_cache(runs))
+    for path in [runs / CONFIG_FILE, *sorted(runs.glob(f"*/{CONFIG_FILE}"))]:
+        config = read_json(path) if path.is_file() else {}
+        if config.get("cache"):
+            _check_rows(path.parent, config, cache)
+    return cache
+
+
+def _check_rows(run: Path, config: Mapping[str, Any], cache: Cache) -> None:
+    block = config["cache"]
+    if not names_rows(block):
+        same = block.get("fingerprint") == cache.fingerprint or _has_the_statistics(config, cache)
+        state: State = "same" if same else "other"
+    else:
+        state = rows_state(block, cache, "train")
+    if state == "other":
+        raise CacheMismatch(
+            f"{run}: was trained on other rows than {cache.path} holds now (cache fingerprint "
+            f"{block.get('fingerprint')} then, {cache.fingerprint} now); pass the cache that it was trained on, or "
+            f"--cache {cache.path} to use this one all the same"
+        )
+    if names_rows(block) and (n_rows := cache.n_rows("validation")) != block["n_rows"]["validation"]:
+        _log.warning(
+            "%s: the validation split of %s has grown since, from %s to %s rows",
+            *(run, cache.path, f"{block['n_rows']['validation']:,}", f"{n_rows:,}"),
+        )
+
+
+def _has_the_statistics(config: Mapping[str, Any], cache: Cache) -> bool:
+    """Whether the scales and the variance of a run are to the bit what the statistics of the cache give."""
+    try:
+        sae = SAEConfig(**config["sae"])
+        row_filter = "no_special_tokens" if config["train"]["exclude_special_tokens"] else "all"
+    except (KeyError, TypeError, ValueError):  # of a program that is neither this one nor an older one
+        return False
+
+    facts = {hook.hook_name: _facts(cache, hook.hook_name, row_filter) for hook in (*sae.inputs, *sae.outputs)}
+    scales = [facts[hook.hook_name].scale(sae.normalize_activations) for hook in (*sae.inputs, *sae.outputs)]
+    variance = sum(facts[hook.hook_name].total_variance * hook.scale**2 for hook in sae.outputs)
+    return scales == [hook.scale for hook in (*sae.inputs, *sae.outputs)] and variance == sae.total_variance

@@ -1,0 +1,153 @@
+"""What each run of a sweep is: its config, the rows it trains on, and what its config.json says.
+
+A run that was begun keeps to the rows it began with. If the cache has grown since, they are its first ones.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actcache.errors import CacheMismatch
+from actcache.loading.loader import Loader
+from actcache.store.cache import Cache
+from trainer.config.settings import SAEConfig, TrainConfig
+from trainer.config.sweep import SweepConfig
+from trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_folder, is_over, read_json
+from trainer.trained_on import FrozenHooks, describer, first_rows, names_rows, rows_state
+from trainer.training.checkpoint import latest_checkpoint
+from trainer.training.optimizer import check_optimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRun:
+    """One run of a sweep.
+
+    Attributes:
+        config: its SAE.
+        cache: holds the rows it trains on, and no more.
+        description: what its config.json says, or is to say.
+    """
+
+    config: SAEConfig
+    cache: Cache
+    description: dict[str, Any]
+
+
+def resolve_runs(cache: Cache, config: SweepConfig, out: Path, epoch_rows: int) -> tuple[ResolvedRun, ...]:
+    """Resolve every run of a sweep.
+
+    Args:
+        cache: the cache.
+        config: the sweep.
+        out: the folder of runs.
+        epoch_rows: how many rows of the cache an epoch has (`Loader.n_rows`).
+
+    Raises:
+        ConfigError: a setting does not fit the cache, or the package of an optimizer is not installed.
+        CacheMismatch: the folder of a run holds something else.
+    """
+    configs = config.expand(cache, config.train.training_tokens(epoch_rows))
+    describe = describer(cache, config.train.row_filter)
+    runs = []
+    for number, each in enumerate(configs):
+        check_optimizer(each)
+        hooks = [hook.hook_name for hook in (*each.inputs, *each.outputs)]
+        new = ResolvedRun(
+            config=each, cache=cache, description=_description(each, config.train, describe(hooks), cache)
+        )
+        runs.append(_as_begun(new, replace(config, runs=config.runs[number : number + 1]), out / each.name))
+    return tuple(runs)
+
+
+def training_loader(
+    cache: Cache,
+    hook_names: tuple[str, ...],
+    train_config: TrainConfig,
+    start_step: int = 0,
+    device: torch.device | str = "cpu",
+) -> Loader:
+    """The batches of training, from `start_step` on."""
+    return Loader(
+        cache,
+        hook_names,
+        batch_tokens=train_config.batch_tokens,
+        seed=train_config.seed,
+        epochs=train_config.epochs,
+        start_step=start_step,
+        exclude_special_tokens=train_config.exclude_special_tokens,
+        device=device,
+    )
+
+
+def _as_begun(new: ResolvedRun, config: SweepConfig, folder: Path) -> ResolvedRun:
+    """The run as it was begun in its folder, or the new one. `config` is the sweep with this run alone."""
+    held = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    block = held.get("cache")
+    if not block:
+        check_folder(folder, new.description)
+        return new
+    if not names_rows(block):  # its scales and its variance are compared with those of the cache: see trained_on
+        check_folder(folder, {**new.description, "cache": block})
+        return new
+    state = rows_state(block, new.cache, "train")
+    if state == "other":
+        raise CacheMismatch(_other_rows(folder, block, new.cache))
+    begun = new
+    if state == "grown":
+        (frozen,) = config.expand(FrozenHooks.of(block), held["sae"]["training_tokens"])
+        begun = replace(new, config=frozen, description={**new.description, "sae": _plain(asdict(frozen))})
+    begun = replace(begun, description={**begun.description, "cache": block})
+    check_folder(folder, begun.description)
+    if is_over(folder):
+        return begun
+    if latest_checkpoint(folder / CHECKPOINTS) is None:
+        return new  # nothing was trained: it begins with the rows that there are now
+    return _going_on(begun, state == "grown", folder)
+
+
+def _going_on(begun: ResolvedRun, has_grown: bool, folder: Path) -> ResolvedRun:
+    """The run with the rows it goes on with. Raises CacheMismatch if the cache has them no longer in their order."""
+    block, cache = begun.description["cache"], begun.cache
+    n_rows = block["n_rows"]["train"]
+    if has_grown and n_rows % cache.manifest.shard_rows:
+        raise CacheMismatch(
+            f"{folder}: is unfinished, and {cache.path} has grown since, from {n_rows:,} training rows to "
+            f"{cache.n_rows():,}. The last shard was not full, and growing put its rows into another order, so that "
+            "the run cannot go on; pass another --out or name to train it anew"
+        )
+    if begun.description["train"]["eval_every"] is not None and rows_state(block, cache, "validation") != "same":
+        raise CacheMismatch(
+            f"{folder}: is unfinished, and the validation split of {cache.path} has changed since, from "
+            f"{block['n_rows']['validation']:,} rows to {cache.n_rows('validation'):,}, so that its next evaluations "
+            "would be of other rows; pass another --out or name to train it anew"
+        )
+    return replace(begun, cache=first_rows(cache, n_rows)) if has_grown else begun
+
+
+def _other_rows(folder: Path, block: Mapping[str, Any], cache: Cache) -> str:
+    return (
+        f"{folder}: holds another run: it was trained on other rows than {cache.path} holds (cache.fingerprint is "
+        f"{block['fingerprint']!r} there, {cache.fingerprint!r} here); pass another --out or name"
+    )
+
+
+def _description(config: SAEConfig, train_config: TrainConfig, rows: Mapping[str, Any], cache: Cache) -> dict[str, Any]:
+    """What config.json says: all settings that decide how the run ends."""
+    model = cache.identity["model"]
+    return _plain(
+        {
+            "sae": asdict(config),
+            "train": asdict(train_config),
+            "cache": rows,
+            "model": {"name": model["name"], "revision": model["revision"]},
+        }
+    )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as they are read back from JSON."""
+    return json.loads(json.dumps(values))
