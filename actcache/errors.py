@@ -5,6 +5,7 @@ ActcacheError          what is on disk, in the model or in the data is not as it
   CacheMismatch        the cache (or run) is fine but is not the one that was asked for
   CorruptShard         bytes on disk do not match the checksum in the manifest
   CacheLocked          another process holds the cache
+  LocksMissing         the file system has no locks
   DiskTooSmall         the disk has less room than what is to be written
   DatasetError         the dataset is missing, empty, malformed or too short
   ModelError           the language model cannot be loaded or lacks the hook that was asked for
@@ -74,6 +75,10 @@ class CorruptShard(ActcacheError):
 
 class CacheLocked(ActcacheError):
     """Another process holds the cache."""
+
+
+class LocksMissing(ActcacheError):
+    """The file system has no locks, so nothing would keep two processes from writing at once."""
 
 
 class DiskTooSmall(ActcacheError):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from actcache.commands.terminal import CACHE, DATA, MODEL, OUTPUT, Bar, CachePath, Out, say
+from actcache.commands.terminal import CACHE, DATA, MODEL, OUTPUT, Bar, CachePath, NoLock, Out, locking, say
 
 
 def import_cache(
@@ -42,6 +42,7 @@ def import_cache(
     holdout: Annotated[
         float, typer.Option(help="Share of sequences that go to the validation split.", rich_help_panel=DATA)
     ] = 0.01,
+    no_lock: NoLock = False,
 ) -> None:
     """Make a cache of one that SAELens wrote with its CacheActivationsRunner."""
     from actcache.commands.lines import cache_lines
@@ -50,7 +51,7 @@ def import_cache(
 
     special = tuple(special_token or ())
     config = ArrowImport(model=model, special_token_ids=special, codec=codec, dtype=dtype, seed=seed, holdout=holdout)
-    with closing(Bar("import", "tok")) as progress:
+    with locking(out, no_lock), closing(Bar("import", "tok")) as progress:
         cache = imported(source, config, out, progress=progress)
     say(f"{out} is finished" if progress.touched else f"{out} was already there, nothing was done")
     say(cache_lines(cache))

@@ -13,12 +13,15 @@ from actcache.commands.terminal import (
     MODEL,
     Bar,
     Device,
+    NoLock,
     Out,
     TrustRemoteCode,
     local_device,
+    locking,
     say,
     this_worker,
 )
+from actcache.errors import ConfigError
 
 
 def harvest(
@@ -123,6 +126,7 @@ def harvest(
             rich_help_panel=CACHE,
         ),
     ] = None,
+    no_lock: NoLock = False,
     estimate: Annotated[
         bool, typer.Option("--dry-run", help="Estimate bytes and time, then stop.", rich_help_panel=CACHE)
     ] = False,
@@ -134,6 +138,7 @@ def harvest(
     from actcache.commands.lines import cache_lines, estimate_line
     from actcache.harvesting.config import HarvestConfig
     from actcache.harvesting.run import dry_run, harvest_share
+    from actcache.harvesting.tasks import refuse_foreign_folder, refuse_hopeless
     from actcache.models.load import load_model
     from actcache.text.sources import DatasetSource
 
@@ -159,6 +164,11 @@ def harvest(
         streaming=streaming,
     )
     share = this_worker(worker)
+    if no_lock and share.count > 1:
+        raise ConfigError(f"harvest: --no-lock is for one process alone, got worker {share.index}/{share.count}")
+    refuse_foreign_folder(out)  # before a model is loaded
+    if not estimate:
+        refuse_hopeless(out)
     language_model = load_model(
         model,
         revision=revision,
@@ -172,7 +182,7 @@ def harvest(
     )
     if estimate:
         return say(estimate_line(dry_run(language_model, source, config, out)))
-    with closing(Bar("harvest", "tok")) as progress:
+    with locking(out, no_lock), closing(Bar("harvest", "tok")) as progress:
         cache = harvest_share(language_model, source, config, out, share, progress=progress)
     if cache is not None:
         say(f"{out} is finished" if progress.touched else f"{out} was already there, nothing was done")

@@ -18,8 +18,10 @@ from actcache.commands.terminal import (
     CachePath,
     Device,
     Json,
+    NoLock,
     StageBar,
     TrustRemoteCode,
+    locking,
     print_json,
     say,
 )
@@ -105,12 +107,13 @@ def repair(
     ] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    no_lock: NoLock = False,
 ) -> None:
     """Rebuild what is damaged and nothing else. The model is loaded only if activations are damaged."""
     from actcache.integrity.repair import repair as repaired
 
     load_model = partial(model_of_cache, cache, model=model, device=device, trust_remote_code=trust_remote_code)
-    with closing(StageBar()) as progress:
+    with locking(cache, no_lock), closing(StageBar()) as progress:
         done = repaired(cache, load_model, dataset=dataset, progress=progress)
     for problem in done.found:
         say(str(problem))
@@ -129,8 +132,10 @@ def relabel(
         bool,
         typer.Option("--native-bf16/--no-native-bf16", help="Call bfloat16 arrays bfloat16, or uint16 again."),
     ],
+    no_lock: NoLock = False,
 ) -> None:
     """Change what zarr.json says of bfloat16 arrays, for other Zarr readers. No shard is touched."""
     from actcache.integrity.relabel import relabel as relabelled
 
-    say(f"{cache}: {relabelled(cache, native)} zarr.json files changed")
+    with locking(cache, no_lock):
+        say(f"{cache}: {relabelled(cache, native)} zarr.json files changed")

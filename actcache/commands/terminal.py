@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from actcache.harvesting.tasks import Worker
 
 tqdm.monitor_interval = 0  # no thread that watches the bars
+SLURM_SPECIAL_STEPS = 0xFFFFFFF0  # step ids from here on are of batch scripts, interactive shells and the like
 ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130
 RESERVE_BYTES = 4 << 20  # given back when memory is out, so that the last line can be made
 DATA, MODEL, CACHE, TRAINING, OUTPUT = "Data", "Model", "Cache", "Training", "Output"  # the panels of --help
@@ -41,6 +43,14 @@ Out = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", rich_help_panel=OUTPUT)]
+NoLock = Annotated[
+    bool,
+    typer.Option(
+        "--no-lock",
+        help="Take no lock: the file system has none, and no other process writes there.",
+        rich_help_panel=CACHE,
+    ),
+]
 
 
 def checked_device(device: str) -> str:
@@ -209,23 +219,60 @@ def resolved_device(device: str) -> str:
     return str(device_of("--device", device))
 
 
+@contextmanager
+def locking(root: Path, no_lock: bool) -> Iterator[None]:
+    """Run a command that writes into `root`. With --no-lock it takes no lock, and says so."""
+    from actcache.store.locks import without_locks
+
+    if not no_lock:
+        yield
+        return
+    say(f"{root}: no lock is taken; no other process may write here until this command ends")
+    with without_locks():
+        yield
+
+
 def this_worker(share: str | None) -> Worker:
-    """The worker that --worker i/n names; None takes the worker that torchrun or srun made of this process."""
+    """The worker that --worker i/n names; None takes the worker that torchrun or srun made of this process.
+
+    A worker that is not alone is told which one it is.
+    """
     from actcache.harvesting.tasks import Worker
 
-    if share is None:
-        index = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        share = f"{index}/{os.environ.get('WORLD_SIZE', os.environ.get('SLURM_NTASKS', '1'))}"
+    share, whence = _launched_share() if share is None else (share, "--worker")
     match = re.fullmatch(r"(\d+)/(\d+)", share)
     if match is None:
-        raise ConfigError(f"harvest: --worker must be i/n, such as 0/4, got {share!r}")
-    return Worker(index=int(match[1]), count=int(match[2]))
+        raise ConfigError(f"harvest: {whence} must be i/n, such as 0/4, got {share!r}")
+    worker = Worker(index=int(match[1]), count=int(match[2]))
+    if worker.count > 1:
+        say(f"harvest: worker {worker.index} of {worker.count} ({whence}) takes one of {worker.count} shards")
+    return worker
+
+
+def _launched_share() -> tuple[str, str]:
+    """(i/n, what says so): the share that torchrun or srun gave this process, or else all."""
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return f"{environment['RANK']}/{environment['WORLD_SIZE']}", "RANK/WORLD_SIZE of torchrun"
+    n_tasks = environment.get("SLURM_NTASKS", "1")
+    if _is_slurm_step() and "SLURM_PROCID" in environment:
+        n_tasks = environment.get("SLURM_STEP_NUM_TASKS", n_tasks)
+        return f"{environment['SLURM_PROCID']}/{n_tasks}", "SLURM_PROCID/SLURM_NTASKS of srun"
+    if n_tasks != "1":
+        say(f"harvest: SLURM_NTASKS is {n_tasks}, but srun did not start this process: it takes every shard")
+    return "0/1", "no launcher"
+
+
+def _is_slurm_step() -> bool:
+    """Whether srun started this process. A batch script and a shell of salloc get the numbers of the whole job."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < SLURM_SPECIAL_STEPS
 
 
 def local_device(device: str, device_map: str | None) -> str:
     """The device of this process. Of several processes on one machine, each takes a GPU of its own."""
     import torch
 
-    rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
-    mine = device == "auto" and device_map is None and rank is not None and torch.cuda.device_count() > 1
-    return f"cuda:{int(rank or 0) % torch.cuda.device_count()}" if mine else device
+    rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "") if _is_slurm_step() else "")
+    mine = device == "auto" and device_map is None and rank.isdecimal() and torch.cuda.device_count() > 1
+    return f"cuda:{int(rank) % torch.cuda.device_count()}" if mine else device

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from actcache.format.seal import seal, unseal
 from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.provenance import SIZES, refuse_other_identity
 from actcache.harvesting.sequences import SequenceArrays, write_sequences
-from actcache.store.cache import read_manifest, sequence_reader
-from actcache.store.journal import active_writers
+from actcache.harvesting.tasks import finished_cache
+from actcache.store.cache import Cache, read_manifest, sequence_reader
+from actcache.store.journal import active_writers, read_journals, writers
+from actcache.store.locks import may_write
 from actcache.text.packing import PackedSequence
 
 logger = logging.getLogger("actcache")
@@ -33,6 +35,34 @@ def read_plan(root: Path) -> Plan | None:
     """The plan of the cache at `root`; None if there is none yet. Raises ManifestError if it is damaged."""
     path = root / PLAN
     return Plan.from_json(unseal(contents(path), path)) if path.exists() else None
+
+
+def already_there(root: Path, wanted: Mapping[str, Any], tokens: int | None, hooks: Sequence[HookSpec]) -> Cache | None:
+    """The opened cache, if it is finished and holds what is asked for; else None. Nothing is locked or written.
+
+    Args:
+        root: the folder of the cache.
+        wanted: the identity of the cache, without SIZES.
+        tokens: how many are asked for; None asks for the whole dataset.
+        hooks: the hooks that are asked for.
+
+    Raises:
+        CacheMismatch: the folder holds another cache.
+        ManifestError, CorruptShard: the cache is damaged.
+    """
+    held = read_plan(root)
+    if held is None:
+        return None
+    refuse_other_identity(root, held, wanted)
+    if not (_covers(held, tokens) and _tails_are_sound(root, held)):
+        return None
+    if may_write(root) and any(_unplanned(root, held)):  # they can go only while nobody grows the cache
+        return None
+    read_journals(root)  # damage is told, though nothing of them is needed
+    cache = finished_cache(root, held, [*hooks, *held.hooks])
+    if cache is not None:
+        warn_of_empty_splits(root, held)
+    return cache
 
 
 def settle_plan(
@@ -63,8 +93,10 @@ def settle_plan(
             _refuse_unfinished(root, held, config.tokens)
             _remove_unplanned(root, held)
             return held
-        if len(active_writers(root)) > 1:
-            raise CacheLocked(f"{root}: other processes write this cache; wait for them before it grows")
+        if len(slots := active_writers(root)) > 1:
+            raise CacheLocked(
+                f"{root}: other processes write this cache ({writers(root, slots)}); wait for them before it grows"
+            )
     packed = SequenceArrays(root, codec(config.codec), config.context_size, held)
     try:
         write_sequences(packed, sequences, config)
@@ -112,12 +144,24 @@ def _write_plan(root: Path, plan: Plan) -> Plan:
 
 
 def _remove_unplanned(root: Path, plan: Plan) -> None:
-    """Delete shards of sequences that the plan does not name; a killed run that asked for more tokens left them."""
+    """Delete shards of sequences that the plan does not name."""
+    for path in _unplanned(root, plan):
+        path.unlink()
+
+
+def _unplanned(root: Path, plan: Plan) -> Iterator[Path]:
+    """Shards of sequences that the plan does not name; a killed run that asked for more tokens left them.
+
+    The folders are listed: a run that was killed while it deleted them may have left a gap.
+    """
     for split, record in plan.sequences.items():
         for array in sequence_arrays(plan.identity["context_size"]):
-            paths = (root / STORE / split / shard_key(array, index) for index in count(len(record.arrays[array.path])))
-            for path in takewhile(Path.exists, paths):
-                path.unlink()
+            planned = {str(index) for index in range(len(record.arrays[array.path]))}
+            for folder in sorted((root / STORE / split / array.path / "c").glob("*")):
+                if re.fullmatch("0|[1-9][0-9]*", folder.name) and folder.name not in planned:
+                    path = root / STORE / split / shard_key(array, int(folder.name))
+                    if path.exists():
+                        yield path
 
 
 def _finished_hooks(root: Path, held: Plan | None) -> tuple[HookSpec, ...]:

@@ -9,13 +9,14 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from actcache.errors import CacheLocked
-from actcache.files import local_path, remove_leftovers, write_atomically
+from actcache.files import local_path, write_atomically
 from actcache.format.manifest import Plan
 from actcache.format.paths import ORIGIN
 from actcache.format.records import HookSpec, merge_records
@@ -24,7 +25,7 @@ from actcache.harvesting.config import AUTO, HarvestConfig
 from actcache.harvesting.estimate import Estimate, expected_bytes, free_bytes, refuse_small_disk, tokens_per_second
 from actcache.harvesting.finalise import finalise
 from actcache.harvesting.loop import Harvester, HarvestTimes, Progress
-from actcache.harvesting.plan import read_plan, settle_plan, warn_of_empty_splits
+from actcache.harvesting.plan import already_there, read_plan, settle_plan, warn_of_empty_splits
 from actcache.harvesting.provenance import identity_of, origin_of, refuse_other_identity
 from actcache.harvesting.sequences import count_sequences, packed_sequences
 from actcache.harvesting.tasks import (
@@ -34,13 +35,12 @@ from actcache.harvesting.tasks import (
     finished_rows,
     missing_shards,
     refuse_foreign_folder,
-    release_slot,
     shard_number,
 )
 from actcache.models.language_model import LanguageModel
 from actcache.store.cache import Cache, open_cache
-from actcache.store.journal import active_writers, read_journals
-from actcache.store.locks import exclusive
+from actcache.store.journal import active_writers, read_journals, writers
+from actcache.store.locks import exclusive, remove_abandoned
 from actcache.text.sources import Source
 
 logger = logging.getLogger("actcache")
@@ -67,6 +67,8 @@ def harvest(
     Raises:
         CacheMismatch: `out` holds something else; the message lists the differences.
         CacheLocked: another process is writing there.
+        LocksMissing: the file system of `out` has no locks; see `actcache.store.locks.without_locks`.
+        OSError: there is something to do, and this user may not write the cache.
         DiskTooSmall: the disk has less room than the shards will take.
         DatasetError: the dataset is missing, malformed or too short.
         ModelError: the model lacks a hook, or one sequence does not fit into its memory.
@@ -99,19 +101,25 @@ def harvest_share(
 
     Raises:
         CacheLocked: another process is the same worker, or one of more workers than `worker.count`.
-        CacheMismatch, DiskTooSmall, DatasetError, ModelError, NonFiniteActivations: as for `harvest`.
+        CacheMismatch, LocksMissing, OSError, DiskTooSmall, DatasetError, ModelError, NonFiniteActivations: as for
+            `harvest`.
     """
     root = local_path(out)
     widths = model.hook_widths(config.hook_names)
     refuse_foreign_folder(root)
+    wanted = identity_of(model, source, config)
+    cache = _already_there(root, wanted, config, widths)
+    if cache is not None:
+        remove_abandoned(root)
+        return cache
     times, started = HarvestTimes(), time.perf_counter()
-    journal, plan = claim_slot(root, worker.index, partial(_begun, root, model, source, config, widths, worker))
+    begun = partial(_begun, root, wanted, model, source, config, widths, worker)
+    journal, plan = claim_slot(root, worker.index, begun)
     with journal:
         times.pack = time.perf_counter() - started
         hooks = _wanted_hooks(plan, widths)
         cache = finished_cache(root, plan, hooks)
-        if cache is not None:
-            release_slot(root, journal)
+        if cache is not None:  # another worker finished it meanwhile
             return cache
         write_atomically(root / ORIGIN, [json.dumps(origin_of(model, source)).encode()])
         finished = merge_records(read_journals(root))
@@ -123,11 +131,13 @@ def harvest_share(
         harvester = Harvester(root, plan, model, pending, finished, config, journal.append, times, progress)
         harvester.warn_of_other_compute()
         harvester.run()
-        cache = _finalised(root, hooks, times)
+        cache, n_left = _finalised(root, hooks, times)
         times.total = time.perf_counter() - started
         _write_log(root, model, times)
-        release_slot(root, journal)
+        remove_abandoned(root)
     logger.info(times.described())
+    if n_left:
+        logger.info("%s: this worker is done; other workers owe %d shards, the last of them finalises", root, n_left)
     return cache
 
 
@@ -163,22 +173,39 @@ def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: st
     )
 
 
+def _already_there(
+    root: Path, wanted: Mapping[str, Any], config: HarvestConfig, widths: dict[str, int]
+) -> Cache | None:
+    """The cache, if it is finished and holds what is asked for. This writes nothing and needs no lock."""
+    held = read_plan(root)
+    if held is not None and config.codec == AUTO:
+        wanted = {**wanted, "codec": held.identity["codec"]}
+    return already_there(root, wanted, config.tokens, _specs(widths, config.dtype))
+
+
 def _begun(
-    root: Path, model: LanguageModel, source: Source, config: HarvestConfig, widths: dict[str, int], worker: Worker
+    root: Path,
+    wanted: Mapping[str, Any],
+    model: LanguageModel,
+    source: Source,
+    config: HarvestConfig,
+    widths: dict[str, int],
+    worker: Worker,
 ) -> Plan:
-    """Settle the plan. If no other process writes, delete the files that killed writers left."""
+    """Settle the plan. Raises CacheLocked if workers with higher numbers write."""
     others = active_writers(root) - {worker.index}
     if any(slot >= worker.count for slot in others):
-        raise CacheLocked(f"{root}: {len(others)} workers write this cache; wait for them, or join with --worker i/n")
+        raise CacheLocked(
+            f"{root}: {len(others)} workers write this cache ({writers(root, others)}); wait for them, or join with "
+            "--worker i/n"
+        )
     held = read_plan(root)
     config = _with_codec(root, held, model, config)
     if held is None and config.tokens is not None:
         refuse_small_disk(root, expected_bytes(config.tokens, _specs(widths, config.dtype), config.codec))
     sequences = packed_sequences(model, source, config)
-    plan = settle_plan(root, identity_of(model, source, config), sequences, config, max(widths.values()))
+    plan = settle_plan(root, {**wanted, "codec": config.codec}, sequences, config, max(widths.values()))
     warn_of_empty_splits(root, plan)
-    if not others:
-        remove_leftovers(root)
     return plan
 
 
@@ -202,22 +229,23 @@ def _wanted_hooks(plan: Plan, widths: dict[str, int]) -> list[HookSpec]:
     return list(dict.fromkeys([*_specs(widths, plan.identity["dtype"]), *plan.hooks]))
 
 
-def _finalised(root: Path, hooks: Sequence[HookSpec], times: HarvestTimes) -> Cache | None:
-    """Finalise the cache, if no shard is missing. Returns None if other workers still have shards to write."""
+def _finalised(root: Path, hooks: Sequence[HookSpec], times: HarvestTimes) -> tuple[Cache | None, int]:
+    """Finalise the cache, if no shard is missing.
+
+    Returns:
+        the cache, or None if other workers still have shards to write, and how many.
+    """
     started = time.perf_counter()
-    with exclusive(root):
+    with exclusive(root, "finalises"):
         plan, records = read_plan(root), read_journals(root)
         assert plan is not None, "settled before the first shard"
         n_left = len(list(missing_shards(plan, merge_records(records), hooks)))
         if n_left:
-            logger.info(
-                "%s: this worker is done; other workers owe %d shards, the last of them finalises", root, n_left
-            )
-            return None
+            return None, n_left
         if finished_cache(root, plan, hooks) is None:
             finalise(root, plan, records)
     times.finalise = time.perf_counter() - started
-    return open_cache(root)
+    return open_cache(root), 0
 
 
 def _write_log(root: Path, model: LanguageModel, times: HarvestTimes) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from actcache.arguments import type_fields_
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.files import remove_leftovers
+from actcache.files import entries
 from actcache.flow import SPLITS
 from actcache.format.manifest import Plan
 from actcache.format.paths import CACHE_MANIFEST, PLAN
 from actcache.format.records import HookSpec, ShardRecord, merge_records
 from actcache.store.cache import Cache, open_cache
-from actcache.store.journal import Journal, active_writers, read_journals, refuse_held, was_begun
-from actcache.store.locks import exclusive
+from actcache.store.journal import Journal, read_journals, refuse_held, was_begun
+from actcache.store.locks import exclusive, refuse_unwritable, remove_abandoned
 
 ShardTask = tuple[str, int, tuple[HookSpec, ...], int]  # of a shard: split, index, hooks to be written, revision
 
@@ -50,7 +50,7 @@ def finished_rows(root: Path, held: Plan | None, hooks: Sequence[HookSpec]) -> i
 
 
 def claim_slot(root: Path, slot: int, begun: Callable[[], Plan]) -> tuple[Journal, Plan]:
-    """Take a writer's slot, and call `begun` to settle the plan while no other process can.
+    """Take a writer's slot, call `begun` to settle the plan while no other process can, and clean up after the killed.
 
     A process that waits here for its turn holds no slot yet. If `begun` fails and there is no plan, the journal and its
     folder are removed again.
@@ -65,12 +65,15 @@ def claim_slot(root: Path, slot: int, begun: Callable[[], Plan]) -> tuple[Journa
 
     Raises:
         CacheLocked: another process holds the slot.
+        LocksMissing, OSError: as for `exclusive`.
     """
     refuse_held(root, slot)
-    with exclusive(root):
+    with exclusive(root, "settles the plan"):
         journal = Journal(root, slot)
         try:
-            return journal, begun()
+            plan = begun()
+            remove_abandoned(root)
+            return journal, plan
         except BaseException:
             if not (root / PLAN).exists():
                 journal.discard()
@@ -83,9 +86,16 @@ def refuse_foreign_folder(root: Path) -> None:
     if root.is_file():
         raise CacheMismatch(f"{root}: must be a folder for the cache, is a file; pass another --out")
     if root.exists() and not was_begun(root):
-        held = sorted(path.name for path in root.iterdir())
+        held = entries(root)
         if held:
-            raise CacheMismatch(f"{root}: must be empty or a cache, holds {', '.join(held[:5])}; pass another --out")
+            names = ", ".join(path.name for path in held[:5])
+            raise CacheMismatch(f"{root}: must be empty or a cache, holds {names}; pass another --out")
+
+
+def refuse_hopeless(root: Path) -> None:
+    """Raise OSError if there is no cache yet and this user may not write the folder. It needs no model."""
+    if not (root / PLAN).exists():
+        refuse_unwritable(root)
 
 
 def finished_cache(root: Path, plan: Plan, hooks: Sequence[HookSpec]) -> Cache | None:
@@ -95,14 +105,6 @@ def finished_cache(root: Path, plan: Plan, hooks: Sequence[HookSpec]) -> Cache |
     cache = open_cache(root)
     grown = cache.manifest.plan.sequences != plan.sequences
     return None if grown or not set(hooks) <= set(cache.manifest.hooks) else cache
-
-
-def release_slot(root: Path, journal: Journal) -> None:
-    """Give up the slot. The last writer to do so deletes the unfinished files of killed writers."""
-    with exclusive(root):
-        if len(active_writers(root)) == 1:  # this one
-            remove_leftovers(root)
-        journal.close()
 
 
 def missing_shards(

@@ -33,6 +33,7 @@ def relabel(path: str | Path, native: bool) -> int:
         CacheMismatch: the cache has no bfloat16 array.
         ManifestError: as for `open_cache`; also if a zarr.json has neither form. Then nothing is changed.
         CorruptShard: as for `open_cache`.
+        LocksMissing, OSError: as for `exclusive`, if a file has to change.
     """
     typed("relabel", "native", native, bool)
     cache = open_cache(path)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
-from actcache.files import local_path, naming, remove_leftovers, write_atomically
+from actcache.files import local_path, naming, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import token_arrays
 from actcache.format.codecs import codec, crc32c
@@ -48,8 +48,8 @@ from actcache.integrity.verify import (
 )
 from actcache.models.language_model import LanguageModel
 from actcache.store.cache import Cache
-from actcache.store.journal import Journal, active_writers, salvage
-from actcache.store.locks import exclusive
+from actcache.store.journal import Journal, active_writers, salvage, writers
+from actcache.store.locks import exclusive, may_write, remove_abandoned
 from actcache.store.shard import Shard
 from actcache.store.shard_file import chunk_slices, write_shard
 from actcache.store.statistics import partials_payload, statistics_payload
@@ -80,6 +80,8 @@ def repair(
 ) -> RepairReport:
     """Rebuild what `verify` calls damaged, and change nothing that is sound. An unfinished harvest is finished as well.
 
+    Meanwhile no other process can write the cache. A sound cache that this user may only read stays as it is.
+
     Args:
         path: the folder of the cache.
         load_model: gives the model that was harvested. It is called only if activations or documents have to be made
@@ -94,6 +96,8 @@ def repair(
         ManifestError: no manifest file tells what the cache should hold.
         CacheMismatch: the model or the dataset is not that of the cache, or its manifest files belong to two caches.
         CacheLocked: another process writes the cache.
+        LocksMissing: the file system has no locks.
+        OSError: something is damaged, and this user may not write the cache.
         DatasetError: the dataset is needed and cannot be found or read.
         ModelError: the model is needed and cannot be loaded.
         OSError: a file cannot be read or written. What cannot be read is not written again, for it may be sound.
@@ -108,13 +112,15 @@ def _repaired(
 ) -> RepairReport:
     if not (root / MANIFEST).is_dir():
         raise ManifestError(f"{root}: not a cache (no folder {MANIFEST}); make one with `actcache harvest`")
-    with exclusive(root):
-        if active_writers(root):
-            raise CacheLocked(f"{root}: other processes write this cache; wait for them")
+    if not may_write(root) and not verify(root, progress=_stage(progress, "verify")).problems:
+        return RepairReport(path=str(root), found=(), redone=(), problems=())
+    with exclusive(root, "repairs it"):
+        if slots := active_writers(root):
+            raise CacheLocked(f"{root}: other processes write this cache ({writers(root, slots)}); wait for them")
         plan, manifest, found = twins(root)
         found += [lost_lines(journal, numbers) for journal, numbers in salvage(root).items()]
-        with Journal(root) as journal:
-            remove_leftovers(root)
+        with Journal(root, what="repairs it") as journal:
+            remove_abandoned(root)
             plan, manifest, outdated = settled(root, plan, manifest)
             expected = ExpectedCache(root, plan, manifest, journal)
             found += [*outdated, *_Rebuilding(expected, load_model, dataset, progress).run()]

@@ -13,7 +13,7 @@ import zarr
 from zarr.buffer import cpu
 from zarr.storage import MemoryStore
 
-from actcache.errors import CorruptShard, ManifestError
+from actcache.errors import CorruptShard, LocksMissing, ManifestError
 from actcache.files import PARTIAL_SUFFIX, NoFile, contents, files_below, naming
 from actcache.flow import SPLITS
 from actcache.format.arrays import hook_arrays, token_arrays
@@ -265,7 +265,7 @@ def journal_problems(cache: Cache) -> Iterator[Problem]:
 
 def _strays(cache: Cache) -> Iterator[str]:
     """A note for each file in acts.zarr that no manifest names. No reader looks at these files."""
-    if active_writers(cache.path) or damaged_lines(cache.path):
+    if _may_be_written(cache) or damaged_lines(cache.path):
         return  # a shard is written before the line that describes it
     known = {*stored_files(cache.manifest), *zarr_files(cache), *_journalled_files(cache)}
     for path in files_below(cache.path / STORE):
@@ -273,6 +273,14 @@ def _strays(cache: Cache) -> Iterator[str]:
             continue
         whose = "a killed writer left it" if path.name.endswith(PARTIAL_SUFFIX) else "no manifest speaks of it"
         yield f"{path}: {whose}"
+
+
+def _may_be_written(cache: Cache) -> bool:
+    """Whether processes write the cache; True too where the file system has no locks to tell by."""
+    try:
+        return bool(active_writers(cache.path))
+    except LocksMissing:
+        return True
 
 
 def _journalled_files(cache: Cache) -> Iterator[str]:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from actcache.arguments import type_fields_
 from actcache.errors import CacheLocked, DatasetError
-from actcache.files import local_path, remove_leftovers, write_atomically
+from actcache.files import local_path, write_atomically
 from actcache.flow import SPLITS, ActivationBatch
 from actcache.format.codecs import codec
 from actcache.format.identity import FORMAT_VERSION
@@ -40,14 +40,14 @@ from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.encoder import ShardEncoder
 from actcache.harvesting.estimate import encoder_threads, expected_bytes, refuse_small_disk
 from actcache.harvesting.finalise import finalise
-from actcache.harvesting.plan import settle_plan, warn_of_empty_splits
-from actcache.harvesting.tasks import claim_slot, finished_cache, missing_shards, refuse_foreign_folder, release_slot
+from actcache.harvesting.plan import already_there, settle_plan, warn_of_empty_splits
+from actcache.harvesting.tasks import claim_slot, finished_cache, missing_shards, refuse_foreign_folder
 from actcache.harvesting.window import Window
 from actcache.models.hook_names import hooks_of
 from actcache.models.pretrained import name_of
 from actcache.store.cache import Cache, open_cache, sequence_reader
-from actcache.store.journal import active_writers, read_journals
-from actcache.store.locks import exclusive
+from actcache.store.journal import active_writers, read_journals, writers
+from actcache.store.locks import exclusive, remove_abandoned
 from actcache.store.shard import Shard
 from actcache.text.packing import PackedSequence, split_of
 from actcache.text.sources import DatasetSource
@@ -115,15 +115,19 @@ def import_cache(
         holdout=config.holdout,
     )
     hooks = [HookSpec(hook_name=name, d_in=d_in, dtype=dtype) for name, d_in in arrow.widths.items()]
+    cache = already_there(root, _identity(arrow, config, settings), settings.tokens, hooks)
+    if cache is not None:
+        remove_abandoned(root)
+        return cache
     journal, plan = claim_slot(root, 0, partial(_begun, root, arrow, config, settings))
     with journal:
         if finished_cache(root, plan, hooks) is None:
             origin = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
             write_atomically(root / ORIGIN, [json.dumps({"model": origin, "revision": None, "dataset": None}).encode()])
             _write_shards(root, plan, hooks, arrow, settings, journal.append, progress)
-            with exclusive(root):
+            with exclusive(root, "finalises"):
                 finalise(root, plan, read_journals(root))
-        release_slot(root, journal)
+        remove_abandoned(root)
     return open_cache(root)
 
 
@@ -200,13 +204,12 @@ def _hook_name(column: str, model: str) -> str:
 
 
 def _begun(root: Path, arrow: ArrowRows, config: ArrowImport, settings: HarvestConfig) -> Plan:
-    """Settle the plan, and delete the files that killed writers left. Raises CacheLocked if other processes write."""
-    if active_writers(root) != {0}:
-        raise CacheLocked(f"{root}: other processes write this cache; wait for them")
+    """Settle the plan. Raises CacheLocked if other processes write."""
+    if others := active_writers(root) - {0}:
+        raise CacheLocked(f"{root}: other processes write this cache ({writers(root, others)}); wait for them")
     sequences = arrow.sequences(seed=config.seed, holdout=config.holdout)
     plan = settle_plan(root, _identity(arrow, config, settings), sequences, settings, max(arrow.widths.values()))
     warn_of_empty_splits(root, plan)
-    remove_leftovers(root)
     return plan
 
 

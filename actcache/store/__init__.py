@@ -19,6 +19,7 @@ Public:
     journal.read_journals: every finished shard on record
     journal.salvage: journals rewritten without damaged lines
     locks.exclusive: one process at a time changes a cache
+    locks.without_locks: no lock is taken, for who is alone
     statistics.statistics_payload: the statistics file of a hook
     zarr_metadata.make_store: every zarr.json, made in memory
     zarr_metadata.write_metadata: every zarr.json, written

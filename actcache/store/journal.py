@@ -1,36 +1,50 @@
 """Journals: the records of finished shards.
 
 Each writer appends to a journal of its own and holds its lock meanwhile; the number of the journal is the writer's
-slot.
+slot. A file that is not named as a journal is none, and is ignored.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from actcache.errors import CacheLocked, ManifestError
-from actcache.files import contents, listed, make_folder, naming, sync_folder, write_atomically
+from actcache.files import contents, entries, listed, make_folder, naming, sync_folder, write_atomically
 from actcache.format.paths import EXCLUSIVE_LOCK, MANIFEST
 from actcache.format.records import ShardRecord, shard_record
 from actcache.format.seal import MALFORMED, seal, unseal
-from actcache.store.locks import is_at, is_held, try_lock
+from actcache.store.locks import holder, is_at, is_held, note_holder, try_lock
+
+NAME = re.compile(r"writer-([0-9]{2}|[1-9][0-9]{2,})\.jsonl")
 
 
 class Journal:
-    """manifest/writer-NN.jsonl, open for appending under an exclusive flock. It has one sealed line for each shard."""
+    """manifest/writer-NN.jsonl, open for appending under an exclusive flock. It has one sealed line for each shard.
 
-    def __init__(self, root: Path, slot: int = 0):
+    writer-NN.lock beside it has the note that says who holds the lock.
+    """
+
+    def __init__(self, root: Path, slot: int = 0, what: str = "harvests"):
         """Take the lock of the slot, and cut off a last line that is torn.
 
-        Raises CacheLocked if another process holds the lock, ManifestError if a line before the last is damaged.
+        Args:
+            root: the folder of the cache.
+            slot: number of the slot.
+            what: what this process does, for the note.
+
+        Raises:
+            CacheLocked: another process holds the lock.
+            LocksMissing: the file system has no locks.
+            ManifestError: a line before the last is damaged.
         """
-        self.path = root / MANIFEST / f"writer-{slot:02d}.jsonl"
+        self.path = _journal(root, slot)
         make_folder(self.path.parent)
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by close(), with the lock
         try:
@@ -40,6 +54,8 @@ class Journal:
             _, n_bytes = _read(self.path)
             if n_bytes < self.path.stat().st_size:
                 self._file.truncate(n_bytes)
+            with suppress(OSError), open(_note(self.path), "ab") as note:
+                note_holder(note.fileno(), what)
         except BaseException:
             self._file.close()
             raise
@@ -57,21 +73,23 @@ class Journal:
             raise
 
     def discard(self) -> None:
-        """Remove this journal, its lock file and their folders, if the cache has nothing else.
+        """Remove this journal, the lock files and their folders, if the cache has nothing else.
 
         The caller holds `exclusive`.
         """
         folder = self.path.parent
-        lock = folder.parent / EXCLUSIVE_LOCK
-        if {*folder.iterdir()} == {self.path, lock} and [*folder.parent.iterdir()] == [folder]:
-            self.path.unlink()
-            lock.unlink()
+        locks = [path for path in entries(folder) if path != self.path]
+        if all(map(_is_lock, locks)) and entries(folder.parent) == [folder]:
+            for path in (self.path, *sorted(locks, key=lambda path: path.name == Path(EXCLUSIVE_LOCK).name)):
+                path.unlink()
             with suppress(OSError):  # another process may begin a cache here
                 folder.rmdir()
                 folder.parent.rmdir()
 
     def close(self) -> None:
         """Close the file, which releases the lock."""
+        with suppress(OSError):
+            _note(self.path).unlink()
         self._file.close()
 
     def __enter__(self) -> Journal:
@@ -115,9 +133,9 @@ def salvage(root: Path) -> dict[Path, list[int]]:
     """
     found = damaged_lines(root)
     for path in found:
-        with open(path, "rb") as file:
+        with open(path, "r+b") as file:  # NFS locks only what may be written
             if not try_lock(file.fileno(), fcntl.LOCK_EX):
-                raise CacheLocked(f"{path}: another process writes this damaged journal; wait for it")
+                raise CacheLocked(f"{path}: {holder(_note(path))} writes this damaged journal; wait for it")
             write_atomically(path, [line for line, record in _parsed(path) if record is not None])
     return found
 
@@ -133,24 +151,42 @@ def active_writers(root: Path) -> set[int]:
     return {slot for path, slot in _journals(root).items() if is_held(path)}
 
 
+def writers(root: Path, slots: Collection[int]) -> str:
+    """Who holds these slots, in words."""
+    return ", ".join(holder(_note(_journal(root, slot))) for slot in sorted(slots))
+
+
 def was_begun(root: Path) -> bool:
     """Whether a harvest was ever begun here.
 
-    A harvest that is killed at once leaves an empty folder for journals, or one with the lock file alone.
+    A harvest that is killed at once leaves an empty folder for journals, or one with lock files alone.
     """
     folder = root / MANIFEST
-    if [*root.iterdir()] == [folder] and folder.is_dir():
-        return set(folder.iterdir()) <= {root / EXCLUSIVE_LOCK} or bool(_journals(root))
+    if entries(root) == [folder] and folder.is_dir() and all(map(_is_lock, entries(folder))):
+        return True
     return bool(_journals(root))
 
 
+def _journal(root: Path, slot: int) -> Path:
+    return root / MANIFEST / f"writer-{slot:02d}.jsonl"
+
+
 def _journals(root: Path) -> dict[Path, int]:
-    paths = [path for path in listed(root / MANIFEST) if path.match("writer-*.jsonl")]
-    return {path: int(path.stem.removeprefix("writer-")) for path in paths}
+    """Journal -> its slot. A copy such as writer-00.bak.jsonl is no journal."""
+    named = {path: NAME.fullmatch(path.name) for path in listed(root / MANIFEST)}
+    return {path: int(match[1]) for path, match in named.items() if match}
+
+
+def _note(journal: Path) -> Path:
+    return journal.with_suffix(".lock")
+
+
+def _is_lock(path: Path) -> bool:
+    return path.suffix == ".lock"
 
 
 def _held_by_another(root: Path, slot: int) -> CacheLocked:
-    return CacheLocked(f"{root}: another process is writing this cache as worker {slot}; wait for it")
+    return CacheLocked(f"{root}: {writers(root, [slot])} is writing this cache as worker {slot}; wait for it")
 
 
 def _read(path: Path) -> tuple[list[ShardRecord], int]:

@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import os
 import re
 import socket
@@ -9,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.no_locks import forbid_locks
 from support.places import CHILD
 from support.strangers import as_another_user, only_root
 from support.surroundings import ERRNOS, FailingCalls, as_nobody, cache_of_nobody, descriptors
@@ -125,10 +125,7 @@ def test_what_is_no_leftover_stays(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_without_locks_files_are_written_and_leftovers_go_only_where_nobody_else_writes(tmp_path, monkeypatch, code):
-    def no_locks(descriptor, kind):
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+    forbid_locks(monkeypatch, tmp_path, code)
     write_atomically(tmp_path / "file", [b"whole"])
     (tmp_path / ".0.abc.partial").touch()
     remove_leftovers(tmp_path)

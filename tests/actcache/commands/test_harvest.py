@@ -2,7 +2,9 @@ import json
 
 import pytest
 from support.command_line import actcache
+from support.no_locks import forbid_locks
 from support.remote_code import RemoteCode
+from support.strangers import as_another_user, only_root
 from support.tiny_caches import HOOKS, promised_files
 
 
@@ -31,9 +33,31 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(command, tiny_cach
 
 def test_workers_finish_it_together(command, tiny_cache, tmp_path):
     out = ["--out", tmp_path / "c"]
-    assert "is finished" not in actcache(*command, *out, "--worker", "1/2").stderr
+    said = actcache(*command, *out, "--worker", "1/2").stderr
+    assert "harvest: worker 1 of 2 (--worker) takes one of 2 shards" in said.splitlines()
+    assert "is finished" not in said
     assert "is finished" in actcache(*command, *out, "--worker", "0/2").stderr
     assert promised_files(tmp_path / "c") == promised_files(tiny_cache.path)
+
+
+def test_without_locks_it_ends_in_one_line_and_goes_on_with_no_lock(command, tiny_cache, tmp_path, monkeypatch):
+    forbid_locks(monkeypatch, tmp_path)
+    out = ["--out", tmp_path / "c"]
+    (line,) = actcache(*command, *out, code=1).stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}/c/manifest/settling.lock: the file system must have locks, it says")
+    said = actcache(*command, *out, "--no-lock").stderr
+    assert f"{tmp_path}/c: no lock is taken; no other process may write here until this command ends" in said
+    assert promised_files(tmp_path / "c") == promised_files(tiny_cache.path)
+    said = actcache(*command, *out, "--no-lock", "--worker", "0/2", code=2).stderr
+    assert "--no-lock is for one process alone, got worker 0/2" in said
+
+
+@only_root
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(command, tmp_path):
+    with as_another_user(tmp_path):
+        (line,) = actcache(*command, "--model", "/nowhere", "--out", tmp_path / "a" / "c", code=1).stderr.splitlines()
+    assert line.startswith("error: [Errno 13] Permission denied: this has to write the cache")
+    assert line.endswith(f"'{tmp_path}/a/c'")
 
 
 @pytest.mark.parametrize(

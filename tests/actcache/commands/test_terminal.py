@@ -1,6 +1,7 @@
 """Help that is quick and whole, --debug at any place, memory that is out, and which process of several this is."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -167,24 +168,70 @@ def test_the_shell_completes_commands():
     assert done.stdout.split() == ["export", "export-cache"], done.stderr
 
 
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+NO_STEPS = ("", "batch", "extern", "4294967290", "4294967291", "4294967292")  # interactive, batch script, extern
+
+
 @pytest.mark.parametrize(
     ("share", "environment", "worker"),
     [
         (None, {}, (0, 1)),
         ("2/4", {"RANK": "0", "WORLD_SIZE": "8"}, (2, 4)),
         (None, {"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
-        (None, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2)),
+        (None, {"RANK": "3"}, (0, 1)),
+        (None, {"RANK": "3", **STEP}, (1, 2)),
+        (None, STEP, (1, 2)),
+        (None, {**STEP, "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+        (None, {"RANK": "0", "WORLD_SIZE": "1", **STEP}, (0, 1)),
+        *((None, {**STEP, "SLURM_STEP_ID": step}, (0, 1)) for step in NO_STEPS),
+        (None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (0, 1)),  # a batch script
     ],
+    ids=str,
 )
-def test_the_worker_is_the_option_or_what_the_launcher_says(share, environment, worker, monkeypatch):
+def test_the_worker_is_the_option_or_what_the_launcher_says(share, environment, worker, monkeypatch, capsys):
     from actcache.commands.terminal import this_worker
 
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    _set_environment(monkeypatch, environment)
+    found = this_worker(share)
+    assert (found.index, found.count) == worker
+    said = capsys.readouterr().err
+    assert ("worker {} of {} (".format(*worker) in said) == (worker[1] > 1)
+    assert ("srun did not start this process: it takes every shard" in said) == (
+        share is None and worker == (0, 1) and "SLURM_NTASKS" in environment and "WORLD_SIZE" not in environment
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "device"),
+    [
+        ({}, "auto"),
+        ({"LOCAL_RANK": "3"}, "cuda:1"),
+        ({"LOCAL_RANK": "x"}, "auto"),
+        ({"SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}, "cuda:1"),
+        *(({"SLURM_LOCALID": "1", "SLURM_STEP_ID": step}, "auto") for step in NO_STEPS),
+        ({"SLURM_LOCALID": "1"}, "auto"),
+    ],
+    ids=str,
+)
+def test_each_process_that_a_launcher_started_takes_a_gpu_of_its_own(environment, device, monkeypatch):
+    import torch
+
+    from actcache.commands.terminal import local_device
+
+    _set_environment(monkeypatch, environment)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert local_device("auto", None) == device
+    assert local_device("cpu", None) == "cpu"
+    assert local_device("auto", "auto") == "auto"
+
+
+def _set_environment(monkeypatch, environment):
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found = this_worker(share)
-    assert (found.index, found.count) == worker
 
 
 @pytest.mark.parametrize("share", ["4/4", "1", "1/", "a/b", "-1/2"])

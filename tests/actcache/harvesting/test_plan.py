@@ -1,7 +1,8 @@
 import logging
+import shutil
 
 import pytest
-from support.tiny_caches import HOOKS, harvest_tiny
+from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 from support.tiny_models import TEXT
 
 from actcache.errors import CacheMismatch
@@ -60,3 +61,22 @@ def test_an_empty_train_split_is_said(tiny_model, tmp_path, caplog):
     """The one document is held out."""
     n_train, _, said = harvest_one(tiny_model, one_document(tmp_path), tmp_path / "c", caplog, holdout=0.999)
     assert (n_train, "train split is empty" in said, "smaller --holdout" in said) == (0, True, True)
+
+
+@pytest.mark.parametrize("gap", [(), (0,), (0, 1), (1,)], ids=str)
+def test_unplanned_sequences_go_though_a_kill_left_a_gap(tiny_model, tiny_texts, sound, tmp_path, gap, small_chunks):
+    """A run that asked for more tokens was killed, and so was the one that removed its shards."""
+    from support.repairs import SETTINGS
+
+    root = shutil.copytree(sound["lossless"], tmp_path / "c")
+    (root / "manifest" / "cache.json").unlink()
+    ids = root / "acts.zarr" / "train" / "sequences" / "id" / "c"
+    planned = len(list(ids.iterdir()))
+    for extra in {0, 1, 2, 3} - {*gap}:
+        shutil.copytree(ids / "0", ids / f"{planned + extra}")
+    for stray in ("01", "x", ".DS_Store"):
+        (ids / stray).touch()
+    harvest_tiny(tiny_model, tiny_texts, root, **SETTINGS)
+    for stray in ("01", "x", ".DS_Store"):
+        (ids / stray).unlink()
+    assert promised_files(root) == promised_files(sound["lossless"])

@@ -1,17 +1,22 @@
 """A cache that grows, is shared by several processes, or is asked for again: who harvests which shards."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.no_locks import forbid_locks
+from support.strangers import as_another_user, only_root
 from support.tiny_caches import HOOKS, TOKENS, harvest_tiny, promised_files
 
-from actcache.errors import CacheLocked, CacheMismatch, ConfigError, DatasetError, ManifestError
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError, DatasetError, LocksMissing, ManifestError
 from actcache.integrity.verify import verify
 from actcache.store.cache import open_cache
 from actcache.store.journal import Journal
+from actcache.store.locks import without_locks
 
 
 @pytest.mark.parametrize("first", [16, 1000, 1111, 1984])
@@ -37,12 +42,43 @@ def test_a_hook_added_after_growth_is_the_one_harvested_at_once(tiny_model, tiny
 
 def test_asked_again_or_for_less_it_does_nothing(tiny_model, tiny_texts, tmp_path):
     root = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=1000).path
+    (root / "log" / ".harvest.json.abc.partial").touch()  # of a killed harvest
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+    del before[root / "log" / ".harvest.json.abc.partial"]
     for tokens in (1000, 500):
         assert harvest_tiny(tiny_model, tiny_texts, root, tokens=tokens, hook_names=HOOKS[1:]).n_rows() > 0
-    after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    locks = {root / "manifest" / "settling.lock"}
-    assert {path for path in after if after[path] != before.get(path)} <= locks
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == before
+
+
+@only_root
+def test_a_finished_cache_of_another_user_is_there_and_nothing_more_is_written(
+    tiny_model, tiny_texts, tmp_path, monkeypatch
+):
+    texts = shutil.copy(tiny_texts, tmp_path)
+    root = harvest_tiny(tiny_model, texts, tmp_path / "c", tokens=1000, hook_names=HOOKS[1:]).path
+    (root / "log" / ".harvest.json.abc.partial").touch()
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    monkeypatch.setattr("actcache.harvesting.run.packed_sequences", None)
+    with as_another_user(root):
+        assert harvest_tiny(tiny_model, texts, root, tokens=1000, hook_names=HOOKS[1:]).n_rows() > 0
+        for more in ({"tokens": 1000}, {"tokens": 1100, "hook_names": HOOKS[1:]}):
+            with pytest.raises(PermissionError, match=rf"this has to write the cache; .*: '{root}'$"):
+                harvest_tiny(tiny_model, texts, root, **more)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+
+def test_where_there_are_no_locks_only_what_is_finished_is_found(tiny_model, tiny_texts, tmp_path, whole, monkeypatch):
+    forbid_locks(monkeypatch, tmp_path)
+    with pytest.raises(LocksMissing, match="pass --no-lock"):
+        harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=TOKENS)
+    with without_locks():
+        harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=1000)
+        (tmp_path / "c" / "log" / ".harvest.json.abc.partial").touch()
+        cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=TOKENS)
+    assert promised_files(cache.path) == promised_files(whole.path)
+    assert not list(cache.path.rglob("*.partial"))
+    assert harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=TOKENS).fingerprint == whole.fingerprint
+    assert verify(cache.path).problems == verify(cache.path).notes == ()
 
 
 # --- several processes ---
@@ -110,7 +146,9 @@ def test_a_worker_alone_leaves_the_rest_and_says_so(tiny_model, tiny_texts, tmp_
     arguments = (tiny_model, DatasetSource(path=str(tiny_texts)), config, tmp_path / "c")
     with caplog.at_level("INFO", "actcache"):
         assert harvest_share(*arguments, Worker(index=1, count=2)) is None
-    assert "other workers owe" in caplog.text
+    assert re.search(
+        r"this worker is done; other workers owe \d+ shards, the last of them finalises$", caplog.messages[-1]
+    )
     with pytest.raises(ManifestError, match="unfinished"):
         open_cache(tmp_path / "c")
     cache = harvest_share(*arguments, Worker(index=0, count=2))
@@ -123,7 +161,7 @@ def test_who_may_write_beside_whom(tiny_model, tiny_texts, tmp_path):
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=500)
     harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=500)
     with Journal(tmp_path / "c", 0), pytest.raises(CacheLocked, match="as worker 0; wait for it"):
-        harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=500)
+        harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=600)
     from actcache.harvesting.tasks import Worker
 
     with pytest.raises(ConfigError, match=r"0 <= i < n, got 2/2"):
@@ -134,6 +172,20 @@ def test_a_failed_start_leaves_nothing_behind(tiny_model, tiny_texts, tmp_path):
     with pytest.raises(DatasetError, match="tokens asked"):
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=10**7)
     assert not (tmp_path / "c").exists()
+
+
+DROPPED = (".DS_Store", "._texts", "Thumbs.db", "desktop.ini", ".nfs0000000001", "lost+found", ".Trash-1000", "@eaDir")
+
+
+def test_a_folder_that_holds_what_systems_drop_is_empty(tiny_model, tiny_texts, tmp_path):
+    for name in DROPPED:
+        (tmp_path / name).touch()
+    with pytest.raises(DatasetError, match="tokens asked"):
+        harvest_tiny(tiny_model, tiny_texts, tmp_path, tokens=10**7)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(DROPPED), "what was begun is removed again"
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / ".DS_Store").touch()
+    assert harvest_tiny(tiny_model, tiny_texts, tmp_path, tokens=500).n_rows() > 0
 
 
 def test_a_folder_of_something_else_is_left_alone(tiny_model, tiny_texts, tmp_path):

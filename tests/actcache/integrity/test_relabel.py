@@ -14,14 +14,18 @@ import pytest
 import tensorstore
 import torch
 import zarr
+from support.no_locks import forbid_locks
+from support.repairs import stamps
+from support.strangers import as_another_user, only_root
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 
-from actcache.errors import CacheMismatch, ManifestError
+from actcache.errors import CacheMismatch, LocksMissing, ManifestError
 from actcache.flow import SPLITS
 from actcache.integrity.relabel import relabel
 from actcache.integrity.repair import repair
 from actcache.integrity.verify import verify
 from actcache.store.cache import open_cache
+from actcache.store.locks import without_locks
 
 N_FILES = len(SPLITS) * len(HOOKS)  # one bfloat16 array of each hook in each split
 PLAIN_ZARR = """
@@ -240,3 +244,22 @@ def bfloat16_types(root):
 
 def refuse_to_load(compute):
     raise AssertionError("no activation is damaged")
+
+
+@only_root
+def test_a_cache_of_another_user_is_refused_before_anything_changes(copied):
+    before = stamps(copied)
+    with as_another_user(copied):
+        assert relabel(copied, native=False) == 0
+        with pytest.raises(PermissionError, match=rf"this has to write the cache; .*: '{copied}'$"):
+            relabel(copied, native=True)
+    assert stamps(copied) == before
+
+
+def test_without_locks_a_change_is_refused(copied, monkeypatch):
+    forbid_locks(monkeypatch, copied)
+    assert relabel(copied, native=False) == 0
+    with pytest.raises(LocksMissing, match="pass --no-lock"):
+        relabel(copied, native=True)
+    with without_locks():
+        assert relabel(copied, native=True) == N_FILES

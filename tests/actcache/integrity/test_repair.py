@@ -1,9 +1,11 @@
 """A repaired cache is the cache that it was, byte for byte, and only what was damaged has been written."""
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,12 +25,14 @@ from support.damages import (
 )
 from support.places import CHILD
 from support.repairs import SETTINGS, changed, no_model, repaired, stamps
+from support.strangers import as_another_user, only_root
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
 from actcache.integrity.verify import verify
 from actcache.store.cache import open_cache
 from actcache.store.journal import Journal
+from actcache.store.locks import exclusive
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
 
@@ -225,6 +229,43 @@ def test_a_cache_that_is_being_written_is_refused(copied):
         with Journal(copied, slot), pytest.raises(CacheLocked, match="other processes write this cache"):
             repair(copied, no_model)
     assert not (copied / PLAN).exists()
+
+
+def test_others_wait_for_a_repair_and_say_so(tiny_model, copied, caplog):
+    hook_damages("acts")["acts flipped"].to(copied)
+    waiting = []
+
+    def loaded(compute):
+        waiting.append(threading.Thread(target=exclusive(copied, "settles the plan").__enter__))
+        waiting[0].start()
+        waiting[0].join(2)
+        assert waiting[0].is_alive(), "the repair has the cache for itself"
+        return tiny_model
+
+    repaired(copied, loaded)
+    waiting[0].join(20)
+    assert not waiting[0].is_alive()
+    assert [line for line in caplog.messages if f"waits for process {os.getpid()} on" in line and "(repairs it" in line]
+
+
+@only_root
+def test_a_cache_of_another_user_is_looked_at_and_refused_where_it_is_damaged(copied):
+    from actcache.integrity.repair import repair
+
+    before = stamps(copied)
+    with as_another_user(copied):
+        report = repair(copied, no_model)
+        assert (report.found, report.redone, report.problems) == ((), (), ())
+        assert verify(copied).problems == ()
+    assert stamps(copied) == before
+    hook_damages("acts")["acts flipped"].to(copied)
+    before = stamps(copied)
+    with (
+        as_another_user(copied),
+        pytest.raises(PermissionError, match=rf"this has to write the cache; .*: '{copied}'$"),
+    ):
+        repair(copied, no_model)
+    assert stamps(copied) == before
 
 
 KILLER = """

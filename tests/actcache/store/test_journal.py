@@ -1,4 +1,5 @@
 import os
+import platform
 import shutil
 
 import pytest
@@ -9,7 +10,8 @@ from support.tiny_caches import harvest_tiny, promised_files
 
 from actcache.errors import CacheLocked, ManifestError
 from actcache.store.cache import open_cache
-from actcache.store.journal import Journal, read_journals
+from actcache.store.journal import Journal, active_writers, read_journals, was_begun
+from actcache.store.locks import exclusive
 
 
 def test_a_folder_that_may_not_be_listed_is_not_one_without_journals(tiny_cache):
@@ -42,7 +44,9 @@ def test_a_damaged_line_is_an_error(tiny_model, tiny_texts, tiny_cache, tmp_path
 
 
 def test_two_writers_get_one_clear_line(tiny_model, tiny_texts, tmp_path):
-    with Journal(tmp_path / "c"), pytest.raises(CacheLocked, match="another process is writing"):
+    holder = rf"process {os.getpid()} on {platform.node()} \(harvests, since 2[-0-9: +]+\)"
+    line = rf"{tmp_path}/c: {holder} is writing this cache as worker 0; wait for it"
+    with Journal(tmp_path / "c"), pytest.raises(CacheLocked, match=f"^{line}$"):
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c")
 
 
@@ -55,7 +59,7 @@ def test_a_lock_on_a_journal_that_was_replaced_is_no_lock(tmp_path, monkeypatch)
     path, real = tmp_path / JOURNAL, fcntl.flock
 
     def replaced_meanwhile(descriptor, kind):
-        monkeypatch.setattr(fcntl, "flock", real)
+        monkeypatch.undo()
         write_atomically(path, [path.read_bytes()])
         return real(descriptor, kind)
 
@@ -72,6 +76,35 @@ def test_a_damaged_journal_that_is_being_written_is_left_alone(copied):
     with Journal(copied):
         flip(copied / JOURNAL)
         before = stamps(copied)
-        with pytest.raises(CacheLocked, match="another process writes this damaged journal"):
+        with pytest.raises(CacheLocked, match="writes this damaged journal; wait for it"):
             salvage(copied)
         assert stamps(copied) == before
+
+
+def test_what_is_not_named_as_a_journal_is_none(tiny_cache, tmp_path):
+    root = shutil.copytree(tiny_cache.path, tmp_path / "c")
+    strays = ("00.bak", "0", "007", "-1", "x", "00 (1)", "\u0661\u0662", "")
+    for stray in strays:
+        (root / "manifest" / f"writer-{stray}.jsonl").write_bytes(b"not a line\nof a journal\n")
+    (root / "manifest" / "._writer-00.jsonl").touch()
+    assert read_journals(root) == read_journals(tiny_cache.path)
+    assert active_writers(root) == set()
+    with Journal(root, 123), Journal(root, 7):
+        assert active_writers(root) == {7, 123}
+
+
+def test_a_journal_and_its_note_go_where_nothing_was_begun(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / ".DS_Store").touch()
+    assert not was_begun(tmp_path / "c")
+    with exclusive(tmp_path / "c"), Journal(tmp_path / "c") as journal:
+        assert was_begun(tmp_path / "c")
+        journal.discard()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == [".DS_Store"]
+
+
+def test_a_cache_that_was_killed_at_once_was_begun(tmp_path):
+    for name in ("settling.lock", "writer-00.lock"):
+        (tmp_path / "manifest").mkdir(exist_ok=True)
+        (tmp_path / "manifest" / name).touch()
+        assert was_begun(tmp_path)

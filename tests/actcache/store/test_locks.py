@@ -1,12 +1,28 @@
+import errno
 import fcntl
 import os
+import platform
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from support.no_locks import forbid_locks
+from support.strangers import as_another_user, only_root
 
-from actcache.store.locks import PROBE_SECONDS, exclusive, is_at, is_held, try_lock
+from actcache.errors import LocksMissing
+from actcache.store.locks import (
+    PROBE_SECONDS,
+    exclusive,
+    holder,
+    is_at,
+    is_held,
+    may_write,
+    note_holder,
+    refuse_unwritable,
+    try_lock,
+    without_locks,
+)
 
 
 def test_settling_waits_for_the_one_before(tmp_path):
@@ -76,3 +92,93 @@ def test_a_file_that_was_replaced_or_removed_is_another(two):
     assert not is_at(path, mine)
     path.unlink()
     assert not is_at(path, mine)
+
+
+def test_whoever_waits_says_once_for_whom(tmp_path, caplog):
+    order = []
+    with exclusive(tmp_path, "repairs it"):
+        thread = threading.Thread(target=lambda: order.append(_settled(tmp_path)))
+        thread.start()
+        thread.join(0.5)
+        assert caplog.messages == [], "it may be over in a moment"
+        thread.join(1.5)
+    thread.join(10)
+    (line,) = caplog.messages
+    lock = tmp_path / "manifest" / "settling.lock"
+    assert line.startswith(f"{lock}: waits for process {os.getpid()} on {platform.node()} (repairs it, since 2")
+    assert order == [True]
+
+
+def test_a_note_is_of_the_last_holder_and_never_fails(tmp_path):
+    path = tmp_path / "lock"
+    with open(path, "ab") as file:
+        assert holder(path) == "another process"
+        for what in ("does something that takes long to say", "trains"):
+            note_holder(file.fileno(), what)
+        assert f"process {os.getpid()} on " in holder(path)
+        assert holder(path).count("process") == 1
+    with open(path, "rb") as file:
+        note_holder(file.fileno(), "may not write")
+    assert "(trains, since" in holder(path)
+    path.write_bytes(b"\xff\x00" * 1000)
+    assert len(holder(path)) < 1000
+    assert holder(tmp_path / "missing") == "another process"
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+
+
+@pytest.fixture(params=NO_LOCKS, ids=errno.errorcode.get)
+def no_locks(request, monkeypatch, tmp_path):
+    """A file system that has no locks."""
+    forbid_locks(monkeypatch, tmp_path, request.param)
+    return os.strerror(request.param)
+
+
+def test_where_there_are_no_locks_it_is_said_and_the_way_out(tmp_path, no_locks):
+    line = rf"^{tmp_path}/\S+: the file system must have locks, it says: {no_locks}; pass --no-lock .* no other process"
+    with pytest.raises(LocksMissing, match=line), exclusive(tmp_path):
+        pytest.fail("not locked")
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(LocksMissing, match=line):
+        is_held(path)
+    with open(path, "ab") as file, pytest.raises(LocksMissing, match=line):
+        try_lock(file.fileno(), fcntl.LOCK_EX)
+
+
+def test_nothing_is_locked_for_who_knows_that_nobody_else_writes(tmp_path, no_locks):
+    path = tmp_path / "file"
+    path.touch()
+    with without_locks(), exclusive(tmp_path), open(path, "ab") as file:
+        assert try_lock(file.fileno(), fcntl.LOCK_EX)
+        assert not is_held(path)
+    with pytest.raises(LocksMissing):
+        is_held(path)
+
+
+def test_another_error_of_a_lock_stays_what_it_is(tmp_path, monkeypatch):
+    forbid_locks(monkeypatch, tmp_path, errno.EIO)
+    with (
+        pytest.raises(OSError, match=rf"put error: .{tmp_path}/manifest/settling\.lock"),
+        exclusive(tmp_path),
+    ):
+        pytest.fail("not locked")
+
+
+@only_root
+@pytest.mark.parametrize("made", ["", "manifest", "manifest/settling.lock"])
+def test_a_cache_of_another_user_is_refused_by_its_name(tmp_path, made):
+    if made:
+        (tmp_path / "manifest").mkdir()
+    if made.endswith("lock"):
+        (tmp_path / made).touch()
+    line = rf"\[Errno 13\] Permission denied: this has to write the cache; let its owner .*: '{tmp_path}'$"
+    assert may_write(tmp_path)
+    with as_another_user(tmp_path):
+        with pytest.raises(PermissionError, match=line), exclusive(tmp_path):
+            pytest.fail("not locked")
+        with pytest.raises(PermissionError, match=line):
+            refuse_unwritable(tmp_path)
+        with pytest.raises(PermissionError, match="this has to write the cache"):
+            refuse_unwritable(tmp_path / "not" / "there")
