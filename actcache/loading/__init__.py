@@ -10,6 +10,7 @@ Public:
     loader.GROUP_CHUNKS: chunks that are shuffled together
     mixture.Mixture: shuffled batches of several caches
     stream.RowStream: the rows of one cache in order
+    stream.hook_bytes: memory that reading a hook takes
     stream.StreamConfig: what is served, in which order
     filters.RowFilter: which rows of a split are served
     order.EpochOrder: the order of one cache's rows

@@ -19,6 +19,7 @@ from jaxtyping import Int32, Int64
 from actcache.arguments import type_fields_
 from actcache.errors import ConfigError
 from actcache.flow import HOLD_OUT_MORE, SPLITS, Batch
+from actcache.format.dtypes import TORCH_DTYPE
 from actcache.loading.buffers import DECODE_THREADS, DeviceBuffers, GroupBuffer, HookBuffers, HostBuffers, will_need
 from actcache.loading.filters import RowFilter
 from actcache.loading.order import EpochOrder
@@ -27,6 +28,7 @@ from actcache.store.cache import Cache, sequence_reader
 from actcache.store.reader import HookReader
 
 GROUP_CHUNKS = 64
+ORDER_BYTES = 80  # of a row in a group: its number, its place and its token fields
 TOKEN_FIELDS = ("id", "document", "sequence", "position")
 
 
@@ -83,6 +85,18 @@ class StreamConfig:
             positions=self.positions,
             max_norm_ratio=self.max_norm_ratio,
         )
+
+
+def hook_bytes(cache: Cache, split: str, hook_name: str, *, batch_rows: int, group_chunks: int = GROUP_CHUNKS) -> int:
+    """The most memory that a stream of these rows takes for one hook: its buffers and the order of their rows.
+
+    Three groups of rows may be there at once, with the row numbers and fields of two. Beside them there are a chunk for
+    each thread that decodes, and a batch that lies in two groups.
+    """
+    chunk_rows, hook = cache.manifest.chunk_rows, cache.hook(hook_name)
+    group_rows = min(group_chunks, -(-cache.n_rows(split) // chunk_rows)) * chunk_rows
+    row_bytes, loose_rows = hook.d_in * TORCH_DTYPE[hook.dtype].itemsize, DECODE_THREADS * chunk_rows + batch_rows
+    return (3 * group_rows + loose_rows) * row_bytes + 2 * ORDER_BYTES * group_rows + cache.n_rows(split) // 8
 
 
 class RowStream:

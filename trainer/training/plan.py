@@ -1,24 +1,37 @@
 """What a sweep will take, before it starts: its parameters, memory and FLOPs, and how many passes over the cache.
 
-The memory is an upper bound of what the steps add to the process on the device that trains. It leaves out what an SAE
-takes once: a sample of rows for its first b_enc, and one float64 matrix for its export.
+The memory is an upper bound of what the steps, their log and their evaluations add to the process on the device that
+trains. It leaves out what an SAE takes once: a sample of rows for its first b_enc, and one float64 matrix for its
+export.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from actcache.errors import ConfigError
+from actcache.loading import loader
+from actcache.loading.stream import hook_bytes
 from actcache.machine import memory_room
-from trainer.config.settings import TOPK_FAMILY, SAEConfig
+from actcache.store.cache import Cache
+from trainer.config.settings import BATCH_FAMILY, TOPK_FAMILY, SAEConfig, TrainConfig
 from trainer.kernels.active import Workspace
-from trainer.kernels.select import topk_chunk_rows
+from trainer.kernels.select import topk_chunk_rows, with_margin
+from trainer.training import validation
 from trainer.training.step import initial_state, train_step
 
 LOADER_BYTES = 640 << 20  # of one hook: three groups of at most 144 MiB, and the row numbers of two of them
 FREE_SHARE = 0.8  # the share of the free memory that training may use
+# Matrices [batch, d_sae] of float32 that one step holds at once, if its pass is dense: measured, and a quarter more.
+DENSE_MATRICES = {"jumprelu": 6.5, "gated": 8.5}
+OTHER_DENSE_MATRICES, TANH_MATRICES = 4.5, 7.5
+LOGGED_ROWS = 8  # reconstructions [batch, d_out] of float32 at once: a step has fewer, its log has float64 ones
+PREFIX_ROWS = 6  # the same for each prefix of a Matryoshka SAE
+ENTRY_BYTES, PREFIX_ENTRY_BYTES = 64, 32  # of an active entry: its indices in both orders, values and gradients
+UPDATE_COPIES = {"muon": 2, "schedule_free": 2}  # copies of all weights that these optimizers make in a step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,11 +42,13 @@ class SweepPlan:
         passes: the SAEs of each pass. A pass reads the cache once, and its SAEs share every batch.
         batch_tokens: rows of a batch.
         memory_bytes: the memory that may be used.
+        needed_bytes: bytes of the pass that needs most memory.
     """
 
     passes: tuple[tuple[SAEConfig, ...], ...]
     batch_tokens: int
     memory_bytes: int
+    needed_bytes: int
 
     @property
     def configs(self) -> tuple[SAEConfig, ...]:
@@ -46,34 +61,48 @@ class SweepPlan:
         return sum(n_parameters(config) for config in self.configs)
 
     @property
-    def needed_bytes(self) -> int:
-        """Bytes of the pass that needs most memory."""
-        return max((pass_bytes(each, self.batch_tokens) for each in self.passes), default=0)
-
-    @property
     def flops(self) -> float:
         """FLOPs of training all SAEs on all of their tokens."""
         return sum((flops_per_token(config) * config.training_tokens for config in self.configs), start=0.0)
 
 
-def plan_passes(configs: Sequence[SAEConfig], batch_tokens: int, memory_bytes: int) -> SweepPlan:
+def plan_passes(
+    configs: Sequence[SAEConfig],
+    batch_tokens: int,
+    memory_bytes: int,
+    *,
+    loader_bytes: int = LOADER_BYTES,
+    is_cuda: bool = False,
+) -> SweepPlan:
     """Put the SAEs into passes, in their order. A new pass begins where the next SAE would not fit into the last one.
+
+    Args:
+        configs: the SAEs.
+        batch_tokens: rows of a batch.
+        memory_bytes: the memory that may be used.
+        loader_bytes: what reading one hook takes.
+        is_cuda: whether they train on CUDA.
 
     Raises:
         ConfigError: an SAE does not fit alone.
     """
+    needed = partial(pass_bytes, batch_tokens=batch_tokens, loader_bytes=loader_bytes, is_cuda=is_cuda)
     passes: list[list[SAEConfig]] = []
     for config in configs:
-        if pass_bytes([config], batch_tokens) > memory_bytes:
+        if needed([config]) > memory_bytes:
             raise ConfigError(
-                f"{config.name}: training needs about {pass_bytes([config], batch_tokens) / 1e9:.1f} GB, "
-                f"{memory_bytes / 1e9:.1f} GB may be used; take a smaller d_sae={config.d_sae} or "
-                f"batch_tokens={batch_tokens}, or allow more memory"
+                f"{config.name}: training needs about {needed([config]) / 1e9:.2g} GB, {memory_bytes / 1e9:.2g} GB may "
+                f"be used; take a smaller d_sae={config.d_sae} or batch_tokens={batch_tokens}, or allow more memory"
             )
-        if not passes or pass_bytes([*passes[-1], config], batch_tokens) > memory_bytes:
+        if not passes or needed([*passes[-1], config]) > memory_bytes:
             passes.append([])
         passes[-1].append(config)
-    return SweepPlan(passes=tuple(map(tuple, passes)), batch_tokens=batch_tokens, memory_bytes=memory_bytes)
+    return SweepPlan(
+        passes=tuple(map(tuple, passes)),
+        batch_tokens=batch_tokens,
+        memory_bytes=memory_bytes,
+        needed_bytes=max(map(needed, passes), default=0),
+    )
 
 
 def free_memory(device: torch.device | str) -> int:
@@ -83,6 +112,20 @@ def free_memory(device: torch.device | str) -> int:
     return int(memory_room().n_bytes * FREE_SHARE)
 
 
+def reading_bytes(cache: Cache, train_config: TrainConfig, hook_names: Sequence[str]) -> int:
+    """Bytes that reading a hook takes at most: its training rows and, if there are evaluations, its held-out ones."""
+    group_chunks = {"train": loader.GROUP_CHUNKS}
+    if train_config.eval_every is not None:
+        group_chunks["validation"] = validation.GROUP_CHUNKS
+    return max(
+        sum(
+            hook_bytes(cache, split, name, batch_rows=train_config.batch_tokens, group_chunks=n_chunks)
+            for split, n_chunks in group_chunks.items()
+        )
+        for name in hook_names
+    )
+
+
 def n_parameters(config: SAEConfig) -> int:
     """Number of trained parameters of an SAE."""
     per_latent = {"gated": 3, "jumprelu": 2}.get(config.architecture, 1)
@@ -90,14 +133,17 @@ def n_parameters(config: SAEConfig) -> int:
     return config.d_sae * (config.d_in + config.d_out + per_latent) + config.d_out + skip
 
 
-def pass_bytes(configs: Sequence[SAEConfig], batch_tokens: int) -> int:
+def pass_bytes(
+    configs: Sequence[SAEConfig], batch_tokens: int, *, loader_bytes: int = LOADER_BYTES, is_cuda: bool = False
+) -> int:
     """Bytes of training these SAEs together: all their states, the largest of their steps, a batch and the loader."""
     hooks = {hook for config in configs for hook in (*config.inputs, *config.outputs)}
     widths = {(c.inputs, c.d_in) for c in configs} | {(c.outputs, c.d_out) for c in configs}
     inputs = sum(width for _, width in widths) * batch_tokens * 4
     states = sum(_state_bytes(config) for config in configs)
     n_hooks = len({hook.hook_name for hook in hooks})
-    return n_hooks * LOADER_BYTES + inputs + states + max(_step_bytes(config, batch_tokens) for config in configs)
+    step = max(_step_bytes(config, batch_tokens, is_cuda=is_cuda) for config in configs)
+    return n_hooks * loader_bytes + inputs + states + step
 
 
 def flops_per_token(config: SAEConfig) -> float:
@@ -139,13 +185,36 @@ def _state_bytes(config: SAEConfig) -> int:
     return n_parameters(config) * 4 * (4 + (config.ema_decay is not None))
 
 
-def _step_bytes(config: SAEConfig, batch_tokens: int) -> int:
-    """Bytes of one step beside the state. A dense step holds pre_acts, feature_acts, their gradients and masks."""
-    rows = batch_tokens * (config.d_in + 4 * config.d_out) * 4
-    if config.architecture not in TOPK_FAMILY:
-        return rows + 6 * batch_tokens * config.d_sae * 4
+def _step_bytes(config: SAEConfig, batch_tokens: int, *, is_cuda: bool) -> int:
+    """Bytes of one step beside the state: of the pass and its gradients, and of the weights' update."""
+    rows = batch_tokens * (config.d_in + LOGGED_ROWS * config.d_out) * 4
+    copies = UPDATE_COPIES.get(config.optimizer, 0) * n_parameters(config) * 4
+    copies += config.d_sae * config.d_out * 4  # for the norms of the decoder's rows, or for what is parallel to them
+    if config.architecture in TOPK_FAMILY:
+        return rows + copies + _sparse_bytes(config, batch_tokens, is_cuda=is_cuda)
+    matrices = DENSE_MATRICES.get(config.architecture, OTHER_DENSE_MATRICES)
+    if config.jumprelu_sparsity_loss_mode == "tanh":
+        matrices = TANH_MATRICES
+    return rows + copies + round(matrices * batch_tokens * config.d_sae * 4)
+
+
+def _sparse_bytes(config: SAEConfig, batch_tokens: int, *, is_cuda: bool) -> int:
+    """Bytes that a pass of the TopK family takes for its active entries, and to find them.
+
+    A chunk of pre-activations is ranked with at most 3/4 as much beside it, by magnitude with a copy more. BatchTopK
+    ranks the whole batch. AuxK encodes with a copy of the dead latents' weights, bfloat16 with one of all.
+    """
     assert config.k is not None
-    entries = batch_tokens * max(config.k, config.k_anneal_start or 0, config.k_aux) * 12 * 8
-    at_once = min(batch_tokens, topk_chunk_rows(config.d_sae, is_cuda=False))
-    ranked = at_once if config.architecture in ("topk", "abstopk") else 2 * batch_tokens
-    return rows + entries + 2 * ranked * config.d_sae * 4
+    k = max(config.k, config.k_anneal_start or 0)
+    weights, is_short = config.d_sae * config.d_in * 4, config.encoder_dtype == "bfloat16"
+    kept = with_margin(k, config.d_sae) if is_short else k
+    has_aux = config.k_aux > 0 and config.aux_coefficient > 0
+    entry_bytes = ENTRY_BYTES + (PREFIX_ENTRY_BYTES if config.matryoshka_widths else 0)
+    entries = batch_tokens * (kept * entry_bytes + (config.k_aux if has_aux else 0) * ENTRY_BYTES)
+    chunk = min(batch_tokens, topk_chunk_rows(config.d_sae, is_cuda=is_cuda))
+    ranked = 2.75 * chunk if config.architecture == "abstopk" else 1.75 * chunk
+    if config.architecture in BATCH_FAMILY:
+        ranked = max(ranked, 2.0 * batch_tokens)
+    prefixes = len(config.matryoshka_widths or ()) * PREFIX_ROWS * batch_tokens * config.d_out * 4
+    copies = (weights if has_aux else 0) + (weights // 2 if is_short else 0)
+    return round(ranked * config.d_sae * 4) + entries + prefixes + copies

@@ -40,7 +40,7 @@ from trainer.run_folder import (
 )
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
-from trainer.training.plan import SweepPlan, free_memory, plan_passes
+from trainer.training.plan import SweepPlan, free_memory, plan_passes, reading_bytes
 from trainer.training.resolve import ResolvedRun, resolve_runs, training_loader
 from trainer.training.run import Run, RunRecord, saved_step, stored_record
 from trainer.training.step import TrainState, calibrated_threshold, inference_weights, initial_state, scaled_rows
@@ -158,14 +158,18 @@ def _plan(
     if memory_bytes is not None:
         whole_number("train", "memory_bytes", memory_bytes, 1)
     pending = [run for run in runs if not is_over(out / run.config.name)]
-    memory_bytes = memory_bytes or free_memory(device)
-    lengths = dict.fromkeys(run.cache.n_rows() for run in pending)  # of a cache that grew, some take the first rows
-    together = [[run.config for run in pending if run.cache.n_rows() == length] for length in lengths]
-    plans = [plan_passes(configs, config.train.batch_tokens, memory_bytes) for configs in together]
+    memory_bytes, batch = memory_bytes or free_memory(device), config.train.batch_tokens
+    plans: list[SweepPlan] = []
+    for cache in {run.cache.n_rows(): run.cache for run in pending}.values():  # of one that grew, some read less
+        together = [run.config for run in pending if run.cache.n_rows() == cache.n_rows()]
+        reading = reading_bytes(cache, config.train, _hook_names(together))
+        is_cuda = torch.device(device).type == "cuda"
+        plans.append(plan_passes(together, batch, memory_bytes, loader_bytes=reading, is_cuda=is_cuda))
     return SweepPlan(
         passes=tuple(each for one in plans for each in one.passes),
-        batch_tokens=config.train.batch_tokens,
+        batch_tokens=batch,
         memory_bytes=memory_bytes,
+        needed_bytes=max((one.needed_bytes for one in plans), default=0),
     )
 
 

@@ -17,6 +17,7 @@ from actcache.flow import Batch
 from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.run import harvest
 from actcache.loading.loader import Loader
+from actcache.loading.stream import hook_bytes
 from actcache.models.load import wrap_model
 from actcache.text.sources import LoadedDataset
 
@@ -214,6 +215,9 @@ def test_memory_does_not_grow_with_the_cache(tmp_path):
     group = 2 * large.manifest.chunk_rows * 1024  # whether all three are there at once is a matter of timing
     assert large_peak - small_peak < larger_groups + group + noise, "the larger cache has 48 MiB more"
     assert large_peak < allowed + noise
+    planned = hook_bytes(large, "train", large.manifest.hooks[0].hook_name, batch_rows=1024, group_chunks=2)
+    assert large_peak < planned + noise
+    assert planned < 1.2 * allowed
 
 
 @pytest.mark.parametrize(

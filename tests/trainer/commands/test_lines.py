@@ -54,11 +54,12 @@ def features_by_hand(folder: Path) -> Features:
 
 def test_a_plan_is_one_line_and_one_for_each_pass() -> None:
     one, other = a_config("topk", name="one"), a_config("topk", name="other")
-    alone = plan_lines(SweepPlan(passes=((one, other),), batch_tokens=64, memory_bytes=16 * 10**9))
+    sizes = {"batch_tokens": 64, "memory_bytes": 16 * 10**9, "needed_bytes": 7 * 10**8}
+    alone = plan_lines(SweepPlan(passes=((one, other),), **sizes))
     assert alone.startswith(f"to train: 2 SAEs of {2 * n_parameters(one):,} parameters in 1 pass(es) over the cache, ")
-    assert " of 16 GB of memory, " in alone
+    assert "at most about 0.7 of 16 GB of memory, " in alone
     assert "\n" not in alone
-    apart = plan_lines(SweepPlan(passes=((one,), (other,)), batch_tokens=64, memory_bytes=16 * 10**9))
+    apart = plan_lines(SweepPlan(passes=((one,), (other,)), **sizes))
     assert apart.splitlines()[1:] == ["pass 1: one", "pass 2: other"]
 
 

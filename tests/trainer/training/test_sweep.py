@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from trainer.kernels.active import Workspace
 from trainer.run_folder import RUNS_LOCK, only_writer
 from trainer.sae.architectures import forward
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
-from trainer.training.plan import pass_bytes
+from trainer.training.plan import pass_bytes, reading_bytes
 from trainer.training.sweep import SweepProgress, plan, sweep, train
 
 EVALUATED = dataclasses.replace(EVERY_2, eval_every=5)
@@ -576,14 +577,15 @@ def test_tokens_are_exact(cache: Cache, tmp_path: Path) -> None:
 
 def test_a_sweep_too_large_for_the_memory_is_trained_in_passes(cache: Cache, finished: Path, tmp_path: Path) -> None:
     sweep_file = the_sweep()
-    needed = [pass_bytes([config], 128) for config in plan(cache, sweep_file, tmp_path).configs]
+    reading = reading_bytes(cache, sweep_file.train, sweep_file.hook_names)
+    together = partial(pass_bytes, batch_tokens=128, loader_bytes=reading)
+    needed = [together([config]) for config in plan(cache, sweep_file, tmp_path).configs]
     planned = plan(cache, sweep_file, tmp_path, memory_bytes=max(needed))
     assert len(planned.passes) > 1
     assert [config.name for config in planned.configs] == [run["name"] for run in sweep_file.runs]
-    assert all(pass_bytes(each, 128) <= max(needed) for each in planned.passes)
-    assert planned.needed_bytes == max(pass_bytes(each, 128) for each in planned.passes)
+    assert planned.needed_bytes == max(map(together, planned.passes)) <= max(needed)
     train(cache, sweep_file, tmp_path, memory_bytes=max(needed))
     assert_same_runs(finished, tmp_path)
     assert plan(cache, sweep_file, tmp_path).passes == (), "nothing is left to do"
-    with pytest.raises(ConfigError, match=r"needs about 0\.7 GB, 0\.1 GB may be used; take a smaller d_sae=48"):
-        plan(cache, sweep_file, tmp_path / "other", memory_bytes=100_000_000)
+    with pytest.raises(ConfigError, match=r"needs about 0\.0\d+ GB, 0\.001 GB may be used; take a smaller d_sae=48"):
+        plan(cache, sweep_file, tmp_path / "other", memory_bytes=1_000_000)
