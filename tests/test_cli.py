@@ -309,6 +309,7 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
         "no sweep": (train, 2, "name a sweep file"),
         "no such preset": ([*single, "--preset", "openai"], 2, "preset must be one of anthropic_april"),
         "no hook to predict": ([*single, "--architecture", "transcoder"], 2, "transcoder needs hook_name_out"),
+        "no memory": ([*single, "--k", 4, "--memory", "nan"], 2, "--memory must be above 0 GB, got nan"),
         "no room": ([*single, "--k", 4, "--memory", 0.01], 2, "0.0 GB may be used; take a smaller d_sae=64"),
         "tokens beyond epochs": ([*single, "--k", 4, "--tokens", 10**9], 2, "epochs"),
         "eval_every 0": ([*single, "--k", 4, "--eval-every", 0], 2, "eval_every must be at least 1"),

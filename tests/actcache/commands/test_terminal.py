@@ -147,6 +147,37 @@ def test_debug_shows_where_memory_was_out():
     assert done.stderr.splitlines()[-1].startswith("error: out of memory")
 
 
+WITH_A_DEVICE = ("harvest", "verify", "repair", "train", "eval", "features", "steer", "similar", "stability")
+
+
+@pytest.mark.parametrize("command", WITH_A_DEVICE)
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("mps", "got 'mps'; nothing here runs on mps; pass cpu"),
+        ("xpu", "got 'xpu'; nothing here runs on xpu; pass cpu"),
+        ("gpu", "device must be auto, cpu, cuda or cuda:0, cuda:1, ..., got 'gpu'"),
+        ("cuda:99", "device 'cuda:99' asked for"),
+    ],
+)
+def test_a_device_that_is_none_is_one_line_before_any_work(command, device, says):
+    done = actcache(command, "--device", device, code=2)
+    assert done.stderr.startswith("error: --device: ")
+    assert says in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_these_are_all_the_commands_with_a_device():
+    from typer.main import get_command
+
+    from cli import app
+
+    commands = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    assert {name for name, command in commands.items() if any(p.name == "device" for p in command.params)} == {
+        *WITH_A_DEVICE
+    }
+
+
 def test_what_stands_behind_two_dashes_is_no_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "Traceback" not in actcache("info", "--", "--debug", code=1).stderr

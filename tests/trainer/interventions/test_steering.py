@@ -280,7 +280,7 @@ def test_it_runs_from_a_directory_and_through_the_bridge(tiny_llama_dir):
     ("changes", "says"),
     [
         ({"features": {96: Add(1.0)}}, r"a feature must be in \[0, d_sae=96\), got 96"),
-        ({"n_tokens": 0}, "must write at least 1 token, got 0"),
+        ({"n_tokens": 0}, "n_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be 0 or a positive number, got -1"),
         ({"temperature": float("nan")}, "got nan"),
         ({"n_tokens": 257}, r"gpt2 has 256 positions, 257 tokens after a text of \d+ do not fit"),
