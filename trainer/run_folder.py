@@ -45,7 +45,7 @@ class RunFiles:
         evaluation: eval.json; {} where there is none.
         metrics: the lines of metrics.jsonl.
         timing: the lines of timing.jsonl.
-        error: the error in failed.json; None where there is none.
+        error: why the SAE diverged, as failed.json or eval.json says; None where it did not.
     """
 
     folder: Path
@@ -226,13 +226,17 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read_run(folder: Path) -> RunFiles:
+    evaluation = _read_object(folder / "eval.json")
+    error = _read_object(folder / FAILED_FILE).get("error")
+    if error is None and evaluation.get("diverged"):  # of a version that called it finished
+        error = "its reconstruction is farther from the activations than zeros are"
     return RunFiles(
         folder=folder,
         config=_read_object(folder / "config.json"),
-        evaluation=_read_object(folder / "eval.json"),
+        evaluation=evaluation,
         metrics=_read_lines(folder / "metrics.jsonl"),
         timing=_read_lines(folder / "timing.jsonl"),
-        error=_read_object(folder / "failed.json").get("error"),
+        error=error,
     )
 
 

@@ -53,7 +53,15 @@ def evaluate(
     if as_json:
         print_json({"runs": rows})
     else:
-        say(evaluation_lines(rows))
+        say(evaluation_lines([*rows, *_diverged(runs)]))
+
+
+def _diverged(runs: Path) -> list[dict[str, Any]]:
+    """A row of the table for each run that diverged in training, and so was not evaluated."""
+    from trainer.run_folder import read_runs
+
+    failed = [run for run in read_runs(runs) if run.error is not None and not run.evaluation]
+    return [{"name": run.name, "architecture": run.sae.get("architecture"), "diverged": True} for run in failed]
 
 
 def is_excluding(exclude: bool, keep: bool) -> bool | None:
@@ -85,8 +93,9 @@ def evaluated(
         trust_remote_code: let the model run code that it brings.
         exclude_special_tokens: leave the rows of special tokens out.
     """
-    from trainer.evaluation.evaluate import evaluate_runs
+    from trainer.evaluation.evaluate import check_writable, evaluate_runs
 
+    check_writable(runs)  # before the model is loaded
     language_model = model_of_cache(
         cache.path, cache.compute, model=model, device=device, trust_remote_code=trust_remote_code
     )

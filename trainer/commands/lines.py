@@ -18,6 +18,7 @@ from trainer.training.plan import SweepPlan
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
 FEATURE_COLUMNS = ("feature", "density", "max_act", "top_token")
+MOST_DIGITS = 1e10  # a larger number, as a diverged SAE has, is written with an exponent
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -33,8 +34,14 @@ def plan_lines(planned: SweepPlan) -> str:
 
 
 def evaluation_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with one line for each run. A dash stands for what was not computed."""
-    return _aligned([TABLE_COLUMNS, *([_cell(row[column]) for column in TABLE_COLUMNS] for row in rows)])
+    """A table with one line for each run. A dash stands for what was not computed. An SAE that diverged says so."""
+    return _aligned([TABLE_COLUMNS, *([_evaluation_cell(row, column) for column in TABLE_COLUMNS] for row in rows)])
+
+
+def _evaluation_cell(row: Mapping[str, Any], column: str) -> str:
+    if column == "explained_variance" and row.get("diverged"):
+        return "diverged" if row.get(column) is None else f"{_cell(row[column])} (diverged)"
+    return _cell(row.get(column))
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> str:
@@ -196,4 +203,6 @@ def _blocks(counts: Sequence[int]) -> str:
 def _cell(value: object) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < MOST_DIGITS else f"{value:.2e}"
+    return str(value)

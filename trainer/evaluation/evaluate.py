@@ -7,6 +7,7 @@ it at every token, and special tokens are left out of the means.
 """
 
 import math
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from itertools import islice
@@ -20,14 +21,14 @@ from torch import Tensor
 
 from actcache.arguments import typed, whole_number
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.files import local_path
+from actcache.files import PARTIAL_SUFFIX, local_path
 from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.evaluation.downstream_loss import BATCH_TOKENS, MODEL_METRICS, Model, model_metrics, piece_rows
 from trainer.evaluation.pca import PCA, fit_pca
 from trainer.formats.saelens import load_sae
-from trainer.run_folder import read_json, write_json
+from trainer.run_folder import FAILED_FILE, read_json, write_json
 from trainer.sae.metrics import ReconstructionSums
 from trainer.sae.sae import SAE
 
@@ -144,9 +145,11 @@ def evaluate_runs(
     Raises:
         ManifestError: there is no run, or one has not finished training.
         CacheMismatch, DatasetError: as `evaluate_all`, or a run was trained on another model than the cache's.
+        OSError: a folder cannot be written.
     """
     typed("evaluate", "cache", cache, Cache)
     runs = local_path(runs)
+    check_writable(runs)
     folders = _finished(runs)
     configs = [_check_run(folder, cache) for folder in folders]
     saes: list[SAE | PCA] = [load_sae(folder, device=_device(model)) for folder in folders]
@@ -159,6 +162,17 @@ def evaluate_runs(
     for folder, row in zip(folders, rows, strict=True):
         write_json(folder / "eval.json", row)
     return [{"name": folder.name, **row} for folder, row in zip(folders, rows, strict=True)]
+
+
+def check_writable(runs: Path) -> None:
+    """Raise OSError, naming the folder, if an eval.json cannot be written. Better now than after the work."""
+    for folder in {*_finished(runs), runs}:  # baselines go into RUNS itself
+        probe = folder / f".eval.json.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
+        try:
+            probe.touch(exist_ok=False)
+            probe.unlink()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: eval.json cannot be written", str(folder)) from None
 
 
 def _later(progress: Progress, n_before: int, n_here: int) -> Callable[[int], None]:
@@ -220,6 +234,7 @@ def _cache_metrics(sums: ReconstructionSums) -> dict[str, Any]:
     fired = np.maximum(density[density > 0], 10.0 ** DENSITY_EDGES[0])
     counts, _ = np.histogram(np.log10(fired), bins=DENSITY_EDGES)
     return {
+        **({"diverged": True} if sums.is_diverged else {}),
         "n_tokens": sums.n_rows,
         "l0": sums.l0,
         "l1": sums.l1,
@@ -250,6 +265,10 @@ def _finished(runs: Path) -> list[Path]:
         folders = [runs]
     if not folders:
         raise ManifestError(f"evaluate: {runs} must be a RUN or a folder of runs, it holds no config.json; train first")
+    if (runs / FAILED_FILE).is_file():
+        raise ManifestError(
+            f"evaluate: {runs} diverged: {read_json(runs / FAILED_FILE).get('error')}; pass another run"
+        )
     unfinished = [folder.name for folder in folders if not (folder / "sae").is_dir()]
     if unfinished:
         raise ManifestError(

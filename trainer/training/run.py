@@ -169,8 +169,7 @@ class Run:
         )
 
     def _fail(self, error: TrainingDiverged) -> None:
-        self.error = str(error)
-        write_json(self.folder / FAILED_FILE, {"step": self.state.step, "error": self.error})
+        self.error = fail(self.folder, self.state.step, str(error))
 
     def _log(self, metrics: dict[str, Any], rates: dict[str, float]) -> None:
         self.metrics = metrics
@@ -198,6 +197,12 @@ def _seconds(started: Moment, ended: Moment) -> float:
         return started.elapsed_time(ended) / 1000
     assert not isinstance(ended, torch.cuda.Event)
     return ended - started
+
+
+def fail(folder: Path, step: int, error: str) -> str:
+    """Write failed.json: why a run diverged, and after which step. Returns the error."""
+    write_json(folder / FAILED_FILE, {"step": step, "error": error})
+    return error
 
 
 def saved_step(folder: Path) -> int:

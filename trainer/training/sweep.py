@@ -9,8 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -38,11 +38,13 @@ from trainer.run_folder import (
     only_writer,
     write_json,
 )
+from trainer.sae.metrics import ReconstructionSums
+from trainer.sae.sae import SAE
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
 from trainer.training.plan import SweepPlan, free_memory, plan_passes, reading_bytes
 from trainer.training.resolve import ResolvedRun, resolve_runs, training_loader
-from trainer.training.run import Run, RunRecord, saved_step, stored_record
+from trainer.training.run import Run, RunRecord, fail, saved_step, stored_record
 from trainer.training.step import TrainState, calibrated_threshold, inference_weights, initial_state, scaled_rows
 from trainer.training.validation import (
     check_validation,
@@ -51,6 +53,7 @@ from trainer.training.validation import (
     warn_of_no_validation,
 )
 
+PIECE_VALUES = 1 << 24  # of [rows, d_sae], at a time
 CALIBRATION_BATCHES = 16  # first batches of training that calibrate a threshold or an initial b_enc
 
 
@@ -203,8 +206,10 @@ def _train_pass(
         with open_loggers(loggers, logged) as opened:
             records = sweep(loader, states, train_config, out, validation=validation, loggers=opened, progress=progress)
     for state in states:
-        if records[state.config.name].error is None:
-            _save_sae(state, out / state.config.name, train_config, cache)
+        record = records[state.config.name]
+        if record.error is None:
+            error = _save_sae(state, record, train_config, cache)
+            records[state.config.name] = replace(record, error=error)
     return records
 
 
@@ -407,8 +412,11 @@ def _first_inputs(
         yield (scaled_rows(batch, config.inputs, {}) for batch in islice(loader, n_batches))
 
 
-def _save_sae(state: TrainState, folder: Path, train_config: TrainConfig, cache: Cache) -> None:
-    """Write sae/ of a trained SAE. The threshold of a BatchTopK SAE is calibrated on the first training batches."""
+def _save_sae(state: TrainState, record: RunRecord, train_config: TrainConfig, cache: Cache) -> str | None:
+    """Write sae/ of a trained SAE, or failed.json if it diverged to weights that are finite. Returns why it failed.
+
+    The threshold of a BatchTopK SAE is calibrated on the first training batches.
+    """
     config, threshold = state.config, None
     if config.architecture in BATCH_FAMILY:
         with _first_inputs(config, train_config, cache, state.weights["b_dec"].device) as inputs:
@@ -421,4 +429,28 @@ def _save_sae(state: TrainState, folder: Path, train_config: TrainConfig, cache:
         "prepend_bos": identity["prepend_bos"],
         "exclude_special_tokens": train_config.exclude_special_tokens,
     }
-    write_run_sae(folder, inference_sae(config, inference_weights(state, threshold), metadata=metadata))
+    sae = inference_sae(config, inference_weights(state, threshold), metadata=metadata)
+    if record.metrics.get("metrics/explained_variance", 0.0) <= 0:  # that of a last batch of one row is 0
+        sums = _first_sums(sae, train_config, cache)
+        if sums.is_diverged:
+            error = (
+                f"{config.name}: must end nearer to the activations than zeros are, its explained variance on training "
+                f"rows is {sums.explained_variance:.3g}; lower lr={config.lr}"
+            )
+            return fail(record.folder, state.step, error)
+    write_run_sae(record.folder, sae)
+    return None
+
+
+def _first_sums(sae: SAE, train_config: TrainConfig, cache: Cache) -> ReconstructionSums:
+    """How well the SAE reconstructs the first batch of training."""
+    hook_names = tuple(dict.fromkeys((*sae.input_hooks, *sae.output_hooks)))
+    with training_loader(cache, hook_names, train_config) as loader, torch.no_grad():
+        batch = next(loader)
+    n_rows = max(1, PIECE_VALUES // sae.d_sae)
+    x, y = (
+        torch.cat([batch.x[name].float() for name in names], 1).split(n_rows)
+        for names in (sae.input_hooks, sae.output_hooks)
+    )
+    sums = [ReconstructionSums.of(of_y, *sae.reconstruct(of_x)) for of_x, of_y in zip(x, y, strict=True)]
+    return reduce(ReconstructionSums.merge, sums)

@@ -76,6 +76,14 @@ def test_evaluations_stand_in_columns_with_a_dash_for_what_is_not_there() -> Non
     assert {line.index(cell) for line, cell in zip(lines, ("architecture", "topk", "-     "), strict=True)} == {13}
 
 
+def test_an_sae_that_diverged_says_so() -> None:
+    row = {"name": "wild", "architecture": "standard", "l0": 4.0, "explained_variance": -2.4e32, "diverged": True}
+    failed = {"name": "nan", "architecture": "topk", "diverged": True}
+    lines = evaluation_lines([{**row, "ce_loss_score": None, "dead_fraction": 0.0}, failed]).splitlines()
+    assert lines[1].split() == ["wild", "standard", "4.0000", "-2.40e+32", "(diverged)", "-", "0.0000"]
+    assert lines[2].split() == ["nan", "topk", "-", "diverged", "-", "-"]
+
+
 def test_similar_features() -> None:
     found = SimilarFeatures(latents=torch.tensor([[3], [0]]), cosines=torch.tensor([[0.75], [0.25]]))
     nearest = [{"feature": 3, "cosine": 0.75}, {"feature": 0, "cosine": 0.25}]

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,3 +255,29 @@ def test_a_crosscoder_is_measured_on_all_of_its_hooks(cache: Cache, model: Langu
     calls: list[tuple[int, int]] = []
     assert evaluate_all([sae], cache, model, progress=lambda *call: calls.append(call)) == [got]
     assert calls[-1] == (got["n_tokens"],) * 2, "the model has nothing to do"
+
+
+def test_an_sae_that_diverged_says_so(cache, tmp_path):
+    sae = make_sae("standard")
+    calm = dataclasses.replace(sae, W_dec=sae.W_dec * 0, b_dec=sae.b_dec * 0)
+    wild = dataclasses.replace(sae, W_dec=sae.W_dec * 1e16)
+    found = evaluate_all([calm, wild], cache)
+    assert [row.get("diverged", False) for row in found] == [False, True]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(cache, tmp_path):
+    run = make_run(tmp_path / "runs", make_config("topk", d_in=D_IN, hook_name=HOOK), cache.identity["model"])
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o555)
+    n_done = []
+    os.seteuid(65534)
+    try:
+        with pytest.raises(PermissionError, match=r"eval\.json cannot be written: '.*runs") as caught:
+            evaluate_runs(run, cache, progress=lambda *done: n_done.append(done))
+    finally:
+        os.seteuid(0)
+    assert n_done == []
+    assert ".partial" not in str(caught.value)
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]

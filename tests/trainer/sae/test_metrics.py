@@ -105,3 +105,10 @@ def test_scores():
     assert kl_div_score(kl_div_with_sae=0.5, kl_div_with_ablation=2.0) == 0.75
     assert kl_div_score(kl_div_with_sae=0.0, kl_div_with_ablation=0.0) is None
     assert math.isclose(kl_div_score(kl_div_with_sae=3.0, kl_div_with_ablation=2.0), -0.5)
+
+
+def test_an_sae_diverged_if_zeros_are_nearer() -> None:
+    x = torch.tensor([[3.0, 4.0], [3.0, 0.0]])
+    acts = torch.ones(2, 3)
+    for x_hat, expected in ((x * 0, False), (x * 2, False), (x * 2.01, True), (-x, True), (x * torch.inf, True)):
+        assert ReconstructionSums.of(x, acts, x_hat).is_diverged is expected

@@ -43,7 +43,7 @@ from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.config.sweep import SweepConfig
 from trainer.formats.saelens import load_sae
 from trainer.kernels.active import Workspace
-from trainer.run_folder import RUNS_LOCK, only_writer
+from trainer.run_folder import RUNS_LOCK, only_writer, read_runs
 from trainer.sae.architectures import forward
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.plan import pass_bytes, reading_bytes
@@ -473,6 +473,22 @@ def test_a_finished_folder_needs_no_lock(cache: Cache, finished: Path) -> None:
         assert len(train(cache, the_sweep(), finished)) == len(ARCHITECTURES)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_finished_folder_of_somebody_else_has_nothing_to_do(cache: Cache, finished: Path) -> None:
+    for folder in (finished, *finished.parents, cache.path, *cache.path.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    new = the_sweep(runs=[{"name": "new", "architecture": "topk", "k": 4}])
+    os.seteuid(65534)
+    try:
+        assert len(train(cache, the_sweep(), finished)) == len(ARCHITECTURES)
+        with pytest.raises(PermissionError) as caught:
+            train(cache, new, finished)
+    finally:
+        os.seteuid(0)
+    assert caught.value.filename == str(finished)
+
+
 def test_a_torn_line_is_cut_off(cache: Cache, finished: Path, tmp_path: Path) -> None:
     with pytest.raises(Stop):
         train(cache, the_sweep(), tmp_path, progress=stop_after(5))
@@ -560,6 +576,29 @@ def test_a_diverged_run_is_reported_again_and_not_retrained(cache: Cache, tmp_pa
     assert [record.error for record in second] == [record.error for record in first]
     assert not (tmp_path / "wild" / "sae").exists()
     assert (tmp_path / "calm" / "sae").exists()
+
+
+def test_a_run_that_ends_farther_off_than_zeros_diverged(cache: Cache, tmp_path: Path) -> None:
+    """Its weights are finite, and so are its losses."""
+    wild = {"name": "wild", "architecture": "standard", "sparsity_coefficient": 1e-9, "lr": 1e3}
+    sweep_file = the_sweep(runs=[wild, {"name": "calm", "architecture": "topk", "k": 4}])
+    for records in (train(cache, sweep_file, tmp_path), train(cache, sweep_file, tmp_path)):
+        assert "must end nearer to the activations than zeros are, its explained variance" in str(records[0].error)
+        assert records[1].error is None
+    assert -math.inf < log_lines(tmp_path / "wild")[-2]["metrics/explained_variance"] < -1e3
+    assert not (tmp_path / "wild" / "sae").exists()
+    assert json.loads((tmp_path / "wild" / "failed.json").read_text())["step"] == 18
+    assert (tmp_path / "calm" / "sae").exists()
+    (found,) = [run for run in read_runs(tmp_path) if run.error]
+    assert found.name == "wild"
+
+
+def test_an_sae_that_gives_zeros_is_poor_but_did_not_diverge(cache: Cache, tmp_path: Path) -> None:
+    """Its explained variance is -||mean||^2 / variance, below -1 at this hook or not."""
+    dead = {"name": "dead", "architecture": "standard", "sparsity_coefficient": 1e3, "lr": 0.01, "b_dec_init": "zeros"}
+    (record,) = train(cache, the_sweep(runs=[dead]), tmp_path)
+    assert record.error is None
+    assert (tmp_path / "dead" / "sae").exists()
 
 
 def test_more_tokens_than_the_epochs_serve_say_how_many_there_are(cache: Cache, tmp_path: Path) -> None:
