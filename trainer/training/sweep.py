@@ -446,7 +446,7 @@ def _first_sums(sae: SAE, train_config: TrainConfig, cache: Cache) -> Reconstruc
     """How well the SAE reconstructs the first batch of training."""
     hook_names = tuple(dict.fromkeys((*sae.input_hooks, *sae.output_hooks)))
     with training_loader(cache, hook_names, train_config) as loader, torch.no_grad():
-        batch = next(loader)
+        batch = next(iter(loader))
     n_rows = max(1, PIECE_VALUES // sae.d_sae)
     x, y = (
         torch.cat([batch.x[name].float() for name in names], 1).split(n_rows)
