@@ -33,7 +33,7 @@ WAYS_OUT = {
     errno.EACCES: "ask its owner for the permission, or run as a user who has it",
     errno.EPERM: "ask its owner for the permission, or run as a user who has it",
     errno.ENOMEM: "give this process more memory (`ulimit -v`), or run fewer programs",
-    errno.EIO: "look after the disk or the network, then run the same again",
+    errno.EIO: "check the disk and the network, then run the same again",
     errno.ESTALE: "the file server has lost hold of the file; run the same again",
 }
 # what flock says where a file system has no locks; EBADF is NFS's, of a file that may only be read

@@ -14,6 +14,7 @@ chunks, so that a shard file begins with the plain row-major array.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -105,6 +106,7 @@ class Codec:
 
         Raises:
             CorruptShard: the bytes are too few, too many, or cannot be decoded.
+            OSError: there is no memory to decode them (ENOMEM).
         """
         if self.compressor is None:
             if len(stored) != buffer.nbytes:
@@ -119,9 +121,25 @@ class Codec:
             )
         try:
             blosc.decompress(stored[:-CHECKSUM_BYTES], buffer)
-        except (RuntimeError, ValueError) as error:
-            raise CorruptShard(f"blosc cannot decode a chunk: {error}") from error
+        except (RuntimeError, ValueError):
+            _decode_again(stored[:-CHECKSUM_BYTES], buffer)
         return buffer
+
+
+def _decode_again(payload: memoryview, buffer: np.ndarray) -> None:
+    """Decode what blosc could not. It says the same of bytes that are wrong and of memory that it did not get.
+
+    Raises OSError (ENOMEM) if there is no memory, CorruptShard if the bytes are wrong.
+    """
+    n_bytes = 4 * (BLOCK_BYTES + buffer.nbytes)  # more than blosc asks for
+    try:
+        bytearray(n_bytes)
+    except MemoryError:
+        raise OSError(errno.ENOMEM, f"no {n_bytes} bytes of memory to decode a chunk") from None
+    try:
+        blosc.decompress(payload, buffer)
+    except (RuntimeError, ValueError) as error:
+        raise CorruptShard(f"blosc cannot decode a chunk: {error}") from error
 
 
 CODECS = {

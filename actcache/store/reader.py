@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from actcache.errors import CorruptShard
+from actcache.files import name_
 from actcache.format.arrays import ArraySpec
 from actcache.format.codecs import Codec, values
 from actcache.format.dtypes import tensor_view
@@ -119,6 +120,9 @@ class ArrayReader:
             yield stored
         except CorruptShard as error:
             raise self._damage(file.path, chunk, error.what) from error
+        except OSError as error:
+            name_(error, file.path)
+            raise
         del stored  # the view would keep the map from being closed
         file.advise(number, mmap.MADV_DONTNEED)
 

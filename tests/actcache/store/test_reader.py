@@ -1,12 +1,20 @@
+import errno
+import mmap
+import os
 import pickle
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
-from support.stored_arrays import N_ROWS, reader
+from support.stored_arrays import N_ROWS, reader, values, write
 
 from actcache.errors import CorruptShard
+from actcache.format.arrays import ArraySpec
 from actcache.format.paths import shard_key
 from actcache.store.shard_file import ShardFile
+
+WIDE = ArraySpec(path="blocks.0.hook_resid_post/acts", dtype="float32", width=2048, chunk_rows=256)  # 2 MB a chunk
 
 
 def test_we_read_what_we_write(written):
@@ -70,3 +78,43 @@ def test_missing_and_truncated_shards_are_errors(written):
             path.write_bytes(content)
         with pytest.raises(CorruptShard, match=message):
             reader(store, array, codec_name, records).read(512, 513)
+
+
+def read_without_memory(ours, x):
+    """In a forked child with a full address space: what reading gives, and whether it is right when there is room."""
+    buffer, room = ours.empty(1), []
+    ours.decode_into(0, buffer)
+    n_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (n_pages * mmap.PAGESIZE, resource.RLIM_INFINITY))
+    for n_bytes in (1 << 20, 1 << 16, 1 << 12):
+        try:
+            while True:
+                room.append(bytearray(n_bytes))
+        except MemoryError:
+            pass
+    try:
+        ours.decode_into(0, buffer)
+        said = "was read"
+    except (OSError, CorruptShard) as error:
+        said = error
+    room.clear()
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return said, np.array_equal(ours.read(0, N_ROWS), x)
+
+
+def test_memory_that_blosc_does_not_get_is_no_damage(tmp_path):
+    x = values(WIDE)
+    ours = reader(tmp_path, WIDE, "lossless", write(tmp_path, WIDE, "lossless", x))
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said, same = read_without_memory(ours, x)
+        os.write(tell, f"{type(said).__name__} {getattr(said, 'errno', '')} {same} {said}".encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(tell)
+    with open(told, "rb") as pipe:
+        found = pipe.read().decode()
+    assert found.startswith(f"OSError {errno.ENOMEM} True [Errno {errno.ENOMEM}] no "), found
+    assert "`ulimit -v`" in found
+    assert found.endswith(f": '{tmp_path / 'train' / shard_key(WIDE, 0)}'")
