@@ -4,7 +4,7 @@ ActcacheError          what is on disk, in the model or in the data is not as it
   ManifestError        the manifest or a metadata file is missing, malformed, incomplete or of another format version
   CacheMismatch        the cache (or run) is fine but is not the one that was asked for
   CorruptShard         bytes on disk do not match the checksum in the manifest
-  CacheLocked          another process holds the cache
+  CacheLocked          another process holds the cache or the run
   LocksMissing         the file system has no locks
   DiskTooSmall         the disk has less room than what is to be written
   DatasetError         the dataset is missing, empty, malformed or too short
@@ -74,7 +74,7 @@ class CorruptShard(ActcacheError):
 
 
 class CacheLocked(ActcacheError):
-    """Another process holds the cache."""
+    """Another process holds the cache or the run."""
 
 
 class LocksMissing(ActcacheError):

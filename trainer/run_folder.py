@@ -45,7 +45,7 @@ class RunFiles:
         evaluation: eval.json; {} where there is none.
         metrics: the lines of metrics.jsonl.
         timing: the lines of timing.jsonl.
-        error: why the SAE diverged, as failed.json or eval.json says; None where it did not.
+        error: the error in failed.json: why the SAE diverged; None where there is none.
     """
 
     folder: Path
@@ -226,17 +226,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _read_run(folder: Path) -> RunFiles:
-    evaluation = _read_object(folder / "eval.json")
-    error = _read_object(folder / FAILED_FILE).get("error")
-    if error is None and evaluation.get("diverged"):  # of a version that called it finished
-        error = "its reconstruction is farther from the activations than zeros are"
     return RunFiles(
         folder=folder,
         config=_read_object(folder / "config.json"),
-        evaluation=evaluation,
+        evaluation=_read_object(folder / "eval.json"),
         metrics=_read_lines(folder / "metrics.jsonl"),
         timing=_read_lines(folder / "timing.jsonl"),
-        error=error,
+        error=_read_object(folder / FAILED_FILE).get("error"),
     )
 
 

@@ -46,15 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     "trainer.formats": LOWEST
     | {"actcache.models", "trainer.checksums", "trainer.run_folder", "trainer.config", "trainer.sae"},
 }
-SAES = {
-    *CACHE,
-    "trainer.checksums",
-    "trainer.run_folder",
-    "trainer.config",
-    "trainer.kernels",
-    "trainer.sae",
-    "trainer.formats",
-}
+FILES_OF_RUNS = {"trainer.checksums", "trainer.run_folder", "trainer.trained_on"}
+SAES = {*CACHE, *FILES_OF_RUNS, "trainer.config", "trainer.kernels", "trainer.sae", "trainer.formats"}
 ALLOWED |= {
     "trainer.training": SAES,
     "trainer.evaluation": SAES,

@@ -34,13 +34,15 @@ def plan_lines(planned: SweepPlan) -> str:
 
 
 def evaluation_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with one line for each run. A dash stands for what was not computed. An SAE that diverged says so."""
+    """A table with one line for each run. A dash stands for what was not computed. It says which SAEs diverged."""
     return _aligned([TABLE_COLUMNS, *([_evaluation_cell(row, column) for column in TABLE_COLUMNS] for row in rows)])
 
 
 def _evaluation_cell(row: Mapping[str, Any], column: str) -> str:
     if column == "explained_variance" and row.get("diverged"):
-        return "diverged" if row.get(column) is None else f"{_cell(row[column])} (diverged)"
+        return "diverged"
+    if column == "explained_variance" and row.get("worse_than_zeros"):
+        return f"{_cell(row[column])} (worse than zeros)"
     return _cell(row.get(column))
 
 

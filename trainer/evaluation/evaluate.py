@@ -234,7 +234,7 @@ def _cache_metrics(sums: ReconstructionSums) -> dict[str, Any]:
     fired = np.maximum(density[density > 0], 10.0 ** DENSITY_EDGES[0])
     counts, _ = np.histogram(np.log10(fired), bins=DENSITY_EDGES)
     return {
-        **({"diverged": True} if sums.is_diverged else {}),
+        **({"worse_than_zeros": True} if sums.is_worse_than_zeros else {}),
         "n_tokens": sums.n_rows,
         "l0": sums.l0,
         "l1": sums.l1,

@@ -153,7 +153,9 @@ def _table(runs: Sequence[RunFiles]) -> str:
 
 
 def _table_row(index: int, run: RunFiles) -> str:
-    note = '<span class="note" title="' + html.escape(str(run.error)) + '">diverged</span>' if run.error else ""
+    note = _note("diverged", run.error) if run.error else ""
+    if run.evaluation.get("worse_than_zeros"):
+        note += _note("worse than zeros", "its reconstruction is farther from the activations than zeros are")
     link = f'<a href="#{html.escape(address(run))}">{html.escape(run.name)}</a>'
     name = f'<th scope="row">{_swatch(index, run)}{link}{note}</th>'
     architecture = html.escape(str(run.sae.get("architecture", NO_VALUE)))
@@ -162,6 +164,10 @@ def _table_row(index: int, run: RunFiles) -> str:
     values += [(run.metrics[-1].get("n_tokens") if run.metrics else None, "{:,.0f}")]
     cells = "".join(_cell(value, form) for value, form in values)
     return f'<tr data-run="{index}">{name}<td>{architecture}</td>{cells}</tr>'
+
+
+def _note(text: str, title: str) -> str:
+    return f'<span class="note" title="{html.escape(str(title))}">{text}</span>'
 
 
 def _cell(value: object, form: str) -> str:

@@ -127,11 +127,10 @@ class ReconstructionSums:
         )
 
     @property
-    def is_diverged(self) -> bool:
+    def is_worse_than_zeros(self) -> bool:
         """Whether x_hat is farther from x than zeros are: sum ||x - x_hat||^2 > sum ||x||^2, or not finite.
 
-        Such an SAE is worse than none. No SAE that learnt anything is: with zeros for its decoder it would do better.
-        An explained variance below 0 alone says less, for that of zeros is -||E x||^2 / Var x, often far below 0.
+        An explained variance below 0 says less: that of zeros is -||E x||^2 / Var x, often far below 0.
         """
         return not self.square_error <= self.square_norm
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -38,8 +38,6 @@ from trainer.run_folder import (
     only_writer,
     write_json,
 )
-from trainer.sae.metrics import ReconstructionSums
-from trainer.sae.sae import SAE
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
 from trainer.training.plan import SweepPlan, free_memory, plan_passes, reading_bytes
@@ -48,12 +46,12 @@ from trainer.training.run import Run, RunRecord, fail, saved_step, stored_record
 from trainer.training.step import TrainState, calibrated_threshold, inference_weights, initial_state, scaled_rows
 from trainer.training.validation import (
     check_validation,
+    reconstruction_sums,
     validation_batches,
     validation_metrics,
     warn_of_no_validation,
 )
 
-PIECE_VALUES = 1 << 24  # of [rows, d_sae], at a time
 CALIBRATION_BATCHES = 16  # first batches of training that calibrate a threshold or an initial b_enc
 
 
@@ -207,9 +205,13 @@ def _train_pass(
             records = sweep(loader, states, train_config, out, validation=validation, loggers=opened, progress=progress)
     for state in states:
         record = records[state.config.name]
-        if record.error is None:
-            error = _save_sae(state, record, train_config, cache)
-            records[state.config.name] = replace(record, error=error)
+        if record.error is not None:
+            continue
+        error = _divergence(state, record, train_config, cache)
+        if error is None:
+            _save_sae(state, record, train_config, cache)
+        else:
+            records[state.config.name] = replace(record, error=fail(record.folder, state.step, error))
     return records
 
 
@@ -412,11 +414,8 @@ def _first_inputs(
         yield (scaled_rows(batch, config.inputs, {}) for batch in islice(loader, n_batches))
 
 
-def _save_sae(state: TrainState, record: RunRecord, train_config: TrainConfig, cache: Cache) -> str | None:
-    """Write sae/ of a trained SAE, or failed.json if it diverged to weights that are finite. Returns why it failed.
-
-    The threshold of a BatchTopK SAE is calibrated on the first training batches.
-    """
+def _save_sae(state: TrainState, record: RunRecord, train_config: TrainConfig, cache: Cache) -> None:
+    """Write sae/ of a trained SAE. The threshold of a BatchTopK SAE is calibrated on the first training batches."""
     config, threshold = state.config, None
     if config.architecture in BATCH_FAMILY:
         with _first_inputs(config, train_config, cache, state.weights["b_dec"].device) as inputs:
@@ -429,28 +428,25 @@ def _save_sae(state: TrainState, record: RunRecord, train_config: TrainConfig, c
         "prepend_bos": identity["prepend_bos"],
         "exclude_special_tokens": train_config.exclude_special_tokens,
     }
-    sae = inference_sae(config, inference_weights(state, threshold), metadata=metadata)
-    if record.metrics.get("metrics/explained_variance", 0.0) <= 0:  # that of a last batch of one row is 0
-        sums = _first_sums(sae, train_config, cache)
-        if sums.is_diverged:
-            error = (
-                f"{config.name}: must end nearer to the activations than zeros are, its explained variance on training "
-                f"rows is {sums.explained_variance:.3g}; lower lr={config.lr}"
-            )
-            return fail(record.folder, state.step, error)
-    write_run_sae(record.folder, sae)
-    return None
+    write_run_sae(record.folder, inference_sae(config, inference_weights(state, threshold), metadata=metadata))
 
 
-def _first_sums(sae: SAE, train_config: TrainConfig, cache: Cache) -> ReconstructionSums:
-    """How well the SAE reconstructs the first batch of training."""
-    hook_names = tuple(dict.fromkeys((*sae.input_hooks, *sae.output_hooks)))
-    with training_loader(cache, hook_names, train_config) as loader, torch.no_grad():
-        batch = next(iter(loader))
-    n_rows = max(1, PIECE_VALUES // sae.d_sae)
-    x, y = (
-        torch.cat([batch.x[name].float() for name in names], 1).split(n_rows)
-        for names in (sae.input_hooks, sae.output_hooks)
+def _divergence(state: TrainState, record: RunRecord, train_config: TrainConfig, cache: Cache) -> str | None:
+    """Why an SAE has diverged though its weights are finite; None if it has not.
+
+    It has if it ends farther from the activations than zeros are, and than it was before its first step with zeros for
+    b_dec. So an SAE that learnt little has not. The first batch of training is looked at, if the last line of the log
+    gives cause.
+    """
+    config, device = state.config, state.weights["b_dec"].device
+    if record.metrics.get("metrics/explained_variance", 0.0) > 0:  # that of a last batch of one row is 0
+        return None
+    began = initial_state(config, torch.zeros(config.d_out, device=device))
+    with training_loader(cache, _hook_names([config]), train_config, device=device) as loader:
+        ends, begins = reconstruction_sums([state, began], islice(loader, 1), Workspace())
+    if not ends.is_worse_than_zeros or ends.square_error <= begins.square_error:
+        return None
+    return (
+        f"{config.name}: must end nearer to the activations than zeros are, its explained variance on training rows is "
+        f"{ends.explained_variance:.3g}; lower lr={config.lr}"
     )
-    sums = [ReconstructionSums.of(of_y, *sae.reconstruct(of_x)) for of_x, of_y in zip(x, y, strict=True)]
-    return reduce(ReconstructionSums.merge, sums)

@@ -72,13 +72,21 @@ def validation_metrics(
         batches: held-out rows, with the hooks of all SAEs.
         workspace: holds the dense pre-activations of a batch.
     """
+    sums = reconstruction_sums(states, batches, workspace)
+    return [_metrics(state.config, each) for state, each in zip(states, sums, strict=True)]
+
+
+def reconstruction_sums(
+    states: Sequence[TrainState], batches: Iterable[Batch], workspace: Workspace
+) -> list[ReconstructionSums]:
+    """The sums of each SAE over all rows of `batches`, which are scaled as in training."""
     sums: list[ReconstructionSums] = []
     with torch.no_grad():
         for batch in batches:
             made: dict[tuple[ScaledHook, ...], Tensor] = {}
             parts = [_sums(state, batch, made, workspace) for state in states]
             sums = [old.merge(new) for old, new in zip(sums, parts, strict=True)] if sums else parts
-    return [_metrics(state.config, each) for state, each in zip(states, sums, strict=True)]
+    return sums
 
 
 def _loader(cache: Cache, train_config: TrainConfig, device: torch.device | str, hook_names: Sequence[str]) -> Loader:

@@ -77,10 +77,11 @@ def test_evaluations_stand_in_columns_with_a_dash_for_what_is_not_there() -> Non
 
 
 def test_an_sae_that_diverged_says_so() -> None:
-    row = {"name": "wild", "architecture": "standard", "l0": 4.0, "explained_variance": -2.4e32, "diverged": True}
+    row = {"name": "wild", "architecture": "standard", "l0": 4.0}
+    row |= {"explained_variance": -2.4e32, "worse_than_zeros": True}
     failed = {"name": "nan", "architecture": "topk", "diverged": True}
     lines = evaluation_lines([{**row, "ce_loss_score": None, "dead_fraction": 0.0}, failed]).splitlines()
-    assert lines[1].split() == ["wild", "standard", "4.0000", "-2.40e+32", "(diverged)", "-", "0.0000"]
+    assert lines[1].split() == ["wild", "standard", "4.0000", "-2.40e+32", "(worse", "than", "zeros)", "-", "0.0000"]
     assert lines[2].split() == ["nan", "topk", "-", "diverged", "-", "-"]
 
 

@@ -257,12 +257,12 @@ def test_a_crosscoder_is_measured_on_all_of_its_hooks(cache: Cache, model: Langu
     assert calls[-1] == (got["n_tokens"],) * 2, "the model has nothing to do"
 
 
-def test_an_sae_that_diverged_says_so(cache, tmp_path):
+def test_an_sae_that_is_worse_than_none_says_so(cache, tmp_path):
     sae = make_sae("standard")
     calm = dataclasses.replace(sae, W_dec=sae.W_dec * 0, b_dec=sae.b_dec * 0)
     wild = dataclasses.replace(sae, W_dec=sae.W_dec * 1e16)
     found = evaluate_all([calm, wild], cache)
-    assert [row.get("diverged", False) for row in found] == [False, True]
+    assert [row.get("worse_than_zeros", False) for row in found] == [False, True]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

@@ -107,8 +107,8 @@ def test_scores():
     assert math.isclose(kl_div_score(kl_div_with_sae=3.0, kl_div_with_ablation=2.0), -0.5)
 
 
-def test_an_sae_diverged_if_zeros_are_nearer() -> None:
+def test_an_sae_is_worse_than_zeros_if_they_are_nearer() -> None:
     x = torch.tensor([[3.0, 4.0], [3.0, 0.0]])
     acts = torch.ones(2, 3)
     for x_hat, expected in ((x * 0, False), (x * 2, False), (x * 2.01, True), (-x, True), (x * torch.inf, True)):
-        assert ReconstructionSums.of(x, acts, x_hat).is_diverged is expected
+        assert ReconstructionSums.of(x, acts, x_hat).is_worse_than_zeros is expected
