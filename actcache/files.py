@@ -32,6 +32,7 @@ WAYS_OUT = {
     errno.ENFILE: "this machine has too many files open; close programs that hold many",
     errno.EACCES: "ask its owner for the permission, or run as a user who has it",
     errno.EPERM: "ask its owner for the permission, or run as a user who has it",
+    errno.EROFS: "its file system is mounted for reading only; take another",
     errno.ENOMEM: "give this process more memory (`ulimit -v`), or run fewer programs",
     errno.EIO: "check the disk and the network, then run the same again",
     errno.ESTALE: "the file server has lost hold of the file; run the same again",

@@ -97,10 +97,10 @@ def repair(
         CacheMismatch: the model or the dataset is not that of the cache, or its manifest files belong to two caches.
         CacheLocked: another process writes the cache.
         LocksMissing: the file system has no locks.
-        OSError: something is damaged, and this user may not write the cache.
         DatasetError: the dataset is needed and cannot be found or read.
         ModelError: the model is needed and cannot be loaded.
-        OSError: a file cannot be read or written. What cannot be read is not written again, for it may be sound.
+        OSError: a file cannot be read or written, or this user may not write the cache, which needs it. What cannot be
+            read is not written again, for it may be sound.
     """
     root = local_path(path)
     with naming(root):

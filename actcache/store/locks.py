@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from actcache.errors import LocksMissing
-from actcache.files import NO_LOCKS, contents, make_folder, naming, remove_leftovers
+from actcache.files import NO_LOCKS, contents, make_folder, name_, naming, remove_leftovers
 from actcache.format.paths import EXCLUSIVE_LOCK
 
 PROBE_SECONDS = 0.5  # `is_held` in another process holds a lock for microseconds
@@ -186,5 +186,6 @@ def _refusal_explained(root: Path) -> Iterator[None]:
 
 
 def _not_writable(root: Path, code: int) -> OSError:
-    way_out = "this has to write the cache; let its owner give the command, or take another folder"
-    return OSError(code, f"{os.strerror(code)}: {way_out}", str(root))
+    error = OSError(code, f"{os.strerror(code)}: this has to write the cache", str(root))
+    name_(error, root)
+    return error

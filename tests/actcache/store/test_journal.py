@@ -59,7 +59,7 @@ def test_a_lock_on_a_journal_that_was_replaced_is_no_lock(tmp_path, monkeypatch)
     path, real = tmp_path / JOURNAL, fcntl.flock
 
     def replaced_meanwhile(descriptor, kind):
-        monkeypatch.undo()
+        monkeypatch.setattr(fcntl, "flock", real)
         write_atomically(path, [path.read_bytes()])
         return real(descriptor, kind)
 

@@ -160,7 +160,7 @@ def test_nothing_is_locked_for_who_knows_that_nobody_else_writes(tmp_path, no_lo
 def test_another_error_of_a_lock_stays_what_it_is(tmp_path, monkeypatch):
     forbid_locks(monkeypatch, tmp_path, errno.EIO)
     with (
-        pytest.raises(OSError, match=rf"put error: .{tmp_path}/manifest/settling\.lock"),
+        pytest.raises(OSError, match=rf"put error; .*{tmp_path}/manifest/settling\.lock"),
         exclusive(tmp_path),
     ):
         pytest.fail("not locked")
@@ -173,7 +173,7 @@ def test_a_cache_of_another_user_is_refused_by_its_name(tmp_path, made):
         (tmp_path / "manifest").mkdir()
     if made.endswith("lock"):
         (tmp_path / made).touch()
-    line = rf"\[Errno 13\] Permission denied: this has to write the cache; let its owner .*: '{tmp_path}'$"
+    line = rf"\[Errno 13\] Permission denied: this has to write the cache; ask its owner .*: '{tmp_path}'$"
     assert may_write(tmp_path)
     with as_another_user(tmp_path):
         with pytest.raises(PermissionError, match=line), exclusive(tmp_path):
