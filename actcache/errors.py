@@ -78,7 +78,10 @@ class CacheLocked(ActcacheError):
 
 
 class LocksMissing(ActcacheError):
-    """The file system has no locks, so nothing would keep two processes from writing at once."""
+    """The file system has no locks.
+
+    Nothing would keep two processes from writing at once.
+    """
 
 
 class DiskTooSmall(ActcacheError):

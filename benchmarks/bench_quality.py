@@ -157,7 +157,9 @@ def cached_equals_live(
     cache = harvest(model, DatasetSource(path=str(documents)), harvested, folder)
     sequences = torch.from_numpy(cache.sequences("train")).split(1)
     live = torch.cat([model.activations(sequence, [HOOK])[HOOK] for sequence in sequences])
-    config = _sweep([SHARED | {"name": "topk", "architecture": "topk", "k": 16}]).expand(cache, n_tokens)[0]
+    config = _sweep([SHARED | {"name": "topk", "architecture": "topk", "k": 16, "lr_decay_steps": 0}]).expand(
+        cache, n_tokens
+    )[0]
     states = _initial_state(cache, config), _initial_state(cache, config)
     steps = [our_step(state) for state in states]
     for batch in Loader(cache, HOOK, batch_tokens=BATCH_TOKENS, token_fields=("sequence", "position")):

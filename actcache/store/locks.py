@@ -72,7 +72,11 @@ def exclusive(root: Path, what: str = "changes it") -> Iterator[None]:
             _wait_for(path, file.fileno())
             if is_at(path, file.fileno()):
                 note_holder(file.fileno(), what)
-                yield
+                try:
+                    yield
+                finally:
+                    with suppress(OSError):
+                        file.truncate(0)  # the note is of nobody any more
                 return
 
 

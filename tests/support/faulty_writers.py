@@ -182,9 +182,9 @@ class _Watch:
 
         return watched
 
-    def open(self, path: Path, mode: str, buffering: int = -1) -> io.IOBase:
+    def open(self, path: Path, mode: str, buffering: int = -1, **more: Any) -> io.IOBase:
         if mode == "rb":
-            return open(path, mode)
+            return open(path, mode, **more)
         self.reached("opening", path)
         if mode == "ab":  # a lock, never written
             return open(path, mode)

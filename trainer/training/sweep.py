@@ -124,8 +124,8 @@ def train(
     """
     out, records, device = local_path(out), dict[str, RunRecord](), device_of("train", device)
     check_loggers(loggers)
-    warn_of_no_validation(cache)
     epoch_rows = _epoch_rows(cache, config, out)
+    warn_of_no_validation(cache)
     runs = resolve_runs(cache, config, out, epoch_rows)
     if any(not is_over(out / run.config.name) for run in runs):  # else a folder that is read-only will do
         with only_writer(out, RUNS_LOCK, "is training there"):

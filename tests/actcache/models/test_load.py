@@ -140,7 +140,7 @@ def test_wrap_model_refuses_training_mode():
     ("setting", "message"),
     [
         ({"backend": "vllm"}, "backend must be one of .*got 'vllm'"),
-        ({"device": "warp"}, "device must be auto or .*got 'warp'"),
+        ({"device": "warp"}, "device must be auto, cpu, cuda .*got 'warp'"),
         ({"device": "cpu", "dtype": "int8"}, "dtype must be auto or .*got 'int8'"),
     ],
 )
