@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from actcache.machine import cores
+from actcache.machine.limits import cores
 
 Say = Callable[[str], None]
 BF16_FLAGS = ("avx512_bf16", "amx_tile", "amx_bf16")

@@ -251,7 +251,9 @@ def test_a_text_is_encoded_and_a_logit_taken_apart(work):
 def test_features_reach_the_report_and_neuronpedia(work):
     run = work / "runs" / "standard"
     actcache("features", run)
-    assert {path.name for path in (run / "features").glob("*.json")} == {"source.json", "tokens.json", "lens.json"}
+    assert {path.name for path in (run / "features").glob("*.json")} == {
+        *("source.json", "rows.json", "crc32c.json", "tokens.json", "lens.json")
+    }
     actcache("report", work / "runs", "--out", work / "features.html")
     names = sorted(path.parent.name for path in work.glob("runs/*/sae"))
     assert f'id="features-{names.index("standard")}"' in (work / "features.html").read_text()
@@ -310,7 +312,7 @@ def wrong_uses(work: Path, model: Path, other_model: Path, texts: Path) -> dict[
         "no such preset": ([*single, "--preset", "openai"], 2, "preset must be one of anthropic_april"),
         "no hook to predict": ([*single, "--architecture", "transcoder"], 2, "transcoder needs hook_name_out"),
         "no memory": ([*single, "--k", 4, "--memory", "nan"], 2, "--memory must be above 0 GB, got nan"),
-        "no room": ([*single, "--k", 4, "--memory", 0.01], 2, "0.0 GB may be used; take a smaller d_sae=64"),
+        "no room": ([*single, "--k", 4, "--memory", 0.01], 2, "0.01 GB may be used; take a smaller d_sae=64"),
         "tokens beyond epochs": ([*single, "--k", 4, "--tokens", 10**9], 2, "epochs"),
         "eval_every 0": ([*single, "--k", 4, "--eval-every", 0], 2, "eval_every must be at least 1"),
         "no such logger": ([*single, "--k", 4, "--logger", "mlflow"], 2, "a logger must be one of wandb, trackio"),

@@ -23,8 +23,8 @@ from typer.core import TyperGroup
 from actcache.arguments import device_of
 from actcache.errors import ActcacheError, ConfigError
 from actcache.files import local_path
-from actcache.installs import no_installs
-from actcache.machine import SCARCE_BYTES, lacked, memory_room, thread_limits
+from actcache.machine.installs import no_installs
+from actcache.machine.limits import SCARCE_BYTES, lacked, memory_room, thread_limits
 
 if TYPE_CHECKING:
     from actcache.harvesting.tasks import Worker

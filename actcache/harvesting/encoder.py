@@ -32,7 +32,7 @@ from actcache.format.paths import STORE, partials_key, shard_key
 from actcache.format.records import ArrayRecord, HookSpec, ShardRecord
 from actcache.format.stats import ROW_FILTERS, Moments, chunk_moments
 from actcache.harvesting.window import Window
-from actcache.machine import thread_pool
+from actcache.machine.limits import thread_pool
 from actcache.store.shard import Shard
 from actcache.store.shard_file import EncodedChunk, chunk_slices, encode_chunk, write_encoded_shard, write_shard
 from actcache.store.statistics import partials_payload

@@ -16,7 +16,7 @@ from actcache.format.codecs import codec
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.int8 import BLOCK_CHANNELS
 from actcache.format.records import HookSpec
-from actcache.machine import cores
+from actcache.machine.limits import cores
 from actcache.models.language_model import LanguageModel
 
 # The smallest compression ratio measured on trained models, Gaussians and streams with outliers.

@@ -31,7 +31,7 @@ from actcache.harvesting.estimate import encoder_threads, expected_bytes, free_b
 from actcache.harvesting.provenance import compute_of, other_compute
 from actcache.harvesting.tasks import ShardTask
 from actcache.harvesting.window import Window
-from actcache.machine import thread_pool
+from actcache.machine.limits import thread_pool
 from actcache.models.batch_size import largest_batch
 from actcache.models.language_model import LanguageModel
 from actcache.store.shard import Shard

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from actcache.format.dtypes import TORCH_DTYPE
-from actcache.machine import cores
+from actcache.machine.limits import cores
 from actcache.store.reader import HookReader
 
 DECODE_THREADS = min(4, cores())

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float64, Int64, Shaped, UInt8
 from actcache.errors import ConfigError
 from actcache.format.codecs import float32_values
 from actcache.loading.buffers import DECODE_THREADS, will_need
-from actcache.machine import thread_pool
+from actcache.machine.limits import thread_pool
 from actcache.store.cache import Cache
 
 FILTERS = ("exclude_special_tokens", "positions", "max_norm_ratio")

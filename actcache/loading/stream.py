@@ -23,7 +23,7 @@ from actcache.format.dtypes import TORCH_DTYPE
 from actcache.loading.buffers import DECODE_THREADS, DeviceBuffers, GroupBuffer, HookBuffers, HostBuffers, will_need
 from actcache.loading.filters import RowFilter
 from actcache.loading.order import EpochOrder
-from actcache.machine import thread_pool
+from actcache.machine.limits import thread_pool
 from actcache.store.cache import Cache, sequence_reader
 from actcache.store.reader import HookReader
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from actcache.errors import ModelError
-from actcache.machine import lacked, memory_room, resident_bytes
+from actcache.machine.limits import lacked, memory_room, resident_bytes
 from actcache.models.language_model import LanguageModel
 
 MIN_GAIN = 1.05  # twice as many sequences must bring this factor in tokens/s, or the search ends

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError
-from actcache.installs import no_installs
+from actcache.machine.installs import no_installs
 from actcache.models.language_model import HookFn, LanguageModel, unknown_hook
 
 

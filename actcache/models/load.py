@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.arguments import device_of, typed
 from actcache.errors import ConfigError, ModelError
-from actcache.installs import no_installs
+from actcache.machine.installs import no_installs
 from actcache.models.bridge import BridgeModel
 from actcache.models.families import family_of
 from actcache.models.huggingface import HuggingFaceModel

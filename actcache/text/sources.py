@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from actcache.arguments import type_fields_
 from actcache.errors import ConfigError, DatasetError
 from actcache.files import can_only_be_a_path, local_path, missing_here, refuse_address
-from actcache.installs import no_installs
+from actcache.machine.installs import no_installs
 
 SAMPLE_BY = ("line", "paragraph", "document")
 FILE_KINDS = {  # of local files

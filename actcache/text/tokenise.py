@@ -17,7 +17,7 @@ from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import DatasetError
-from actcache.machine import require_memory
+from actcache.machine.limits import require_memory
 from actcache.text.sources import Source
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")

@@ -16,7 +16,6 @@ LOWEST = {
     "actcache.arguments",
     "actcache.flow",
     "actcache.files",
-    "actcache.installs",
     "actcache.machine",
 }
 CACHE = {*LOWEST, "actcache.format", "actcache.store", "actcache.loading"}
@@ -25,7 +24,6 @@ ALLOWED: dict[str, set[str]] = {
     "actcache.arguments": {"actcache.errors"},
     "actcache.flow": set(),
     "actcache.files": {"actcache.errors"},
-    "actcache.installs": set(),
     "actcache.machine": set(),
     "actcache.lazy": set(),
     "actcache.bundled": set(),

@@ -19,7 +19,7 @@ from typing import Any
 
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
 from actcache.files import local_path, refuse_address
-from actcache.installs import no_installs
+from actcache.machine.installs import no_installs
 from trainer.checksums import CHECKSUMS_FILE, checksums_of, sealed
 from trainer.config.settings import SAEConfig
 from trainer.formats.dictionary_learning import DICTIONARY_LEARNING_FILES, dictionary_learning_sae

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from actcache.errors import ActcacheError, ConfigError
 from actcache.files import write_atomically
-from actcache.installs import no_installs
+from actcache.machine.installs import no_installs
 from trainer.config.settings import SAEConfig
 
 PROJECT = "actcache"  # project in trackio, and in wandb unless WANDB_PROJECT names another

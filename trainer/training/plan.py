@@ -15,7 +15,7 @@ import torch
 from actcache.errors import ConfigError
 from actcache.loading import loader
 from actcache.loading.stream import hook_bytes
-from actcache.machine import memory_room
+from actcache.machine.limits import memory_room
 from actcache.store.cache import Cache
 from trainer.config.settings import BATCH_FAMILY, TOPK_FAMILY, SAEConfig, TrainConfig
 from trainer.kernels.active import Workspace

@@ -10,7 +10,7 @@ from support.tiny_models import make_model, make_tokenizer
 from torch import Tensor
 
 from actcache.errors import ModelError
-from actcache.machine import MemoryRoom
+from actcache.machine.limits import MemoryRoom
 from actcache.models import batch_size
 from actcache.models.batch_size import N_TIMED, largest_batch
 from actcache.models.huggingface import HuggingFaceModel

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.wheels import offer_wheel
 
-from actcache.installs import no_installs
+from actcache.machine.installs import no_installs
 
 PIP = [sys.executable, "-m", "pip", "install", "tinywheel", "-q"]
 

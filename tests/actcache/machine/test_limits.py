@@ -16,8 +16,8 @@ import pytest
 import torch
 from support.places import CHILD
 
-from actcache import machine
-from actcache.machine import cores, lacked, memory_room, thread_limits
+from actcache.machine import limits as machine
+from actcache.machine.limits import cores, lacked, memory_room, thread_limits
 
 GIB = 1 << 30
 
@@ -173,7 +173,9 @@ def small_group() -> Iterator[Path]:
 
 def test_a_process_in_a_small_control_group_has_little_room(small_group: Path):
     code = (
-        "import sys; open(sys.argv[1], 'w').write('0'); from actcache.machine import memory_room; room = memory_room();"
+        "import sys; open(sys.argv[1], 'w').write('0')\n"
+        "from actcache.machine.limits import memory_room\n"
+        "room = memory_room()\n"
         "print(room.limit_bytes, room.n_bytes, room.limit)"
     )
     asked = [sys.executable, "-c", code, str(small_group / "cgroup.procs")]

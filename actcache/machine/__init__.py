@@ -1,0 +1,17 @@
+"""The machine that this process runs on: what it may take of it, and what it must not change there.
+
+In come the limits that the system sets: cores, memory, threads.
+Out go numbers that estimates and plans keep to, and a fence around calls into libraries.
+Nothing here may know what is harvested or trained.
+
+Public:
+    limits.MemoryRoom: memory that is left, under which limit
+    limits.memory_room: the room under the nearest limit
+    limits.cores: how many cores this process may use
+    limits.require_memory: refuses work that may not fit
+    limits.thread_pool: as many threads as memory allows
+    limits.resident_bytes: what this process holds, and its peak
+    limits.thread_limits: the limits on the number of threads
+    limits.lacked: the error that says memory ran out
+    installs.no_installs: inside it nothing can be installed
+"""
