@@ -46,7 +46,7 @@ def work(done: Path, code: int = 0, result: bool = False):
             ctypes.CDLL(None).write(2, b"of C\\n", 5)
         bar.close()
         if result:
-            print_json({"rows": list(range(10_000))})
+            print_json({"rows": list(range(100_000))})  # more than a pipe holds
         file.write(f"done {number > 2}")
     if code:
         raise OSError("the command's own failure")
@@ -75,7 +75,7 @@ CLOSED_PIPE = "2> >(exec true)"
 def test_what_is_said_decides_nothing(stderr, tmp_path):
     found = worked(tmp_path, "--result", shell=stderr)
     assert (found.returncode, found.stderr) == (0, "")
-    assert json.loads(found.stdout) == {"rows": list(range(10_000))}, "and nothing else comes to stdout"
+    assert json.loads(found.stdout) == {"rows": list(range(100_000))}, "and nothing else comes to stdout"
     assert worked(tmp_path, "--code", "1", shell=stderr).returncode == 1
 
 
