@@ -30,6 +30,7 @@ from actcache.format.paths import STORE, shard_key
 from actcache.format.records import HookSpec
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
+from actcache.store.kept import CacheFiles
 from actcache.store.reader import ArrayReader
 from actcache.store.shard_file import write_shard
 from actcache.store.zarr_metadata import write_metadata
@@ -97,7 +98,9 @@ class _Store:
             for shard in range(N_SHARDS)
         ]
         self.n_bytes = sum(record.n_bytes for record in records)
-        self.reader = ArrayReader(folder, self.array, self.codec, records, n_rows=len(x), shard_rows=shard_rows)
+        self.reader = ArrayReader(
+            CacheFiles(root=folder), self.array, self.codec, records, n_rows=len(x), shard_rows=shard_rows
+        )
 
     @property
     def row_bytes(self) -> int:

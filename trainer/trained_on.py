@@ -2,8 +2,9 @@
 
 A run depends on its hooks, the split and the rows that it read, and on no other hook of the cache. So the block `cache`
 of config.json names these rows for each hook and split. When a cache grows, its whole shards stay as they are, and the
-last, partial shard of a split is written anew with its rows in another order. What the rows of the run were like on
-average, and how many there were, stands in the block too: a run of a cache that has grown keeps to that.
+last, partial shard of a split is written anew with its rows in another order; the cache keeps the former one. What the
+rows of the run were like on average, and how many there were, stands in the block too: a run of a cache that has grown
+keeps to that.
 
 Runs that were begun before this block named rows hold the fingerprint of the whole cache alone. Where that differs,
 their scales and their total_variance can be compared with the statistics of the cache, to the last bit. Equal ones mean
@@ -14,14 +15,14 @@ the same too, or that a larger cache has grown from the one they read, cannot be
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from actcache.errors import CacheMismatch
 from actcache.flow import SPLITS
 from actcache.format.manifest import rows_fingerprint
-from actcache.store.cache import Cache, open_cache
+from actcache.store.cache import Cache, earlier_caches, open_cache
 from trainer.config.presets import HookFacts
 from trainer.config.settings import RowFilter, SAEConfig
 from trainer.run_folder import CONFIG_FILE, read_json, remembered_cache
@@ -124,17 +125,22 @@ def rows_state(block: Mapping[str, Any], cache: Cache, split: str) -> State:
     return "grown" if whole and cache.n_rows(split) > n_rows else "other"
 
 
-def first_rows(cache: Cache, n_rows: int) -> Cache:
-    """The cache with the first `n_rows` rows of its training split alone, which must be those of whole shards.
+def cache_with_rows(block: Mapping[str, Any], cache: Cache, splits: Iterable[str]) -> Cache | None:
+    """The cache that holds the rows of a run in their order: this one, or one that it has grown from.
 
-    Its statistics are not to be read: they are those of all rows.
+    Args:
+        block: the block `cache` of its config.json, which names rows.
+        cache: the cache.
+        splits: the splits whose rows are to be the same.
+
+    Returns:
+        the cache; None if what growth replaced is not kept any more, or if it is another cache.
     """
-    manifest, plan = cache.manifest, cache.manifest.plan
-    assert n_rows % manifest.shard_rows == 0, "the rows of a part of a shard are no rows of the smaller cache"
-    record = replace(plan.sequences["train"], n_sequences=n_rows // cache.context_size)
-    shards = {**manifest.shards, "train": manifest.shards["train"][: n_rows // manifest.shard_rows]}
-    smaller = replace(manifest, plan=replace(plan, sequences={**plan.sequences, "train": record}), shards=shards)
-    return Cache(cache.path, smaller, cache.fingerprint)
+    held = set(block["hooks"])
+    for each in (cache, *earlier_caches(cache)):
+        if held <= set(each.hook_names) and all(rows_state(block, each, split) == "same" for split in splits):
+            return each
+    return None
 
 
 def open_trained_on(runs: Path) -> Cache:

@@ -19,7 +19,7 @@ from actcache.format.arrays import MAX_SHARD_BYTES, ArraySpec, hook_arrays, sequ
 from actcache.format.codecs import codec
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.identity import check_identity
-from actcache.format.paths import shard_key
+from actcache.format.paths import CACHE_MANIFEST, STORE, shard_key, statistics_key
 from actcache.format.records import (
     HookSpec,
     SequencesRecord,
@@ -184,6 +184,26 @@ def stored_files(manifest: Manifest) -> dict[str, int]:
             for index, stored in enumerate(record.arrays[array.path]):
                 files[f"{split}/{shard_key(array, index)}"] = stored.n_bytes
     return files
+
+
+def replaced_by_growth(manifest: Manifest) -> list[str]:
+    """The files, as paths below the cache, that are written anew when the cache grows.
+
+    These are the last shards, unless they are whole, and all that depends on the number of rows.
+    """
+    keys = [CACHE_MANIFEST, *(f"{STORE}/{path}/zarr.json" for path in store_arrays(manifest))]
+    for split in SPLITS:
+        for hook in manifest.hooks:
+            keys.append(statistics_key(split, hook.hook_name))
+        for shard in manifest.shards[split][-1:]:
+            if shard.n_rows < manifest.shard_rows:
+                keys += [f"{STORE}/{split}/{shard_key(array, shard.index)}" for array in aligned_arrays(manifest)]
+                keys += shard.partials
+        n_sequences = manifest.plan.sequences[split].n_sequences
+        for array in sequence_arrays(manifest.identity["context_size"]):
+            if n_sequences % array.chunk_rows:
+                keys.append(f"{STORE}/{split}/{shard_key(array, n_sequences // array.chunk_rows)}")
+    return keys
 
 
 def rows_fingerprint(manifest: Manifest, split: str, hook_name: str, n_shards: int | None = None) -> str:

@@ -9,6 +9,7 @@ PLAN = "manifest/plan.json"
 CACHE_MANIFEST = "manifest/cache.json"
 ORIGIN = "log/origin.json"
 MANIFEST = "manifest"
+KEPT = "kept"
 EXCLUSIVE_LOCK = "manifest/settling.lock"
 
 

@@ -34,6 +34,7 @@ from actcache.harvesting.window import Window
 from actcache.machine.limits import thread_pool
 from actcache.models.batch_size import largest_batch
 from actcache.models.language_model import LanguageModel
+from actcache.store.kept import CacheFiles
 from actcache.store.shard import Shard
 
 Progress = Callable[[int, int], None]
@@ -157,7 +158,7 @@ class Harvester:
             writes: list[Future[None]] = []
             for split, index, hooks, revision in self._pending:
                 window = self._free_window(writes)
-                shard = Shard.of(self._root, self._plan, split, index, hooks, revision)
+                shard = Shard.of(CacheFiles(root=self._root), self._plan, split, index, hooks, revision)
                 self._fill(window, shard)
                 ready = _recorded_event(self._model.device)
                 writes.append(writer.submit(self._write, encoder, shard, window, ready))

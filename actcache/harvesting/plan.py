@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheLocked, CacheMismatch, CorruptShard
-from actcache.files import contents, sync_folder, write_atomically
+from actcache.files import contents, write_atomically
 from actcache.flow import HOLD_OUT_MORE, SPLITS
 from actcache.format.arrays import chunk_rows, sequence_arrays, shard_rows
 from actcache.format.codecs import codec
 from actcache.format.dtypes import TORCH_DTYPE
-from actcache.format.manifest import Plan
+from actcache.format.manifest import Plan, replaced_by_growth
 from actcache.format.paths import CACHE_MANIFEST, PLAN, STORE, shard_key
 from actcache.format.records import HookSpec, SequencesRecord
 from actcache.format.seal import seal, unseal
@@ -25,6 +24,7 @@ from actcache.harvesting.sequences import SequenceArrays, write_sequences
 from actcache.harvesting.tasks import finished_cache
 from actcache.store.cache import Cache, read_manifest, sequence_reader
 from actcache.store.journal import active_writers, read_journals, writers
+from actcache.store.kept import CacheFiles, forget, keep
 from actcache.store.locks import may_write
 from actcache.text.packing import PackedSequence
 
@@ -70,8 +70,8 @@ def settle_plan(
 ) -> Plan:
     """The plan on disk, if it has enough tokens; else a new or a grown plan, for which the dataset is packed.
 
-    A cache that grows is unfinished from then on: manifest/cache.json is deleted before anything that it describes
-    changes. The caller holds `exclusive` and a writer's slot.
+    While a cache grows, its finished part can be read: the files of it that change are kept under other names before
+    they do. The caller holds `exclusive` and a writer's slot.
 
     Args:
         root: the folder of the cache.
@@ -91,8 +91,7 @@ def settle_plan(
         refuse_other_identity(root, held, wanted)
         if _covers(held, config.tokens) and _tails_are_sound(root, held):
             _refuse_unfinished(root, held, config.tokens)
-            _remove_unplanned(root, held)
-            return held
+            return _settled(root, held)
         if len(slots := active_writers(root)) > 1:
             raise CacheLocked(
                 f"{root}: other processes write this cache ({writers(root, slots)}); wait for them before it grows"
@@ -104,16 +103,14 @@ def settle_plan(
     except BaseException:
         packed.abandon()
         raise
-    hooks = _finished_hooks(root, held)
-    if held is not None:
-        _write_plan(root, replace(held, hooks=hooks))  # only cache.json, which is deleted next, may name them so far
-    (root / CACHE_MANIFEST).unlink(missing_ok=True)
-    sync_folder((root / PLAN).parent)
+    finished = _finished_part(root)
+    if finished is not None:
+        keep(root, finished.fingerprint, replaced_by_growth(finished.manifest))
+    hooks = finished.manifest.hooks if finished else held.hooks if held else ()
     stored = packed.commit()
     sizes = _sizes(config, widest, stored) if held is None else {size: held.identity[size] for size in SIZES}
     plan = Plan(identity={**wanted, **sizes}, tokens=config.tokens, sequences=stored, hooks=hooks)
-    _remove_unplanned(root, plan)
-    return _write_plan(root, plan)
+    return _settled(root, _write_plan(root, plan))
 
 
 def warn_of_empty_splits(root: Path, plan: Plan) -> None:
@@ -143,10 +140,14 @@ def _write_plan(root: Path, plan: Plan) -> Plan:
     return Plan.from_json(unseal(sealed, root / PLAN))
 
 
-def _remove_unplanned(root: Path, plan: Plan) -> None:
-    """Delete shards of sequences that the plan does not name."""
+def _settled(root: Path, plan: Plan) -> Plan:
+    """The plan, after shards of sequences went that it does not name, and what a growth kept that was never begun."""
     for path in _unplanned(root, plan):
         path.unlink()
+    finished = _finished_part(root)
+    if finished is not None and _has_all(finished, plan):
+        forget(root, finished.fingerprint)
+    return plan
 
 
 def _unplanned(root: Path, plan: Plan) -> Iterator[Path]:
@@ -164,11 +165,13 @@ def _unplanned(root: Path, plan: Plan) -> Iterator[Path]:
                         yield path
 
 
-def _finished_hooks(root: Path, held: Plan | None) -> tuple[HookSpec, ...]:
-    """The hooks that have to grow with the cache. A run after a killed one finds them in the plan."""
-    if held is None:
-        return ()
-    return read_manifest(root).manifest.hooks if (root / CACHE_MANIFEST).exists() else held.hooks
+def _finished_part(root: Path) -> Cache | None:
+    """The cache as far as it is finished; None if nothing is."""
+    return read_manifest(root) if (root / CACHE_MANIFEST).exists() else None
+
+
+def _has_all(finished: Cache, plan: Plan) -> bool:
+    return finished.manifest.plan.sequences == plan.sequences
 
 
 def _sizes(config: HarvestConfig, widest: int, sequences: dict[str, SequencesRecord]) -> dict[str, int]:
@@ -200,7 +203,8 @@ def _refuse_unfinished(root: Path, held: Plan, tokens: int | None) -> None:
     A finished cache holds the fewer tokens that are asked for. To finish an unfinished one would harvest more than
     that.
     """
-    if tokens != held.tokens and not (root / CACHE_MANIFEST).exists():
+    finished = _finished_part(root)
+    if tokens != held.tokens and (finished is None or not _has_all(finished, held)):
         raise CacheMismatch(
             f"{root}: holds an unfinished harvest of {held.tokens or 'all'} tokens, {tokens} asked; finish it with "
             f"{'no --tokens' if held.tokens is None else f'--tokens {held.tokens}'}, or pass another --out"
@@ -211,7 +215,7 @@ def _tails_are_sound(root: Path, plan: Plan) -> bool:
     """Whether the last shard of every sequence array is the plan's. After a kill while the cache grew it may not be."""
     for split in SPLITS:
         for name in ("id", "document"):
-            reader = sequence_reader(root, plan, split, name)
+            reader = sequence_reader(CacheFiles(root=root), plan, split, name)
             try:
                 reader.read(max(reader.n_rows - 1, 0), reader.n_rows)
             except CorruptShard:

@@ -18,6 +18,7 @@ from actcache.format.records import ArrayRecord, SequencesRecord
 from actcache.harvesting.config import HarvestConfig
 from actcache.models.language_model import LanguageModel
 from actcache.store.cache import sequence_reader
+from actcache.store.kept import CacheFiles
 from actcache.store.reader import ArrayReader
 from actcache.store.shard_file import write_shard
 from actcache.text.packing import PackedSequence, Packing, pack
@@ -83,7 +84,7 @@ class SequenceArrays:
         self._writers: dict[str, dict[str, _SequenceWriter]] = {split: {} for split in SPLITS}
         for split in SPLITS:
             for name, array in zip(("id", "document"), sequence_arrays(context_size), strict=True):
-                reader = sequence_reader(root, held, split, name) if held else None
+                reader = sequence_reader(CacheFiles(root=root), held, split, name) if held else None
                 self._writers[split][name] = _SequenceWriter(root / STORE / split, array, store, reader)
 
     def add(self, sequence: PackedSequence) -> None:

@@ -23,7 +23,7 @@ from actcache.format.records import ArrayRecord, HookSpec, ShardRecord, merge_re
 from actcache.format.seal import unseal
 from actcache.integrity.problems import Problem, stored_arrays
 from actcache.integrity.verify import agrees
-from actcache.store.cache import Cache
+from actcache.store.cache import Cache, read_manifest
 from actcache.store.journal import Journal, hook_computes, read_journals
 
 Key = tuple[str, int]  # split and index of a shard
@@ -62,8 +62,8 @@ def _unreadable(path: Path, error: ManifestError | NoFile) -> Problem:
 def settled(root: Path, plan: Plan | None, manifest: Manifest | None) -> tuple[Plan, Manifest | None, list[Problem]]:
     """(plan, manifest, problems): the plan to repair by, and the manifest unless it is outdated or cannot be read.
 
-    If the two files differ, one is a copy from before the cache grew. The plan is the newer one if it has more rows and
-    the journals describe all of them.
+    If the two files differ, the cache grows, or one is a copy from before it grew. The plan is the newer one if it has
+    more rows, and the journals describe all of them or files are kept for growth.
 
     Args:
         root: the folder of the cache.
@@ -76,7 +76,8 @@ def settled(root: Path, plan: Plan | None, manifest: Manifest | None) -> tuple[P
         return plan, manifest, []
     lines = merge_records(read_journals(root))
     covered = all(key in lines and lines[key].n_rows == plan.rows_of(*key) for key in _keys(plan))
-    if covered and sum(map(plan.n_rows, SPLITS)) > sum(map(manifest.n_rows, SPLITS)):
+    larger = sum(map(plan.n_rows, SPLITS)) > sum(map(manifest.n_rows, SPLITS))
+    if larger and (covered or read_manifest(root).files.are_kept):
         return plan, None, [Problem(path=str(root / CACHE_MANIFEST), message="is from before the cache grew")]
     return manifest.plan, manifest, [Problem(path=str(root / PLAN), message=f"says another plan than {CACHE_MANIFEST}")]
 

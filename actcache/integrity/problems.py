@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from actcache.errors import CorruptShard
@@ -12,7 +12,8 @@ from actcache.flow import SPLITS
 from actcache.format.arrays import ArraySpec, sequence_arrays
 from actcache.format.manifest import aligned_arrays
 from actcache.format.paths import STORE, shard_key
-from actcache.store.cache import Cache, sequence_reader
+from actcache.store.cache import Cache
+from actcache.store.kept import CacheFiles
 from actcache.store.reader import ArrayReader
 from actcache.store.shard_file import ShardFile
 
@@ -44,9 +45,9 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredArray:
-    """One sharded array of a split. folder: of the split. reader: reads the array."""
+    """One sharded array of a split. files: those of the split. reader: reads the array."""
 
-    folder: Path
+    files: CacheFiles
     split: str
     array: ArraySpec
     shard_rows: int
@@ -59,7 +60,7 @@ class StoredArray:
 
     def path(self, shard: int) -> Path:
         """The file of a shard."""
-        return self.folder / shard_key(self.array, shard)
+        return self.files.path(shard_key(self.array, shard))
 
     def rows(self, shard: int) -> tuple[int, int]:
         """(start, stop): the rows of a shard, counted within the split."""
@@ -71,11 +72,9 @@ class StoredArray:
         Raises OSError if the file cannot be read, for then nobody can tell.
         """
         n_chunks = len(self.reader.records[shard].checksums)
-        problem = functools.partial(
-            Problem, path=str(self.path(shard)), split=self.split, array=self.array.path, shard=shard
-        )
+        problem = partial(Problem, path=str(self.path(shard)), split=self.split, array=self.array.path, shard=shard)
         try:
-            ShardFile(self.path(shard), self._chunks_per_shard, self.reader.records[shard].n_bytes)
+            self.files.read(shard_key(self.array, shard), partial(self._mapped, shard))
         except CorruptShard as error:
             yield problem(rows=self.rows(shard), message=error.what)
             yield from [None] * (n_chunks - 1)
@@ -92,6 +91,9 @@ class StoredArray:
             else:
                 yield None
 
+    def _mapped(self, shard: int, path: Path) -> ShardFile:
+        return ShardFile(path, self._chunks_per_shard, self.reader.records[shard].n_bytes)
+
     @property
     def _chunks_per_shard(self) -> int:
         return self.shard_rows // self.array.chunk_rows
@@ -103,10 +105,10 @@ def stored_arrays(cache: Cache) -> list[StoredArray]:
 
 
 def _stored_arrays(cache: Cache, split: str) -> Iterator[StoredArray]:
-    folder, shard_rows = cache.path / STORE / split, cache.manifest.shard_rows
+    files, shard_rows = cache.files.below(f"{STORE}/{split}"), cache.manifest.shard_rows
     for array in aligned_arrays(cache.manifest):
         reader = cache.reader(split, array)
-        yield StoredArray(folder=folder, split=split, array=array, shard_rows=shard_rows, reader=reader)
+        yield StoredArray(files=files, split=split, array=array, shard_rows=shard_rows, reader=reader)
     for name, array in zip(("id", "document"), sequence_arrays(cache.context_size), strict=True):
-        reader = sequence_reader(cache.path, cache.manifest.plan, split, name)
-        yield StoredArray(folder=folder, split=split, array=array, shard_rows=array.chunk_rows, reader=reader)
+        reader = cache.sequence_reader(split, name)
+        yield StoredArray(files=files, split=split, array=array, shard_rows=array.chunk_rows, reader=reader)

@@ -31,19 +31,30 @@ def relabel(path: str | Path, native: bool) -> int:
 
     Raises:
         CacheMismatch: the cache has no bfloat16 array.
-        ManifestError: as for `open_cache`; also if a zarr.json has neither form. Then nothing is changed.
+        ManifestError: as for `open_cache`; also if the cache grows, or if a zarr.json has neither form. Then nothing is
+            changed.
         CorruptShard: as for `open_cache`.
         LocksMissing, OSError: as for `exclusive`, if a file has to change.
     """
     typed("relabel", "native", native, bool)
-    cache = open_cache(path)
+    cache = _opened(path)
     if not _stale(cache, native):
         return 0
     with exclusive(cache.path):  # a harvest that finalises would write these files too
-        stale = _stale(open_cache(path), native)
+        stale = _stale(_opened(path), native)
         for file, content in stale:
             write_atomically(file, [content])
     return len(stale)
+
+
+def _opened(path: str | Path) -> Cache:
+    """The cache. Raises ManifestError if it grows, for its zarr.json may be those of the larger one already."""
+    cache = open_cache(path)
+    if cache.files.are_kept:
+        raise ManifestError(
+            "its growth is unfinished", path=cache.path, way_out="run the same `actcache harvest` first"
+        )
+    return cache
 
 
 def _stale(cache: Cache, native: bool) -> list[tuple[Path, bytes]]:

@@ -47,8 +47,9 @@ from actcache.integrity.verify import (
     zarr_files,
 )
 from actcache.models.language_model import LanguageModel
-from actcache.store.cache import Cache
+from actcache.store.cache import Cache, read_manifest
 from actcache.store.journal import Journal, active_writers, salvage, writers
+from actcache.store.kept import CacheFiles, forget
 from actcache.store.locks import exclusive, may_write, remove_abandoned
 from actcache.store.shard import Shard
 from actcache.store.shard_file import chunk_slices, write_shard
@@ -122,6 +123,8 @@ def _repaired(
         with Journal(root, what="repairs it") as journal:
             remove_abandoned(root)
             plan, manifest, outdated = settled(root, plan, manifest)
+            if manifest:
+                forget(root, read_manifest(root).fingerprint)  # what a kill has kept would hide what is repaired
             expected = ExpectedCache(root, plan, manifest, journal)
             found += [*outdated, *_Rebuilding(expected, load_model, dataset, progress).run()]
     report = verify(root, progress=_stage(progress, "verify"))
@@ -170,7 +173,7 @@ class _Rebuilding:
         arrays = token_arrays(self._shard_rows)
         for key, held in self._expected.held.items():
             if not damaged.isdisjoint(str(self._expected.path(key, array.path)) for array in arrays):
-                columns = Shard.of(self._root, self._plan, *key, ()).token_columns
+                columns = Shard.of(CacheFiles(root=self._root), self._plan, *key, ()).token_columns
                 written = {
                     array.path: write_shard(
                         self._expected.path(key, array.path),

@@ -124,7 +124,7 @@ def _shards(cache: Cache, chosen: dict[str, list[int]]) -> Iterator[tuple[Shard,
             compute = computes.get((split, index, hook.hook_name), cache.manifest.shards[split][index].compute)
             ways[json.dumps(compute, sort_keys=True)].append(hook)
         for compute, hooks in ways.items():
-            yield Shard.of(cache.path, plan, split, index, tuple(hooks)), sequences, json.loads(compute)
+            yield Shard.of(cache.files, plan, split, index, tuple(hooks)), sequences, json.loads(compute)
 
 
 def _computed(
@@ -186,7 +186,7 @@ def _compared(
         worst, first = np.max(error[wrong] / norm[wrong]), row[wrong].min()
         array = reader.arrays[0].array
         yield Problem(
-            path=str(cache.path / STORE / shard.split / shard_key(array, shard.index)),
+            path=str(cache.files.path(f"{STORE}/{shard.split}/{shard_key(array, shard.index)}")),
             split=shard.split,
             array=array.path,
             shard=shard.index,

@@ -17,7 +17,7 @@ from actcache.errors import CorruptShard, LocksMissing, ManifestError
 from actcache.files import PARTIAL_SUFFIX, NoFile, contents, files_below, naming
 from actcache.flow import SPLITS
 from actcache.format.arrays import hook_arrays, token_arrays
-from actcache.format.codecs import codec, crc32c
+from actcache.format.codecs import codec
 from actcache.format.manifest import Plan, store_arrays, stored_files
 from actcache.format.paths import CACHE_MANIFEST, MANIFEST, PLAN, STORE, partials_key, shard_key, statistics_key
 from actcache.format.records import HookSpec, ShardRecord, merge_records
@@ -27,7 +27,7 @@ from actcache.integrity.problems import Problem, StoredArray, stored_arrays
 from actcache.store.cache import Cache, read_manifest
 from actcache.store.journal import active_writers, damaged_lines, read_journals
 from actcache.store.shard import Shard
-from actcache.store.statistics import merged_moments
+from actcache.store.statistics import checked_contents, merged_moments
 from actcache.store.zarr_metadata import make_store
 
 Progress = Callable[[int, int], None]
@@ -58,11 +58,14 @@ def verify(path: str | Path, *, progress: Progress | None = None) -> VerifyRepor
 
     Raises:
         ManifestError: manifest/cache.json cannot be trusted to tell what should be there.
+        CacheMismatch: the cache has grown meanwhile.
         OSError: a file cannot be read, so nobody can tell whether it is sound.
     """
     with naming(Path(path)):
         cache = read_manifest(path)
         problems = (*check_files(cache, progress=progress), *_twin_problems(cache))
+        if problems:
+            cache.files.refuse_another()
         return VerifyReport(
             path=str(cache.path),
             n_chunks=sum(stored.reader.n_chunks for stored in stored_arrays(cache)),
@@ -80,6 +83,11 @@ def check_files(cache: Cache, *, progress: Progress | None = None) -> tuple[Prob
     problems += metadata_problems(cache)
     problems += token_problems(cache)
     return tuple(problems)
+
+
+def is_growing(cache: Cache, plan: Plan) -> bool:
+    """Whether the plan is that of a growth of the cache which is unfinished."""
+    return cache.files.are_kept and sum(map(plan.n_rows, SPLITS)) > sum(map(cache.n_rows, SPLITS))
 
 
 def agrees(line: ShardRecord | None, shard: ShardRecord) -> bool:
@@ -119,29 +127,23 @@ def partials_problems(cache: Cache) -> Iterator[Problem]:
         for shard in cache.manifest.shards[split]:
             for hook_name in cache.hook_names:
                 key = partials_key(split, shard.index, hook_name)
-                message = _wrong_partial(cache.path / key, shard.partials.get(key))
-                if message:
-                    path = str(cache.path / key)
-                    yield Problem(path=path, split=split, array=hook_name, shard=shard.index, message=message)
-
-
-def _wrong_partial(path: Path, checksum: int | None) -> str | None:
-    try:
-        return None if crc32c(contents(path)) == checksum else "does not match its checksum in the manifest"
-    except NoFile as error:
-        return f"cannot be read ({error.strerror})"
+                try:
+                    cache.files.read(key, functools.partial(checked_contents, shard.partials.get(key)))
+                except CorruptShard as error:
+                    where = {"path": str(error.path), "split": split, "array": hook_name, "shard": shard.index}
+                    yield Problem(**where, message=error.what)
 
 
 def statistics_problems(cache: Cache) -> Iterator[Problem]:
     """Statistics that cannot be read or are not those of the partial ones. Problem.array is the name of the hook."""
     for split in SPLITS:
         for hook in cache.manifest.hooks:
-            path = cache.path / statistics_key(split, hook.hook_name)
-            if message := _wrong_statistics(cache, split, hook, path):
+            if message := _wrong_statistics(cache, split, hook):
+                path = cache.files.path(statistics_key(split, hook.hook_name))
                 yield Problem(path=str(path), split=split, array=hook.hook_name, message=message)
 
 
-def _wrong_statistics(cache: Cache, split: str, hook: HookSpec, path: Path) -> str | None:
+def _wrong_statistics(cache: Cache, split: str, hook: HookSpec) -> str | None:
     """What is wrong with the statistics of a hook, or None.
 
     The median is not checked. If partial statistics are damaged, only reading is checked.
@@ -163,19 +165,20 @@ def metadata_problems(cache: Cache) -> Iterator[Problem]:
     files = zarr_files(cache)
     native = functools.cache(lambda: zarr_files(cache, native=store_arrays(cache.manifest)))
     for key in sorted(files):
-        path = cache.path / STORE / key
         node = key.removesuffix("zarr.json").rstrip("/")
-        if message := _wrong_metadata(path, node, files, native):
+        if message := _wrong_metadata(cache, node, files, native):
             split, _, array = node.partition("/")
+            path = cache.files.path(f"{STORE}/{key}")
             yield Problem(path=str(path), split=split or None, array=array or None, message=message)
 
 
-def _wrong_metadata(path: Path, node: str, files: dict[str, Any], native: Callable[[], dict[str, Any]]) -> str | None:
+def _wrong_metadata(cache: Cache, node: str, files: dict[str, Any], native: Callable[[], dict[str, Any]]) -> str | None:
+    key = f"{node}/zarr.json".removeprefix("/")
     try:
-        found = contents(path)
+        found = cache.files.read(f"{STORE}/{key}", contents)
     except NoFile as error:
         return f"cannot be read ({error.strerror})"
-    if found == files[f"{node}/zarr.json".removeprefix("/")].to_bytes():
+    if found == files[key].to_bytes():
         return None
     try:  # from memory: what zarr cannot read then is the bytes' fault alone
         said = _node_metadata({"zarr.json": cpu.Buffer.from_bytes(found)}, "")
@@ -199,7 +202,7 @@ def token_problems(cache: Cache) -> Iterator[Problem]:
     for split in SPLITS:
         for shard in cache.manifest.shards[split]:
             try:
-                expected = Shard.of(cache.path, cache.manifest.plan, split, shard.index, ()).token_columns
+                expected = Shard.of(cache.files, cache.manifest.plan, split, shard.index, ()).token_columns
             except CorruptShard:  # listed as a problem of its own
                 continue
             for stored, values in zip((s for s in tokens if s.split == split), expected, strict=True):
@@ -228,7 +231,7 @@ def _twin_problems(cache: Cache) -> Iterator[Problem]:
     path = cache.path / PLAN
     try:
         plan = Plan.from_json(unseal(contents(path), path))
-        if replace(plan, hooks=()) != cache.manifest.plan:
+        if replace(plan, hooks=()) != cache.manifest.plan and not is_growing(cache, plan):
             yield Problem(path=str(path), message=f"says another plan than {CACHE_MANIFEST}")
     except ManifestError as error:
         yield Problem(path=str(path), message=error.what)
@@ -254,7 +257,9 @@ def journal_problems(cache: Cache) -> Iterator[Problem]:
     lines = merge_records(read_journals(cache.path))
     for split in SPLITS:
         for shard in cache.manifest.shards[split]:
-            if not agrees(lines.get((split, shard.index)), shard):
+            line = lines.get((split, shard.index))
+            grown = line is not None and line.n_rows > shard.n_rows and cache.files.are_kept
+            if not grown and not agrees(line, shard):
                 yield Problem(
                     path=str(cache.path / MANIFEST / "writer-00.jsonl"),
                     split=split,
@@ -265,6 +270,9 @@ def journal_problems(cache: Cache) -> Iterator[Problem]:
 
 def _strays(cache: Cache) -> Iterator[str]:
     """A note for each file in acts.zarr that no manifest names. No reader looks at these files."""
+    if cache.files.are_kept:
+        yield f"{cache.path}: grows, and the harvest is unfinished; what was finished before is what was checked"
+        return
     if _may_be_written(cache) or damaged_lines(cache.path):
         return  # a shard is written before the line that describes it
     known = {*stored_files(cache.manifest), *zarr_files(cache), *_journalled_files(cache)}

@@ -23,7 +23,7 @@ from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.records import ShardRecord
 from actcache.format.scatter import shard_permutation
 from actcache.interop.arrow_import import BATCH_BYTES, TOKEN_IDS, Progress
-from actcache.store.cache import Cache, sequence_reader
+from actcache.store.cache import Cache
 
 INFO_FILE, STATE_FILE = "dataset_info.json", "state.json"
 
@@ -141,7 +141,7 @@ def _write_arrow_file(
     n_rows = (last - first) * cache.context_size
     waiting = {name: column[n_rows:].clone() for name, column in columns.items()}
     if n_rows:
-        token_ids = sequence_reader(cache.path, cache.manifest.plan, shard.split, "id").read(first, last)
+        token_ids = cache.sequence_reader(shard.split, "id").read(first, last)
         columns[TOKEN_IDS] = torch.from_numpy(token_ids).flatten()
         row_bytes = sum(4 * column[0].numel() for column in columns.values())
         step = max(1, BATCH_BYTES // (row_bytes * cache.context_size)) * cache.context_size

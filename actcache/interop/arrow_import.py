@@ -47,6 +47,7 @@ from actcache.models.hook_names import hooks_of
 from actcache.models.pretrained import name_of
 from actcache.store.cache import Cache, open_cache, sequence_reader
 from actcache.store.journal import active_writers, read_journals, writers
+from actcache.store.kept import CacheFiles
 from actcache.store.locks import exclusive, remove_abandoned
 from actcache.store.shard import Shard
 from actcache.text.packing import PackedSequence, split_of
@@ -272,7 +273,7 @@ def _write_shards(
     encoder = ShardEncoder(root, plan, device, _compute(settings), encoder_threads(device))
     with closing(encoder):
         for split, index, missing_hooks, revision in pending:
-            shard = Shard.of(root, plan, split, index, missing_hooks, revision)
+            shard = Shard.of(CacheFiles(root=root), plan, split, index, missing_hooks, revision)
             _fill(window, shard, arrow, _documents(root, plan, shard))
             written(encoder.write(shard, window, with_tokens=True, ready=None))
             n_left -= shard.n_rows
@@ -283,7 +284,8 @@ def _write_shards(
 def _documents(root: Path, plan: Plan, shard: Shard) -> Int64[np.ndarray, " sequence"]:
     """For each sequence of a shard, the number of its row in the Arrow cache."""
     first, last = shard.first_sequence, shard.first_sequence + len(shard.sequences)
-    return sequence_reader(root, plan, shard.split, "document").read(first, last)[:, 0].astype(np.int64)
+    reader = sequence_reader(CacheFiles(root=root), plan, shard.split, "document")
+    return reader.read(first, last)[:, 0].astype(np.int64)
 
 
 def _fill(window: Window, shard: Shard, arrow: ArrowRows, rows: Int64[np.ndarray, " sequence"]) -> None:

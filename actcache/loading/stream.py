@@ -24,7 +24,7 @@ from actcache.loading.buffers import DECODE_THREADS, DeviceBuffers, GroupBuffer,
 from actcache.loading.filters import RowFilter
 from actcache.loading.order import EpochOrder
 from actcache.machine.limits import thread_pool
-from actcache.store.cache import Cache, sequence_reader
+from actcache.store.cache import Cache
 from actcache.store.reader import HookReader
 
 GROUP_CHUNKS = 64
@@ -329,7 +329,7 @@ class _TokenFields:
         self.names = names
         stored = {"sequence", "position"} if "document" in names else set()
         self._stored = {name: cache.token_reader(split, name) for name in (stored | set(names)) - {"document"}}
-        self._documents = sequence_reader(cache.path, cache.manifest.plan, split, "document")
+        self._documents = cache.sequence_reader(split, "document")
 
     def read(self, start: int, stop: int) -> dict[str, Int32[np.ndarray, " row"]]:
         """The token fields of rows [start, stop). Documents are read for the sequences of these rows alone."""

@@ -5,22 +5,24 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from actcache.errors import CacheMismatch, CorruptShard, ManifestError
+from actcache.errors import CorruptShard, ManifestError
 from actcache.files import NoFile, contents, file_bytes, local_path
 from actcache.flow import SPLITS
 from actcache.format.arrays import ArraySpec, hook_arrays, sequence_arrays, token_arrays
 from actcache.format.codecs import codec
 from actcache.format.manifest import Manifest, Plan, stored_files
-from actcache.format.paths import CACHE_MANIFEST, ORIGIN, PLAN, STORE, statistics_key
+from actcache.format.paths import CACHE_MANIFEST, KEPT, ORIGIN, PLAN, STORE, statistics_key
 from actcache.format.records import HookSpec
 from actcache.format.seal import MALFORMED, fingerprint, unseal
 from actcache.format.stats import HookStatistics
+from actcache.store.kept import CacheFiles, kept_fingerprints, refuse_another
 from actcache.store.reader import ArrayReader, HookReader
 
 
@@ -30,11 +32,12 @@ class Cache:
     It can be pickled: a process that gets it opens it by its path, and raises CacheMismatch if it is another one there.
 
     path: its folder. manifest: what manifest/cache.json holds. fingerprint: 16 hex digits that name this cache; ""
-    where the manifest was not read from manifest/cache.json.
+    where the manifest was not read from manifest/cache.json. files: where its files are.
     """
 
     def __init__(self, path: Path, manifest: Manifest, fingerprint: str):
         self.path, self.manifest, self.fingerprint = path, manifest, fingerprint
+        self.files = CacheFiles(root=path, fingerprint=fingerprint)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopened, (self.path.absolute(), self.fingerprint)
@@ -84,7 +87,7 @@ class Cache:
         """A reader of an array of a split that has one entry for each row."""
         shards = self.manifest.shards[split]
         return ArrayReader(
-            self.path / STORE / split,
+            self.files.below(f"{STORE}/{split}"),
             array,
             codec(self.identity["codec"]),
             [shard.arrays[array.path] for shard in shards],
@@ -127,21 +130,15 @@ class Cache:
             OSError: the file cannot be read.
         """
         hook = self.hook(hook_name)
-        path = self.path / statistics_key(split, hook_name)
-        try:
-            values = unseal(contents(path), path)
-            every, found = (HookStatistics.from_json(values[name]) for name in ("all", row_filter))
-        except (NoFile, *MALFORMED) as error:
-            what = f"cannot be read as statistics ({type(error).__name__}: {error})"
-            raise ManifestError(what, path=path, way_out="run `actcache repair`") from error
-        wanted, got = (self.n_rows(split), hook.d_in), (every.n_rows, len(found.mean))
-        if wanted != got or found.n_rows > every.n_rows:
-            what = f"must be of (rows, d_in) = {wanted}, is of {got}"
-            raise ManifestError(what, path=path, way_out="another cache's statistics?")
-        return found
+        wanted = (self.n_rows(split), hook.d_in)
+        return self.files.read(statistics_key(split, hook_name), partial(_statistics, row_filter, wanted))
+
+    def sequence_reader(self, split: str, name: str) -> ArrayReader:
+        """A reader of the packed sequences: their token "id"s, or for each token the index of its "document"."""
+        return sequence_reader(self.files, self.manifest.plan, split, name)
 
     def _sequences(self, split: str, name: str) -> np.ndarray:
-        reader = sequence_reader(self.path, self.manifest.plan, split, name)
+        reader = self.sequence_reader(split, name)
         return reader.read(0, reader.n_rows)
 
 
@@ -151,6 +148,7 @@ def open_cache(path: str | Path) -> Cache:
     Raises:
         ManifestError: there is no cache, it is not finished, or its manifest is damaged or of another version.
         CorruptShard: a shard file is missing or has the wrong size.
+        CacheMismatch: the cache was repaired meanwhile.
         OSError: a file cannot be read or looked at, which says nothing about its bytes.
     """
     cache = read_manifest(path)
@@ -161,14 +159,27 @@ def open_cache(path: str | Path) -> Cache:
 
 
 def _reopened(path: Path, fingerprint: str) -> Cache:
-    """The cache that was pickled. Raises CacheMismatch if there is another one now."""
+    """The cache that was pickled, also if it has grown since. Raises CacheMismatch if there is another one now."""
     cache = open_cache(path)
     if cache.fingerprint != fingerprint:
-        raise CacheMismatch(
-            f"{path}: was cache {fingerprint} when it was sent to this process, is {cache.fingerprint} now; it has "
-            "grown or was written anew, so open it again"
-        )
+        cache = next((each for each in earlier_caches(cache) if each.fingerprint == fingerprint), cache)
+    refuse_another(path, fingerprint, cache.fingerprint)
     return cache
+
+
+def earlier_caches(cache: Cache) -> Iterator[Cache]:
+    """The smaller caches that this one has grown from, if what growth replaced is still kept.
+
+    Raises ManifestError for a kept manifest that is missing or damaged, OSError if one cannot be read.
+    """
+    for name in kept_fingerprints(cache.path):
+        if name != cache.fingerprint:
+            path = cache.path / KEPT / name / CACHE_MANIFEST
+            try:
+                yield _of_manifest(cache.path, path, contents(path))
+            except NoFile as error:
+                what, way_out = f"cannot be read ({error.strerror})", f"delete {path.parent.parent}"
+                raise ManifestError(what, path=path, way_out=way_out) from error
 
 
 def read_manifest(path: str | Path) -> Cache:
@@ -187,11 +198,15 @@ def read_manifest(path: str | Path) -> Cache:
             raise ManifestError("the harvest is unfinished", path=root, way_out="run the same command again") from None
         what, way_out = f"not a cache (no {CACHE_MANIFEST})", "make one with `actcache harvest`"
         raise ManifestError(what, path=root, way_out=way_out) from None
-    values = unseal(sealed, root / CACHE_MANIFEST)
+    return _of_manifest(root, root / CACHE_MANIFEST, sealed)
+
+
+def _of_manifest(root: Path, path: Path, sealed: bytes) -> Cache:
+    values = unseal(sealed, path)
     try:
         manifest = Manifest.from_json(values)
     except ManifestError as error:
-        raise ManifestError(error.what, path=root / CACHE_MANIFEST) from error
+        raise ManifestError(error.what, path=path) from error
     return Cache(root, manifest, fingerprint(sealed))
 
 
@@ -208,11 +223,11 @@ def read_origin(root: Path) -> dict[str, Any]:
         raise ManifestError(what, path=root / ORIGIN, way_out="pass --model") from error
 
 
-def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReader:
+def sequence_reader(files: CacheFiles, plan: Plan, split: str, name: str) -> ArrayReader:
     """A reader of the packed sequences, which are stored before the first activation.
 
     Args:
-        root: the folder of the cache, finished or not.
+        files: of the cache, finished or not.
         plan: its plan.
         split: "train" or "validation".
         name: "id" for token ids, "document" for the index of each token's document.
@@ -220,7 +235,7 @@ def sequence_reader(root: Path, plan: Plan, split: str, name: str) -> ArrayReade
     record = plan.sequences[split]
     array = {a.path: a for a in sequence_arrays(plan.identity["context_size"])}[f"sequences/{name}"]
     return ArrayReader(
-        root / STORE / split,
+        files.below(f"{STORE}/{split}"),
         array,
         codec(plan.identity["codec"]),
         record.arrays[array.path],
@@ -235,13 +250,35 @@ def wrong_files(cache: Cache) -> Iterator[CorruptShard]:
     Reading a truncated file through a memory map kills the process (SIGBUS). Other Zarr readers read a missing shard as
     zeros.
     """
+    files = cache.files.below(STORE)
     for key, n_bytes in stored_files(cache.manifest).items():
-        path = cache.path / STORE / key
-        size = file_bytes(path)
-        if size != n_bytes:
-            found = "is missing or no file" if size is None else f"is {size} bytes long"
-            what, way_out = f"must be {n_bytes} bytes long, {found}", f"run `actcache verify {cache.path}`"
-            yield CorruptShard(what, path=path, way_out=way_out)
+        if file_bytes(cache.path / STORE / key) != n_bytes:
+            try:
+                files.read(key, partial(_check_size, n_bytes, cache.path))
+            except CorruptShard as damage:
+                yield damage
+
+
+def _check_size(n_bytes: int, root: Path, path: Path) -> None:
+    size = file_bytes(path)
+    if size != n_bytes:
+        found = "is missing or no file" if size is None else f"is {size} bytes long"
+        what, way_out = f"must be {n_bytes} bytes long, {found}", f"run `actcache verify {root}`"
+        raise CorruptShard(what, path=path, way_out=way_out)
+
+
+def _statistics(row_filter: str, wanted: tuple[int, int], path: Path) -> HookStatistics:
+    try:
+        values = unseal(contents(path), path)
+        every, found = (HookStatistics.from_json(values[name]) for name in ("all", row_filter))
+    except (NoFile, *MALFORMED) as error:
+        what = f"cannot be read as statistics ({type(error).__name__}: {error})"
+        raise ManifestError(what, path=path, way_out="run `actcache repair`") from error
+    got = (every.n_rows, len(found.mean))
+    if wanted != got or found.n_rows > every.n_rows:
+        what = f"must be of (rows, d_in) = {wanted}, is of {got}"
+        raise ManifestError(what, path=path, way_out="another cache's statistics?")
+    return found
 
 
 def _check_identity(cache: Cache) -> None:

@@ -14,11 +14,11 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
 from actcache.format.arrays import ArraySpec
 from actcache.format.paths import shard_key
 from actcache.format.records import ArrayRecord
+from actcache.store.kept import CacheFiles
 from actcache.store.shard_file import ShardFile
 
 MOST_MAPPED = 4096  # Linux gives a process 65,530 maps in all (vm.max_map_count)
@@ -49,44 +49,44 @@ def mapped_shards_budget() -> int:
 class MappedShards:
     """The shard files of one array of a split, by index. Threads and forked processes may share it."""
 
-    def __init__(self, folder: Path, array: ArraySpec, records: Sequence[ArrayRecord], chunks_per_shard: int):
+    def __init__(self, files: CacheFiles, array: ArraySpec, records: Sequence[ArrayRecord], chunks_per_shard: int):
         """Nothing is mapped before it is asked for.
 
         Args:
-            folder: the folder of the split, below acts.zarr.
+            files: those of the split, below acts.zarr.
             array: the array.
             records: the record of each shard file, in order.
             chunks_per_shard: chunks of a whole shard.
         """
-        self._folder, self._array, self._records, self._chunks_per_shard = folder, array, records, chunks_per_shard
+        self._files, self._array, self._records, self._chunks_per_shard = files, array, records, chunks_per_shard
         self._number = next(_numbers)
-        self._files: dict[int, ShardFile] = {}  # after every step, each has its entry in _recent: a fork may come
+        self._mapped: dict[int, ShardFile] = {}  # after every step, each has its entry in _recent: a fork may come
 
     def __getitem__(self, index: int) -> ShardFile:
         """The shard, mapped. It stays mapped while anybody holds it. Raises CorruptShard and OSError as ShardFile."""
         key = (self._number, index)
         with _lock:
-            if (file := self._files.get(index)) is not None:
+            if (file := self._mapped.get(index)) is not None:
                 _recent.move_to_end(key)
                 return file
         file = self._map(index)  # without the lock, for it may take a while; two threads may do it at once
         with _lock:
             _recent[key] = weakref.ref(self)
             _recent.move_to_end(key)
-            file = self._files.setdefault(index, file)
+            file = self._mapped.setdefault(index, file)
             dropped = _drop(len(_recent) - mapped_shards_budget())
         del dropped  # unmaps, without the lock
         return file
 
-    def __reduce__(self) -> tuple[type[MappedShards], tuple[Path, ArraySpec, Sequence[ArrayRecord], int]]:
+    def __reduce__(self) -> tuple[type[MappedShards], tuple[CacheFiles, ArraySpec, Sequence[ArrayRecord], int]]:
         """Another process maps the files anew."""
-        return MappedShards, (self._folder, self._array, self._records, self._chunks_per_shard)
+        return MappedShards, (self._files, self._array, self._records, self._chunks_per_shard)
 
     def _map(self, index: int) -> ShardFile:
-        path = self._folder / shard_key(self._array, index)
+        n_chunks, n_bytes = self._chunks_per_shard, self._records[index].n_bytes
         while True:
             try:
-                return ShardFile(path, self._chunks_per_shard, self._records[index].n_bytes)
+                return self._files.read(shard_key(self._array, index), lambda path: ShardFile(path, n_chunks, n_bytes))
             except OSError as error:
                 if error.errno not in SCARCE or not _recent:
                     raise
@@ -100,7 +100,7 @@ def _drop(n_shards: int) -> list[ShardFile]:
     dropped: list[ShardFile] = []
     for number, index in list(itertools.islice(_recent, max(n_shards, 0))):
         owner = _recent[number, index]()
-        if owner is not None and (file := owner._files.pop(index, None)) is not None:
+        if owner is not None and (file := owner._mapped.pop(index, None)) is not None:
             dropped.append(file)
         del _recent[number, index]
     return dropped

@@ -22,6 +22,7 @@ from actcache.format.arrays import ArraySpec
 from actcache.format.codecs import Codec, values
 from actcache.format.dtypes import tensor_view
 from actcache.format.records import ArrayRecord, HookSpec
+from actcache.store.kept import CacheFiles
 from actcache.store.mapped_shards import MappedShards
 
 
@@ -33,7 +34,7 @@ class ArrayReader:
 
     def __init__(
         self,
-        folder: Path,
+        files: CacheFiles,
         array: ArraySpec,
         codec: Codec,
         records: Sequence[ArrayRecord],
@@ -44,7 +45,7 @@ class ArrayReader:
         """Nothing is opened before it is read.
 
         Args:
-            folder: the folder of the split, below acts.zarr.
+            files: those of the split, below acts.zarr.
             array: path, dtype, width and chunk size of the array.
             codec: the codec of the cache.
             records: the record of each shard file, in order.
@@ -54,13 +55,13 @@ class ArrayReader:
         self.array, self.n_rows = array, n_rows
         self.n_chunks = -(-n_rows // array.chunk_rows)
         self.records = records
-        self._folder, self._codec, self._chunks_per_shard = folder, codec, shard_rows // array.chunk_rows
-        self._shards = MappedShards(folder, array, records, self._chunks_per_shard)
+        self._files, self._codec, self._chunks_per_shard = files, codec, shard_rows // array.chunk_rows
+        self._shards = MappedShards(files, array, records, self._chunks_per_shard)
 
     def __reduce__(self) -> tuple[Any, ...]:
         shard_rows = self._chunks_per_shard * self.array.chunk_rows
         rebuilt = partial(ArrayReader, n_rows=self.n_rows, shard_rows=shard_rows)  # it maps the files anew
-        return rebuilt, (self._folder.absolute(), self.array, self._codec, self.records)
+        return rebuilt, (self._files.absolute(), self.array, self._codec, self.records)
 
     def rows_of(self, chunk: int) -> int:
         """How many rows a chunk holds; only the last chunk may hold fewer than chunk_rows."""
@@ -138,6 +139,8 @@ class ArrayReader:
         return buffer[start - first * chunk_rows : stop - first * chunk_rows]
 
     def _damage(self, path: Path, chunk: int, what: str) -> CorruptShard:
+        """The error for a damaged chunk. Raises CacheMismatch if another cache has taken the place of this one."""
+        self._files.refuse_another()
         start = chunk * self.array.chunk_rows
         return CorruptShard(
             what,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -14,6 +13,7 @@ from actcache.format.manifest import Plan
 from actcache.format.records import HookSpec
 from actcache.format.scatter import shard_permutation
 from actcache.store.cache import sequence_reader
+from actcache.store.kept import CacheFiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +36,13 @@ class Shard:
     revision: int
 
     @staticmethod
-    def of(root: Path, plan: Plan, split: str, index: int, hooks: tuple[HookSpec, ...], revision: int = 0) -> Shard:
+    def of(
+        files: CacheFiles, plan: Plan, split: str, index: int, hooks: tuple[HookSpec, ...], revision: int = 0
+    ) -> Shard:
         """The shard as far as it is known before the model runs.
 
         Args:
-            root: the folder of the cache.
+            files: of the cache, finished or not.
             plan: its plan.
             split, index: which shard.
             hooks: the hooks that are to be written.
@@ -59,7 +61,7 @@ class Shard:
             first_token=first_token,
             permutation=shard_permutation(n_rows, seed=plan.identity["seed"], split=split, index=index),
             first_sequence=first,
-            sequences=sequence_reader(root, plan, split, "id").read(first, last),
+            sequences=sequence_reader(files, plan, split, "id").read(first, last),
             hooks=hooks,
             revision=revision,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from actcache.format.records import HookSpec, ShardRecord
 from actcache.format.seal import seal
 from actcache.format.stats import ROW_FILTERS, HookStatistics, Moments, geometric_median
 from actcache.store.cache import Cache
+from actcache.store.kept import CacheFiles
 
 MEDIAN_ROWS = 8192
 
@@ -44,26 +46,31 @@ def merged_moments(cache: Cache, split: str, hook: HookSpec) -> dict[str, Moment
     """
     moments = {row_filter: Moments.empty(hook.d_in) for row_filter in ROW_FILTERS}
     for shard in cache.manifest.shards[split]:
-        for row_filter, found in _partials(cache.path, shard, hook.hook_name).items():
+        for row_filter, found in _partials(cache.files, shard, hook.hook_name).items():
             moments[row_filter] = moments[row_filter].merge(found)
     return moments
 
 
-def _partials(root: Path, shard: ShardRecord, hook_name: str) -> dict[str, Moments]:
+def _partials(files: CacheFiles, shard: ShardRecord, hook_name: str) -> dict[str, Moments]:
     key = partials_key(shard.split, shard.index, hook_name)
-    try:
-        payload = contents(root / key)
-    except NoFile:
-        payload = None
-    if payload is None or crc32c(payload) != shard.partials.get(key):
-        what = "is missing, or no file" if payload is None else "does not match its checksum in the manifest"
-        raise CorruptShard(what, path=root / key, way_out="run `actcache repair`")
-    arrays = safetensors.numpy.load(payload)
+    arrays = safetensors.numpy.load(files.read(key, partial(checked_contents, shard.partials.get(key))))
     prefixes = {row_filter: f"{row_filter}." for row_filter in ROW_FILTERS}
     return {
         row_filter: Moments.from_arrays({k.removeprefix(p): v for k, v in arrays.items() if k.startswith(p)})
         for row_filter, p in prefixes.items()
     }
+
+
+def checked_contents(checksum: int | None, path: Path) -> bytes:
+    """The bytes of a small file. Raises CorruptShard if it is missing, or has another CRC-32C than `checksum`."""
+    try:
+        payload = contents(path)
+    except NoFile as error:
+        raise CorruptShard(f"cannot be read ({error.strerror})", path=path, way_out="run `actcache repair`") from error
+    if crc32c(payload) != checksum:
+        what = "does not match its checksum in the manifest"
+        raise CorruptShard(what, path=path, way_out="run `actcache repair`")
+    return payload
 
 
 def _medians(cache: Cache, split: str, hook: HookSpec) -> dict[str, Float[np.ndarray, " d_in"]]:

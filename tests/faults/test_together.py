@@ -11,10 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 
-from actcache.errors import CacheLocked
-from actcache.store.cache import open_cache
+from actcache.errors import CacheLocked, ManifestError
+from actcache.integrity.relabel import relabel
+from actcache.integrity.verify import verify
+from actcache.loading.loader import Loader
+from actcache.store.cache import Cache, open_cache
 from trainer.config.sweep import SweepConfig
 from trainer.evaluation.downstream_loss import LOSSES
 from trainer.evaluation.evaluate import evaluate
@@ -27,13 +31,15 @@ DONE, REFUSED = 0, 3
 
 
 def begin(work: Callable[[], object]) -> multiprocessing.process.BaseProcess:
-    """A process that does the work. Its exit code is REFUSED if another process held the lock."""
+    """A process that does the work. Its exit code is REFUSED if another process held a lock or let the cache grow."""
 
     def run() -> None:
         try:
             work()
         except CacheLocked:
             raise SystemExit(REFUSED) from None
+        except ManifestError as error:
+            raise SystemExit(REFUSED if error.what == "its growth is unfinished" else 1) from error
 
     process = FORKS.Process(target=run)
     process.start()
@@ -105,3 +111,43 @@ def test_evaluation_beside_a_harvest_that_finishes(tiny_model, tiny_texts, tmp_p
         assert not list(root.rglob("*.partial")), f"seed {seed}, call {i}"
         shutil.rmtree(root)
     print(f"seed {seed}")
+
+
+def every_batch(cache: Cache) -> list[bytes]:
+    """Rows of a loader, slowly enough that it maps shards until the end."""
+    with Loader(cache, HOOKS[0], batch_tokens=64, token_fields=("id",)) as loader:
+        return [
+            batch.x[HOOKS[0]].view(torch.uint8).numpy().tobytes() + batch.token_id.numpy().tobytes() for batch in loader
+        ]
+
+
+def test_readers_and_relabel_beside_a_cache_that_grows(tiny_model, tiny_texts, tmp_path):
+    """Whoever opened the cache reads its rows to the end, whoever opens it reads the one or the other."""
+    few = harvest_tiny(tiny_model, tiny_texts, tmp_path / "few", hook_names=HOOKS[:2], tokens=1111)
+    many = harvest_tiny(tiny_model, tiny_texts, tmp_path / "many", hook_names=HOOKS[:2], tokens=2000)
+    truths = {cache.fingerprint: every_batch(cache) for cache in (few, many)}
+    relabel(many.path, native=True)
+    wanted = promised_files(many.path)
+    seed, seen = time.time_ns() % 2**32, []
+    offsets = random.Random(seed)
+    for i in range(20):
+        root = tmp_path / "c"
+        shutil.copytree(few.path, root)
+        opened = open_cache(root)
+        growth = begin(lambda root=root: harvest_tiny(tiny_model, tiny_texts, root, hook_names=HOOKS[:2], tokens=2000))
+        time.sleep(offsets.uniform(0, 0.3))
+        relabelling = begin(lambda root=root: relabel(root, native=True))
+        while growth.is_alive():
+            now = open_cache(root)
+            seen.append(now.fingerprint)
+            assert every_batch(now) == truths[now.fingerprint], f"seed {seed}, call {i}"
+            assert every_batch(opened) == truths[few.fingerprint], f"seed {seed}, call {i}"
+        assert end(growth) == DONE, f"seed {seed}, call {i}"
+        if end(relabelling) == REFUSED:
+            relabel(root, native=True)
+        assert every_batch(opened) == truths[few.fingerprint], f"seed {seed}, call {i}"
+        assert promised_files(root) == wanted, f"seed {seed}, call {i}"
+        assert verify(root).problems == ()
+        shutil.rmtree(root)
+    print(f"seed {seed}: {seen.count(few.fingerprint)} times the smaller cache was opened, {len(seen)} times in all")
+    assert seen.count(few.fingerprint) > 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import shutil
 import signal
@@ -23,6 +24,7 @@ from actcache.format.manifest import Plan
 from actcache.format.paths import CACHE_MANIFEST, STORE, shard_key
 from actcache.format.records import ShardRecord
 from actcache.harvesting.plan import read_plan
+from actcache.integrity.verify import verify
 from actcache.store.cache import open_cache
 from actcache.store.journal import read_journals
 from actcache.store.shard_file import ShardFile
@@ -121,9 +123,11 @@ class Scenarios:
             with pytest.raises(ManifestError, match=r"unfinished; run the same command again|not a cache"):
                 open_cache(root)
             return None
-        open_cache(root)
+        cache = open_cache(root)
         which = next(age for age, files in states.items() if files.get(CACHE_MANIFEST) == found[CACHE_MANIFEST])
-        assert states[which].items() <= found.items(), "what a finished cache promises is there"
+        seen = {key: hashlib.sha256(cache.files.path(key).read_bytes()).hexdigest() for key in states[which]}
+        assert seen == states[which], "what a finished cache promises is there"
+        assert verify(root).problems == ()
         return which
 
     def kill_at_random(self, name: str, rng: random.Random, n_kills: int) -> int:

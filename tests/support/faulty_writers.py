@@ -1,7 +1,8 @@
 """Writers in processes of their own, `actcache harvest` as typed, that come to grief at a point chosen before.
 
 They are forked from a server that has imported everything once. What they call is real, and so is the signal that they
-send themselves or the disk that they fill; only `os.fsync`, `os.replace`, `os.unlink` and `open` count their calls.
+send themselves or the disk that they fill; only `os.fsync`, `os.replace`, `os.link`, `os.unlink` and `open` count their
+calls.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Fault:
 
     event: "<kind> <path below the cache>" with * as in file names. Of a file, aside or not, in order: opening,
     appending, writing (half of it is written), syncing, synced; then replacing, replaced, and folder with
-    the path of its folder, synced; unlinking, unlinked.
+    the path of its folder, synced; linking, linked; unlinking, unlinked.
     """
 
     event: str
@@ -237,6 +238,7 @@ def _write(
     watch = _Watch(out, fault)
     os.fsync = watch.around(os.fsync, "syncing", "synced", 0)
     os.replace = watch.around(os.replace, "replacing", "replaced", 1)
+    os.link = watch.around(os.link, "linking", "linked", 0)
     os.unlink = watch.around(os.unlink, "unlinking", "unlinked", 0)
     for module in (files, journal, locks):
         module.open = watch.open

@@ -5,6 +5,7 @@ import numpy as np
 from actcache.format.arrays import ArraySpec
 from actcache.format.codecs import codec
 from actcache.format.paths import shard_key
+from actcache.store.kept import CacheFiles
 from actcache.store.reader import ArrayReader
 from actcache.store.shard_file import chunk_slices, write_shard
 from actcache.store.zarr_metadata import write_metadata
@@ -40,4 +41,6 @@ def write(store, array, codec_name, x):
 
 
 def reader(store, array, codec_name, records):
-    return ArrayReader(store / "train", array, codec(codec_name), records, n_rows=N_ROWS, shard_rows=SHARD_ROWS)
+    return ArrayReader(
+        CacheFiles(root=store / "train"), array, codec(codec_name), records, n_rows=N_ROWS, shard_rows=SHARD_ROWS
+    )

@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from support.tiny_caches import HOOKS, harvest_tiny
 
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.store.cache import open_cache
 from trainer.config.sweep import SweepConfig
-from trainer.trained_on import first_rows, open_trained_on, rows_state
+from trainer.trained_on import cache_with_rows, open_trained_on, rows_state
 from trainer.training.sweep import train
 
 
@@ -85,14 +86,18 @@ def test_what_a_cache_that_grew_has_more_is_said(begun: Path, tiny_model, tiny_t
     assert f"has grown since, from {old.n_rows('validation')} to {grown.n_rows('validation')} rows" in said
 
 
-def test_the_first_rows_are_those_of_the_smaller_cache(tiny_cache) -> None:
-    rows = 2 * tiny_cache.manifest.shard_rows
-    first = first_rows(tiny_cache, rows)
-    assert first.n_rows() == rows < tiny_cache.n_rows()
-    assert first.n_rows("validation") == tiny_cache.n_rows("validation")
-    for name in ("id", "position"):
-        whole = tiny_cache.token_reader("train", name)
-        assert first.token_reader("train", name).read(0, rows).tolist() == whole.read(0, rows).tolist()
+def test_the_rows_of_a_run_are_found_in_what_the_cache_has_grown_from(begun, tiny_model, tiny_texts, tmp_path) -> None:
+    """Twice grown, with a hook added between."""
+    root = Path(shutil.copytree(begun / "cache", tmp_path / "cache"))
+    block = json.loads((begun / "runs" / "topk" / "config.json").read_text())["cache"]
+    for hooks, tokens in ((HOOKS[1:2], 1500), (HOOKS[:2], 1500), (HOOKS[:2], 2000)):
+        now = harvest_tiny(tiny_model, tiny_texts, root, hook_names=hooks, tokens=tokens)
+    old, found = open_cache(begun / "cache"), cache_with_rows(block, now, ("train", "validation"))
+    assert now.fingerprint != found.fingerprint == old.fingerprint
+    for split in ("train", "validation"):
+        readers = [cache.hook_reader(split, HOOKS[1]) for cache in (old, found)]
+        assert torch.equal(*(reader.read(0, reader.n_rows) for reader in readers))
+    assert cache_with_rows({**block, "hooks": {"of another model": {}}}, now, ("train",)) is None
 
 
 def test_a_folder_that_remembers_no_cache_says_so(tmp_path: Path) -> None:

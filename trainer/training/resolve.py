@@ -1,6 +1,6 @@
 """What each run of a sweep is: its config, the rows it trains on, and what its config.json says.
 
-A run that was begun keeps to the rows it began with. If the cache has grown since, they are its first ones.
+A run that was begun keeps to the rows it began with, also if the cache has grown since.
 """
 
 import json
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from actcache.errors import CacheMismatch
+from actcache.flow import SPLITS
+from actcache.format.paths import KEPT
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.config.sweep import SweepConfig
 from trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_folder, is_over, read_json
-from trainer.trained_on import FrozenHooks, describer, first_rows, names_rows, rows_state
+from trainer.trained_on import FrozenHooks, cache_with_rows, describer, names_rows, rows_state
 from trainer.training.checkpoint import latest_checkpoint
 from trainer.training.optimizer import check_optimizer
 
@@ -106,26 +108,26 @@ def _as_begun(new: ResolvedRun, config: SweepConfig, folder: Path) -> ResolvedRu
         return begun
     if latest_checkpoint(folder / CHECKPOINTS) is None:
         return new  # nothing was trained: it begins with the rows that there are now
-    return _going_on(begun, state == "grown", folder)
+    return _going_on(begun, folder)
 
 
-def _going_on(begun: ResolvedRun, has_grown: bool, folder: Path) -> ResolvedRun:
+def _going_on(begun: ResolvedRun, folder: Path) -> ResolvedRun:
     """The run with the rows it goes on with. Raises CacheMismatch if the cache has them no longer in their order."""
-    block, cache = begun.description["cache"], begun.cache
-    n_rows = block["n_rows"]["train"]
-    if has_grown and n_rows % cache.manifest.shard_rows:
+    block, now = begun.description["cache"], begun.cache
+    splits = SPLITS if begun.description["train"]["eval_every"] is not None else SPLITS[:1]
+    cache = cache_with_rows(block, now, splits)
+    if cache is None:
+        then, found = (" and ".join(f"{rows[s]:,} {s}" for s in splits) for rows in (block["n_rows"], _n_rows(now)))
         raise CacheMismatch(
-            f"{folder}: is unfinished, and {cache.path} has grown since, from {n_rows:,} training rows to "
-            f"{cache.n_rows():,}. The last shard was not full, and growing put its rows into another order, so that "
-            "the run cannot go on; pass another --out or name to train it anew"
+            f"{folder}: is unfinished, and {now.path} has changed since, from {then} rows to {found}; the former rows "
+            f"are not in {now.path / KEPT} either, so that the run cannot go on; pass another --out or name to train "
+            "it anew"
         )
-    if begun.description["train"]["eval_every"] is not None and rows_state(block, cache, "validation") != "same":
-        raise CacheMismatch(
-            f"{folder}: is unfinished, and the validation split of {cache.path} has changed since, from "
-            f"{block['n_rows']['validation']:,} rows to {cache.n_rows('validation'):,}, so that its next evaluations "
-            "would be of other rows; pass another --out or name to train it anew"
-        )
-    return replace(begun, cache=first_rows(cache, n_rows)) if has_grown else begun
+    return replace(begun, cache=cache)
+
+
+def _n_rows(cache: Cache) -> dict[str, int]:
+    return {split: cache.n_rows(split) for split in SPLITS}
 
 
 def _other_rows(folder: Path, block: Mapping[str, Any], cache: Cache) -> str:

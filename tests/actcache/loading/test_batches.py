@@ -170,7 +170,7 @@ def test_a_cache_and_its_readers_can_be_sent_and_another_cache_is_refused(
     assert torch.equal(received_reader.read(3, 20), expected)
     assert received_tokens.read(0, 40).tolist() == received.token_reader("train", "id").read(0, 40).tolist()
     harvest_tiny(tiny_model, tiny_texts, tmp_path / "cache", hook_names=HOOKS[:2], tokens=1600)
-    with pytest.raises(CacheMismatch, match=f"was cache {cache.fingerprint} when it was sent"):
+    with pytest.raises(CacheMismatch, match=f"was cache {cache.fingerprint} when it was opened, is"):
         pickle.loads(sent)
     shutil.rmtree(tmp_path / "cache")
 

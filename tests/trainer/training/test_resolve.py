@@ -89,11 +89,20 @@ def test_a_hook_that_is_added_changes_nothing(shape: str, is_old: bool, caches, 
     assert plan(cache, the_sweep(), out).passes == ()
 
 
-def test_a_run_of_whole_shards_goes_on_bit_for_bit_in_a_cache_that_grew(caches, whole, tmp_path: Path) -> None:
-    out, cache = begun(caches["full-one"], tmp_path, 6), open_cache(caches["full-grown"])
-    assert cache.n_rows() > open_cache(caches["full-one"]).n_rows()
+@pytest.mark.parametrize("shape", ["full", "partial"])
+def test_a_run_goes_on_bit_for_bit_in_a_cache_that_grew(shape: str, caches, whole, tmp_path: Path) -> None:
+    out, cache = begun(caches[f"{shape}-one"], tmp_path, 6), open_cache(caches[f"{shape}-grown"])
+    assert cache.n_rows() > open_cache(caches[f"{shape}-one"]).n_rows()
     train(cache, the_sweep(), out)
-    assert outcome(out) == outcome(whole["full"])
+    assert outcome(out) == outcome(whole[shape])
+
+
+def test_a_run_with_evaluations_goes_on_with_the_former_validation_rows(caches, tmp_path: Path) -> None:
+    settings = {"eval_every": 3}
+    train(open_cache(caches["partial-one"]), the_sweep(**settings), tmp_path / "whole")
+    out = begun(caches["partial-one"], tmp_path / "runs", 6, **settings)
+    train(open_cache(caches["partial-grown"]), the_sweep(**settings), out)
+    assert outcome(out) == outcome(tmp_path / "whole")
 
 
 def test_runs_that_began_before_and_after_growth_train_side_by_side(caches, whole, tmp_path: Path) -> None:
@@ -118,10 +127,14 @@ def test_finished_runs_stay_finished_when_the_cache_grows(shape: str, caches, wh
         plan(cache, the_sweep(base={"hook_name": HOOKS[1], "d_sae": 48, "lr": 0.004}), out)
 
 
-def test_an_unfinished_run_whose_rows_moved_is_refused_in_one_line(caches, tmp_path: Path) -> None:
-    out, cache = begun(caches["partial-one"], tmp_path, 6), open_cache(caches["partial-grown"])
-    with pytest.raises(CacheMismatch, match=r"topk: is unfinished, and .* has grown since, from [\d,]+ training rows"):
-        train(cache, the_sweep(), out)
+def test_an_unfinished_run_whose_rows_are_gone_is_refused_in_one_line(caches, tmp_path: Path) -> None:
+    out = begun(caches["partial-one"], tmp_path / "runs", 6)
+    cache = Path(shutil.copytree(caches["partial-grown"], tmp_path / "cache"))
+    shutil.rmtree(cache / "kept")
+    with pytest.raises(
+        CacheMismatch, match=r"topk: is unfinished, and .* has changed since, from [\d,]+ train rows to"
+    ):
+        train(open_cache(cache), the_sweep(), out)
 
 
 def test_a_run_without_a_checkpoint_begins_with_the_rows_that_are_there(caches, tmp_path: Path) -> None:
@@ -139,7 +152,10 @@ def test_evaluations_of_other_rows_are_refused(caches, tmp_path: Path) -> None:
     other = json.loads(json.dumps(config))
     other["cache"]["hooks"][HOOKS[1]]["validation"]["rows"] = "0123456789abcdef"
     (out / "topk" / "config.json").write_text(json.dumps(other))
-    with pytest.raises(CacheMismatch, match=r"topk: is unfinished, and the validation split of .* has changed since"):
+    with pytest.raises(
+        CacheMismatch,
+        match=r"topk: is unfinished, and .* has changed since, from [\d,]+ train and [\d,]+ validation rows",
+    ):
         train(cache, the_sweep(eval_every=3), out)
     (out / "topk" / "config.json").write_text(json.dumps(config))
     train(cache, the_sweep(eval_every=3), out)
