@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from actcache.errors import CacheMismatch, CorruptShard, ManifestError
-from actcache.files import PARTIAL_SUFFIX, NoFile, contents, listed, make_folder, sync_folder, write_atomically
+from actcache.files import (
+    PARTIAL_SUFFIX,
+    NoFile,
+    contents,
+    file_bytes,
+    listed,
+    make_folder,
+    sync_folder,
+    write_atomically,
+)
 from actcache.format.paths import CACHE_MANIFEST, KEPT
 from actcache.format.seal import fingerprint
 
@@ -55,7 +64,7 @@ class CacheFiles:
         """Where the file is: kept, if growth has begun to replace such files, else in its place."""
         if self.fingerprint:
             kept = self.root / KEPT / self.fingerprint / self.folder / key
-            if kept.exists():
+            if file_bytes(kept) is not None:
                 return kept
         return self.root / self.folder / key
 

@@ -79,9 +79,11 @@ def files(root: Path) -> dict[str, str]:
 def skeletons(root: Path) -> dict[str, str]:
     """Path -> sha256, as `files`, of all that is the same whatever the processor: order, tokens, metadata, records.
 
-    A file of computed numbers counts by its name alone. Of manifest files their checksums and sizes are left out.
+    A file of computed numbers counts by its name alone. Of manifest files their checksums and sizes are left out. What
+    growth has kept of the smaller cache, which older versions did not, is left out too.
     """
-    return {path: hashlib.sha256(_skeleton(path, data)).hexdigest() for path, data in _contents(root).items()}
+    contents = {path: data for path, data in _contents(root).items() if not path.startswith("kept/")}
+    return {path: hashlib.sha256(_skeleton(path, data)).hexdigest() for path, data in contents.items()}
 
 
 def promised(found: dict[str, str]) -> dict[str, str]:
