@@ -24,7 +24,7 @@ from trainer.evaluation import downstream_loss
 from trainer.evaluation.evaluate import evaluate
 from trainer.sae.sae import SAE
 
-D_MODEL, CONTEXT_SIZE, VOCAB, N_TOKENS = 32, 128, 8192, 1 << 13
+D_MODEL, CONTEXT_SIZE, VOCAB, N_TOKENS = 32, 128, 8192, 1 << 12
 HOOK, D_SAE, PIECE_VALUES = "blocks.0.hook_resid_post", 32_768, 1 << 20
 
 

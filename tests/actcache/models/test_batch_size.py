@@ -61,10 +61,10 @@ def test_out_of_memory_leaves_half_of_what_ran(fits, expected):
 
 
 class Hungry(Limited):
-    """Each sequence of a pass takes, and touches, 64 MiB."""
+    """Each sequence of a pass takes, and touches, 32 MiB."""
 
     def _forward(self, token_ids: Tensor, visits) -> Tensor:
-        taken = torch.ones(len(token_ids), 1 << 24)
+        taken = torch.ones(len(token_ids), 1 << 23)
         return super()._forward(token_ids, visits) + 0 * taken[0, 0]
 
 
@@ -74,18 +74,18 @@ def test_an_allocator_without_memory_ends_the_search(monkeypatch):
     used = next(int(line.split()[1]) for line in lines if line.startswith("VmSize")) * 1024
     monkeypatch.setattr(batch_size, "_twice_fits", lambda *_: True)
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20), before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (350 << 20), before[1]))
     try:
-        found = largest_batch(Hungry(seconds=lambda n: 0.3), CONTEXT, HOOKS)
+        found = largest_batch(Hungry(seconds=lambda n: 0.12), CONTEXT, HOOKS)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert found in (2, 4)
 
 
 def test_a_pass_that_may_not_fit_is_not_run(monkeypatch):
-    """Where the kernel would kill the process: 256 MiB were taken, 512 MiB more do not fit into what there is."""
-    model = Hungry(seconds=lambda n: 0.3)
-    monkeypatch.setattr(batch_size, "memory_room", lambda: MemoryRoom(n_bytes=300 << 20, limit_bytes=0, limit="a test"))
+    """Where the kernel would kill the process: 128 MiB were taken, 256 MiB more do not fit into what there is."""
+    model = Hungry(seconds=lambda n: 0.12)
+    monkeypatch.setattr(batch_size, "memory_room", lambda: MemoryRoom(n_bytes=150 << 20, limit_bytes=0, limit="a test"))
     assert largest_batch(model, CONTEXT, HOOKS) in (1, 2)
     assert max(model.shapes)[0] <= 4
 
