@@ -11,7 +11,7 @@ def measured(out: Path, *codecs: str, **environment: str) -> dict[str, tuple[int
     """Peak over the forward pass, promised, forward pass: bytes, for each codec, all in one process of its own."""
     script = SUPPORT / "peak_memory_of_harvest.py"
     done = subprocess.run(
-        [sys.executable, str(script), str(out), str(1 << 16), *codecs],
+        [sys.executable, str(script), str(out), str(1 << 15), *codecs],
         env={**CHILD, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,

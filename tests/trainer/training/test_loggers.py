@@ -124,7 +124,7 @@ def in_a_process(runs: Path, logger: str, **environment: str) -> subprocess.Comp
 
 def test_wandb_without_an_account_is_one_clear_error(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    nobody = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "5"}
+    nobody = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}
     done = in_a_process(tmp_path / "runs", "wandb", **nobody)
     assert done.returncode != 0
     last = done.stderr.splitlines()[-1]
