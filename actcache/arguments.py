@@ -10,7 +10,7 @@ import functools
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -74,6 +74,14 @@ def whole_number(who: str, name: str, value: object, lowest: int = 0, highest: i
         must = f"at least {lowest}" if highest is None else f"in [{lowest}, {highest}]"
         raise ConfigError(f"{who}: {name} must be {must}, got {value!r}")
     return number
+
+
+def one_of(who: str, name: str, value: object, allowed: Iterable[str]) -> str:
+    """`value` as one of the allowed words. Raises ConfigError."""
+    words = tuple(allowed)
+    if not isinstance(value, str) or value not in words:
+        raise ConfigError(f"{who}: {name} must be one of {', '.join(words)}, got {value!r}")
+    return value
 
 
 def names(who: str, name: str, value: object) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from actcache.arguments import one_of
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.flow import SPLITS
 from actcache.format.arrays import MAX_SHARD_BYTES, ArraySpec, hook_arrays, sequence_arrays, token_arrays
@@ -46,8 +47,8 @@ class Plan:
     hooks: tuple[HookSpec, ...] = ()
 
     def n_rows(self, split: str) -> int:
-        """Rows that the split will have: one for each token of its sequences."""
-        return self.sequences[split].n_sequences * self.identity["context_size"]
+        """Rows that the split will have: one for each token of its sequences. Raises ConfigError: no such split."""
+        return self.sequences[known_split(split)].n_sequences * self.identity["context_size"]
 
     def n_shards(self, split: str) -> int:
         """Shards that the split will have; the last one may have fewer rows."""
@@ -111,7 +112,7 @@ class Manifest:
         return self.identity["chunk_rows"]
 
     def n_rows(self, split: str) -> int:
-        """Rows of a split, the same for every hook."""
+        """Rows of a split, the same for every hook. Raises ConfigError: no such split."""
         return self.plan.n_rows(split)
 
     def hook(self, hook_name: str) -> HookSpec:
@@ -149,6 +150,11 @@ class Manifest:
         if not any(manifest.shards.values()):
             raise ManifestError("manifest: holds no rows")
         return manifest
+
+
+def known_split(split: object) -> str:
+    """`split`, if it is "train" or "validation". Raises ConfigError."""
+    return one_of("cache", "split", split, SPLITS)
 
 
 def aligned_arrays(manifest: Manifest) -> list[ArraySpec]:
@@ -219,9 +225,10 @@ def rows_fingerprint(manifest: Manifest, split: str, hook_name: str, n_shards: i
         n_shards: how many shards to name, from the first; None for all.
 
     Raises:
+        ConfigError: there is no such split.
         CacheMismatch: the cache lacks the hook.
     """
-    hook = manifest.hook(hook_name)
+    hook, split = manifest.hook(hook_name), known_split(split)
     arrays = hook_arrays(hook, codec(manifest.identity["codec"]), manifest.chunk_rows)
     paths = [array.path for array in (*arrays, *token_arrays(manifest.shard_rows))]
     digest = hashlib.sha256(json.dumps([manifest.identity, asdict(hook), split], sort_keys=True).encode())

@@ -16,9 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actcache.errors import CacheMismatch, ConfigError, DatasetError
+from actcache.errors import CacheMismatch, DatasetError
 from actcache.files import local_path, naming, sync_folder, write_atomically
-from actcache.flow import SPLITS
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.records import ShardRecord
 from actcache.format.scatter import shard_permutation
@@ -50,8 +49,6 @@ def export_cache(cache: Cache, out: Path | str, *, split: str = "train", progres
         CorruptShard: a chunk is damaged.
     """
     out, fingerprint = local_path(out).absolute(), f"{cache.fingerprint}-{split}"
-    if split not in SPLITS:
-        raise ConfigError(f"export-cache: split must be one of {', '.join(SPLITS)}, got {split!r}")
     if cache.n_rows(split) == 0:
         raise DatasetError(f"export-cache: {split} of {cache.path} holds no rows; export the other split")
     if _is_exported(out, fingerprint):

@@ -18,7 +18,7 @@ from jaxtyping import Int32, Int64
 
 from actcache.arguments import type_fields_
 from actcache.errors import ConfigError
-from actcache.flow import HOLD_OUT_MORE, SPLITS, Batch
+from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.loading.buffers import DECODE_THREADS, DeviceBuffers, GroupBuffer, HookBuffers, HostBuffers, will_need
 from actcache.loading.filters import RowFilter
@@ -52,7 +52,6 @@ class StreamConfig:
         type_fields_("loader", self)
         fields, ratio = self.token_fields, self.max_norm_ratio
         rules = {
-            f"split must be one of {SPLITS}": (self.split in SPLITS, self.split),
             "hook_names must name at least one hook": (len(self.hook_names) > 0, self.hook_names),
             "seed must be at least 0": (self.seed >= 0, self.seed),
             "epochs must be at least 1": (self.epochs >= 1, self.epochs),
@@ -69,7 +68,7 @@ class StreamConfig:
 
         Raises:
             CacheMismatch: the cache lacks a hook.
-            ConfigError: the split has no rows, or the filters do not fit the cache.
+            ConfigError: there is no such split, it has no rows, or the filters do not fit the cache.
             CorruptShard: a chunk that must be read for the filters is damaged.
         """
         for hook_name in self.hook_names:

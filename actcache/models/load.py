@@ -13,7 +13,7 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from actcache.arguments import device_of, typed
+from actcache.arguments import device_of, one_of, typed
 from actcache.errors import ConfigError, ModelError
 from actcache.machine.installs import no_installs
 from actcache.models.bridge import BridgeModel
@@ -125,12 +125,10 @@ def _check_settings(device: str, device_map: str | None, backend: str, attention
     The arguments are load_model's.
     """
     typed("load_model", "compile", compile, bool)
-    if backend not in BACKENDS:
-        raise ConfigError(f"load_model: backend must be one of {list(BACKENDS)}, got {backend!r}")
-    if attention not in ATTENTION_KERNELS:
-        raise ConfigError(f"load_model: attention must be one of {list(ATTENTION_KERNELS)}, got {attention!r}")
-    if device_map is not None and device_map not in DEVICE_MAPS:
-        raise ConfigError(f"load_model: device_map must be one of {list(DEVICE_MAPS)}, got {device_map!r}")
+    one_of("load_model", "backend", backend, BACKENDS)
+    one_of("load_model", "attention", attention, ATTENTION_KERNELS)
+    if device_map is not None:
+        one_of("load_model", "device_map", device_map, DEVICE_MAPS)
     if device_map is not None and device != "auto":
         raise ConfigError(
             f"load_model: device_map chooses the devices, so device must be auto, got {device!r} with device_map "

@@ -12,22 +12,25 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from actcache.arguments import one_of
 from actcache.errors import CorruptShard, ManifestError
 from actcache.files import NoFile, contents, file_bytes, local_path
 from actcache.flow import SPLITS
 from actcache.format.arrays import ArraySpec, hook_arrays, sequence_arrays, token_arrays
 from actcache.format.codecs import codec
-from actcache.format.manifest import Manifest, Plan, stored_files
+from actcache.format.manifest import Manifest, Plan, known_split, stored_files
 from actcache.format.paths import CACHE_MANIFEST, KEPT, ORIGIN, PLAN, STORE, statistics_key
 from actcache.format.records import HookSpec
 from actcache.format.seal import MALFORMED, fingerprint, unseal
-from actcache.format.stats import HookStatistics
+from actcache.format.stats import ROW_FILTERS, HookStatistics
 from actcache.store.kept import CacheFiles, kept_fingerprints, refuse_another
 from actcache.store.reader import ArrayReader, HookReader
 
 
 class Cache:
     """A finished cache, made by `open_cache`. Threads and forked processes may share it.
+
+    A split is "train" or "validation"; every method raises ConfigError for another one.
 
     It can be pickled: a process that gets it opens it by its path, and raises CacheMismatch if it is another one there.
 
@@ -85,7 +88,7 @@ class Cache:
 
     def reader(self, split: str, array: ArraySpec) -> ArrayReader:
         """A reader of an array of a split that has one entry for each row."""
-        shards = self.manifest.shards[split]
+        shards = self.manifest.shards[known_split(split)]
         return ArrayReader(
             self.files.below(f"{STORE}/{split}"),
             array,
@@ -102,9 +105,12 @@ class Cache:
         return HookReader(hook, [self.reader(split, array) for array in arrays])
 
     def token_reader(self, split: str, name: str) -> ArrayReader:
-        """A reader of the "id", the "sequence" or the "position" of every row's token, int32."""
-        arrays = {array.path: array for array in token_arrays(self.manifest.shard_rows)}
-        return self.reader(split, arrays[f"tokens/{name}"])
+        """A reader of the "id", the "sequence" or the "position" of every row's token, int32.
+
+        Raises ConfigError for another name.
+        """
+        arrays = {array.path.removeprefix("tokens/"): array for array in token_arrays(self.manifest.shard_rows)}
+        return self.reader(split, arrays[one_of("cache", "name", name, arrays)])
 
     def sequences(self, split: str) -> Int32[np.ndarray, "sequence position"]:
         """Token ids of every packed sequence of a split, in order. Raises CorruptShard."""
@@ -125,11 +131,13 @@ class Cache:
             row_filter: "all", or "no_special_tokens" without the rows of special tokens.
 
         Raises:
+            ConfigError: there is no such split or filter.
             CacheMismatch: the cache lacks the hook.
             ManifestError: the statistics are missing, damaged, or those of another cache.
             OSError: the file cannot be read.
         """
         hook = self.hook(hook_name)
+        one_of("cache", "row_filter", row_filter, ROW_FILTERS)
         wanted = (self.n_rows(split), hook.d_in)
         return self.files.read(statistics_key(split, hook_name), partial(_statistics, row_filter, wanted))
 
@@ -231,8 +239,11 @@ def sequence_reader(files: CacheFiles, plan: Plan, split: str, name: str) -> Arr
         plan: its plan.
         split: "train" or "validation".
         name: "id" for token ids, "document" for the index of each token's document.
+
+    Raises:
+        ConfigError: there is no such split.
     """
-    record = plan.sequences[split]
+    record = plan.sequences[known_split(split)]
     array = {a.path: a for a in sequence_arrays(plan.identity["context_size"])}[f"sequences/{name}"]
     return ArrayReader(
         files.below(f"{STORE}/{split}"),

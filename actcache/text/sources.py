@@ -12,8 +12,8 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from actcache.arguments import type_fields_
-from actcache.errors import ConfigError, DatasetError
+from actcache.arguments import one_of, type_fields_
+from actcache.errors import DatasetError
 from actcache.files import can_only_be_a_path, local_path, missing_here, refuse_address
 from actcache.machine.installs import no_installs
 
@@ -51,8 +51,7 @@ class DatasetSource:
     def __post_init__(self) -> None:
         type_fields_("dataset", self)
         refuse_address(self.path, "a local file, a folder or a hub name")
-        if self.sample_by not in SAMPLE_BY:
-            raise ConfigError(f"dataset: sample_by must be one of {', '.join(SAMPLE_BY)}, got {self.sample_by!r}")
+        one_of("dataset", "sample_by", self.sample_by, SAMPLE_BY)
 
     @no_installs("datasets")
     def load(self) -> datasets.Dataset | datasets.IterableDataset:

@@ -1,6 +1,7 @@
 """What a caller gives is of its type, or refused with one line: of every constructor and config of both packages."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,7 @@ from support.planted import make_sae
 from support.tiny_caches import HOOKS
 from support.tiny_saes import make_config
 
-from actcache.arguments import device_of, names, typed, whole_number
+from actcache.arguments import device_of, names, one_of, typed, whole_number
 from actcache.errors import ConfigError
 
 
@@ -69,6 +70,13 @@ def test_a_whole_number_has_its_range():
         whole_number("it", "n", 6, 1, 5)
     with pytest.raises(ConfigError, match="it: n must be at least 0, got -1"):
         whole_number("it", "n", -1)
+
+
+@pytest.mark.parametrize("wrong", ["c", "", "A", None, ["a"], 0], ids=str)
+def test_a_word_is_one_of_those_allowed(wrong):
+    assert one_of("it", "n", "b", ("a", "b")) == "b"
+    with pytest.raises(ConfigError, match=rf"^it: n must be one of a, b, got {re.escape(repr(wrong))}$"):
+        one_of("it", "n", wrong, ("a", "b"))
 
 
 def test_one_name_is_a_list_of_one():

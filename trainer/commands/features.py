@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from actcache.arguments import one_of
 from actcache.commands.integrity import RememberedModel
 from actcache.commands.remembered import model_of_cache
 from actcache.commands.terminal import (
@@ -189,8 +190,7 @@ def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
     """The change of the feature's activation that --mode and --strength ask for."""
     from trainer.interventions.steering import Add, Clamp, Scale
 
-    if mode not in STEERINGS:
-        raise ConfigError(f"steer: --mode must be one of {', '.join(STEERINGS)}, got {mode!r}")
+    one_of("steer", "--mode", mode, STEERINGS)
     if (strength is None) != (mode == "ablate"):
         raise ConfigError("steer: --strength must be given with add, scale and clamp, and left out with ablate")
     return {"add": Add, "scale": Scale, "clamp": Clamp, "ablate": Clamp}[mode](strength or 0.0)

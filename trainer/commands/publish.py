@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from actcache.arguments import one_of
 from actcache.commands.terminal import OUTPUT, say
 from actcache.errors import ConfigError
 
@@ -35,8 +36,7 @@ def export(
     from trainer.formats.saelens import export_sae
     from trainer.publish.neuronpedia import export_neuronpedia
 
-    if layout not in LAYOUTS:
-        raise ConfigError(f"export: --format must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    one_of("export", "--format", layout, LAYOUTS)
     written = export_sae(run, out) if layout == "saelens" else export_neuronpedia(run, out)
     say(f"export: {written.resolve()}")
 

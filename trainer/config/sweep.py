@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
-from actcache.arguments import field_types, type_fields_, typed
+from actcache.arguments import field_types, one_of, type_fields_, typed
 from actcache.errors import CacheMismatch, ConfigError
 from actcache.files import local_path
 from trainer.config.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
@@ -256,8 +256,7 @@ def _with_preset(who: str, given: dict[str, Any]) -> dict[str, Any]:
     if preset is None:
         check_settings(who, {"architecture": architecture})
         return given if architecture is None else {**given, "preset": default_preset(architecture)}
-    if preset not in PRESETS:
-        raise ConfigError(f"{who}: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    one_of(who, "preset", preset, PRESETS)
     may_be = PRESETS[preset].architectures
     if architecture is not None and architecture not in may_be:
         raise ConfigError(f"{who}: preset {preset} is one of {', '.join(may_be)}, got architecture {architecture!r}")

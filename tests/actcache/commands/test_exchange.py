@@ -21,7 +21,7 @@ def test_a_split_goes_out_and_comes_back(tiny_cache, tiny_llama_dir, tmp_path):
 
 def test_wrong_use_is_one_line(tiny_cache, tmp_path):
     wrong = actcache("export-cache", tiny_cache.path, "--out", tmp_path / "x", "--split", "test", code=2)
-    assert wrong.stderr == "error: export-cache: split must be one of train, validation, got 'test'\n"
+    assert wrong.stderr == "error: cache: split must be one of train, validation, got 'test'\n"
     (tmp_path / "thesis.tex").touch()
     there = actcache("export-cache", tiny_cache.path, "--out", tmp_path, code=1)
     assert "must be new or empty, it holds thesis.tex" in there.stderr

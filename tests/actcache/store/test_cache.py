@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,8 +10,14 @@ import torch
 import zarr
 from support.tiny_caches import HOOKS, harvest_tiny
 
-from actcache.errors import CacheMismatch, CorruptShard, ManifestError
-from actcache.store.cache import open_cache, read_origin
+from actcache.errors import CacheMismatch, ConfigError, CorruptShard, ManifestError
+from actcache.format.arrays import token_arrays
+from actcache.format.manifest import rows_fingerprint
+from actcache.interop.arrow_export import export_cache
+from actcache.loading.loader import Loader
+from actcache.loading.mixture import Mixture
+from actcache.loading.stream import hook_bytes
+from actcache.store.cache import Cache, open_cache, read_origin
 
 MANIFEST = "manifest/cache.json"
 
@@ -46,6 +53,40 @@ def test_what_it_says_of_itself(tiny_cache, tiny_model, tiny_texts):
     assert (cache.origin["model"], cache.origin["dataset"]["path"]) == (tiny_model.source, str(tiny_texts))
     with pytest.raises(CacheMismatch, match=r"got hook_name='blocks\.0\.hook_mlp_out'"):
         cache.hook_reader("train", "blocks.0.hook_mlp_out")
+
+
+TAKE_A_SPLIT: dict[str, Callable[[Cache, str], object]] = {
+    "n_rows": lambda cache, split: cache.n_rows(split),
+    "Manifest.n_rows": lambda cache, split: cache.manifest.n_rows(split),
+    "n_shards": lambda cache, split: cache.manifest.plan.n_shards(split),
+    "rows_of": lambda cache, split: cache.manifest.plan.rows_of(split, 0),
+    "rows_fingerprint": lambda cache, split: rows_fingerprint(cache.manifest, split, HOOKS[0]),
+    "reader": lambda cache, split: cache.reader(split, token_arrays(cache.manifest.shard_rows)[0]),
+    "hook_reader": lambda cache, split: cache.hook_reader(split, HOOKS[0]),
+    "token_reader": lambda cache, split: cache.token_reader(split, "id"),
+    "sequences": lambda cache, split: cache.sequences(split),
+    "documents": lambda cache, split: cache.documents(split),
+    "sequence_reader": lambda cache, split: cache.sequence_reader(split, "id"),
+    "statistics": lambda cache, split: cache.statistics(HOOKS[0], split=split),
+    "Loader": lambda cache, split: Loader(cache, HOOKS[0], split=split),
+    "Mixture": lambda cache, split: Mixture([(cache, 1)], HOOKS[0], split=split),
+    "hook_bytes": lambda cache, split: hook_bytes(cache, split, HOOKS[0], batch_rows=64),
+    "export_cache": lambda cache, split: export_cache(cache, cache.path.with_name("exported"), split=split),
+}
+
+
+@pytest.mark.parametrize("call", TAKE_A_SPLIT.values(), ids=TAKE_A_SPLIT)
+def test_a_split_that_no_cache_has_is_named(tiny_cache, call):
+    for split in ("test", "Train", ""):
+        with pytest.raises(ConfigError, match=f"^cache: split must be one of train, validation, got '{split}'$"):
+            call(tiny_cache, split)
+
+
+def test_a_row_filter_or_a_token_array_that_there_is_not_is_no_damage(tiny_cache):
+    with pytest.raises(ConfigError, match="row_filter must be one of all, no_special_tokens, got 'special'"):
+        tiny_cache.statistics(HOOKS[0], row_filter="special")
+    with pytest.raises(ConfigError, match="name must be one of id, sequence, position, got 'document'"):
+        tiny_cache.token_reader("train", "document")
 
 
 def test_what_is_no_cache_is_refused(root, tmp_path):
