@@ -146,6 +146,7 @@ def steer(
     run: Run,
     feature: Annotated[int, typer.Option(help="Which feature to change.")],
     text: Annotated[str, typer.Option(help="The text that the model continues.")],
+    cache: RememberedCache = None,
     strength: Annotated[
         float | None, typer.Option(help="How much, in units of the activation. With scale it is a factor.")
     ] = None,
@@ -169,7 +170,7 @@ def steer(
 
     change = _change(mode, strength)
     sae = load_sae(run, device=resolved_device(device))
-    language_model = _model_of(run, model, device, trust_remote_code)
+    language_model = _model_of(run, cache, model, device, trust_remote_code)
     steered = steered_texts(
         language_model,
         sae,
@@ -196,15 +197,16 @@ def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
     return {"add": Add, "scale": Scale, "clamp": Clamp, "ablate": Clamp}[mode](strength or 0.0)
 
 
-def _model_of(run: Path, model: str | None, device: str, trust_remote_code: bool) -> LanguageModel:
-    """The model that is named, or else the model of the run's cache."""
+def _model_of(run: Path, cache: Path | None, model: str | None, device: str, trust_remote_code: bool) -> LanguageModel:
+    """The model that is named, or else that of the cache. A named model needs no cache: an SAE of others has none."""
+    from actcache.store.cache import open_cache
     from trainer.trained_on import open_trained_on
 
     load = partial(model_of_cache, model=model, device=device, trust_remote_code=trust_remote_code)
-    if model:
+    if model and cache is None:
         return load(None, {})
-    cache = open_trained_on(run)
-    return load(cache.path, cache.compute)
+    opened = open_cache(cache) if cache else open_trained_on(run)
+    return load(opened.path, opened.compute)
 
 
 def similar(

@@ -78,6 +78,20 @@ def test_features_of_a_named_cache(run: Path, tiny_cache) -> None:
     )
 
 
+def test_steering_takes_the_model_of_a_named_cache(run: Path, tiny_cache, tiny_llama_dir) -> None:
+    """The run remembers a cache that is not there; later it remembers none."""
+    sampled = ["--tokens", 3, "--temperature", 0, "--device", "cpu", "--json"]
+    asked = ["steer", run, "--feature", 3, "--strength", 9, "--text", "The cat", *sampled]
+    assert "not a cache" in actcache(*asked, code=1).stderr
+    found = actcache(*asked, "--cache", tiny_cache.path).stdout
+    assert found == actcache(*asked, "--model", tiny_llama_dir).stdout
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({name: value for name, value in config.items() if name != "cache"}))
+    assert "train first, or pass --cache or --model" in actcache(*asked, code=1).stderr
+    assert found == actcache(*asked, "--cache", tiny_cache.path).stdout
+    assert found == actcache(*asked, "--cache", tiny_cache.path, "--model", tiny_llama_dir).stdout
+
+
 def test_a_narrow_sae_has_fewer_neighbours_than_are_shown(tmp_path: Path) -> None:
     model = {"name": "tiny", "revision": None}
     wide = make_run(tmp_path, make_config("topk", name="wide"), model)
