@@ -4,7 +4,8 @@ Two things may be wrong with a file that is read. It is not there: `NoFile`, whi
 let us read it, for want of permission, descriptors, memory, a sound disk: any other OSError, which says nothing about
 the bytes. No caller may take the second for the first.
 
-A file is written aside, fsynced and renamed; then its folder is fsynced. So a reader never sees half of a file.
+A file is written aside, fsynced and renamed; then its folder is fsynced. So a reader never sees half of a file. A
+folder that has to appear whole is written aside in the same way.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Collection, Iterable, Iterator
@@ -21,7 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-from actcache.errors import ConfigError
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError
 
 PARTIAL_SUFFIX = ".partial"
 # What the system says where no file is: nothing, a folder, a file in the place of a folder, a link to itself, a name
@@ -151,11 +153,8 @@ def entries(folder: Path) -> list[Path]:
 
 def sync_folder(folder: Path) -> None:
     """Make renames within the folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with _open_folder(folder) as descriptor:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def make_folder(folder: Path) -> None:
@@ -209,6 +208,33 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     return n_bytes
 
 
+@contextmanager
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder beside `path`, to be filled with fsynced files. After the block it is `path`, whole or not at all.
+
+    Each writer has a folder of its own. What killed ones left is removed. Where there are no locks it stays, for its
+    writer may live.
+
+    Args:
+        path: it must be missing or an empty folder.
+        replace: it may also hold something, which goes.
+
+    Raises:
+        CacheLocked: another process is writing `path`.
+        CacheMismatch: another process has written `path` meanwhile.
+    """
+    path = Path(os.path.realpath(path))  # so that a link stays a link
+    make_folder(path.parent)
+    with naming(path), _folder_aside(path) as aside:
+        try:
+            yield aside
+            _put(aside, path, replace)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    sync_folder(path.parent)
+
+
 def remove_leftovers(root: Path, *, alone: bool = False) -> None:
     """Delete the unfinished files of killed writers below `root`.
 
@@ -234,10 +260,57 @@ def _is_dropped(name: str) -> bool:
 def _aside(path: Path) -> Iterator[BinaryIO]:
     """A new file beside `path`, whose lock tells `remove_leftovers` that its writer lives."""
     while True:
-        with open(path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"), "wb") as file:
+        with open(_name_aside(path), "wb") as file:
             if _is_locked(file.fileno()) is not False and os.path.exists(file.name):
                 yield file
                 return
+
+
+@contextmanager
+def _folder_aside(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, whose lock tells others that its writer lives. Raises CacheLocked if one does."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}{re.escape(PARTIAL_SUFFIX)}")
+    for other in listed(path.parent):
+        if name.fullmatch(other.name):
+            with suppress(FileNotFoundError, NotADirectoryError, PermissionError), _open_folder(other) as descriptor:
+                locked = _is_locked(descriptor)
+                if locked is False:
+                    raise CacheLocked(f"{path}: another process is writing it; wait for it, or pass another --out")
+                if locked:
+                    shutil.rmtree(other, ignore_errors=True)
+    while True:
+        aside = _name_aside(path)
+        aside.mkdir()
+        with _open_folder(aside) as descriptor:
+            if _is_locked(descriptor) is not False and aside.exists():
+                yield aside
+                return
+
+
+def _put(aside: Path, path: Path, replace: bool) -> None:
+    old = _name_aside(path)
+    if replace and path.exists():
+        path.rename(old)
+    try:
+        aside.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise CacheMismatch(f"{path}: another process has written it meanwhile; pass another --out") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _name_aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+
+
+@contextmanager
+def _open_folder(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _remove_if_left(path: str, alone: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, DatasetError
-from actcache.files import local_path, naming, sync_folder, write_atomically
+from actcache.files import local_path, naming, new_folder, write_atomically
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.records import ShardRecord
 from actcache.format.scatter import shard_permutation
@@ -46,6 +45,7 @@ def export_cache(cache: Cache, out: Path | str, *, split: str = "train", progres
         ConfigError: there is no such split.
         DatasetError: the split has no rows.
         CacheMismatch: `out` holds something else.
+        CacheLocked: another process is writing `out`.
         CorruptShard: a chunk is damaged.
     """
     out, fingerprint = local_path(out).absolute(), f"{cache.fingerprint}-{split}"
@@ -53,19 +53,13 @@ def export_cache(cache: Cache, out: Path | str, *, split: str = "train", progres
         raise DatasetError(f"export-cache: {split} of {cache.path} holds no rows; export the other split")
     if _is_exported(out, fingerprint):
         return out
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    features = _features(cache)
-    files = list(_write_arrow_files(cache, split, features, aside, progress))
-    datasets.DatasetInfo(features=features).write_to_directory(str(aside))
-    info = (aside / INFO_FILE).read_bytes()
-    for name, data in ((INFO_FILE, info), (STATE_FILE, json.dumps(_state(files, fingerprint), indent=2).encode())):
-        write_atomically(aside / name, [data])  # `datasets` wrote it without fsync
-    if out.exists():
-        out.rmdir()  # empty
-    aside.rename(out)
-    sync_folder(out.parent)
+    with new_folder(out) as aside:
+        features = _features(cache)
+        files = list(_write_arrow_files(cache, split, features, aside, progress))
+        datasets.DatasetInfo(features=features).write_to_directory(str(aside))
+        info = (aside / INFO_FILE).read_bytes()
+        for name, data in ((INFO_FILE, info), (STATE_FILE, json.dumps(_state(files, fingerprint), indent=2).encode())):
+            write_atomically(aside / name, [data])  # `datasets` wrote it without fsync
     return out
 
 

@@ -13,7 +13,7 @@ from support.places import CHILD
 from support.strangers import as_another_user, only_root
 from support.surroundings import ERRNOS, FailingCalls, as_nobody, cache_of_nobody, descriptors
 
-from actcache.errors import ConfigError
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError
 from actcache.files import (
     NoFile,
     can_only_be_a_path,
@@ -23,6 +23,7 @@ from actcache.files import (
     listed,
     local_path,
     name_,
+    new_folder,
     remove_leftovers,
     write_atomically,
 )
@@ -134,6 +135,66 @@ def test_without_locks_files_are_written_and_leftovers_go_only_where_nobody_else
     assert {p.name for p in tmp_path.iterdir()} == {"file"}
 
 
+def written(path: Path, text: str, **how: bool) -> dict[str, str]:
+    """What the folder holds after somebody wrote a file in it."""
+    with new_folder(path, **how) as aside:
+        (aside / "file").write_text(text)
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
+
+    def fail(aside: Path) -> None:
+        (aside / "file").touch()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a" / "out") as aside:
+        fail(aside)
+    assert list((tmp_path / "a").iterdir()) == []
+    (tmp_path / "a" / "out").mkdir()
+    assert written(tmp_path / "a" / "out", "first") == {"file": "first"}
+    with pytest.raises(CacheMismatch, match=r"out: another process has written it meanwhile; pass another --out"):
+        written(tmp_path / "a" / "out", "second")
+    assert written(tmp_path / "a" / "out", "second", replace=True) == {"file": "second"}
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "a" / "empty").mkdir()
+    (tmp_path / "a" / "link").symlink_to("empty")
+    assert written(tmp_path / "link" / "link", "third") == {"file": "third"}
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["empty", "link", "out"]
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path):
+    out = tmp_path / "out"
+    with new_folder(out) as aside:
+        with pytest.raises(CacheLocked, match=r"/out: another process is writing it; wait for it, or pass another"):
+            written(out, "second")
+        assert written(tmp_path / "out.2", "beside") == {"file": "beside"}
+        assert written(tmp_path / "o*", "beside") == {"file": "beside"}
+        (aside / "file").write_text("first")
+    assert (out / "file").read_text() == "first"
+
+
+def test_what_a_killed_writer_left_of_a_folder_goes_and_nothing_else(tmp_path):
+    left = [f".out.{'0' * 32}.partial", f".other.{'0' * 32}.partial", ".out.mine.partial", f".out.{'1' * 32}"]
+    for name in left:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / f".out.{'2' * 32}.partial").touch()
+    written(tmp_path / "out", "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *left[1:], f".out.{'2' * 32}.partial"}
+
+
+def test_without_locks_two_writers_of_a_folder_harm_nothing(tmp_path, monkeypatch):
+    forbid_locks(monkeypatch, tmp_path)
+    with (
+        pytest.raises(CacheMismatch, match="out: another process has written it meanwhile"),
+        new_folder(tmp_path / "out"),
+    ):
+        assert written(tmp_path / "out", "second") == {"file": "second"}
+    assert {path.name: path.is_dir() for path in tmp_path.iterdir()} == {"out": True}
+    assert (tmp_path / "out" / "file").read_text() == "second"
+
+
 @only_root
 def test_an_error_names_the_file_and_not_the_one_aside(tmp_path):
     with as_another_user(tmp_path), pytest.raises(PermissionError, match=r"denied; .*: '[^']*/losses\.json'$"):
@@ -141,6 +202,8 @@ def test_an_error_names_the_file_and_not_the_one_aside(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match=r"'[^']*/folder'$"):
         write_atomically(tmp_path / "folder", [b""])
+    with as_another_user(tmp_path), pytest.raises(PermissionError, match=r"denied; .*: '[^']*/new'$"):
+        written(tmp_path / "new", "")
 
 
 ADDRESSES = [

@@ -60,6 +60,7 @@ def import_sae(folder: Path | str, out: Path | str, names: Names | None = None) 
     Raises:
         ManifestError: the folder holds no such SAE, the SAE is malformed, or `SAE` cannot compute it.
         CacheMismatch: the SAE was trained on a centred stream, or `out` holds something else.
+        CacheLocked: another process is writing `out`.
         ConfigError: neither the folder nor `names` says the model, or neither says the hook.
     """
     folder, out = local_path(folder), local_path(out)
@@ -85,7 +86,7 @@ def import_release(release: str, sae_id: str, out: Path | str, names: Names | No
 
     Raises:
         ConfigError: sae_lens is not installed, or there is no such release or id.
-        ManifestError, CacheMismatch: as `import_sae`, or the files cannot be downloaded.
+        ManifestError, CacheMismatch, CacheLocked: as `import_sae`, or the files cannot be downloaded.
     """
     refuse_address(release, "the name of a release, or its folder as DIR")
     out = local_path(out)

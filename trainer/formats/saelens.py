@@ -10,7 +10,6 @@ and b_dec are divided by it. Pre-activations, b_enc and thresholds stay as they 
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from actcache.arguments import device_of
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.files import local_path, sync_folder, write_atomically
+from actcache.files import local_path, new_folder, write_atomically
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
 from trainer.run_folder import SAE_FOLDER
@@ -51,14 +50,15 @@ def save_inference_sae(
 
     Arguments and errors are those of `inference_sae`. Returns `out`.
     """
-    return write_directory(local_path(out), sae_files(inference_sae(config, weights, metadata=metadata)))
+    files = sae_files(inference_sae(config, weights, metadata=metadata))
+    return write_directory(local_path(out), files, replace=True)
 
 
 def write_run_sae(run: Path, sae: SAE) -> None:
     """Write the checksums of RUN/sae/, and then the folder, whole or not at all. An older one is replaced."""
     files = sae_files(sae)
     write_atomically(_checksums_file(run / SAE_FOLDER), [sealed(checksums_of(files))])
-    write_directory(run / SAE_FOLDER, files)
+    write_directory(run / SAE_FOLDER, files, replace=True)
 
 
 def inference_sae(config: SAEConfig, weights: Mapping[str, Tensor], *, metadata: Mapping[str, Any]) -> SAE:
@@ -184,6 +184,7 @@ def export_sae(run: Path | str, out: Path | str) -> Path:
     Raises:
         ManifestError: `load_sae` takes no SAE at `run`, or SAELens lacks its architecture.
         CacheMismatch: `out` exists and does not hold the same SAE.
+        CacheLocked: another process is writing `out`.
     """
     if (architecture := load_sae(run).architecture) not in SAELENS_ARCHITECTURES:
         raise ManifestError(
@@ -382,22 +383,11 @@ def _json_bytes(values: Mapping[str, Any]) -> bytes:
     return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def write_directory(out: Path, files: Mapping[str, bytes]) -> Path:
-    """Write the files into a folder aside, fsync them, and rename it to `out`. A kill leaves no `out` or a whole one.
-
-    Returns `out`.
-    """
-    aside, old = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name, data in files.items():
-        write_atomically(aside / name, [data])
-    if out.exists():
-        out.rename(old)
-    aside.rename(out)
-    sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def write_directory(out: Path, files: Mapping[str, bytes], *, replace: bool = False) -> Path:
+    """Write the files as a folder, as `new_folder` does, which has the same errors. Returns `out`."""
+    with new_folder(out, replace=replace) as aside:
+        for name, data in files.items():
+            write_atomically(aside / name, [data])
     return out
 
 

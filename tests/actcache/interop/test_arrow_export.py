@@ -11,7 +11,7 @@ import torch
 from support.arrow_caches import arrow_folder, column, config, in_token_order
 from support.tiny_caches import HOOKS, harvest_tiny
 
-from actcache.errors import CacheMismatch, DatasetError
+from actcache.errors import CacheLocked, CacheMismatch, DatasetError
 from actcache.interop.arrow_export import export_cache
 from actcache.interop.arrow_import import import_cache
 
@@ -133,6 +133,24 @@ def test_an_export_is_there_whole_or_not_at_all_and_once(tiny_cache, tmp_path):
         export_cache(tiny_cache, out, split="validation")
     with pytest.raises(CacheMismatch, match="must be a folder, is a file"):
         export_cache(tiny_cache, out / "state.json")
+
+
+def test_two_exports_into_one_folder_harm_nothing(tiny_cache, tmp_path):
+    expected = written_files(export_cache(tiny_cache, tmp_path / "alone"))
+    refused = []
+
+    def begin_another(*_: int) -> None:
+        with pytest.raises(CacheLocked, match=r"/arrow: another process is writing it; wait for it, or pass another"):
+            export_cache(tiny_cache, tmp_path / "arrow", split="validation")
+        refused.append(True)
+
+    out = export_cache(tiny_cache, tmp_path / "arrow", progress=begin_another)
+    assert refused
+    assert written_files(out) == expected
+
+
+def written_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_an_empty_split_has_nothing_to_export(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from support.foreign_saes import dictionary_folder, sparsify_folder
 from support.saelens_peers import D_IN, D_OUT, D_SAE, HOOK, METADATA, SCALE, K, equal_files, equal_outputs, fill_, rows
 from support.tiny_saes import make_config, make_run
 
-from actcache.errors import CacheMismatch, ConfigError, ManifestError
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
+from actcache.files import write_atomically
 from actcache.store.cache import Cache
 from trainer.config.settings import SAEConfig
 from trainer.evaluation.evaluate import evaluate_runs
@@ -248,6 +250,25 @@ def test_a_killed_import_leaves_no_run(tmp_path, monkeypatch):
     assert not (tmp_path / "runs" / "run").exists()
     assert import_sae(tmp_path / "theirs", tmp_path / "runs" / "run").is_dir()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
+
+
+def test_an_import_and_an_export_into_one_folder_harm_nothing(tmp_path, monkeypatch):
+    """The export begins while the import writes."""
+    their_sae("standard").save_model(tmp_path / "theirs")
+    run, written = import_sae(tmp_path / "theirs", tmp_path / "first"), []
+
+    def write(path: Path, parts: Sequence[bytes]) -> int:
+        monkeypatch.undo()
+        with pytest.raises(CacheLocked, match=r"/run: another process is writing it; wait for it, or pass another"):
+            export_sae(run, tmp_path / "run")
+        written.append(path.name)
+        return write_atomically(path, parts)
+
+    monkeypatch.setattr("trainer.formats.saelens.write_atomically", write)
+    import_sae(tmp_path / "theirs", tmp_path / "run")
+    assert written
+    assert load_sae(tmp_path / "run").W_dec.equal(load_sae(run).W_dec)
+    assert {path.name for path in tmp_path.iterdir()} == {"theirs", "first", "run"}
 
 
 def test_a_folder_that_is_none_of_the_three_names_those_below_it(tmp_path):
