@@ -11,7 +11,9 @@ from typing import get_args, get_type_hints
 import pytest
 import typer
 from support.command_line import actcache
+from support.damages import flip
 from support.places import ROOT
+from support.remote_code import RemoteCode
 from support.tiny_caches import HOOKS
 
 SWEEP = """
@@ -174,6 +176,46 @@ def test_steering_prints_the_text_without_and_with(work, tiny_llama_dir):
     clamped = json.loads(actcache(*common, "--mode", "clamp", "--strength", 0, "--seed", 4, "--json").stdout)
     assert (ablated["before"], ablated["after"]) == (same["before"], clamped["after"])
     actcache(*common, "--mode", "ablate", "--drop-error")
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory, tiny_llama_dir, tiny_texts) -> Path:
+    """A folder with a cache of a model that brings code of its own, and a run that was trained on it."""
+    folder = tmp_path_factory.mktemp("foreign")
+    model = RemoteCode(tiny_llama_dir, folder).model("own")
+    chosen = ["--model", model, "--backend", "transformer_lens", "--hook", HOOKS[2], "--trust-remote-code"]
+    sizes = ["--context-size", 16, "--tokens", 1000, "--holdout", 0.2, "--batch-size", 8, "--device", "cpu"]
+    actcache("harvest", *chosen, "--dataset", tiny_texts, *sizes, "--out", folder / "cache")
+    single = ["--hook", HOOKS[2], "--d-sae", 64, "--k", 4, "--tokens", 500, "--batch-tokens", 100]
+    actcache("train", folder / "cache", *single, "--out", folder / "runs")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "options", "says"),
+    [
+        ("verify", "cache", ["--sample-model"], "are what the model gives"),
+        ("repair", "damaged", [], "written anew"),
+        ("eval", "runs", [], "topk"),
+        ("features", "run", ["--text", "the cat"], "the"),
+        ("features", "run", [], "64 features on"),
+        ("steer", "run", ["--feature", 3, "--strength", 1, "--text", "the cat", "--tokens", 2], "without: the cat"),
+    ],
+    ids=["verify", "repair", "eval", "features of a text", "features", "steer"],
+)
+def test_a_model_with_code_of_its_own_has_to_be_trusted_again(foreign, tmp_path, command, place, options, says):
+    (run,) = (foreign / "runs").glob("*/sae")
+    places = {"cache": foreign / "cache", "runs": foreign / "runs", "run": run.parent, "damaged": tmp_path / "cache"}
+    if place == "damaged":
+        shutil.copytree(foreign / "cache", places[place])
+        flip(places[place] / "acts.zarr" / "train" / HOOKS[2] / "acts" / "c" / "0" / "0")
+    asked = [command, places[place], *options, "--device", "cpu"]
+    *before, refused = actcache(*asked, code=1).stderr.splitlines()
+    assert refused.startswith("error: load_model: ")
+    assert "brings code of its own, " in refused
+    assert "pass --trust-remote-code" in refused
+    assert not any("rror" in line or "Traceback" in line for line in before)
+    assert says in actcache(*asked, "--trust-remote-code").stderr
 
 
 def test_similar_features_of_two_runs(work):

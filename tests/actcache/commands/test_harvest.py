@@ -76,16 +76,13 @@ def test_an_option_that_is_wrong_alone_ends_it_with_2(command, wrong, message, t
     assert not (tmp_path / "c").exists()
 
 
-def test_a_model_with_code_of_its_own_has_to_be_trusted_by_every_command(tiny_llama_dir, tiny_texts, tmp_path):
+def test_a_model_with_code_of_its_own_has_to_be_trusted(tiny_llama_dir, tiny_texts, tmp_path):
     made, out = RemoteCode(tiny_llama_dir, tmp_path), tmp_path / "c"
     model = ("--model", made.model("own"), "--backend", "transformer_lens", "--device", "cpu")
     hook = ("--hook", "blocks.1.hook_resid_post", "--context-size", 16, "--batch-size", 8)
     command = ("harvest", *model, *hook, "--dataset", tiny_texts, "--tokens", 64, "--out", out)
-    sampled = ("verify", out, "--sample-model", "--device", "cpu")
     assert "pass --trust-remote-code" in actcache(*command, code=1).stderr
     assert made.ran == set()
     assert not out.exists()
     actcache(*command, "--trust-remote-code")
     assert "code_sha256" in json.loads(actcache("info", out, "--json").stdout)["model"]
-    assert "pass --trust-remote-code" in actcache(*sampled, code=1).stderr
-    assert "are what the model gives" in actcache(*sampled, "--trust-remote-code").stderr
