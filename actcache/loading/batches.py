@@ -130,8 +130,20 @@ def rank_part(n_rows: int, rank: int, world_size: int) -> range:
 
 
 def check_batches(batch_tokens: int, limit: int | None, rank: int, world_size: int) -> None:
-    """Raise ConfigError for an argument of Loader or Mixture that is out of range."""
+    """Raise ConfigError for an argument of Loader or Mixture that is out of range, or divides what a pass divides.
+
+    In a worker of a DataLoader nobody can tell whether `rank` is that of a training process. It is refused where it may
+    be the worker's number, because half of the batches or more would never come.
+    """
     whole_number("loader", "batch_tokens", batch_tokens, 1)
     if limit is not None:
         whole_number("loader", "limit", limit)
     whole_number("loader", "rank", rank, 0, whole_number("loader", "world_size", world_size, 1) - 1)
+    worker = get_worker_info()
+    n_workers = 1 if worker is None else worker.num_workers
+    if worker is not None and n_workers > 1 and world_size % n_workers == 0 and rank % n_workers == worker.id:
+        raise ConfigError(
+            f"loader: the workers of a DataLoader share the batches by themselves, got rank {rank} of {world_size} in "
+            f"worker {worker.id} of {n_workers}; leave rank and world_size out, or if they are those of training "
+            "processes, make the loader before the DataLoader"
+        )

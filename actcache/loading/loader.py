@@ -31,8 +31,9 @@ class Loader(Batches):
 
     A loader can be pickled, for a process that is spawned: there it opens the cache by its path, and raises
     CacheMismatch if it is another one by then. It is an IterableDataset of torch. The workers of a
-    DataLoader(loader, batch_size=None) share its batches, which all come once and in order; divide them no further by
-    `rank`. Each worker decodes every group, so one worker is as fast as many.
+    DataLoader(loader, batch_size=None) share its batches, which all come once and in order. A loader that is made in a
+    worker with the worker's number as `rank` would divide them twice, and is refused. Each worker decodes every group,
+    so one worker is as fast as many.
 
     On a CPU, x is a view of the group of chunks that its rows were shuffled in, unless it has rows of two groups. So a
     few rows of x keep the memory of a whole group. Clone rows that you keep for long.

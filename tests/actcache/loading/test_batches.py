@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from support.tiny_caches import HOOKS, harvest_tiny
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from actcache.errors import CacheMismatch, ConfigError
 from actcache.loading.loader import Loader
@@ -201,6 +201,39 @@ def test_ranks_and_workers_go_together(tiny_cache):
         for rank in range(2)
     ]
     assert [(step, a + b) for (step, a), (_, b) in zip(*parts, strict=True)] == whole
+
+
+class MadeInWorkers(IterableDataset):
+    """Every worker makes a loader for itself. by_worker: its number goes into the rank of the loader."""
+
+    def __init__(self, source, by_worker: bool, world_size: int = 1, rank: int = 0):
+        self.source, self.by_worker, self.world_size, self.rank = source, by_worker, world_size, rank
+
+    def __iter__(self):
+        rank, world_size = self.rank, self.world_size
+        if self.by_worker:
+            worker = get_worker_info()
+            rank, world_size = rank * worker.num_workers + worker.id, world_size * worker.num_workers
+        kind = Mixture if isinstance(self.source, list) else Loader
+        return iter(kind(self.source, HOOKS[0], rank=rank, world_size=world_size, **SETTINGS))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", [Loader, Mixture])
+def test_a_worker_does_not_divide_the_batches_a_second_time(tiny_cache, kind, rank):
+    source = tiny_cache if kind is Loader else [(tiny_cache, 1)]
+    divided = MadeInWorkers(source, by_worker=True, rank=rank, world_size=rank + 1)
+    with pytest.raises(ConfigError, match=r"share the batches by themselves, got rank .* in worker . of 2; leave rank"):
+        steps_and_rows(DataLoader(divided, batch_size=None, num_workers=2))
+
+
+def test_a_loader_that_is_made_in_a_worker_shares_the_batches_too(tiny_cache):
+    whole = steps_and_rows(Loader(tiny_cache, HOOKS[0], **SETTINGS))
+    for workers, by_worker in ((2, False), (1, True), (1, False)):
+        made = MadeInWorkers(tiny_cache, by_worker)
+        assert steps_and_rows(DataLoader(made, batch_size=None, num_workers=workers)) == whole
+    (_, half), *_ = steps_and_rows(DataLoader(MadeInWorkers(tiny_cache, False, 2), batch_size=None, num_workers=1))
+    assert half == whole[0][1][:50]
 
 
 def test_a_reopened_cache_is_the_one_that_was_opened(tiny_cache):
