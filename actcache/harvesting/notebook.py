@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from actcache.arguments import names
+from actcache.errors import DatasetError
 from actcache.harvesting.config import HarvestConfig
 from actcache.harvesting.loop import Progress
 from actcache.harvesting.run import harvest as run_harvest
@@ -77,4 +78,8 @@ def _source(dataset: str | Path | Sequence[str] | datasets.Dataset | DatasetSour
         return DatasetSource(path=str(dataset))
     if isinstance(dataset, datasets.Dataset):
         return LoadedDataset(dataset)
-    return LoadedDataset(datasets.Dataset.from_dict({"text": list(dataset)}))
+    try:
+        return LoadedDataset(datasets.Dataset.from_dict({"text": list(dataset)}))
+    except (ValueError, TypeError) as error:
+        said = str(error).splitlines()[0]
+        raise DatasetError(f"dataset: a list must hold texts of whole Unicode characters ({said})") from error

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from actcache.arguments import one_of, type_fields_
 from actcache.errors import DatasetError
-from actcache.files import can_only_be_a_path, local_path, missing_here, refuse_address
+from actcache.files import can_only_be_a_path, local_path, missing_here, opened, refuse_address
 from actcache.machine.installs import no_installs
 
 SAMPLE_BY = ("line", "paragraph", "document")
@@ -26,9 +28,22 @@ FILE_KINDS = {  # of local files
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-FILE_SUFFIXES = {*FILE_KINDS, ".csv", ".tsv", ".gz", ".zst", ".zip"}  # no name on the hub ends in one of them
+COMPRESSED = (".gz", ".zst", ".zip")
+FILE_SUFFIXES = {*FILE_KINDS, ".csv", ".tsv", *COMPRESSED}  # no name on the hub ends in one of them
 _load_dataset: Callable[..., Any] = datasets.load_dataset  # its overloads know no `streaming: bool`
 HASH_BLOCK_BYTES = 1 << 20
+# What `datasets` raises where it cannot read. RuntimeError: a loading script. StopIteration: a JSON file of no byte.
+# IndexError: what it saved itself has no rows. Other LookupErrors, TypeError: what it saved itself is damaged.
+_READING_ERRORS = (
+    *(OSError, ValueError, RuntimeError, LookupError, TypeError),
+    *(StopIteration, DatasetGenerationError),
+)
+NO_ROWS = "it holds no rows"
+_SAID_WITHOUT_ROWS = (  # what it says of another dataset without rows
+    "corresponds to no data",
+    "Please pass `features` or at least one example",
+    "BatchSize must be greater than 0, got 0",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +70,26 @@ class DatasetSource:
 
     @no_installs("datasets")
     def load(self) -> datasets.Dataset | datasets.IterableDataset:
-        """The dataset of this split. Raises DatasetError, naming the path, if it is missing or malformed."""
-        try:
+        """The dataset of this split. Raises DatasetError, naming the path, if it is missing, empty or malformed."""
+        with self.errors_named():
             return self._load()
-        except (OSError, ValueError, RuntimeError, DatasetGenerationError) as error:  # RuntimeError: a loading script
-            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
-            if not self._local.exists() and not can_only_be_a_path(self.path, FILE_SUFFIXES):
+
+    @contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Let what reading the dataset raises be a DatasetError of one line, with the file and its line where possible.
+
+        A malformed row may be found when the dataset is loaded, or only when the row is reached.
+        """
+        try:
+            yield
+        except _READING_ERRORS as error:
+            reason, way_out = _reason(error), "give a local file, a folder or a hub name"
+            local = self._local.exists()
+            if not local and not can_only_be_a_path(self.path, FILE_SUFFIXES):
                 reason = f"{missing_here(self.path)}{reason}"
-            raise DatasetError(
-                f"dataset: cannot load {self.path!r} ({reason}); give a local file, a folder or a hub name"
-            ) from error
+            if local and isinstance(error.__cause__ or error, ValueError) and (fault := self._first_fault()):
+                reason, way_out = fault, "mend that line, or convert the file, for example with iconv"
+            raise DatasetError(f"dataset: cannot load {self.path!r} ({reason}); {way_out}") from error
 
     @property
     def _local(self) -> Path:
@@ -81,13 +106,19 @@ class DatasetSource:
             return _load_dataset(
                 self.path, self.config, split=self.split, revision=self.revision, streaming=self.streaming
             )
-        files = [str(path)] if path.is_file() else _data_files(path)
-        kind = FILE_KINDS.get(Path(files[0]).suffix, "text")
-        if kind == "text":
-            return _load_dataset(
-                kind, data_files=files, split="train", streaming=self.streaming, sample_by=self.sample_by
-            )
-        return _load_dataset(kind, data_files=files, split="train", streaming=self.streaming)
+        files = _data_files(path)
+        if not any(os.path.getsize(file) for file in files):
+            raise ValueError(NO_ROWS)
+        how: dict[str, Any] = {}
+        if (kind := _kind(files[0])) == "text":
+            how = {"sample_by": self.sample_by, "encoding": "utf-8-sig"}  # a mark of the byte order is no text
+        return _load_dataset(kind, data_files=files, split="train", streaming=self.streaming, **how)
+
+    def _first_fault(self) -> str | None:
+        """Which line of the local files is the first that cannot be read, and why; None if no such line is found."""
+        if (self._local / "state.json").exists():
+            return None
+        return next(filter(None, map(_fault_in, _data_files(self._local))), None)
 
     def identity(self) -> dict[str, Any]:
         """What tells this dataset from another: its settings, and for local files a sha256 of all their bytes."""
@@ -115,14 +146,23 @@ class LoadedDataset:
         """The dataset itself."""
         return self.rows
 
+    @contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Let what reading the rows raises be a DatasetError of one line."""
+        try:
+            yield
+        except _READING_ERRORS as error:
+            raise DatasetError(f"dataset: the rows in memory cannot be read ({_reason(error)})") from error
+
     def identity(self) -> dict[str, Any]:
         """What tells this dataset from another: the column, and a sha256 of all rows.
 
         Equal rows have equal identities.
         """
         digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(repr(sorted(dict(row).items())).encode())
+        with self.errors_named():
+            for row in self.rows:
+                digest.update(repr(sorted(dict(row).items())).encode())
         return {
             "name": "in memory",
             "config": None,
@@ -137,11 +177,48 @@ class LoadedDataset:
 Source = DatasetSource | LoadedDataset
 
 
-def _data_files(folder: Path) -> list[str]:
+def _data_files(path: Path) -> list[str]:
+    """The file, or the files of the first kind that a folder has."""
+    if path.is_file():
+        return [str(path)]
     for suffix in FILE_KINDS:
-        if files := sorted(str(path) for path in folder.rglob(f"*{suffix}") if path.name != "dataset_info.json"):
+        if files := sorted(str(file) for file in path.rglob(f"*{suffix}") if file.name != "dataset_info.json"):
             return files
     raise FileNotFoundError(f"the folder holds no {', '.join(FILE_KINDS)} file")
+
+
+def _kind(file: str) -> str:
+    return FILE_KINDS.get(Path(file).suffix, "text")
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    cause = error.__cause__ or error
+    said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    empty = isinstance(cause, StopIteration | IndexError) or any(words in said for words in _SAID_WITHOUT_ROWS)
+    return NO_ROWS if empty else said
+
+
+def _fault_in(file: str) -> str | None:
+    """The first line of a file of text or JSON that cannot be read, and why; None for a file without such a line.
+
+    A line of a .json file may be no JSON by itself.
+    """
+    if _kind(file) not in ("text", "json") or file.endswith(COMPRESSED):
+        return None
+    with opened(Path(file)) as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if file.endswith(".jsonl") and text.strip():
+                    json.dumps(json.loads(text), ensure_ascii=False).encode()
+            except UnicodeDecodeError as error:
+                return f"line {number} of {file} is not UTF-8: byte 0x{line[error.start]:02x}, {error.reason}"
+            except UnicodeEncodeError as error:
+                return f"line {number} of {file} is not Unicode: {error.object[error.start]!a}, {error.reason}"
+            except json.JSONDecodeError as error:
+                return f"line {number} of {file} is not JSON: {error.msg} (column {error.colno})"
+    return None
 
 
 def _content_hash(path: Path) -> str:

@@ -7,8 +7,8 @@ again when a cache grows, and when a repair needs documents that no other file h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count, islice
 from typing import Any
 
 import datasets
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import DatasetError
 from actcache.machine.limits import require_memory
-from actcache.text.sources import Source
+from actcache.text.sources import NO_ROWS, Source
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
 DOCUMENTS_PER_BATCH = 256
@@ -28,17 +28,31 @@ CHARACTER_BYTES = 200  # memory that a fast tokenizer takes for each character; 
 def documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Int32[np.ndarray, " _"]]]:
     """(index in the dataset, int32 token ids) of every document that has tokens.
 
-    Text is tokenised without special tokens. A column of token ids is taken as it is. Raises DatasetError if the column
-    is missing, holds something else, or holds ids that the tokenizer lacks.
+    Text is tokenised without special tokens. A column of token ids is taken as it is. Raises DatasetError if there is
+    no row, if one cannot be read, or if the column is missing, holds something else, or holds ids that the tokenizer
+    lacks.
     """
     rows = source.load()
-    column = _column(rows, source.column)
+    with source.errors_named():
+        column = _column(rows, source.column)
     encode = _ids_of(column, tokenizer)
-    stream = enumerate(rows)
-    while batch := list(islice(stream, DOCUMENTS_PER_BATCH)):
+    for batch in _batches(source, rows):
         for (index, _), ids in zip(batch, encode([row[column] for _, row in batch]), strict=True):
             if len(ids):
                 yield index, np.asarray(ids, dtype=np.int32)
+
+
+def _batches(source: Source, rows: Iterable[Any]) -> Iterator[list[tuple[int, Any]]]:
+    """Every row with its number, DOCUMENTS_PER_BATCH at a time. Raises DatasetError, also if there is no row."""
+    stream = enumerate(rows)
+    for number in count():
+        with source.errors_named():
+            batch = list(islice(stream, DOCUMENTS_PER_BATCH))
+            if not batch and not number:
+                raise ValueError(NO_ROWS)
+        if not batch:
+            return
+        yield batch
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -76,5 +90,7 @@ def _column(rows: datasets.Dataset | datasets.IterableDataset, asked: str | None
     for name in (asked,) if asked else ("text", *TOKEN_COLUMNS):
         if name in names:
             return name
+    if not names:
+        raise ValueError(NO_ROWS)
     wanted = repr(asked) if asked else f"text, {', '.join(TOKEN_COLUMNS)}"
-    raise DatasetError(f"dataset: no column {wanted}; it has {', '.join(map(repr, names)) or 'none'}; pass --column")
+    raise DatasetError(f"dataset: no column {wanted}; it has {', '.join(map(repr, names))}; pass --column")

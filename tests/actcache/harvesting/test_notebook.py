@@ -1,9 +1,14 @@
 import json
 
+import jaxtyping
 import numpy as np
+import pytest
 import torch
 import zarr
 from support.tiny_caches import HOOKS
+
+from actcache.errors import DatasetError
+from actcache.harvesting.notebook import harvest
 
 
 def test_harvest_from_python_takes_a_loaded_model(tiny_llama_dir, tiny_texts, tiny_cache, tmp_path):
@@ -19,3 +24,13 @@ def test_harvest_from_python_takes_a_loaded_model(tiny_llama_dir, tiny_texts, ti
     assert cache.identity["model"] == tiny_cache.identity["model"]
     ours, theirs = (zarr.open_group(c.path / "acts.zarr", mode="r")["train"] for c in (cache, tiny_cache))
     assert np.array_equal(ours[f"{HOOKS[1]}/acts"][:], theirs[f"{HOOKS[1]}/acts"][:])
+
+
+@pytest.mark.parametrize("texts", [["fine", "half \ud800"], ["fine", 5], [b"caf\xe9"], [], [{"text": "a"}]], ids=ascii)
+def test_a_list_that_holds_no_texts_is_one_line(tiny_model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the checks of annotations that only tests have
+    model, tokenizer = tiny_model._model, tiny_model.tokenizer
+    with pytest.raises(DatasetError, match=r"whole Unicode|holds no rows|must hold text") as error:
+        harvest(model, tokenizer, texts, HOOKS, tmp_path / "c", context_size=16)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "c").exists()

@@ -1,3 +1,7 @@
+import codecs
+import json
+from pathlib import Path
+
 import datasets
 import pytest
 from support.documents import TEXTS, TOKENIZER
@@ -45,6 +49,108 @@ def test_missing_and_malformed_files_are_one_clear_line(tmp_path):
         with pytest.raises(DatasetError, match="cannot load") as error:
             list(documents(DatasetSource(path=str(path)), TOKENIZER))
         assert "\n" not in str(error.value)
+
+
+LINE = '{"text": "Größe"}\n'
+SAVED = "saved by datasets"
+WITHOUT_ROWS = {
+    "a.json": [b"", b"[]", b"{}", b"\n"],
+    "a.jsonl": [b"", b"  \n \n"],
+    **{name: [b""] for name in ("a.txt", "a.md", "a.csv", "a.parquet", "a.arrow", "folder/a.jsonl", "folder/a.txt")},
+}
+
+
+def each_without_rows(folder: Path):
+    """A path of every dataset without rows."""
+    for number, (name, content) in enumerate((name, each) for name, all_ in WITHOUT_ROWS.items() for each in all_):
+        path = folder / str(number) / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+        if path.parent.name == "folder":
+            (path.parent / f"b{path.suffix}").touch()
+            path = path.parent
+        yield path
+    rows = datasets.Dataset.from_dict({"text": []}, features=datasets.Features({"text": datasets.Value("string")}))
+    rows.save_to_disk(folder / SAVED)
+    rows.to_parquet(folder / "rows.parquet")
+    yield from (folder / SAVED, folder / "rows.parquet")
+
+
+@pytest.mark.parametrize("how", [{}, {"streaming": True}, {"sample_by": "line"}], ids=str)
+def test_a_dataset_without_rows_is_one_clear_line(tmp_path, how):
+    for path in each_without_rows(tmp_path):
+        with pytest.raises(DatasetError, match=r"it holds no rows\)?; give ") as error:
+            list(documents(DatasetSource(path=str(path), **how), TOKENIZER))
+        assert "\n" not in str(error.value), path
+
+
+def test_an_empty_file_beside_others_is_no_fault(tmp_path):
+    for names in (("0", "1"), ("1", "0")):
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        (folder / f"{names[0]}.jsonl").touch()
+        (folder / f"{names[1]}.jsonl").write_text(LINE)
+        assert texts_of(folder) == ["Größe"]
+
+
+def texts_of(path: Path, **how) -> list[str]:
+    return [TOKENIZER.decode(ids) for _, ids in documents(DatasetSource(path=str(path), **how), TOKENIZER)]
+
+
+FAULTS = [  # file, its bytes, the line at fault, and what is said of it
+    ("a.txt", "Größe".encode("utf-16"), 1, "UTF-8: byte 0xff, invalid start byte"),
+    ("a.txt", "a\nGröße".encode("latin-1"), 2, "UTF-8: byte 0xf6, invalid start byte"),
+    ("a.txt", b"a\n\nx \xed\xa0\x80\n", 3, "UTF-8: byte 0xed"),
+    ("a", "a\nGröße".encode("latin-1"), 2, "UTF-8: byte 0xf6"),
+    ("a.jsonl", LINE.encode("utf-16"), 1, "UTF-8: byte 0xff"),
+    ("a.jsonl", (LINE + LINE).encode("utf-16-le"), 1, "UTF-8: byte 0xf6"),
+    ("a.jsonl", b'{"text": "a"}\n' + LINE.encode("latin-1"), 2, "UTF-8: byte 0xf6"),
+    ("a.jsonl", b'{"text": "a"}\n\n{"text": "\\ud800 b"}\n', 3, r"Unicode: '\\ud800', surrogates not allowed"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "a\0b"}\n', 2, r"JSON: Invalid control character at \(column 12\)"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "x', 2, r"JSON: Unterminated string starting at \(column 10\)"),
+    ("a.json", b'[{"text": "a"},\n {"text": "caf\xe9"}]', 2, "UTF-8: byte 0xe9"),
+]
+
+
+@pytest.mark.parametrize("how", [{}, {"streaming": True}], ids=str)
+@pytest.mark.parametrize(("name", "content", "line", "says"), FAULTS, ids=map(str, range(len(FAULTS))))
+def test_a_line_that_cannot_be_read_is_named(tmp_path, name, content, line, says, how):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"\(line {line} of {path} is not {says}.*\); mend that line, or") as error:
+        texts_of(path, **how)
+    assert "\n" not in str(error.value)
+
+
+def test_the_file_of_a_folder_is_named(tmp_path):
+    (tmp_path / "0.jsonl").write_text(LINE)
+    (tmp_path / "1.jsonl").write_bytes(LINE.encode("latin-1"))
+    with pytest.raises(DatasetError, match=rf"\(line 1 of {tmp_path}/1\.jsonl is not UTF-8"):
+        texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("how", [{}, {"streaming": True}, {"sample_by": "line"}], ids=str)
+def test_a_mark_of_the_byte_order_is_no_text_and_a_nul_is_a_character(tmp_path, how):
+    """In a second file too."""
+    for suffix, content in {"txt": "Größe", "jsonl": LINE}.items():
+        folder = tmp_path / suffix
+        folder.mkdir()
+        for name in ("0", "1"):
+            (folder / f"{name}.{suffix}").write_bytes(codecs.BOM_UTF8 + content.encode())
+        assert texts_of(folder, **how) == ["Größe"] * 2
+    (tmp_path / "nul.txt").write_bytes(b"a\0b")
+    (tmp_path / "nul.jsonl").write_text(json.dumps({"text": "a\0b"}))
+    for name in ("nul.txt", "nul.jsonl"):
+        assert texts_of(tmp_path / name, **how) == ["a\0b"]
+
+
+def test_rows_in_memory_that_are_no_text_are_one_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINE.encode("latin-1"))
+    rows = datasets.load_dataset("json", data_files=[str(tmp_path / "a.jsonl")], split="train")
+    source = LoadedDataset(rows)
+    for read in (source.identity, lambda: list(documents(source, TOKENIZER))):
+        with pytest.raises(DatasetError, match=r"rows in memory cannot be read \('utf-8' codec can't decode byte 0xf6"):
+            read()
 
 
 def test_a_loading_script_is_refused_in_one_line():
