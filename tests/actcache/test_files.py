@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from support.no_locks import forbid_locks
 from support.places import CHILD
-from support.strangers import as_another_user, only_root
-from support.surroundings import ERRNOS, FailingCalls, as_nobody, cache_of_nobody, descriptors
+from support.strangers import as_another_user, copy_of_another_user, only_root
+from support.surroundings import ERRNOS, FailingCalls, descriptors
 
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError
 from actcache.files import (
@@ -322,19 +322,20 @@ def test_the_way_out_is_said_once(tmp_path):
     assert str(error) == once
 
 
+@only_root
 def test_a_file_of_another_user_is_no_missing_file(tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "file").write_bytes(b"x")
-    with cache_of_nobody(tmp_path / "c") as root:
+    with copy_of_another_user(tmp_path / "c") as root:
         os.chown(root / "file", 0, 0)
         (root / "file").chmod(0o600)
-        with as_nobody():
+        with as_another_user():
             assert file_bytes(root / "file") == 1
             with pytest.raises(PermissionError, match=rf"run as a user who has it: '{root}/file'"):
                 contents(root / "file")
         os.chown(root, 0, 0)
         root.chmod(0o700)
-        with as_nobody():
+        with as_another_user():
             for look in (lambda: file_bytes(root / "file"), lambda: listed(root), lambda: list(files_below(root))):
                 with pytest.raises(PermissionError, match=str(root)):
                     look()

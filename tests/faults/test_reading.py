@@ -33,7 +33,7 @@ from support.hostile_caches import (
     with_manifest,
 )
 from support.places import CHILD
-from support.surroundings import as_nobody, cache_of_nobody
+from support.strangers import as_another_user, copy_of_another_user, only_root
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 from support.tiny_models import D_MODEL
 
@@ -250,12 +250,13 @@ def test_whatever_lies_in_the_place_of_a_file_is_an_error_that_names_it(sound, c
     assert contents(root) == contents(sound[codec].path)
 
 
+@only_root
 def test_a_file_that_may_not_be_read_is_an_error_that_names_it_and_no_damage(copied):
-    with cache_of_nobody(copied) as root:
+    with copy_of_another_user(copied) as root:
         for path in (*shards_of(root, "lossless").values(), *texts_of(root).values()):
             mode = path.stat().st_mode
             path.chmod(0)
-            with as_nobody(), pytest.raises(PermissionError, match=str(path)):
+            with as_another_user(), pytest.raises(PermissionError, match=str(path)):
                 contents(root)
             path.chmod(mode)
 

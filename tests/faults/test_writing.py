@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from support.fault_scenarios import FEW_TOKENS, NEW, OLD, TOKENS, errors_of
-from support.faulty_writers import Fault, Writer
+from support.faulty_writers import Fault
+from support.forked_commands import Forked
 from support.tiny_caches import HOOKS, promised_files
 
 from actcache.store.cache import open_cache
@@ -28,7 +29,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def is_stopped(writer: Writer) -> bool:
+def is_stopped(writer: Forked) -> bool:
     """By SIGSTOP; a writer that ends before it gets there is an error."""
     assert writer.is_alive(), writer.said
     return Path(f"/proc/{writer.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

@@ -28,7 +28,8 @@ from actcache.integrity.verify import verify
 from actcache.store.cache import open_cache
 from actcache.store.journal import read_journals
 from actcache.store.shard_file import ShardFile
-from support.faulty_writers import Fault, Writer, Writers
+from support.faulty_writers import Fault, Writers
+from support.forked_commands import Forked
 from support.tiny_caches import HOOKS, promised_files
 
 FEW_TOKENS, TOKENS, MANY_TOKENS = 330, 700, 3000
@@ -92,7 +93,7 @@ class Scenarios:
             shutil.copytree(before, root)
         return root
 
-    def start(self, name: str, root: Path, *more: object, fault: Fault | None = None, **settings: object) -> Writer:
+    def start(self, name: str, root: Path, *more: object, fault: Fault | None = None, **settings: object) -> Forked:
         """Give the command."""
         command = self.command(name)
         return self.writers.start(root, command.hooks, command.tokens, *more, fault=fault, **settings)
@@ -151,7 +152,7 @@ class Scenarios:
             assert self.run(name, root, "--worker", f"{index}/2")[0] == 0
         return n_killed
 
-    def _revived(self, name: str, root: Path, index: int, worker: Writer) -> Writer:
+    def _revived(self, name: str, root: Path, index: int, worker: Forked) -> Forked:
         if worker.is_alive() or worker.wait() == 0:
             return worker
         assert worker.wait() == -signal.SIGKILL, worker.said

@@ -9,40 +9,26 @@ from __future__ import annotations
 
 import errno
 import io
-import multiprocessing
 import os
 import re
 import resource
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-from typer.testing import CliRunner
-
-import cli
 from actcache import files
 from actcache.format import arrays
 from actcache.store import journal, locks
-from support.places import CHILD
+from support.forked_commands import Forked, begin, call, server
 
 CONTEXT_SIZE = 16
 SEQUENCE_SHARD_TOKENS = 16 * CONTEXT_SIZE  # so that tiny caches have several shards of sequences
 FILL = "fill the disk"
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 BALLAST = "ballast"
-STUCK_SECONDS = 600
-PRELOADED = [
-    "actcache.harvesting.run",
-    "actcache.models.load",
-    "actcache.harvesting.plan",
-    "actcache.text.tokenise",
-]  # which cli imports late
-CliRunner().invoke(cli.app, ["harvest", "--help"])  # once, in the server: each process would import the rest of typer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,36 +45,6 @@ class Fault:
     action: int | str = signal.SIGKILL
 
 
-@dataclass(kw_only=True)
-class Writer:
-    """A writer's process, and what it says."""
-
-    process: Any
-    said_path: Path
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    @property
-    def said(self) -> str:
-        return self.said_path.read_text()
-
-    def is_alive(self) -> bool:
-        return self.process.is_alive()
-
-    def kill(self) -> bool:
-        """SIGKILL; whether it was alive until then."""
-        self.process.kill()
-        return self.wait() == -signal.SIGKILL
-
-    def wait(self) -> int:
-        """Its exit code; a signal's number is negative."""
-        self.process.join(STUCK_SECONDS)
-        assert self.process.exitcode is not None, f"stuck: {self.said}"
-        return self.process.exitcode
-
-
 class Writers:
     """Starts writers on one model and text."""
 
@@ -96,15 +52,7 @@ class Writers:
         """folder: for what they say."""
         self._common = ["--model", model_dir, "--dataset", texts, "--context-size", CONTEXT_SIZE, "--batch-size", 8]
         self._common += ["--holdout", 0.2, "--device", "cpu"]
-        self._folder, self._started = folder, []
-        os.environ["OMP_NUM_THREADS"] = "1"  # before the server starts: it inherits them
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        os.environ["PYTHONPATH"] = CHILD["PYTHONPATH"]
-        self._server = multiprocessing.get_context("forkserver")
-        self._server.set_forkserver_preload([__name__, *PRELOADED])
-        first = self._server.Process(target=int)  # the server has imported everything once it has ended
-        first.start()
-        first.join()
+        self._folder, self._started, self._server = folder, [], server()
 
     def kill_all(self) -> None:
         """Let nobody wait for what a failed test has left running, or stopped."""
@@ -126,13 +74,13 @@ class Writers:
         fault: Fault | None = None,
         file_bytes: int | None = None,
         events: Path | None = None,
-    ) -> Writer:
+    ) -> Forked:
         """Start a writer. file_bytes: what no file may exceed. events: where to write down all that it went through."""
         said = self._folder / f"said-{len(self._started)}.txt"
         arguments = (self.arguments(out, hooks, tokens, *more), out, said, fault, file_bytes, events)
         process = self._server.Process(target=_write, args=arguments)
         process.start()
-        self._started.append(Writer(process=process, said_path=said))
+        self._started.append(Forked(process=process, said_path=said))
         return self._started[-1]
 
     def run(self, *args: Any, **settings: Any) -> tuple[int, str]:
@@ -229,11 +177,7 @@ def _write(
     arguments: list[str], out: Path, said: Path, fault: Fault | None, file_bytes: int | None, events: Path | None
 ) -> None:
     """In the forked process: the command line, with a watch on its writes."""
-    descriptor = os.open(said, os.O_CREAT | os.O_WRONLY)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # else tqdm's and blosc's locks outlive a killed process
+    begin(said)
     shrink_sequence_shards()
     watch = _Watch(out, fault)
     os.fsync = watch.around(os.fsync, "syncing", "synced", 0)
@@ -244,9 +188,8 @@ def _write(
         module.open = watch.open
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))  # Python ignores SIGXFSZ
-    sys.argv = ["actcache", *arguments]
     try:
-        cli.main()
+        call(arguments)
     finally:
         if events is not None:
             events.write_text("\n".join(watch.events))

@@ -1,8 +1,10 @@
-"""Another user of the same machine, who may read what everybody may."""
+"""Another user of the same machine, who may read what everybody may, and has some files of his own."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +16,9 @@ only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a
 
 
 @contextmanager
-def as_another_user(folder: Path) -> Iterator[None]:
-    """Be that user meanwhile. The folders above `folder` may be entered, and it may be read and not written."""
-    modes = {path: path.stat().st_mode for path in (folder, *folder.parents)}
+def as_another_user(*folders: Path) -> Iterator[None]:
+    """Be that user meanwhile. The folders above `folders` may be entered, and these may be read and not written."""
+    modes = {path: path.stat().st_mode for folder in folders for path in (folder, *folder.parents)}
     for path, mode in modes.items():
         path.chmod(mode | 0o055)
     os.seteuid(NOBODY)
@@ -26,3 +28,18 @@ def as_another_user(folder: Path) -> Iterator[None]:
         os.seteuid(0)
         for path, mode in modes.items():
             path.chmod(mode)
+
+
+def given(folder: Path) -> Path:
+    """The folder, which belongs to that user from now on with all that it holds."""
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, NOBODY, NOBODY)
+    return folder
+
+
+@contextmanager
+def copy_of_another_user(folder: Path) -> Iterator[Path]:
+    """A copy that belongs to that user, where that user may go."""
+    with tempfile.TemporaryDirectory() as home:
+        os.chmod(home, 0o755)
+        yield given(shutil.copytree(folder, Path(home) / "c"))

@@ -1,4 +1,4 @@
-"""Faults of the surroundings: descriptors at their limit, another user, and system calls that fail.
+"""Faults of the surroundings: limits that are reached, and system calls that fail.
 
 Where only a system call that fails can make the fault, Python's own `open`, `stat`, `read`, `mmap`, ... fail.
 """
@@ -11,57 +11,81 @@ import io
 import mmap
 import os
 import resource
-import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
+from actcache.machine.limits import _group_folders
+
 ERRNOS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ENOMEM, errno.EIO, errno.ESTALE)
-NOBODY = 65534
+
+
+@contextmanager
+def limited(which: int, value: int) -> Iterator[None]:
+    """This process has no more than `value` of the resource `which`, as `resource` names it."""
+    before = resource.getrlimit(which)
+    resource.setrlimit(which, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(which, before)
 
 
 @contextmanager
 def descriptors(limit: int) -> Iterator[None]:
     """This process may have no more than `limit` open descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    try:
+    with limited(resource.RLIMIT_NOFILE, limit):
         yield
+
+
+@contextmanager
+def address_space(n_bytes: int) -> Iterator[None]:
+    """This process may map no more than `n_bytes` beside what it has mapped."""
+    with limited(resource.RLIMIT_AS, mapped_bytes() + n_bytes):
+        yield
+
+
+def mapped_bytes() -> int:
+    """How much address space this process takes."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+@contextmanager
+def control_group(n_bytes: int) -> Iterator[Path]:
+    """A real control group within our own, whose processes may take `n_bytes` of memory together; empty at the end.
+
+    The test is skipped where none can be made.
+    """
+    group = _new_group(n_bytes)
+    if group is None:
+        pytest.skip("no control group can be made here")
+    try:
+        yield group
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        group.rmdir()
+
+
+def _new_group(n_bytes: int) -> Path | None:
+    for folder in _group_folders("memory"):
+        group = folder / f"actcache-test-{uuid.uuid4().hex}"
+        with suppress(OSError):
+            group.mkdir()
+            for limit in (group / "memory.max", group / "memory.limit_in_bytes"):
+                if limit.exists():
+                    limit.write_text(str(n_bytes))
+                    return group
+            group.rmdir()
+    return None
 
 
 def open_descriptors() -> int:
     """How many descriptors this process has open."""
     return len(os.listdir("/proc/self/fd")) - 1
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """This process is not the superuser, who may read everything. Only the superuser can become another."""
-    if os.geteuid() != 0:
-        pytest.skip("only the superuser can become another user")
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@contextmanager
-def cache_of_nobody(cache: Path) -> Iterator[Path]:
-    """A copy of a cache that belongs to another user, where that user may go."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        root = shutil.copytree(cache, Path(folder) / "c")
-        for path in (root, *root.rglob("*")):
-            os.chown(path, NOBODY, NOBODY)
-        yield root
 
 
 class FailingCalls:

@@ -5,7 +5,8 @@ import os
 import pytest
 from support.damages import BESIDE_HOOKS, CACHE, PLAN, flip, hook_damages
 from support.repairs import stamps
-from support.surroundings import as_nobody, cache_of_nobody, descriptors
+from support.strangers import as_another_user, copy_of_another_user, only_root
+from support.surroundings import descriptors
 from support.tiny_caches import promised_files
 
 pytestmark = pytest.mark.usefixtures("small_chunks")
@@ -41,17 +42,18 @@ def test_the_command_ends_in_one_line_where_nothing_can_be_done(copied):
     assert said.count("\n") == 1
 
 
+@only_root
 @pytest.mark.parametrize("key", ["acts.zarr/train/tokens/id/c/0", PLAN, "stats/train/blocks.0.hook_resid_post.json"])
 def test_a_sound_file_of_another_user_is_no_damage(copied, key):
     """Both commands end in one line and touch nothing; the model is never asked for."""
     from support.command_line import actcache
 
     actcache("verify", copied)  # what is imported late is readable for us alone
-    with cache_of_nobody(copied) as root:
+    with copy_of_another_user(copied) as root:
         os.chown(root / key, 0, 0)
         (root / key).chmod(0o600)
         before = stamps(root)
-        with as_nobody():
+        with as_another_user():
             for command in ("verify", "repair", "info"):
                 if command == "info" and key != CACHE:
                     continue

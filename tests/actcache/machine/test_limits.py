@@ -6,15 +6,14 @@ import resource
 import subprocess
 import sys
 import threading
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.places import CHILD
+from support.surroundings import address_space, control_group, limited
 
 from actcache.machine import limits as machine
 from actcache.machine.limits import cores, lacked, memory_room, thread_limits
@@ -30,16 +29,6 @@ def test_cores_are_those_that_the_process_may_run_on():
     finally:
         os.sched_setaffinity(0, before)
     assert 1 <= cores() <= len(before)
-
-
-@contextmanager
-def limited(which: int, n_bytes: int) -> Iterator[None]:
-    before = resource.getrlimit(which)
-    resource.setrlimit(which, (n_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(which, before)
 
 
 @pytest.mark.parametrize(
@@ -151,39 +140,20 @@ def test_a_system_without_control_groups_has_no_such_limit(tmp_path: Path, monke
     assert cores() == len(os.sched_getaffinity(0))
 
 
-@pytest.fixture
-def small_group() -> Iterator[Path]:
-    """A real control group of 64 MiB within our own; skipped where none can be made."""
-    name, files = f"actcache-test-{uuid.uuid4().hex}", ("memory.max", "memory.limit_in_bytes")
-    for folder in machine._group_folders("memory"):
-        try:
-            made = folder / name
-            made.mkdir()
-        except OSError:
-            continue
-        limits = [made / file for file in files if (made / file).exists()]
-        if limits:
-            limits[0].write_text(str(64 * MEBI))
-            yield made
-            made.rmdir()
-            return
-        made.rmdir()
-    pytest.skip("no control group can be made here")
-
-
-def test_a_process_in_a_small_control_group_has_little_room(small_group: Path):
+def test_a_process_in_a_small_control_group_has_little_room():
     code = (
         "import sys; open(sys.argv[1], 'w').write('0')\n"
         "from actcache.machine.limits import memory_room\n"
         "room = memory_room()\n"
         "print(room.limit_bytes, room.n_bytes, room.limit)"
     )
-    asked = [sys.executable, "-c", code, str(small_group / "cgroup.procs")]
-    done = subprocess.run(asked, capture_output=True, text=True, env=CHILD, check=True)
+    with control_group(64 * MEBI) as group:
+        asked = [sys.executable, "-c", code, str(group / "cgroup.procs")]
+        done = subprocess.run(asked, capture_output=True, text=True, env=CHILD, check=True)
     limit_bytes, n_bytes, limit = done.stdout.split(maxsplit=2)
     assert int(limit_bytes) == 64 * MEBI
     assert 16 * MEBI < int(n_bytes) < 64 * MEBI
-    assert str(small_group) in limit
+    assert str(group) in limit
 
 
 def test_the_peak_is_of_what_came_after_it_was_forgotten():
@@ -203,28 +173,22 @@ def test_work_that_may_not_fit_is_refused_before_it_begins():
 
 def test_a_pool_has_no_thread_that_memory_is_too_short_for():
     """Under a real limit: of two threads one, and then none. A thread without memory would be waited for for ever."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    used = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
     for room, n_threads in ((machine.THREAD_BYTES * 3 // 2, 1), (GIB, 2)):
-        with limited(resource.RLIMIT_AS, used + room), machine.thread_pool(2, "test") as pool:
+        with address_space(room), machine.thread_pool(2, "test") as pool:
             assert pool._max_workers == n_threads
             assert list(pool.map(abs, [-1, -2])) == [1, 2]
-    with limited(resource.RLIMIT_AS, used + machine.THREAD_BYTES // 2), pytest.raises(MemoryError, match="a thread"):
+    with address_space(machine.THREAD_BYTES // 2), pytest.raises(MemoryError, match="a thread"):
         machine.thread_pool(2, "test")
 
 
 def test_limits_on_threads_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     described(tmp_path, "0::/job\n", ONE_TREE, {"sys/job/pids.max": "100\n", "sys/pids.max": "max\n"})
     monkeypatch.setattr(machine, "PROCESS", tmp_path / "proc")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NPROC)
-    resource.setrlimit(resource.RLIMIT_NPROC, (12345, hard))
-    try:
+    with limited(resource.RLIMIT_NPROC, 12345):
         assert thread_limits() == (
             "ulimit -u allows 12345 threads of this user",
             f"{tmp_path}/sys/job allows 100 threads",
         )
-    finally:
-        resource.setrlimit(resource.RLIMIT_NPROC, (soft, hard))
 
 
 def start_a_huge_thread() -> None:

@@ -1,11 +1,10 @@
 """The number of sequences per forward pass, found with models that take a known time or memory."""
 
-import resource
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from support.surroundings import address_space
 from support.tiny_models import make_model, make_tokenizer
 from torch import Tensor
 
@@ -70,15 +69,9 @@ class Hungry(Limited):
 
 def test_an_allocator_without_memory_ends_the_search(monkeypatch):
     """On a CPU torch says it by a plain RuntimeError; here it is the real one, under a real limit."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    used = next(int(line.split()[1]) for line in lines if line.startswith("VmSize")) * 1024
     monkeypatch.setattr(batch_size, "_twice_fits", lambda *_: True)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (350 << 20), before[1]))
-    try:
+    with address_space(350 << 20):
         found = largest_batch(Hungry(seconds=lambda n: 0.12), CONTEXT, HOOKS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
     assert found in (2, 4)
 
 

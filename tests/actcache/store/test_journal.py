@@ -5,7 +5,7 @@ import shutil
 import pytest
 from support.damages import JOURNAL, flip
 from support.repairs import stamps
-from support.surroundings import as_nobody, cache_of_nobody
+from support.strangers import as_another_user, copy_of_another_user, only_root
 from support.tiny_caches import harvest_tiny, promised_files
 
 from actcache.errors import CacheLocked, ManifestError
@@ -14,10 +14,11 @@ from actcache.store.journal import Journal, active_writers, read_journals, was_b
 from actcache.store.locks import exclusive
 
 
+@only_root
 def test_a_folder_that_may_not_be_listed_is_not_one_without_journals(tiny_cache):
-    with cache_of_nobody(tiny_cache.path) as root:
+    with copy_of_another_user(tiny_cache.path) as root:
         (root / "manifest").chmod(0o311)
-        with as_nobody(), pytest.raises(PermissionError, match=f"run as a user who has it: '{root}/manifest'"):
+        with as_another_user(), pytest.raises(PermissionError, match=f"run as a user who has it: '{root}/manifest'"):
             read_journals(root)
 
 

@@ -1,12 +1,11 @@
 """What a sweep will take, against what a state holds, against sums by hand, and as passes that fit."""
 
 import dataclasses
-import resource
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from support.surroundings import address_space
 from support.sweep_cases import HOOKS, a_config
 from support.tiny_saes import ARCHITECTURES, TOPK_FAMILY, TRANSCODERS, make_config
 from support.training_cases import new_state
@@ -115,17 +114,8 @@ def test_on_cuda_more_rows_are_ranked_at_once() -> None:
 
 
 def test_memory_is_what_the_limits_of_the_process_leave() -> None:
-    used = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmSize")
-    )
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), before[1]))
-    try:
+    with address_space(100 << 20):
         assert free_memory("cpu") < 100 << 20
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.mark.parametrize("architecture", ["standard", "topk"])
