@@ -24,6 +24,7 @@ from actcache.commands.terminal import (
     with_local_paths,
 )
 from actcache.errors import ConfigError
+from actcache.files import FOLDER_CANNOT_BE_MADE, require_writable
 from trainer.commands.evaluate import evaluate, evaluated
 from trainer.commands.features import built_features, describe, features, similar, stability, steer
 from trainer.commands.publish import export, import_run, report
@@ -86,6 +87,7 @@ def demo(out: Annotated[Path, typer.Option(help="The folder to write.")] = Path(
     from actcache.bundled.documents import bundled_model_path, write_documents
     from trainer.commands.lines import evaluation_lines
 
+    require_writable(out, out, FOLDER_CANNOT_BE_MADE)
     texts = write_documents(out / "documents.jsonl")
     harvest(
         model=str(bundled_model_path()),

@@ -39,6 +39,8 @@ WAYS_OUT = {
     errno.EIO: "check the disk and the network, then run the same again",
     errno.ESTALE: "the file server has lost hold of the file; run the same again",
 }
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+FOLDER_CANNOT_BE_MADE = "the folder cannot be made; pass another --out"
 # what flock says where a file system has no locks; EBADF is NFS's, of a file that may only be read
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL}
 
@@ -189,12 +191,49 @@ def name_(error: OSError, path: Path) -> None:
         error.strerror = f"{error.strerror}; {way_out}"
 
 
+def is_writable(path: Path) -> bool:
+    """Whether this user may write a file, or below a folder. What is missing is made in the nearest folder above it."""
+    there = _nearest(path)
+    return is_allowed(there, os.W_OK | os.X_OK if there.is_dir() else os.W_OK)
+
+
+def is_allowed(path: Path, mode: int) -> bool:
+    """Whether this user may do that with a path. mode: os.R_OK, os.W_OK, os.X_OK or several of them."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def require_writable(path: Path, folder: Path, what: str) -> None:
+    """Raise OSError, before any work, if this user may not write.
+
+    Args:
+        path: what the user asked to be written, for the message.
+        folder: where files have to be made for it; it may be missing.
+        what: what cannot be done, and what to do instead, for the message.
+    """
+    if not is_writable(folder):
+        is_read_only = os.statvfs(_nearest(folder)).f_flag & os.ST_RDONLY
+        raise not_writable(path, errno.EROFS if is_read_only else errno.EACCES, what)
+
+
+def not_writable(path: Path, code: int, what: str) -> OSError:
+    """The error of a path that this user may not write. code: one of NOT_WRITABLE. what: as of `require_writable`."""
+    error = OSError(code, f"{os.strerror(code)}: {what}", str(path))
+    name_(error, path)
+    return error
+
+
+def _nearest(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
+
+
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     """Write the parts aside, fsync, rename over `path`, fsync its folder; returns the bytes written.
 
     A reader sees the old file or the whole new one. If a write or an fsync fails (OSError), the old file stays.
     """
-    make_folder(path.parent)
+    with naming(path):
+        make_folder(path.parent)
     with naming(path), _aside(path) as file:
         try:
             n_bytes = sum(file.write(part) for part in parts)
@@ -222,8 +261,10 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         CacheLocked: another process is writing `path`.
         CacheMismatch: another process has written `path` meanwhile.
+        OSError: this user may not write there.
     """
     path = Path(os.path.realpath(path))  # so that a link stays a link
+    require_writable(path, path.parent, FOLDER_CANNOT_BE_MADE)
     make_folder(path.parent)
     with naming(path), _folder_aside(path) as aside:
         try:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
-from actcache.files import make_folder, write_atomically
+from actcache.files import make_folder, require_writable, write_atomically
 from actcache.store.locks import is_at, try_lock
 
 Number = int | float
@@ -166,19 +166,21 @@ def is_over(folder: Path) -> bool:
 
 
 @contextmanager
-def only_writer(folder: Path, lock: str, doing: str) -> Iterator[None]:
+def only_writer(folder: Path, lock: str, doing: str, unwritable: str) -> Iterator[None]:
     """Let no other process write into a folder meanwhile.
 
     Args:
         folder: it is made if it is missing.
         lock: the name of the file in it that is locked. The file stays.
         doing: what the other process does, for the message.
+        unwritable: what cannot be done if this user may not write there, and what to do instead, for the message.
 
     Raises:
         CacheLocked: another process holds the lock.
         OSError: the folder cannot be written. The error names the folder.
     """
     path = folder / lock
+    require_writable(folder, path, unwritable)
     while True:
         try:
             make_folder(folder)

@@ -137,8 +137,9 @@ def harvest(
     """
     from actcache.commands.lines import cache_lines, estimate_line
     from actcache.harvesting.config import HarvestConfig
+    from actcache.harvesting.plan import refuse_hopeless
     from actcache.harvesting.run import dry_run, harvest_share
-    from actcache.harvesting.tasks import refuse_foreign_folder, refuse_hopeless
+    from actcache.harvesting.tasks import refuse_foreign_folder
     from actcache.models.load import load_model
     from actcache.text.sources import DatasetSource
 
@@ -168,7 +169,7 @@ def harvest(
         raise ConfigError(f"harvest: --no-lock is for one process alone, got worker {share.index}/{share.count}")
     refuse_foreign_folder(out)  # before a model is loaded
     if not estimate:
-        refuse_hopeless(out)
+        refuse_hopeless(out, config.tokens, config.hook_names)
     language_model = load_model(
         model,
         revision=revision,

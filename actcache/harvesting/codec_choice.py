@@ -22,6 +22,7 @@ from actcache.harvesting.estimate import (
     tokens_per_second,
 )
 from actcache.models.language_model import LanguageModel
+from actcache.store.locks import refuse_unwritable
 
 PROBE_BYTES = 64 << 20
 TOLERATED = 0.95  # a smaller cache is worth 5 % of the speed
@@ -69,6 +70,7 @@ def _seconds_per_token(sample: Tensor, name: str, model: float, disk: float, dev
 
 
 def _disk_bytes_per_second(root: Path) -> float:
+    refuse_unwritable(root)
     with tempfile.TemporaryDirectory(dir=next(f for f in (root, *root.absolute().parents) if f.exists())) as folder:
         payload = os.urandom(PROBE_BYTES)
         return PROBE_BYTES / seconds_of(lambda: write_atomically(Path(folder) / "probe", [payload]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from actcache.harvesting.tasks import finished_cache
 from actcache.store.cache import Cache, read_manifest, sequence_reader
 from actcache.store.journal import active_writers, read_journals, writers
 from actcache.store.kept import CacheFiles, forget, keep
-from actcache.store.locks import may_write
+from actcache.store.locks import may_write, refuse_unwritable
 from actcache.text.packing import PackedSequence
 
 logger = logging.getLogger("actcache")
@@ -35,6 +35,19 @@ def read_plan(root: Path) -> Plan | None:
     """The plan of the cache at `root`; None if there is none yet. Raises ManifestError if it is damaged."""
     path = root / PLAN
     return Plan.from_json(unseal(contents(path), path)) if path.exists() else None
+
+
+def refuse_hopeless(root: Path, tokens: int | None, hook_names: Collection[str]) -> None:
+    """Raise OSError if a harvest has to write a cache that this user may not write. It needs no model.
+
+    tokens, hook_names: what is asked for.
+    """
+    if may_write(root):
+        return
+    held, is_finished = read_plan(root), (root / CACHE_MANIFEST).exists()
+    hooks = read_manifest(root).manifest.hooks if is_finished else ()
+    if held is None or not _covers(held, tokens) or not {hook.hook_name for hook in hooks}.issuperset(hook_names):
+        refuse_unwritable(root)
 
 
 def already_there(root: Path, wanted: Mapping[str, Any], tokens: int | None, hooks: Sequence[HookSpec]) -> Cache | None:

@@ -68,6 +68,7 @@ def claim_slot(root: Path, slot: int, begun: Callable[[], Plan]) -> tuple[Journa
         LocksMissing, OSError: as for `exclusive`.
     """
     refuse_held(root, slot)
+    refuse_unwritable(root)
     with exclusive(root, "settles the plan"):
         journal = Journal(root, slot)
         try:
@@ -90,12 +91,6 @@ def refuse_foreign_folder(root: Path) -> None:
         if held:
             names = ", ".join(path.name for path in held[:5])
             raise CacheMismatch(f"{root}: must be empty or a cache, holds {names}; pass another --out")
-
-
-def refuse_hopeless(root: Path) -> None:
-    """Raise OSError if there is no cache yet and this user may not write the folder. It needs no model."""
-    if not (root / PLAN).exists():
-        refuse_unwritable(root)
 
 
 def finished_cache(root: Path, plan: Plan, hooks: Sequence[HookSpec]) -> Cache | None:

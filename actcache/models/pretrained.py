@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from actcache.errors import ConfigError, ModelError
-from actcache.files import can_only_be_a_path, local_path, missing_here, refuse_address
+from actcache.files import can_only_be_a_path, is_allowed, local_path, missing_here, refuse_address
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"}  # no name on the hub ends in one of them
@@ -179,10 +179,18 @@ def _loaded(
         at_hub = "" if os.path.isdir(source) else missing_here(source)
         if isinstance(error, UnpicklingError):
             error = "its weights are a pickle that holds more than tensors, and could run any code"
+        elif (closed := _closed_file(source)) is not None:  # safetensors says that there is no such file
+            error = f"this user may not read {closed}"
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(
             f"load_model: cannot load {source!r}{at}: {at_hub}{lines[0].rstrip(':.')}; {way_out}"
         ) from None
+
+
+def _closed_file(source: str) -> Path | None:
+    """A file of a local directory that this user may not read, if there is one."""
+    files = sorted(Path(source).iterdir()) if os.path.isdir(source) else []
+    return next((file for file in files if not is_allowed(file, os.R_OK)), None)
 
 
 def _complete(model: PreTrainedModel, report: dict[str, Any], name: str) -> PreTrainedModel:

@@ -6,7 +6,6 @@ LocksMissing, unless the caller is inside `without_locks`.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -18,14 +17,24 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from actcache.errors import LocksMissing
-from actcache.files import NO_LOCKS, contents, make_folder, name_, naming, remove_leftovers
+from actcache.files import (
+    NO_LOCKS,
+    NOT_WRITABLE,
+    contents,
+    is_writable,
+    make_folder,
+    naming,
+    not_writable,
+    remove_leftovers,
+    require_writable,
+)
 from actcache.format.paths import EXCLUSIVE_LOCK
 
 PROBE_SECONDS = 0.5  # `is_held` in another process holds a lock for microseconds
 SILENT_SECONDS = 1.0  # whoever waits longer says so
 POLL_SECONDS = 0.01
 NOTE_BYTES = 300  # of a note that are read
-NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+HAS_TO_WRITE = "this has to write the cache"
 
 logger = logging.getLogger("actcache")
 _are_off: ContextVar[bool] = ContextVar("locks are off", default=False)
@@ -82,15 +91,12 @@ def exclusive(root: Path, what: str = "changes it") -> Iterator[None]:
 
 def may_write(root: Path) -> bool:
     """Whether this user may write the cache, as far as `exclusive` needs it. The folder may be missing."""
-    path = root / EXCLUSIVE_LOCK
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    return os.access(there, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+    return is_writable(root / EXCLUSIVE_LOCK)
 
 
 def refuse_unwritable(root: Path) -> None:
-    """Raise OSError, which names the folder, unless this user may write the cache."""
-    if not may_write(root):
-        raise _not_writable(root, errno.EACCES)
+    """Raise OSError, which names the folder, unless this user may write the cache. For commands that have --out."""
+    require_writable(root, root / EXCLUSIVE_LOCK, f"{HAS_TO_WRITE}; pass another --out")
 
 
 def note_holder(descriptor: int, what: str) -> None:
@@ -186,10 +192,4 @@ def _refusal_explained(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None or error.errno not in NOT_WRITABLE:
             raise
-        raise _not_writable(root, error.errno) from error
-
-
-def _not_writable(root: Path, code: int) -> OSError:
-    error = OSError(code, f"{os.strerror(code)}: this has to write the cache", str(root))
-    name_(error, root)
-    return error
+        raise not_writable(root, error.errno, HAS_TO_WRITE) from error

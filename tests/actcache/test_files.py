@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.no_locks import forbid_locks
 from support.places import CHILD
-from support.strangers import as_another_user, copy_of_another_user, only_root
+from support.strangers import as_another_user, copy_of_another_user, given, only_root
 from support.surroundings import ERRNOS, FailingCalls, descriptors
 
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError
@@ -20,11 +20,13 @@ from actcache.files import (
     contents,
     file_bytes,
     files_below,
+    is_writable,
     listed,
     local_path,
     name_,
     new_folder,
     remove_leftovers,
+    require_writable,
     write_atomically,
 )
 
@@ -204,6 +206,33 @@ def test_an_error_names_the_file_and_not_the_one_aside(tmp_path):
         write_atomically(tmp_path / "folder", [b""])
     with as_another_user(tmp_path), pytest.raises(PermissionError, match=r"denied; .*: '[^']*/new'$"):
         written(tmp_path / "new", "")
+
+
+@only_root
+def test_where_somebody_may_write(tmp_path):
+    (tmp_path / "mine").mkdir()
+    mine = given(tmp_path / "mine")
+    (mine / "closed").touch()
+    with as_another_user(tmp_path):
+        for path in (mine, mine / "new", mine / "a" / "b"):
+            assert is_writable(path)
+            require_writable(mine, path, "it cannot be written; take another")
+        for path in (mine / "closed", tmp_path, tmp_path / "new", tmp_path / "a" / "b"):
+            assert not is_writable(path)
+            with pytest.raises(PermissionError, match=rf"denied: it .* take another; ask its owner .*: '{mine}'$"):
+                require_writable(mine, path, "it cannot be written; take another")
+
+
+@only_root
+def test_nobody_may_write_where_the_file_system_is_for_reading_only(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        with pytest.raises(OSError, match=rf"its file system .* reading only; .*: '{tmp_path}'$") as raised:
+            require_writable(tmp_path, tmp_path / "new", "it cannot be written; take another")
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert raised.value.errno == errno.EROFS
 
 
 ADDRESSES = [

@@ -98,18 +98,21 @@ def test_a_lock_that_a_killed_process_left_makes_no_folder_of_runs(tmp_path: Pat
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "new"
     with (
-        only_writer(folder, RUNS_LOCK, "is training there"),
+        only_writer(folder, RUNS_LOCK, "is training there", "pass another --out"),
         pytest.raises(CacheLocked, match=r"new: another process is training there; wait for it"),
-        only_writer(folder, RUNS_LOCK, "is training there"),
+        only_writer(folder, RUNS_LOCK, "is training there", "pass another --out"),
     ):
         pass
-    with only_writer(folder, RUNS_LOCK, "is training there"):
+    with only_writer(folder, RUNS_LOCK, "is training there", "pass another --out"):
         pass
 
 
 def test_a_folder_that_cannot_be_written_is_named_and_no_hidden_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"tmp|file") as caught, only_writer(tmp_path / "file", RUNS_LOCK, "trains"):
+    with (
+        pytest.raises(OSError, match=r"tmp|file") as caught,
+        only_writer(tmp_path / "file", RUNS_LOCK, "trains", "pass another --out"),
+    ):
         pass
     assert caught.value.filename == str(tmp_path / "file")
 

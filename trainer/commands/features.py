@@ -115,11 +115,13 @@ def built_features(run: Path, cache: Cache, device: str) -> tuple[Features, floa
 
 
 def describe(run: Path, cache: Cache, model: str | None, device: str, *, trust_remote_code: bool = False) -> None:
-    """Write the words of a run's features, which a report shows. Where they are written already, no model is loaded."""
-    from trainer.features.words import has_words, write_words
+    """Write the words of a run's features, which a report shows, if they can be written and are not there yet."""
+    from trainer.features.words import has_words, may_write_words, write_words
 
     if has_words(run):
         return
+    if not may_write_words(run):
+        return say(f"{run}: a report cannot show its features, for this user may not write there; ask its owner")
     if not (model or cache.origin["model"]):
         return say(f"{run}: a report cannot show its features, for nobody knows the model; pass --model")
     write_words(

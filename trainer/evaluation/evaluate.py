@@ -7,7 +7,6 @@ it at every token, and special tokens are left out of the means.
 """
 
 import math
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from itertools import islice
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from actcache.arguments import typed, whole_number
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.files import PARTIAL_SUFFIX, local_path
+from actcache.files import local_path, require_writable
 from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
@@ -166,13 +165,8 @@ def evaluate_runs(
 
 def check_writable(runs: Path) -> None:
     """Raise OSError, naming the folder, if an eval.json cannot be written. Better now than after the work."""
-    for folder in {*_finished(runs), runs}:  # baselines go into RUNS itself
-        probe = folder / f".eval.json.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
-        try:
-            probe.touch(exist_ok=False)
-            probe.unlink()
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}: eval.json cannot be written", str(folder)) from None
+    for folder in (runs, *_finished(runs)):  # baselines go into RUNS itself
+        require_writable(folder, folder, "eval.json cannot be written; pass a copy of the runs")
 
 
 def _later(progress: Progress, n_before: int, n_here: int) -> Callable[[int], None]:

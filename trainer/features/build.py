@@ -32,18 +32,18 @@ from trainer.features.read import (
     FOLDER,
     FORMAT_VERSION,
     LATENTS_FILE,
-    LOCK_FILE,
     ROWS_FILE,
     SOURCE_FILE,
     SPLIT,
     Features,
     check_source,
     map_all_codes,
+    only_builder,
     open_features,
     sae_checksums,
 )
 from trainer.formats.saelens import load_sae
-from trainer.run_folder import CONFIG_FILE, FAILED_FILE, only_writer, read_json, write_json
+from trainer.run_folder import CONFIG_FILE, FAILED_FILE, read_json, write_json
 from trainer.sae.sae import SAE
 
 FILE_ENTRIES = 1 << 22  # entries after which a file ends before its shard does; to sort so many takes 250 MB
@@ -89,7 +89,7 @@ def build_features(
     if (folder / LATENTS_FILE).is_file():  # a look needs no lock, and the folder may be read-only
         _check_held(folder, source, rows, cache)
         return open_features(run)
-    with only_writer(folder, LOCK_FILE, "is building these features"):
+    with only_builder(folder):
         if (folder / SOURCE_FILE).is_file():
             _check_held(folder, source, rows, cache)
         else:

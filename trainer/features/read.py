@@ -15,6 +15,7 @@ always means largest in magnitude.
 
 import bisect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from trainer.checksums import CHECKSUMS_FILE, Checksums, check_file, read_checks
 from trainer.features.feature_acts import WAY_OUT, Codes, damaged, map_arrays, map_codes
 from trainer.formats.saelens import CONFIG_FILE as SAE_CONFIG_FILE
 from trainer.formats.saelens import WEIGHTS_FILE, check_sae
-from trainer.run_folder import SAE_FOLDER, read_json
+from trainer.run_folder import SAE_FOLDER, only_writer, read_json
 
 SPLIT = "validation"
 FOLDER, SOURCE_FILE, LATENTS_FILE, CODES = "features", "source.json", "latents.safetensors", "codes-*.safetensors"
@@ -196,6 +197,13 @@ class Features:
     def _check(self, latent: int) -> None:
         if not 0 <= typed("features", "a latent", latent, int) < self.d_sae:
             raise ConfigError(f"features: a latent must be in [0, d_sae={self.d_sae}), got {latent}")
+
+
+def only_builder(folder: Path) -> AbstractContextManager[None]:
+    """Let no other process write into a RUN/features meanwhile. Raises as `only_writer`."""
+    return only_writer(
+        folder, LOCK_FILE, "is building these features", "features cannot be written; pass a copy of the run"
+    )
 
 
 def open_features(run: Path | str) -> Features:

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import ConfigError, ManifestError, ModelError
-from actcache.files import local_path, write_atomically
+from actcache.files import is_writable, local_path, write_atomically
 from actcache.store.cache import Cache
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
 from trainer.features.feature_acts import WAY_OUT
 from trainer.features.logit_lens import LogitLens, TokenLogit, logit_lens
-from trainer.features.read import FOLDER, LOCK_FILE
+from trainer.features.read import FOLDER, LOCK_FILE, only_builder
 from trainer.features.text import Model
 from trainer.features.token_strings import token_strings
 from trainer.formats.saelens import load_sae
-from trainer.run_folder import only_writer, read_json
+from trainer.run_folder import read_json
 
 TOKENS_FILE, LENS_FILE = "tokens.json", "lens.json"
 N_LENS = 10  # promoted tokens of each latent, and as many suppressed ones
@@ -61,6 +61,11 @@ def has_words(run: Path | str) -> bool:
     return (local_path(run) / FOLDER / TOKENS_FILE).is_file()
 
 
+def may_write_words(run: Path | str) -> bool:
+    """Whether this user may write the words of a run's features."""
+    return is_writable(local_path(run) / FOLDER / LOCK_FILE)
+
+
 def write_words(run: Path | str, cache: Cache, model: Model) -> None:
     """Write RUN/features/lens.json and RUN/features/tokens.json. Where they are written already, do nothing.
 
@@ -79,7 +84,7 @@ def write_words(run: Path | str, cache: Cache, model: Model) -> None:
     folder = local_path(run) / FOLDER
     if has_words(run):
         return
-    with only_writer(folder, LOCK_FILE, "is building these features"):
+    with only_builder(folder):
         lens = _logit_lens(run, model)
         files: dict[str, bytes] = {}  # tokens.json comes last
         if lens is not None:

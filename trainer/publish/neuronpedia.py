@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import ManifestError
-from actcache.files import local_path, write_atomically
+from actcache.files import FOLDER_CANNOT_BE_MADE, local_path, require_writable, write_atomically
 from trainer.features.read import Context, Features, open_features
 from trainer.features.words import TokenWeight, Words, read_words
 from trainer.formats.saelens import load_sae
@@ -65,6 +65,7 @@ def export_neuronpedia(run: Path | str, out: Path | str) -> Path:
         ManifestError: the features or the words of `run` are not written, or its hook belongs to no layer.
     """
     run, out = local_path(run).resolve(), local_path(out)
+    require_writable(out, out, FOLDER_CANNOT_BE_MADE)
     features, words, sae = open_features(run), read_words(run), load_sae(run)
     source = _source(run, sae)
     folder = out / source.model / source.id

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.arguments import whole_number
-from actcache.files import local_path, write_atomically
+from actcache.files import local_path, require_writable, write_atomically
 from trainer.features.read import open_features
 from trainer.features.words import has_words, read_words
 from trainer.report.feature_pages import feature_pages
@@ -40,6 +40,7 @@ def write_report(runs: Path | str, out: Path | str, *, n_features: int = N_FEATU
     """
     whole_number("report", "n_features", n_features)
     runs, out = local_path(runs), local_path(out)
+    require_writable(out, out.parent, "the page cannot be written; pass another --out")
     found = read_runs(runs)
     text = page(runs.resolve().name, found, throughput(found, read_harvests(found)), _features(found, n_features))
     write_atomically(out, [text.encode()])

@@ -128,7 +128,7 @@ def train(
     warn_of_no_validation(cache)
     runs = resolve_runs(cache, config, out, epoch_rows)
     if any(not is_over(out / run.config.name) for run in runs):  # else a folder that is read-only will do
-        with only_writer(out, RUNS_LOCK, "is training there"):
+        with only_writer(out, RUNS_LOCK, "is training there", "training has to write there; pass another --out"):
             runs = resolve_runs(cache, config, out, epoch_rows)  # the process that held the lock may have changed them
             by_name = {run.config.name: run for run in runs}
             for each in _plan(runs, config, out, device, memory_bytes).passes:

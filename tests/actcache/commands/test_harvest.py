@@ -56,7 +56,7 @@ def test_without_locks_it_ends_in_one_line_and_goes_on_with_no_lock(command, tin
 def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(command, tmp_path):
     with as_another_user(tmp_path):
         (line,) = actcache(*command, "--model", "/nowhere", "--out", tmp_path / "a" / "c", code=1).stderr.splitlines()
-    assert line.startswith("error: [Errno 13] Permission denied: this has to write the cache")
+    assert line.startswith("error: [Errno 13] Permission denied: this has to write the cache; pass another --out")
     assert line.endswith(f"'{tmp_path}/a/c'")
 
 

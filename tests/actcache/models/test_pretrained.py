@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.model_cases import TOKENS, hook_names, one_line
 from support.remote_code import RemoteCode
+from support.strangers import as_another_user, only_root
 from support.tiny_models import D_MODEL, make_tokenizer
 from transformers import AutoModel
 
@@ -37,6 +38,16 @@ def test_model_without_a_head(directory, ours, tmp_path):
 def test_missing_directory(name):
     with pytest.raises(ModelError, match="no directory"):
         load_model(name)
+
+
+@only_root
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_may_not_be_read_is_not_called_missing(directory, tmp_path, name):
+    copied = shutil.copytree(directory("llama"), tmp_path / "model")
+    for path in copied.iterdir():
+        path.chmod(0o600 if path.name == name else 0o644)
+    with as_another_user(copied), pytest.raises(ModelError, match=f"this user may not read {copied / name}; "):
+        load_model(copied)
 
 
 def test_a_hub_name_whose_owner_is_a_folder_here_may_be_either(tmp_path, monkeypatch):
