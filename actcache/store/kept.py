@@ -30,7 +30,8 @@ from actcache.files import (
 from actcache.format.paths import CACHE_MANIFEST, KEPT
 from actcache.format.seal import fingerprint
 
-NO_LINKS = {errno.EPERM, errno.EMLINK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+# what link says where a file system has none, of somebody else's files, and across quotas of one file system (EXDEV)
+NO_LINKS = {errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 T = TypeVar("T")
 

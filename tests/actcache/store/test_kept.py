@@ -120,9 +120,10 @@ def test_growth_keeps_what_it_changes(few, root, tiny_model, tiny_texts):
     assert changed - writers <= {*kept}
 
 
-def test_where_there_are_no_links_files_are_copied(few, root, tiny_model, tiny_texts, monkeypatch):
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV])
+def test_where_there_are_no_links_files_are_copied(few, root, tiny_model, tiny_texts, monkeypatch, code):
     def refused(*args: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        raise OSError(code, os.strerror(code))
 
     opened = open_cache(root)
     monkeypatch.setattr(os, "link", refused)
