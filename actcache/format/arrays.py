@@ -12,7 +12,10 @@ from actcache.format.records import HookSpec
 MAX_SHARD_ROWS = 1 << 18
 MAX_SHARD_BYTES = 1 << 30
 MAX_CHUNK_BYTES = 9 << 18  # 2.25 MiB: a chunk of 2304 channels is then whole blocks of 256 KiB, good for zstd
+LARGEST_CHUNK_BYTES = MAX_CHUNK_BYTES  # what a reader accepts, whatever a writer is told
 MIN_CHUNK_ROWS = 32
+MAX_WIDTH = 1 << 18  # of a hook: the widest of today's models has 65,536 channels
+MAX_CONTEXT_SIZE = 1 << 22  # a sequence is never cut, so a chunk of the sequences has at least one
 MIN_SHARDS = 16
 WINDOW_BYTES = 8 << 30  # two windows of every hook fit in this much memory
 TOKEN_CHUNK_ROWS = 4096

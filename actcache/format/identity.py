@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from actcache.errors import ManifestError
-from actcache.format.arrays import MAX_SHARD_BYTES, MAX_SHARD_ROWS
+from actcache.format.arrays import MAX_CONTEXT_SIZE, MAX_SHARD_ROWS
 from actcache.format.codecs import CODECS
-from actcache.format.dtypes import ACTIVATION_DTYPES, TORCH_DTYPE
+from actcache.format.dtypes import ACTIVATION_DTYPES
 from actcache.format.records import whole_number
 
 FORMAT_VERSION = 1
@@ -31,6 +31,6 @@ def check_identity(identity: dict[str, Any]) -> None:
     chunk_rows = whole_number("chunk_rows", identity.get("chunk_rows"), 1, shard_rows)
     if shard_rows.bit_count() != 1 or shard_rows % chunk_rows:
         raise ManifestError(f"cache: {shard_rows=} must be a power of two, and {chunk_rows=} must divide it")
-    whole_number("context_size", identity.get("context_size"), 1, MAX_SHARD_BYTES // TORCH_DTYPE["int32"].itemsize)
+    whole_number("context_size", identity.get("context_size"), 1, MAX_CONTEXT_SIZE)
     for token_id in identity["special_token_ids"]:
         whole_number("special_token_ids", token_id, highest=(1 << 31) - 1)

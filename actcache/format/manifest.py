@@ -16,7 +16,15 @@ from typing import Any
 from actcache.arguments import one_of
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.flow import SPLITS
-from actcache.format.arrays import MAX_SHARD_BYTES, ArraySpec, hook_arrays, sequence_arrays, token_arrays
+from actcache.format.arrays import (
+    LARGEST_CHUNK_BYTES,
+    MAX_WIDTH,
+    MIN_CHUNK_ROWS,
+    ArraySpec,
+    hook_arrays,
+    sequence_arrays,
+    token_arrays,
+)
 from actcache.format.codecs import codec
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.identity import check_identity
@@ -242,8 +250,13 @@ def _check_hooks(manifest: Manifest) -> None:
         raise ManifestError("manifest: must hold at least one hook, and each once")
     for hook in manifest.hooks:
         row_bytes = hook.d_in * TORCH_DTYPE[manifest.identity["dtype"]].itemsize
-        if hook.dtype != manifest.identity["dtype"] or not 1 <= row_bytes * manifest.chunk_rows <= MAX_SHARD_BYTES:
+        if hook.dtype != manifest.identity["dtype"] or hook.d_in > MAX_WIDTH:
             raise ManifestError(f"manifest: {hook.hook_name} has an impossible dtype or width: {hook}")
+        if manifest.chunk_rows > MIN_CHUNK_ROWS and row_bytes * manifest.chunk_rows > LARGEST_CHUNK_BYTES:
+            raise ManifestError(
+                f"manifest: a chunk must be of at most {MIN_CHUNK_ROWS} rows or {LARGEST_CHUNK_BYTES} bytes, those of "
+                f"{hook.hook_name} are of {manifest.chunk_rows} rows of {row_bytes} bytes"
+            )
 
 
 def _check_shards(manifest: Manifest, split: str) -> None:

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from actcache.errors import CacheMismatch, ManifestError
+from actcache.format.arrays import LARGEST_CHUNK_BYTES, MAX_WIDTH, MIN_CHUNK_ROWS, chunk_rows, shard_rows
 from actcache.format.manifest import Manifest
 
 
@@ -67,3 +68,25 @@ def test_malformed_manifests_are_refused(tiny_cache):
         except ManifestError:
             continue
         pytest.fail(f"{name} was believed")
+
+
+def test_no_chunk_is_larger_than_a_writer_makes_it(tiny_cache):
+    """Zeros are small on disk: shards of 616 kB, with chunks of 1 GiB, had one batch ask for 16 GiB."""
+    values = json.loads(json.dumps(tiny_cache.manifest.to_json()))
+    identity, hook = values["plan"]["identity"], values["hooks"][0]
+    identity["shard_rows"] = identity["chunk_rows"] = 1 << 18
+    said = rf"at most 32 rows or {9 << 18} bytes, those of .* are of 262144 rows of 64"
+    with pytest.raises(ManifestError, match=said):
+        Manifest.from_json(values)
+    identity["chunk_rows"], hook["d_in"] = 32, (1 << 18) + 1
+    with pytest.raises(ManifestError, match="an impossible dtype or width"):
+        Manifest.from_json(values)
+
+
+@pytest.mark.parametrize("d_in", [1, 31, 768, 2304, 12288, 65536, 1 << 18])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_what_a_writer_chooses_is_accepted(d_in, itemsize):
+    rows = shard_rows(d_in, itemsize, n_hooks=1, n_rows=1 << 30, batch_tokens=4096)
+    chunk = chunk_rows(d_in, itemsize, rows)
+    assert chunk <= MIN_CHUNK_ROWS or chunk * d_in * itemsize <= LARGEST_CHUNK_BYTES
+    assert d_in <= MAX_WIDTH
