@@ -92,7 +92,8 @@ def _source(run: Path, sae: SAE) -> _Source:
 
 
 def _id(name: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower())
+    """The name as an id, which is also the name of a folder: never empty, hidden, or the folder above."""
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).lstrip(".") or "-"
 
 
 def _tables(source: _Source, sae: SAE) -> dict[str, Row]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from support.tiny_saes import make_config, make_run
 from actcache.errors import ManifestError
 from trainer.features.read import open_features
 from trainer.features.words import read_words
+from trainer.formats.saelens import load_sae
 from trainer.publish.neuronpedia import BATCH_LATENTS, N_BANDS, N_EACH, N_TOP, export_neuronpedia
 
 # Columns of Neuronpedia's database (its Prisma schema) that SAEDashboard 0.8 exports too, with their types.
@@ -153,3 +155,15 @@ def test_what_cannot_be_exported_says_why(tiny_cache, tmp_path):
     with pytest.raises(ManifestError, match="its features must be built"):
         export_neuronpedia(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["x/..", "..", ".", "/", "...", ".ssh", ""])
+def test_a_name_of_the_model_leads_to_no_other_folder(run, tmp_path, monkeypatch, model):
+    """The name stands in cfg.json, which may be a stranger's."""
+    out, sae = tmp_path / "in" / "out", load_sae(run)
+    named = replace(sae, metadata={**sae.metadata, "model_name": model})
+    monkeypatch.setattr("trainer.publish.neuronpedia.load_sae", lambda _: named)
+    folder = export_neuronpedia(run, out)
+    assert folder.resolve().parent.parent == out.resolve()
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["out"]
+    assert not any(path.name.startswith(".") for path in out.rglob("*"))
