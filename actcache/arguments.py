@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -19,6 +21,18 @@ from actcache.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 200, 200, 40
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: what `repr` gives, cut where it is long, for it may be a stranger's."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python refuses to write a number of more than 4,300 digits
+        return f"a number of more than {sys.get_int_max_str_digits():,} digits"
 
 
 def typed(who: str, name: str, value: object, kind: Any) -> Any:
@@ -39,7 +53,7 @@ def typed(who: str, name: str, value: object, kind: Any) -> Any:
     accepted = next(option for option in options if option is not type(None))
     if typing.get_origin(accepted) in (Sequence, tuple):
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{who}: {name} must be a list, got {value!r} ({type(value).__name__})")
+            raise ConfigError(f"{who}: {name} must be a list, got {shown(value)} ({type(value).__name__})")
         return tuple(typed(who, name, each, typing.get_args(accepted)[0]) for each in value)
     accepted = str if typing.get_origin(accepted) is Literal else typing.get_origin(accepted) or accepted
     if isinstance(value, bool) == (accepted is bool):
@@ -51,7 +65,7 @@ def typed(who: str, name: str, value: object, kind: Any) -> Any:
             return os.fspath(value)
         if isinstance(value, accepted):
             return value
-    raise ConfigError(f"{who}: {name} must be {accepted.__name__}, got {value!r} ({type(value).__name__})")
+    raise ConfigError(f"{who}: {name} must be {accepted.__name__}, got {shown(value)} ({type(value).__name__})")
 
 
 def type_fields_(who: str, config: Any) -> None:
@@ -72,7 +86,7 @@ def whole_number(who: str, name: str, value: object, lowest: int = 0, highest: i
     number = typed(who, name, value, int)
     if number < lowest or (highest is not None and number > highest):
         must = f"at least {lowest}" if highest is None else f"in [{lowest}, {highest}]"
-        raise ConfigError(f"{who}: {name} must be {must}, got {value!r}")
+        raise ConfigError(f"{who}: {name} must be {must}, got {shown(value)}")
     return number
 
 

@@ -15,7 +15,7 @@ from support.planted import make_sae
 from support.tiny_caches import HOOKS
 from support.tiny_saes import make_config
 
-from actcache.arguments import device_of, names, one_of, typed, whole_number
+from actcache.arguments import device_of, names, one_of, shown, typed, whole_number
 from actcache.errors import ConfigError
 
 
@@ -251,3 +251,12 @@ def test_a_device_that_nothing_runs_on_is_refused_with_the_way_out(name):
 def test_what_is_no_device_is_refused(name):
     with pytest.raises(ConfigError, match="it: device must be auto, cpu, cuda or cuda:0"):
         device_of("it", name)
+
+
+def test_a_value_is_shown_in_short() -> None:
+    deep: list = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (deep, ["x"] * 10**6, "x" * 10**6, {i: "x" * 1000 for i in range(1000)}, 10**4000, 10**5000):
+        assert len(shown(value)) < 1200
+    assert [shown(value) for value in ("k", 1.5, None, ["a", "b"])] == ["'k'", "1.5", "None", "['a', 'b']"]

@@ -8,16 +8,16 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
-from actcache.arguments import field_types, one_of, type_fields_, typed
+from actcache.arguments import field_types, one_of, shown, type_fields_, typed
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.files import local_path
+from actcache.files import local_path, opened
 from trainer.config.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
 from trainer.config.settings import (
     PENALISED,
@@ -28,6 +28,8 @@ from trainer.config.settings import (
     TrainConfig,
     check_settings,
 )
+
+MAX_BYTES, MAX_NODES, MAX_RUNS = 1 << 20, 100_000, 10_000  # of a sweep file; the largest ones have hundreds of runs
 
 _FROM_CACHE = (
     *("d_in", "d_out", "hook_widths", "input_scale", "output_scale", "hook_scales"),
@@ -104,10 +106,16 @@ class SweepConfig:
     def from_yaml(cls, path: str | Path) -> "SweepConfig":
         """Read a sweep file. Raises ConfigError for anything wrong in it; the error names the file."""
         try:
-            loaded = yaml.load(local_path(path).read_text(encoding="utf-8"), Loader=_SweepLoader)
+            with opened(local_path(path)) as file:
+                text = file.read(MAX_BYTES + 1)
+            if len(text) > MAX_BYTES:
+                raise ConfigError(f"{path}: must have at most {MAX_BYTES:,} bytes; is it a sweep file?")
+            loaded = yaml.load(text.decode(), Loader=_SweepLoader)
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing sweep file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            if isinstance(error, ConfigError):
+                raise
             raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
         try:
             return cls.from_dict(loaded)
@@ -352,6 +360,9 @@ def _expanded(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
         grid = {key: _sequence(f"grid.{key}", values) for key, values in _mapping("grid", sweep["grid"]).items()}
         if not grid:
             raise ConfigError("sweep: grid is empty; name at least one setting and its values")
+        n_runs = math.prod(map(len, grid.values()))
+        if n_runs > MAX_RUNS:
+            raise ConfigError(f"sweep: grid must make at most {MAX_RUNS:,} runs, it makes {n_runs:,}")
         return [base | dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     return [base] if base else []
 
@@ -362,7 +373,7 @@ def _named(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     settings.remove("sparsity_coefficient")
     unnamed = [run for run in runs if run.get("name") is None]
     varying = [key for key in settings if len({repr(run.get(key)) for run in unnamed}) > 1]
-    return [{**run, "name": _default_name(run, varying)} if run in unnamed else run for run in runs]
+    return [{**run, "name": _default_name(run, varying)} if run.get("name") is None else run for run in runs]
 
 
 def _default_name(run: Mapping[str, Any], varying: Iterable[str]) -> str:
@@ -399,25 +410,51 @@ def _check_keys(who: str, given: Mapping[str, Any], known: Iterable[str]) -> Non
 
 def _mapping(who: str, value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{who}: must be a mapping of settings, got {value!r}")
+        raise ConfigError(f"{who}: must be a mapping of settings, got {shown(value)}")
     return {str(key): item for key, item in value.items()}
 
 
 def _sequence(who: str, value: object) -> list[Any]:
     if not isinstance(value, list | tuple) or not value:
-        raise ConfigError(f"{who}: must be a list of at least one entry, got {value!r}")
+        raise ConfigError(f"{who}: must be a list of at least one entry, got {shown(value)}")
     return list(value)
 
 
 class _SweepLoader(yaml.SafeLoader):
-    """A loader with the floats of YAML 1.2, in which `3e-4` is a number. It refuses a key that stands twice."""
+    """A loader with the floats of YAML 1.2, in which `3e-4` is a number.
+
+    It refuses a key that stands twice, and a small file whose aliases make it large.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        root = super().get_single_node()
+        if root is not None and _n_nodes(root, {}) > MAX_NODES:
+            said = f"its aliases must come to at most {MAX_NODES:,} values, and to none that holds itself"
+            raise yaml.constructor.ConstructorError(None, None, said, root.start_mark)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice!r} stands twice", node.start_mark)
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep=True)
+            if isinstance(name, Hashable):  # another is refused below
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {shown(name)} stands twice", key.start_mark
+                    )
+                seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _n_nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node comes to when its aliases are written out; infinity if it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # as long as it is not known, whoever gets here again is inside of it
+        below = node.value if isinstance(node, yaml.SequenceNode) else ()
+        if isinstance(node, yaml.MappingNode):
+            below = itertools.chain.from_iterable(node.value)
+        known[id(node)] = 1.0 + sum(_n_nodes(each, known) for each in below)
+    return known[id(node)]
 
 
 _SweepLoader.add_implicit_resolver(
