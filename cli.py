@@ -18,6 +18,7 @@ from actcache.commands.streams import standard_streams
 from actcache.commands.terminal import (
     Commands,
     Json,
+    PlainFormatter,
     end_at_once_without_memory,
     print_json,
     say,
@@ -103,7 +104,7 @@ def demo(out: Annotated[Path, typer.Option(help="The folder to write.")] = Path(
     for run in sorted(path.parent for path in (out / "runs").glob("*/sae")):
         built_features(run, cache, device="cpu")
         describe(run, cache, model=None, device="cpu")
-    say(evaluation_lines(rows))
+    say(*evaluation_lines(rows))
     report(out / "runs", out / "report.html")
 
 
@@ -128,7 +129,9 @@ for panel, functions in COMMANDS.items():
 def main() -> None:
     """Run the command line: exit code 0 when all was done, 2 for wrong arguments, 1 for everything else."""
     with standard_streams():
-        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(PlainFormatter())
+        logging.basicConfig(handlers=[handler])
         logging.getLogger("actcache").setLevel(logging.INFO)
         try:
             app()

@@ -16,6 +16,8 @@ from support.places import ROOT
 from support.remote_code import RemoteCode
 from support.tiny_caches import HOOKS
 
+from actcache.commands.terminal import plain
+
 SWEEP = """
 batch_tokens: 256
 tokens: 2000
@@ -169,7 +171,8 @@ def test_steering_prints_the_text_without_and_with(work, tiny_llama_dir):
     assert got["before"] != got["after"]
     again = actcache(*common, "--strength", 40, "--temperature", 0, "--model", tiny_llama_dir)
     assert again.stdout == ""
-    assert again.stderr == f"without: {prompt}{got['before']}\nwith:    {prompt}{got['after']}\n"
+    said = [f"without: {prompt}{got['before']}", f"with:    {prompt}{got['after']}"]
+    assert again.stderr == "".join(f"{plain(line)}\n" for line in said)
     same = json.loads(actcache(*common, "--mode", "scale", "--strength", 1, "--seed", 4, "--json").stdout)
     assert same["before"] == same["after"]
     ablated = json.loads(actcache(*common, "--mode", "ablate", "--seed", 4, "--json").stdout)

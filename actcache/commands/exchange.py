@@ -54,7 +54,7 @@ def import_cache(
     with locking(out, no_lock), closing(Bar("import", "tok")) as progress:
         cache = imported(source, config, out, progress=progress)
     say(f"{out} is finished" if progress.touched else f"{out} was already there, nothing was done")
-    say(cache_lines(cache))
+    say(*cache_lines(cache))
 
 
 def export_cache(

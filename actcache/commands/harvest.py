@@ -187,4 +187,4 @@ def harvest(
         cache = harvest_share(language_model, source, config, out, share, progress=progress)
     if cache is not None:
         say(f"{out} is finished" if progress.touched else f"{out} was already there, nothing was done")
-        say(cache_lines(cache))
+        say(*cache_lines(cache))

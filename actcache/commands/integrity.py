@@ -52,7 +52,7 @@ def info(cache: CachePath, as_json: Json = False) -> None:
     if as_json:
         print_json(cache_facts(opened))
     else:
-        say(cache_lines(opened))
+        say(*cache_lines(opened))
 
 
 def verify(

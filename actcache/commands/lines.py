@@ -38,18 +38,16 @@ def cache_facts(cache: Cache) -> dict[str, Any]:
     }
 
 
-def cache_lines(cache: Cache) -> str:
+def cache_lines(cache: Cache) -> list[str]:
     """The facts of a cache as lines for a person."""
     facts = cache_facts(cache)
     rows = ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())
     hooks = ", ".join(f"{name} [{d_in}]" for name, d_in in facts["hooks"].items())
-    return "\n".join(
-        [
-            f"cache        {facts['path']} ({facts['fingerprint']})",
-            f"model        {facts['model']['name']}",
-            f"dataset      {facts['dataset']['name']}",
-            f"hooks        {hooks}",
-            f"rows         {rows}; {facts['context_size']} tokens a sequence",
-            f"stored       {facts['stored_bytes']:,} bytes, {facts['dtype']}, {facts['codec']}",
-        ]
-    )
+    return [
+        f"cache        {facts['path']} ({facts['fingerprint']})",
+        f"model        {facts['model']['name']}",
+        f"dataset      {facts['dataset']['name']}",
+        f"hooks        {hooks}",
+        f"rows         {rows}; {facts['context_size']} tokens a sequence",
+        f"stored       {facts['stored_bytes']:,} bytes, {facts['dtype']}, {facts['codec']}",
+    ]

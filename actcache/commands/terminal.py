@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -166,9 +167,28 @@ def fail(line: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def say(line: str) -> None:
-    """Print a line for a person, on stderr."""
-    print(line, file=sys.stderr)
+def say(*lines: str) -> None:
+    """Print lines for a person, on stderr. They may hold names, tokens and errors of strangers: see `plain`."""
+    for line in lines:
+        print(plain(line), file=sys.stderr)
+
+
+def plain(line: str) -> str:
+    """The line with each character escaped that is not to be seen: what a terminal obeys, ends lines or reorders them.
+
+    So no name of a cache, a model or a file can clear the screen, write over other lines or look like one more line.
+    """
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
+
+
+class PlainFormatter(logging.Formatter):
+    """The message alone, `plain`. A library's message of several lines stays one of several lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message of the record."""
+        ours = record.name.partition(".")[0] in ("actcache", "trainer")
+        message = super().format(record)
+        return plain(message) if ours else "\n".join(map(plain, message.splitlines()))
 
 
 def print_json(values: object) -> None:

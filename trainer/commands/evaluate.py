@@ -53,7 +53,7 @@ def evaluate(
     if as_json:
         print_json({"runs": rows})
     else:
-        say(evaluation_lines([*rows, *_diverged(runs)]))
+        say(*evaluation_lines([*rows, *_diverged(runs)]))
 
 
 def _diverged(runs: Path) -> list[dict[str, Any]]:

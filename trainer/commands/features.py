@@ -82,7 +82,7 @@ def features(
             opened.path, opened.compute, model=model, device=device, trust_remote_code=trust_remote_code
         )
         facts, lines = _of_text(load_sae(run, device=resolved_device(device)), language_model, text, predict, top)
-        return print_json(facts) if as_json else say(lines)
+        return print_json(facts) if as_json else say(*lines)
     if predict is not None:
         raise ConfigError("features: --predict says what --text adds to a logit; give --text too")
     built, rate = built_features(run, opened, device)
@@ -95,7 +95,7 @@ def features(
     if as_json:
         print_json(facts)
     else:
-        say(described(facts))
+        say(*described(facts))
 
 
 def built_features(run: Path, cache: Cache, device: str) -> tuple[Features, float | None]:
@@ -131,7 +131,9 @@ def describe(run: Path, cache: Cache, model: str | None, device: str, *, trust_r
     )
 
 
-def _of_text(sae: SAE, model: LanguageModel, text: str, predicted: str | None, top: int) -> tuple[dict[str, Any], str]:
+def _of_text(
+    sae: SAE, model: LanguageModel, text: str, predicted: str | None, top: int
+) -> tuple[dict[str, Any], list[str]]:
     """(facts, lines) about what fires on a text, or about what it adds to the logit of `predicted` as next token."""
     from trainer.commands.lines import attribution_lines, text_lines
     from trainer.features.attribution import logit_attribution
@@ -186,7 +188,7 @@ def steer(
     if as_json:
         print_json({"feature": feature, "mode": mode, "strength": strength, **asdict(steered)})
     else:
-        say(f"without: {steered.prompt}{steered.before}\nwith:    {steered.prompt}{steered.after}")
+        say(f"without: {steered.prompt}{steered.before}", f"with:    {steered.prompt}{steered.after}")
 
 
 def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
@@ -229,7 +231,7 @@ def similar(
     if as_json:
         print_json(similar_facts(found, feature))
     else:
-        say(similar_lines(found, feature))
+        say(*similar_lines(found, feature))
 
 
 def stability(
@@ -252,4 +254,4 @@ def stability(
     if as_json:
         print_json(stability_facts(found, feature))
     else:
-        say(stability_lines(found, len(others), feature))
+        say(*stability_lines(found, len(others), feature))

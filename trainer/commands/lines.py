@@ -1,4 +1,4 @@
-"""What commands say: facts, which --json prints, and lines for people. Nothing here prints."""
+"""What commands say: facts, which --json prints, and lines for people. Nothing here prints: `terminal.say` does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_DIGITS = 1e10  # a larger number, as a diverged SAE has, is written with an
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def plan_lines(planned: SweepPlan) -> str:
+def plan_lines(planned: SweepPlan) -> list[str]:
     """A line about the sweep and, if it takes several passes, one for each pass."""
     n_passes, room = len(planned.passes), f"{planned.needed_bytes / 1e9:.2g} of {planned.memory_bytes / 1e9:.2g} GB"
     lines = [
@@ -30,10 +30,10 @@ def plan_lines(planned: SweepPlan) -> str:
         f"cache, at most about {room} of memory, {planned.flops:.2g} FLOPs"
     ]
     names = [", ".join(config.name for config in each) for each in planned.passes]
-    return "\n".join(lines + ([f"pass {i}: {text}" for i, text in enumerate(names, 1)] if n_passes > 1 else []))
+    return lines + ([f"pass {i}: {text}" for i, text in enumerate(names, 1)] if n_passes > 1 else [])
 
 
-def evaluation_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+def evaluation_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A table with one line for each run. A dash stands for what was not computed. It says which SAEs diverged."""
     return _aligned([TABLE_COLUMNS, *([_evaluation_cell(row, column) for column in TABLE_COLUMNS] for row in rows)])
 
@@ -46,9 +46,9 @@ def _evaluation_cell(row: Mapping[str, Any], column: str) -> str:
     return _cell(row.get(column))
 
 
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
+def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
 
 
 def similar_facts(found: SimilarFeatures, feature: int | None) -> dict[str, Any]:
@@ -61,12 +61,12 @@ def similar_facts(found: SimilarFeatures, feature: int | None) -> dict[str, Any]
     return {"feature": feature, "similar": [{"feature": i, "cosine": cosine} for i, cosine in pairs]}
 
 
-def similar_lines(found: SimilarFeatures, feature: int | None) -> str:
+def similar_lines(found: SimilarFeatures, feature: int | None) -> list[str]:
     """Lines about the features nearest to one feature. Without one, a line about the cosines of all."""
     if feature is not None:
         near = similar_facts(found, feature)["similar"]
-        return "\n".join(f"{each['feature']:>8}  {each['cosine']:.4f}" for each in near)
-    return f"largest cosine of {_spread(found.cosines[:, 0])}"
+        return [f"{each['feature']:>8}  {each['cosine']:.4f}" for each in near]
+    return [f"largest cosine of {_spread(found.cosines[:, 0])}"]
 
 
 def stability_facts(found: Float[Tensor, " d_sae"], feature: int | None) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def stability_facts(found: Float[Tensor, " d_sae"], feature: int | None) -> dict
     return {"mean_stability": float(found.double().mean()), "features": found.tolist()}
 
 
-def stability_lines(found: Float[Tensor, " d_sae"], n_others: int, feature: int | None) -> str:
+def stability_lines(found: Float[Tensor, " d_sae"], n_others: int, feature: int | None) -> list[str]:
     """A line about the stability of one feature. Without one, of all of them."""
     if feature is not None:
-        return f"{feature:>8}  {float(found[feature]):.4f}"
-    return f"largest cosine, the mean of {n_others} SAEs, of {_spread(found)}"
+        return [f"{feature:>8}  {float(found[feature]):.4f}"]
+    return [f"largest cosine, the mean of {n_others} SAEs, of {_spread(found)}"]
 
 
 def features_facts(features: Features, n: int, words: Words, rate: float | None) -> dict[str, Any]:
@@ -134,23 +134,22 @@ def _context_facts(context: Context, words: Words) -> dict[str, Any]:
     return {**asdict(context), "tokens": [words.text(token_id) for token_id in context.token_ids]}
 
 
-def features_lines(facts: Mapping[str, Any]) -> str:
+def features_lines(facts: Mapping[str, Any]) -> list[str]:
     """Lines that say how many features there are and how many never fired, with a table of the most frequent ones."""
     rate = facts["rows_per_second"]
-    lines = [
+    return [
         f"{facts['d_sae']:,} features on {facts['n_tokens']:,} held-out tokens, {facts['never_fired']:,} never fired"
         + ("" if rate is None else f"; {rate:,.0f} tokens/s"),
         "those that fire most often:",
-        _aligned([FEATURE_COLUMNS, *map(_feature_cells, facts["features"])]),
+        *_aligned([FEATURE_COLUMNS, *map(_feature_cells, facts["features"])]),
     ]
-    return "\n".join(lines)
 
 
 def _feature_cells(row: Mapping[str, Any]) -> list[str]:
     return [str(row["feature"]), f"{row['density']:.3g}", f"{row['max_act']:.4g}", _visible(row["top_token"])]
 
 
-def feature_lines(facts: Mapping[str, Any]) -> str:
+def feature_lines(facts: Mapping[str, Any]) -> list[str]:
     """Lines about one feature: its contexts, its histogram as a line of blocks, what fires with it, its logit lens."""
     lines = [f"feature {facts['feature']}: density {facts['density']:.3g}, largest activation {facts['max_act']:.4g}"]
     for context in facts["contexts"]:
@@ -161,7 +160,7 @@ def feature_lines(facts: Mapping[str, Any]) -> str:
     lines.append(f"fires together with: {together or 'none'}")
     for end, tokens in (facts["logit_lens"] or {}).items():
         lines.append(f"{end}: " + ", ".join(f"{_visible(each['token'])!r} {each['logit']:+.3g}" for each in tokens))
-    return "\n".join(lines)
+    return lines
 
 
 def context_line(tokens: Sequence[str], peak: int) -> str:
@@ -169,22 +168,22 @@ def context_line(tokens: Sequence[str], peak: int) -> str:
     return _visible(f"{''.join(tokens[:peak])}[{tokens[peak]}]{''.join(tokens[peak + 1 :])}")
 
 
-def text_lines(tokens: Sequence[TokenFeatures]) -> str:
+def text_lines(tokens: Sequence[TokenFeatures]) -> list[str]:
     """A line for each token of a text, with the latents that fire on it."""
     firing = ["  ".join(f"{latent} ({act:.4g})" for latent, act in token.features) for token in tokens]
-    return "\n".join(f"{_visible(token.token):>16}  {each}" for token, each in zip(tokens, firing, strict=True))
+    return [f"{_visible(token.token):>16}  {each}" for token, each in zip(tokens, firing, strict=True)]
 
 
-def attribution_lines(found: LogitAttribution, n: int) -> str:
+def attribution_lines(found: LogitAttribution, n: int) -> list[str]:
     """Lines that give a logit as a sum, and the n latents that add most to it."""
     of_features = sum(each.logit for each in found.features)
-    lines = [
+    line = (
         f"logit of {_visible(found.token)!r} as the next token, less the mean of all: {found.logit:.4g} = "
         f"{of_features:.4g} of the features {found.bias:+.4g} of the bias {found.error:+.4g} of what the SAE leaves "
         f"{found.rest:+.4g} of the rest"
-    ]
+    )
     rows = [[str(each.latent), f"{each.activation:.4g}", f"{each.logit:+.4g}"] for each in found.features[:n]]
-    return "\n".join([*lines, _aligned([("feature", "activation", "logit"), *rows])])
+    return [line, *_aligned([("feature", "activation", "logit"), *rows])]
 
 
 def _spread(cosines: Float[Tensor, " latent"]) -> str:

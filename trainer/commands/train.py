@@ -144,7 +144,7 @@ def train(
     opened, device = open_cache(cache), resolved_device(device)
     memory_bytes = None if memory is None else _bytes(memory)
     planned = plan(opened, sweep_config, out, device=device, memory_bytes=memory_bytes)
-    say(plan_lines(planned))
+    say(*plan_lines(planned))
     if dry_run:
         seconds = measured_seconds(planned.configs, planned.batch_tokens, device)
         return say(f"about {seconds:,.0f} s of steps, by one of each kind on random rows")

@@ -30,7 +30,7 @@ def test_facts_are_those_of_the_folder(tiny_cache):
 
 
 def test_lines_say_the_same(tiny_cache):
-    facts, lines = cache_facts(tiny_cache), cache_lines(tiny_cache).splitlines()
+    facts, lines = cache_facts(tiny_cache), cache_lines(tiny_cache)
     assert [line.split()[0] for line in lines] == ["cache", "model", "dataset", "hooks", "rows", "stored"]
     assert lines[0].split()[1:] == [facts["path"], f"({facts['fingerprint']})"]
     for name, d_in in facts["hooks"].items():

@@ -1,16 +1,22 @@
 """Help that is quick and whole, --debug at any place, memory that is out, and which process of several this is."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import typer
 from support.command_line import actcache
 from support.places import CHILD
 from typer.testing import CliRunner
 
+from actcache.commands.lines import cache_lines
+from actcache.commands.terminal import PlainFormatter, fail, say
 from actcache.errors import ConfigError
+from actcache.store.cache import Cache
 
 COMMANDS = (
     *("harvest", "info", "verify", "repair", "relabel", "train", "eval", "report", "features", "steer", "similar"),
@@ -271,3 +277,33 @@ def test_a_worker_that_is_none_is_refused(share):
 
     with pytest.raises(ConfigError, match=r"harvest: .*worker"):
         this_worker(share)
+
+
+HOSTILE = "x\x1b[2J\x1b]0;title\x07\rmodel        forged\nmodel        forged\u2028\u202etxt.exe\x9b31m\udc80\x7f"
+
+
+def test_what_strangers_named_cannot_move_the_cursor(tiny_cache, tmp_path, capsys):
+    """A model's name with escapes, line ends and marks that turn the text round, in what `info` says and in errors."""
+    identity = {**tiny_cache.identity, "model": {**tiny_cache.identity["model"], "name": HOSTILE}}
+    plan = replace(tiny_cache.manifest.plan, identity=identity)
+    said = cache_lines(Cache(tiny_cache.path, replace(tiny_cache.manifest, plan=plan), "f"))
+    say(*said)
+    with pytest.raises(typer.Exit):
+        fail(f"{HOSTILE}: is damaged", 1)
+    record = logging.LogRecord("actcache", logging.WARNING, "", 0, "%s is odd", (HOSTILE,), None)
+    print(PlainFormatter().format(record), file=sys.stderr)
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == len(said) + 2
+    assert all(line.isprintable() for line in printed.split("\n"))
+    assert printed.count("\\x1b[2J") == 3
+    assert sum(line.startswith("model ") for line in printed.splitlines()) == 1
+
+
+def test_what_people_write_is_said_as_it_is(capsys):
+    say("größe 模型 مرحبا café ▁▂▃ ⏎ 🙂")
+    assert capsys.readouterr().err == "größe 模型 مرحبا café ▁▂▃ ⏎ 🙂\n"
+
+
+def test_a_message_of_a_library_keeps_its_lines():
+    record = logging.LogRecord("transformers.x", logging.WARNING, "", 0, "one\n\x1b[2Jtwo", (), None)
+    assert PlainFormatter().format(record) == "one\n\\x1b[2Jtwo"

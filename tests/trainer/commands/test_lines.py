@@ -55,19 +55,18 @@ def features_by_hand(folder: Path) -> Features:
 def test_a_plan_is_one_line_and_one_for_each_pass() -> None:
     one, other = a_config("topk", name="one"), a_config("topk", name="other")
     sizes = {"batch_tokens": 64, "memory_bytes": 16 * 10**9, "needed_bytes": 7 * 10**8}
-    alone = plan_lines(SweepPlan(passes=((one, other),), **sizes))
+    (alone,) = plan_lines(SweepPlan(passes=((one, other),), **sizes))
     assert alone.startswith(f"to train: 2 SAEs of {2 * n_parameters(one):,} parameters in 1 pass(es) over the cache, ")
     assert "at most about 0.7 of 16 GB of memory, " in alone
-    assert "\n" not in alone
     apart = plan_lines(SweepPlan(passes=((one,), (other,)), **sizes))
-    assert apart.splitlines()[1:] == ["pass 1: one", "pass 2: other"]
+    assert apart[1:] == ["pass 1: one", "pass 2: other"]
 
 
 def test_evaluations_stand_in_columns_with_a_dash_for_what_is_not_there() -> None:
     row = {"name": "a-long-name", "architecture": "topk", "l0": 4.0, "explained_variance": 0.81254}
     rows = [{**row, "ce_loss_score": None, "dead_fraction": 0.0}, {**dict.fromkeys(row, None), "name": "b"}]
     rows[1] |= {"ce_loss_score": 1.0, "dead_fraction": None}
-    lines = evaluation_lines(rows).splitlines()
+    lines = evaluation_lines(rows)
     assert [line.split() for line in lines] == [
         ["name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction"],
         ["a-long-name", "topk", "4.0000", "0.8125", "-", "0.0000"],
@@ -80,7 +79,7 @@ def test_an_sae_that_diverged_says_so() -> None:
     row = {"name": "wild", "architecture": "standard", "l0": 4.0}
     row |= {"explained_variance": -2.4e32, "worse_than_zeros": True}
     failed = {"name": "nan", "architecture": "topk", "diverged": True}
-    lines = evaluation_lines([{**row, "ce_loss_score": None, "dead_fraction": 0.0}, failed]).splitlines()
+    lines = evaluation_lines([{**row, "ce_loss_score": None, "dead_fraction": 0.0}, failed])
     assert lines[1].split() == ["wild", "standard", "4.0000", "-2.40e+32", "(worse", "than", "zeros)", "-", "0.0000"]
     assert lines[2].split() == ["nan", "topk", "-", "diverged", "-", "-"]
 
@@ -90,19 +89,19 @@ def test_similar_features() -> None:
     nearest = [{"feature": 3, "cosine": 0.75}, {"feature": 0, "cosine": 0.25}]
     assert similar_facts(found, None) == {"mean_max_cosine": 0.5, "features": nearest}
     says = "largest cosine of 2 features: 0.5000 on average; 50.0% at 0.7 or more, 0.0% at 0.9 or more"
-    assert similar_lines(found, None) == says
+    assert similar_lines(found, None) == [says]
     one = SimilarFeatures(latents=torch.tensor([[3, 0]]), cosines=torch.tensor([[0.75, -0.25]]))
     assert similar_facts(one, 7) == {"feature": 7, "similar": [nearest[0], {"feature": 0, "cosine": -0.25}]}
-    assert similar_lines(one, 7) == "       3  0.7500\n       0  -0.2500"
+    assert similar_lines(one, 7) == ["       3  0.7500", "       0  -0.2500"]
 
 
 def test_stability() -> None:
     found = torch.tensor([1.0, 0.5])
     assert stability_facts(found, None) == {"mean_stability": 0.75, "features": [1.0, 0.5]}
     assert stability_facts(found, 1) == {"feature": 1, "stability": 0.5}
-    assert stability_lines(found, 3, 1) == "       1  0.5000"
+    assert stability_lines(found, 3, 1) == ["       1  0.5000"]
     says = "largest cosine, the mean of 3 SAEs, of 2 features: 0.7500 on average; 50.0% at 0.7 or more, "
-    assert stability_lines(found, 3, None) == says + "50.0% at 0.9 or more"
+    assert stability_lines(found, 3, None) == [says + "50.0% at 0.9 or more"]
 
 
 def test_all_features(tmp_path) -> None:
@@ -115,7 +114,7 @@ def test_all_features(tmp_path) -> None:
         **{"d_sae": 3, "n_tokens": 5, "never_fired": 1, "cache_fingerprint": "0123456789abcdef"},
         **{"rows_per_second": 1234.5, "features": rows},
     }
-    first, second, *table = features_lines(facts).splitlines()
+    first, second, *table = features_lines(facts)
     assert first == "3 features on 5 held-out tokens, 1 never fired; 1,234 tokens/s"
     assert second == "those that fire most often:"
     assert [line.split() for line in table] == [
@@ -123,8 +122,8 @@ def test_all_features(tmp_path) -> None:
         ["0", "0.4", "4", "the"],
         ["1", "0.2", "0.5", "cat"],
     ]
-    assert features_lines(facts | {"rows_per_second": None}).startswith(
-        "3 features on 5 held-out tokens, 1 never fired\n"
+    assert features_lines(facts | {"rows_per_second": None})[0].startswith(
+        "3 features on 5 held-out tokens, 1 never fired"
     )
     assert [row["feature"] for row in features_facts(features_by_hand(tmp_path), 1, WORDS, None)["features"]] == [0]
 
@@ -133,7 +132,7 @@ def test_one_feature(tmp_path) -> None:
     facts = feature_facts(features_by_hand(tmp_path), 0, 10, WORDS)
     assert (facts["n_fired"], facts["coactive"]) == (2, [{"feature": 1, "n_tokens": 1}])
     assert [context["tokens"] for context in facts["contexts"]] == [[" the", " the", "[9]"], [" the", " cat", "\n"]]
-    assert feature_lines(facts).splitlines() == [
+    assert feature_lines(facts) == [
         "feature 0: density 0.4, largest activation 4",
         "         4   the[ the][9]",
         "         2   the[ cat]⏎",
@@ -147,7 +146,7 @@ def test_one_feature(tmp_path) -> None:
 def test_a_feature_that_never_fires_and_has_no_lens(tmp_path) -> None:
     facts = feature_facts(features_by_hand(tmp_path), 2, 10, dataclasses.replace(WORDS, lens=None))
     assert (facts["top_token"], facts["contexts"], facts["logit_lens"]) == (None, [], None)
-    assert feature_lines(facts).splitlines() == [
+    assert feature_lines(facts) == [
         "feature 2: density 0, largest activation 0",
         f"activations from 0 to 0: {' ' * 40}",
         "fires together with: none",
@@ -157,7 +156,7 @@ def test_a_feature_that_never_fires_and_has_no_lens(tmp_path) -> None:
 def test_a_bin_with_anything_in_it_is_not_empty() -> None:
     facts = {"feature": 0, "density": 1.0, "max_act": 1.0, "contexts": [], "coactive": [], "logit_lens": None}
     facts["histogram"] = {"counts": [0, 1, 500, 501, 1000], "edges": [0.0, 1.0]}
-    assert feature_lines(facts).splitlines()[1] == "activations from 0 to 1:  ▁▄▅█"
+    assert feature_lines(facts)[1] == "activations from 0 to 1:  ▁▄▅█"
 
 
 def test_a_context_is_one_line() -> None:
@@ -170,7 +169,7 @@ def test_what_fires_on_a_text() -> None:
         TokenFeatures(token_id=0, token="<bos>", is_special=True, features=()),
         TokenFeatures(token_id=1, token=" the", is_special=False, features=((7, 2.5), (1, -0.123456))),
     ]
-    assert text_lines(tokens) == f"{'<bos>':>16}  \n{' the':>16}  7 (2.5)  1 (-0.1235)"
+    assert text_lines(tokens) == [f"{'<bos>':>16}  ", f"{' the':>16}  7 (2.5)  1 (-0.1235)"]
 
 
 def test_a_logit_as_a_sum() -> None:
@@ -178,7 +177,7 @@ def test_a_logit_as_a_sum() -> None:
     found = LogitAttribution(
         token_id=1, token=" the", position=3, logit=2.0, features=parts, bias=0.5, error=-0.25, rest=1.0
     )
-    first, *table = attribution_lines(found, 2).splitlines()
+    first, *table = attribution_lines(found, 2)
     assert first == (
         "logit of ' the' as the next token, less the mean of all: 2 = 0.75 of the features +0.5 of the bias "
         "-0.25 of what the SAE leaves +1 of the rest"
