@@ -23,9 +23,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-from actcache.errors import CacheLocked, CacheMismatch, ConfigError
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
 
 PARTIAL_SUFFIX = ".partial"
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.partial", re.DOTALL)
 # What the system says where no file is: nothing, a folder, a file in the place of a folder, a link to itself, a name
 # that no file can have, a socket.
 NOT_THERE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
@@ -101,6 +102,50 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise NoFile(errno.EINVAL, "no regular file", str(path))
             yield file
+
+
+def own_file(path: str, flags: int) -> int:
+    """An opener for `open`: of a file that is appended to, cut or locked where it lies, and made if it is missing.
+
+    Raises ManifestError if it is a link or has another name (a hard link), for then another file would change, and if
+    it is no regular file.
+    """
+    what = "is no regular file"
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode):
+            if status.st_nlink <= 1:  # 0: somebody has just removed it
+                return descriptor
+            what = "has another name too (a hard link)"
+        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        if error.errno == errno.ELOOP:
+            what = "is a link, and nothing is written through links"
+    way_out = "remove it, or put a copy with a name of its own in its place"
+    raise ManifestError(what, path=Path(path), way_out=way_out)
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise ManifestError if a folder below this one is a link, for what is written there would be written elsewhere.
+
+    A file that is a link does no harm: it is replaced, or refused by `own_file`.
+    """
+    folders = [str(folder)]
+    while folders:
+        try:
+            with naming(folder), os.scandir(folders.pop()) as found:
+                for entry in found:
+                    if entry.is_symlink() and entry.is_dir():
+                        what = f"is a link to {os.readlink(entry.path)}, and nothing is written through links"
+                        way_out = "put the folder itself in its place"
+                        raise ManifestError(what, path=Path(entry.path), way_out=way_out)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except FileNotFoundError:  # it is not there yet, or another process has removed it
+            continue
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -277,7 +322,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_leftovers(root: Path, *, alone: bool = False) -> None:
-    """Delete the unfinished files of killed writers below `root`.
+    """Delete the unfinished files of killed writers below `root`: regular files with a name that `_aside` gives.
 
     A living writer holds the lock of its file, so its file stays, and what cannot be deleted stays too.
 
@@ -286,9 +331,10 @@ def remove_leftovers(root: Path, *, alone: bool = False) -> None:
         alone: whether nobody else writes there. Then files go that cannot be locked, because the file system has no
             locks.
     """
-    for folder, _, names in os.walk(root):
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # none of ours
         for name in names:
-            if name.startswith(".") and name.endswith(PARTIAL_SUFFIX):
+            if LEFTOVER.fullmatch(name):
                 with suppress(OSError):  # a leftover misleads nobody, and another process may have removed it
                     _remove_if_left(os.path.join(folder, name), alone)
 

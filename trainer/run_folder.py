@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
-from actcache.files import make_folder, require_writable, write_atomically
+from actcache.files import make_folder, own_file, refuse_links, require_writable, write_atomically
 from actcache.store.locks import is_at, try_lock
 
 Number = int | float
@@ -177,14 +177,16 @@ def only_writer(folder: Path, lock: str, doing: str, unwritable: str) -> Iterato
 
     Raises:
         CacheLocked: another process holds the lock.
+        ManifestError: the folder holds a link through which would be written elsewhere.
         OSError: the folder cannot be written. The error names the folder.
     """
     path = folder / lock
     require_writable(folder, path, unwritable)
+    refuse_links(folder)
     while True:
         try:
             make_folder(folder)
-            file = open(path, "ab")  # noqa: SIM115, closed below
+            file = open(path, "ab", opener=own_file)  # noqa: SIM115, closed below
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(folder)) from None
         with file:

@@ -16,8 +16,19 @@ from types import TracebackType
 from typing import Any
 
 from actcache.errors import CacheLocked, ManifestError
-from actcache.files import contents, entries, listed, make_folder, naming, sync_folder, write_atomically
-from actcache.format.paths import EXCLUSIVE_LOCK, MANIFEST
+from actcache.files import (
+    LEFTOVER,
+    contents,
+    entries,
+    file_bytes,
+    listed,
+    make_folder,
+    naming,
+    own_file,
+    sync_folder,
+    write_atomically,
+)
+from actcache.format.paths import CACHE_MANIFEST, EXCLUSIVE_LOCK, MANIFEST, PLAN, STORE
 from actcache.format.records import ShardRecord, shard_record
 from actcache.format.seal import MALFORMED, seal, unseal
 from actcache.store.locks import holder, is_at, is_held, note_holder, try_lock
@@ -46,7 +57,7 @@ class Journal:
         """
         self.path = _journal(root, slot)
         make_folder(self.path.parent)
-        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by close(), with the lock
+        self._file = open(self.path, "a+b", buffering=0, opener=own_file)  # noqa: SIM115  # closed by close(), with the lock
         try:
             if not try_lock(self._file.fileno(), fcntl.LOCK_EX) or not is_at(self.path, self._file.fileno()):
                 raise _held_by_another(root, slot)
@@ -54,7 +65,7 @@ class Journal:
             _, n_bytes = _read(self.path)
             if n_bytes < self.path.stat().st_size:
                 self._file.truncate(n_bytes)
-            with suppress(OSError), open(_note(self.path), "ab") as note:
+            with suppress(OSError, ManifestError), open(_note(self.path), "ab", opener=own_file) as note:
                 note_holder(note.fileno(), what)
         except BaseException:
             self._file.close()
@@ -133,7 +144,7 @@ def salvage(root: Path) -> dict[Path, list[int]]:
     """
     found = damaged_lines(root)
     for path in found:
-        with open(path, "r+b") as file:  # NFS locks only what may be written
+        with open(path, "r+b", opener=own_file) as file:  # NFS locks only what may be written
             if not try_lock(file.fileno(), fcntl.LOCK_EX):
                 raise CacheLocked(f"{path}: {holder(_note(path))} writes this damaged journal; wait for it")
             write_atomically(path, [line for line, record in _parsed(path) if record is not None])
@@ -159,12 +170,16 @@ def writers(root: Path, slots: Collection[int]) -> str:
 def was_begun(root: Path) -> bool:
     """Whether a harvest was ever begun here.
 
-    A harvest that is killed at once leaves an empty folder for journals, or one with lock files alone.
+    What is killed before there is a plan leaves packed sequences, lock files, empty journals and files aside alone.
     """
-    folder = root / MANIFEST
-    if entries(root) == [folder] and folder.is_dir() and all(map(_is_lock, entries(folder))):
+    if (root / PLAN).exists() or (root / CACHE_MANIFEST).exists():
         return True
-    return bool(_journals(root))
+    folder, journals = root / MANIFEST, _journals(root)
+    made = {path.name for path in entries(root)} <= {MANIFEST, STORE} and folder.is_dir()
+    return made and all(
+        _is_lock(path) or LEFTOVER.fullmatch(path.name) or (path in journals and file_bytes(path) == 0)
+        for path in entries(folder)
+    )
 
 
 def _journal(root: Path, slot: int) -> Path:

@@ -25,6 +25,8 @@ from actcache.files import (
     make_folder,
     naming,
     not_writable,
+    own_file,
+    refuse_links,
     remove_leftovers,
     require_writable,
 )
@@ -70,13 +72,15 @@ def exclusive(root: Path, what: str = "changes it") -> Iterator[None]:
 
     Raises:
         LocksMissing: the file system has no locks.
+        ManifestError: the cache holds a link through which would be written elsewhere.
         OSError: this user may not write the cache. The error names the folder.
     """
     path = root / EXCLUSIVE_LOCK
+    refuse_links(root)
     while True:
         with _refusal_explained(root):
             make_folder(path.parent)
-            file = open(path, "ab")  # noqa: SIM115  # closed below
+            file = open(path, "ab", opener=own_file)  # noqa: SIM115  # closed below
         with file:
             _wait_for(path, file.fileno())
             if is_at(path, file.fileno()):

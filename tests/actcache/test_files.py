@@ -13,7 +13,7 @@ from support.places import CHILD
 from support.strangers import as_another_user, copy_of_another_user, given, only_root
 from support.surroundings import ERRNOS, FailingCalls, descriptors
 
-from actcache.errors import CacheLocked, CacheMismatch, ConfigError
+from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
 from actcache.files import (
     NoFile,
     can_only_be_a_path,
@@ -25,6 +25,8 @@ from actcache.files import (
     local_path,
     name_,
     new_folder,
+    own_file,
+    refuse_links,
     remove_leftovers,
     require_writable,
     write_atomically,
@@ -47,10 +49,62 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_partials_of_killed_writers_are_removed(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / ".0.abc.partial").write_bytes(b"torn")
+    (tmp_path / "a" / f".0.{'1f' * 16}.partial").write_bytes(b"torn")
     (tmp_path / "a" / "0").write_bytes(b"whole")
     remove_leftovers(tmp_path)
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["0"]
+
+
+def test_files_of_a_user_that_look_like_ours_stay(tmp_path):
+    mark = f".{'1f' * 16}.partial"
+    (tmp_path / ".git").mkdir()
+    (tmp_path / f".folder{mark}").mkdir()
+    (tmp_path / "elsewhere").touch()
+    (tmp_path / f".link{mark}").symlink_to(tmp_path / "elsewhere")
+    for name in (".mine.partial", f"mine{mark}", f".mine{mark}.txt", f".git/.mine{mark}", f".{'1f' * 16}.partial"):
+        (tmp_path / name).touch()
+    before = sorted(tmp_path.rglob("*"))
+    remove_leftovers(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_file_that_has_another_place_is_opened_to_be_changed(tmp_path):
+    """A link, a hard link, a link to nothing, a pipe and a folder, each under the name of a log of ours."""
+    victim, log = tmp_path / "victim", tmp_path / "log"
+    victim.write_text("of the user\n")
+    makers = {
+        "is a link": lambda: log.symlink_to(victim),
+        "is a link,": lambda: log.symlink_to(tmp_path / "new"),
+        "has another name too": lambda: os.link(victim, log),
+        "is no regular file": lambda: os.mkfifo(log),
+    }
+    for mode in ("ab", "a+b", "r+b"):
+        for said, make in makers.items():
+            make()
+            with pytest.raises(ManifestError, match=f"{log}: {said}.*; remove it, or put a copy"):
+                open(log, mode, opener=own_file).close()
+            log.unlink()
+    assert victim.read_text() == "of the user\n"
+    assert not (tmp_path / "new").exists()
+    with open(log, "ab", opener=own_file) as file:
+        file.write(b"ours")
+    assert log.read_bytes() == b"ours"
+
+
+def test_a_folder_that_is_a_link_is_refused_wherever_it_is(tmp_path):
+    root = tmp_path / "c"
+    (root / "a" / "b").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (root / "a" / "file").symlink_to(tmp_path / "elsewhere.txt")
+    refuse_links(root)
+    refuse_links(tmp_path / "missing")
+    for link in (root / "link", root / "a" / "b" / "link"):
+        link.symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ManifestError, match=rf"{link}: is a link to {tmp_path}/elsewhere, and nothing is written"):
+            refuse_links(root)
+        link.unlink()
+    (tmp_path / "short").symlink_to(root)
+    refuse_links(tmp_path / "short")  # how the user calls the cache
 
 
 SLOW_WRITER = """
@@ -103,8 +157,8 @@ def test_files_that_are_renamed_and_folders_that_vanish_meanwhile_fail_nothing(t
             write_atomically(tmp_path / "log" / f"{number}", [b"x"])
             folder = tmp_path / f"folder-{number}"
             folder.mkdir()
-            (folder / ".0.abc.partial").touch()
-            (folder / ".0.abc.partial").unlink(missing_ok=True)
+            (folder / ".0.0123456789abcdef0123456789abcdef.partial").touch()
+            (folder / ".0.0123456789abcdef0123456789abcdef.partial").unlink(missing_ok=True)
             folder.rmdir()
         ended.set()
 
@@ -117,9 +171,9 @@ def test_files_that_are_renamed_and_folders_that_vanish_meanwhile_fail_nothing(t
 
 
 def test_what_is_no_leftover_stays(tmp_path):
-    (tmp_path / ".folder.partial").mkdir()
-    (tmp_path / ".link.partial").symlink_to("/nowhere")
-    os.mkfifo(tmp_path / ".pipe.partial")
+    (tmp_path / ".folder.0123456789abcdef0123456789abcdef.partial").mkdir()
+    (tmp_path / ".link.0123456789abcdef0123456789abcdef.partial").symlink_to("/nowhere")
+    os.mkfifo(tmp_path / ".pipe.0123456789abcdef0123456789abcdef.partial")
     (tmp_path / "thesis.partial").touch()
     before = sorted(tmp_path.iterdir())
     remove_leftovers(tmp_path)
@@ -130,9 +184,9 @@ def test_what_is_no_leftover_stays(tmp_path):
 def test_without_locks_files_are_written_and_leftovers_go_only_where_nobody_else_writes(tmp_path, monkeypatch, code):
     forbid_locks(monkeypatch, tmp_path, code)
     write_atomically(tmp_path / "file", [b"whole"])
-    (tmp_path / ".0.abc.partial").touch()
+    (tmp_path / ".0.0123456789abcdef0123456789abcdef.partial").touch()
     remove_leftovers(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"file", ".0.abc.partial"}
+    assert {p.name for p in tmp_path.iterdir()} == {"file", ".0.0123456789abcdef0123456789abcdef.partial"}
     remove_leftovers(tmp_path, alone=True)
     assert {p.name for p in tmp_path.iterdir()} == {"file"}
 
@@ -204,7 +258,7 @@ def test_an_error_names_the_file_and_not_the_one_aside(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError, match=r"'[^']*/folder'$"):
         write_atomically(tmp_path / "folder", [b""])
-    with as_another_user(tmp_path), pytest.raises(PermissionError, match=r"denied; .*: '[^']*/new'$"):
+    with as_another_user(tmp_path), pytest.raises(PermissionError, match=r"denied: .*: '[^']*/new'$"):
         written(tmp_path / "new", "")
 
 

@@ -136,8 +136,8 @@ class _Watch:
             return open(path, mode, **more)
         self.reached("opening", path)
         if mode == "ab":  # a lock, never written
-            return open(path, mode)
-        raw = _WatchedFile(self, path, mode.replace("b", ""))
+            return open(path, mode, **more)
+        raw = _WatchedFile(self, path, mode.replace("b", ""), **more)
         return io.BufferedWriter(raw) if buffering else raw
 
 

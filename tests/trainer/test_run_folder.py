@@ -107,6 +107,20 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         pass
 
 
+def test_nothing_is_written_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "topk").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for link in ("runs/topk/checkpoint", "runs/other"):
+        (tmp_path / link).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ManifestError, match=f"{link}: is a link to .*, and nothing is written through links"):
+            only_writer(tmp_path / "runs", RUNS_LOCK, "trains", "no").__enter__()
+        (tmp_path / link).unlink()
+    (tmp_path / "runs" / RUNS_LOCK).symlink_to(tmp_path / "elsewhere" / "new")
+    with pytest.raises(ManifestError, match=f"{RUNS_LOCK}: is a link, and nothing is written"):
+        only_writer(tmp_path / "runs", RUNS_LOCK, "trains", "no").__enter__()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written_is_named_and_no_hidden_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actcache.errors import TrainingDiverged
-from actcache.files import write_atomically
+from actcache.files import own_file, write_atomically
 from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.kernels import active
 from trainer.kernels.active import Workspace
@@ -70,8 +70,8 @@ class Run:
         lines, _ = (_cut_back(folder / name, state.step) for name in (METRICS_FILE, TIMING_FILE))
         self.metrics: dict[str, Any] = lines[-1] if lines else {}
         self._line: dict[str, Any] | None = None  # the line of the step just done, until it is written
-        self._metrics_file = open(folder / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115, closed by __exit__
-        self._timing_file = open(folder / TIMING_FILE, "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics_file = open(folder / METRICS_FILE, "a", encoding="utf-8", opener=own_file)  # noqa: SIM115, closed by __exit__
+        self._timing_file = open(folder / TIMING_FILE, "a", encoding="utf-8", opener=own_file)  # noqa: SIM115
 
     def __enter__(self) -> "Run":
         return self

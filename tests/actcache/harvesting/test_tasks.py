@@ -42,9 +42,9 @@ def test_a_hook_added_after_growth_is_the_one_harvested_at_once(tiny_model, tiny
 
 def test_asked_again_or_for_less_it_does_nothing(tiny_model, tiny_texts, tmp_path):
     root = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=1000).path
-    (root / "log" / ".harvest.json.abc.partial").touch()  # of a killed harvest
+    (root / "log" / ".harvest.json.0123456789abcdef0123456789abcdef.partial").touch()  # of a killed harvest
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    del before[root / "log" / ".harvest.json.abc.partial"]
+    del before[root / "log" / ".harvest.json.0123456789abcdef0123456789abcdef.partial"]
     for tokens in (1000, 500):
         assert harvest_tiny(tiny_model, tiny_texts, root, tokens=tokens, hook_names=HOOKS[1:]).n_rows() > 0
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == before
@@ -56,7 +56,7 @@ def test_a_finished_cache_of_another_user_is_there_and_nothing_more_is_written(
 ):
     texts = shutil.copy(tiny_texts, tmp_path)
     root = harvest_tiny(tiny_model, texts, tmp_path / "c", tokens=1000, hook_names=HOOKS[1:]).path
-    (root / "log" / ".harvest.json.abc.partial").touch()
+    (root / "log" / ".harvest.json.0123456789abcdef0123456789abcdef.partial").touch()
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     monkeypatch.setattr("actcache.harvesting.run.packed_sequences", None)
     with as_another_user(root):
@@ -73,7 +73,7 @@ def test_where_there_are_no_locks_only_what_is_finished_is_found(tiny_model, tin
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=TOKENS)
     with without_locks():
         harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=1000)
-        (tmp_path / "c" / "log" / ".harvest.json.abc.partial").touch()
+        (tmp_path / "c" / "log" / ".harvest.json.0123456789abcdef0123456789abcdef.partial").touch()
         cache = harvest_tiny(tiny_model, tiny_texts, tmp_path / "c", tokens=TOKENS)
     assert promised_files(cache.path) == promised_files(whole.path)
     assert not list(cache.path.rglob("*.partial"))

@@ -1,6 +1,7 @@
 import os
 import platform
 import shutil
+from pathlib import Path
 
 import pytest
 from support.damages import JOURNAL, flip
@@ -8,7 +9,8 @@ from support.repairs import stamps
 from support.strangers import as_another_user, copy_of_another_user, only_root
 from support.tiny_caches import harvest_tiny, promised_files
 
-from actcache.errors import CacheLocked, ManifestError
+from actcache.errors import ActcacheError, CacheLocked, ManifestError
+from actcache.integrity.repair import repair
 from actcache.store.cache import open_cache
 from actcache.store.journal import Journal, active_writers, read_journals, was_begun
 from actcache.store.locks import exclusive
@@ -109,3 +111,31 @@ def test_a_cache_that_was_killed_at_once_was_begun(tmp_path):
         (tmp_path / "manifest").mkdir(exist_ok=True)
         (tmp_path / "manifest" / name).touch()
         assert was_begun(tmp_path)
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symlink", "hard link"])
+def test_a_journal_that_is_another_file_too_is_refused(tiny_model, tiny_texts, tiny_cache, tmp_path, link):
+    """A shell profile, in place of the journal: a repair would have cut it and filled it with lines."""
+    root, victim = Path(shutil.copytree(tiny_cache.path, tmp_path / "c")), tmp_path / "profile"
+    victim.write_text("export PATH=$PATH")
+    journal = root / "manifest" / "writer-00.jsonl"
+    journal.unlink()
+    link(victim, journal)
+    for write in (
+        lambda: repair(root, lambda _: tiny_model),
+        lambda: harvest_tiny(tiny_model, tiny_texts, root, hook_names=("blocks.0.hook_mlp_out",)),
+    ):
+        with pytest.raises(ActcacheError, match=str(journal)):
+            write()
+        assert victim.read_text() == "export PATH=$PATH"
+
+
+def test_a_folder_with_a_foreign_journal_was_not_begun(tmp_path):
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "thesis.txt").touch()
+    assert not was_begun(tmp_path)
+    (tmp_path / "thesis.txt").unlink()
+    (tmp_path / "manifest" / "writer-00.jsonl").touch()
+    assert was_begun(tmp_path)
+    (tmp_path / "manifest" / "writer-00.jsonl").write_text("{}\n")
+    assert not was_begun(tmp_path)

@@ -2,15 +2,20 @@ import errno
 import fcntl
 import os
 import platform
+import shutil
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from support.no_locks import forbid_locks
+from support.repairs import stamps
 from support.strangers import as_another_user, only_root
+from support.tiny_caches import harvest_tiny
 
-from actcache.errors import LocksMissing
+from actcache.errors import ActcacheError, LocksMissing, ManifestError
+from actcache.integrity.relabel import relabel
+from actcache.integrity.repair import repair
 from actcache.store.locks import (
     PROBE_SECONDS,
     exclusive,
@@ -181,3 +186,30 @@ def test_a_cache_of_another_user_is_refused_by_its_name(tmp_path, made):
         for folder in (tmp_path, tmp_path / "not" / "there"):
             with pytest.raises(PermissionError, match=rf"write the cache; pass another --out; ask .*: '{folder}'$"):
                 refuse_unwritable(folder)
+
+
+@pytest.mark.parametrize("name", ["stats", "acts.zarr/train/tokens", "manifest", "manifest/partials", "log"])
+def test_nothing_is_written_through_a_folder_that_is_a_link(tiny_model, tiny_texts, tiny_cache, tmp_path, name):
+    """Repair and harvest of a cache whose folder lies elsewhere: what is there stays as it is."""
+    root, elsewhere = Path(shutil.copytree(tiny_cache.path, tmp_path / "c")), tmp_path / "elsewhere"
+    shutil.move(root / name, elsewhere)
+    (root / name).symlink_to(elsewhere)
+    for path in sorted(elsewhere.rglob("*.*"))[:3]:
+        path.write_bytes(b"damaged")
+    before = stamps(tmp_path)
+    for write in (
+        lambda: repair(root, lambda _: tiny_model),
+        lambda: harvest_tiny(tiny_model, tiny_texts, root, hook_names=("blocks.0.hook_mlp_out",)),
+        lambda: relabel(root, native=True),
+    ):
+        with pytest.raises(ActcacheError):
+            write()
+    assert stamps(tmp_path) == before
+
+
+def test_a_lock_that_is_a_link_makes_no_file(tmp_path):
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / "manifest" / "settling.lock").symlink_to(tmp_path / "new")
+    with pytest.raises(ManifestError, match="is a link, and nothing is written through links"), exclusive(tmp_path):
+        raise AssertionError
+    assert not (tmp_path / "new").exists()

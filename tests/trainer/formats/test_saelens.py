@@ -189,8 +189,8 @@ def test_saving_again_replaces_and_is_byte_identical(tmp_path):
 
 
 def test_a_killed_save_leaves_no_torn_directory(tmp_path):
-    (tmp_path / "run" / ".sae.partial").mkdir(parents=True)  # what a kill before the rename leaves
-    (tmp_path / "run" / ".sae.partial" / "cfg.json").write_text("{")
+    (tmp_path / "run" / f".sae.{'1f' * 16}.partial").mkdir(parents=True)  # what a kill before the rename leaves
+    (tmp_path / "run" / f".sae.{'1f' * 16}.partial" / "cfg.json").write_text("{")
     with pytest.raises(ManifestError, match="finish the training"):
         load_sae(tmp_path / "run")
     assert load_sae(save(tmp_path, "standard")).architecture == "standard"

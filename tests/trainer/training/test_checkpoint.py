@@ -140,7 +140,7 @@ def test_of_two_the_newest_counts_and_leftovers_do_not(tmp_path: Path) -> None:
     state = trained("topk")
     path = save_checkpoint(state, tmp_path)
     (tmp_path / "step-00000002.safetensors").write_bytes(b"an older one that a kill left")
-    (tmp_path / ".step-00000009.safetensors.ab12.partial").write_bytes(b"half")
+    (tmp_path / ".step-00000009.safetensors.0123456789abcdef0123456789abcdef.partial").write_bytes(b"half")
     assert latest_checkpoint(tmp_path) == path
     load_checkpoint(state.config, path)
     assert sorted(each.name for each in tmp_path.glob("*.safetensors")) == ["step-00000002.safetensors", path.name]
