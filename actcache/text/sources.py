@@ -182,13 +182,19 @@ def _data_files(path: Path) -> list[str]:
     if path.is_file():
         return [str(path)]
     for suffix in FILE_KINDS:
-        if files := sorted(str(file) for file in path.rglob(f"*{suffix}") if file.name != "dataset_info.json"):
+        found = (file for file in path.rglob(f"*{suffix}*") if _suffix(file) == suffix)
+        if files := sorted(str(file) for file in found if file.name != "dataset_info.json"):
             return files
     raise FileNotFoundError(f"the folder holds no {', '.join(FILE_KINDS)} file")
 
 
 def _kind(file: str) -> str:
-    return FILE_KINDS.get(Path(file).suffix, "text")
+    return FILE_KINDS.get(_suffix(Path(file)), "text")
+
+
+def _suffix(file: Path) -> str:
+    """The suffix that tells what a file holds: .jsonl of texts.jsonl.gz, which `datasets` unpacks."""
+    return next((suffix for suffix in reversed(file.suffixes) if suffix not in COMPRESSED), "")
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,5 @@
 import codecs
+import gzip
 import json
 from pathlib import Path
 
@@ -127,6 +128,14 @@ def test_the_file_of_a_folder_is_named(tmp_path):
     (tmp_path / "1.jsonl").write_bytes(LINE.encode("latin-1"))
     with pytest.raises(DatasetError, match=rf"\(line 1 of {tmp_path}/1\.jsonl is not UTF-8"):
         texts_of(tmp_path)
+
+
+@pytest.mark.parametrize("how", [{}, {"streaming": True}], ids=str)
+def test_a_packed_file_is_what_its_name_says(tmp_path, how):
+    (tmp_path / "texts.v2.jsonl.gz").write_bytes(gzip.compress(LINE.encode() * 2))
+    (tmp_path / "plain.gz").write_bytes(gzip.compress(LINE.encode()))
+    assert texts_of(tmp_path / "texts.v2.jsonl.gz", **how) == texts_of(tmp_path, **how) == ["Größe"] * 2
+    assert texts_of(tmp_path / "plain.gz", **how) == [LINE]
 
 
 @pytest.mark.parametrize("how", [{}, {"streaming": True}, {"sample_by": "line"}], ids=str)
