@@ -3,14 +3,19 @@
 Nothing of actcache or trainer is imported here at module level: jaxtyping's import hook has to be set before they are.
 """
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[variable] = "1"  # before transformers and datasets are imported: they read these once
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="actcache-state-")  # this user has named no model yet
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands it down as ignored
 
 
@@ -27,7 +32,11 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny Llama (grouped-query attention) and its tokenizer."""
     from support.tiny_models import make_model_dir
 
-    return make_model_dir("llama", tmp_path_factory.mktemp("tiny_llama"))
+    from actcache.commands.named_models import note_named
+
+    folder = make_model_dir("llama", tmp_path_factory.mktemp("tiny_llama"))
+    note_named(str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

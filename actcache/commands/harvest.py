@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from actcache.commands.named_models import note_named
 from actcache.commands.terminal import (
     CACHE,
     DATA,
@@ -181,6 +182,7 @@ def harvest(
         backend=backend,
         trust_remote_code=trust_remote_code,
     )
+    note_named(language_model.source)
     if estimate:
         return say(estimate_line(dry_run(language_model, source, config, out)))
     with locking(out, no_lock), closing(Bar("harvest", "tok")) as progress:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actcache.commands.named_models import note_named, was_named
 from actcache.commands.terminal import resolved_device
 from actcache.errors import ManifestError
 
@@ -33,7 +34,8 @@ def model_of_cache(
         trust_remote_code: as for `load_model`. It is asked anew, because the code may have changed since.
 
     Raises:
-        ManifestError: the cache was harvested from a model in memory, and `model` is None.
+        ManifestError: `model` is None, and the cache was harvested from a model in memory, or from one that this user
+            has never named: what a cache names may be a stranger's.
         ModelError: the model cannot be loaded.
     """
     from actcache.models.load import load_model
@@ -45,8 +47,13 @@ def model_of_cache(
         origin = read_origin(cache)
     if not origin["model"]:
         raise ManifestError(f"{cache}: was harvested from a model in memory; pass --model, or load it in Python")
+    if model is None and not was_named(origin["model"]):
+        raise ManifestError(
+            f"{cache}: names the model {origin['model']}, which you have not named to actcache yet; if you trust it, "
+            f"pass --model {origin['model']}"
+        )
     same_device = resolved_device(device).split(":")[0] == compute.get("device")
-    return load_model(
+    loaded = load_model(
         origin["model"],
         revision=origin["revision"],
         device=device,
@@ -56,3 +63,5 @@ def model_of_cache(
         compile=compute.get("compiled", False),
         trust_remote_code=trust_remote_code,
     )
+    note_named(loaded.source)
+    return loaded
