@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
 
+MOST_BYTES = 1 << 28  # the journals of a cache of 45 TB have as many
 PARTIAL_SUFFIX = ".partial"
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.partial", re.DOTALL)
 # What the system says where no file is: nothing, a folder, a file in the place of a folder, a link to itself, a name
@@ -153,9 +154,15 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def contents(path: Path) -> bytes:
-    """The bytes of a regular file. Raises NoFile if there is none, another OSError if it cannot be read."""
+    """The bytes of a regular file that is read as a whole, such as a manifest or a journal.
+
+    Raises NoFile if there is none, ManifestError if it has more than MOST_BYTES, another OSError if it cannot be read.
+    """
     with opened(path) as file:
-        return file.read()
+        found = file.read(MOST_BYTES + 1) if os.fstat(file.fileno()).st_size <= MOST_BYTES else None
+    if found is None or len(found) > MOST_BYTES:
+        raise ManifestError(f"must have at most {MOST_BYTES:,} bytes", path=path, way_out="put the right file there")
+    return found
 
 
 def file_bytes(path: Path) -> int | None:

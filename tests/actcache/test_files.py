@@ -440,3 +440,11 @@ def test_what_a_folder_holds(tmp_path):
     assert listed(tmp_path / "none") == listed(tmp_path / "file") == []
     found = [str(path.relative_to(tmp_path)) for path in files_below(tmp_path)]
     assert found == ["device", "file", "folder/a", "folder/b", "loop", "nowhere", "pipe", "socket"]
+
+
+def test_a_file_of_100_gigabytes_is_not_read(tmp_path):
+    """It takes no room on the disk: a hole."""
+    with open(tmp_path / "cache.json", "wb") as file:
+        file.truncate(100 << 30)
+    with pytest.raises(ManifestError, match=r"cache\.json: must have at most 268,435,456 bytes"):
+        contents(tmp_path / "cache.json")
