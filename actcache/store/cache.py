@@ -241,10 +241,11 @@ def sequence_reader(files: CacheFiles, plan: Plan, split: str, name: str) -> Arr
         name: "id" for token ids, "document" for the index of each token's document.
 
     Raises:
-        ConfigError: there is no such split.
+        ConfigError: there is no such split or array.
     """
     record = plan.sequences[known_split(split)]
-    array = {a.path: a for a in sequence_arrays(plan.identity["context_size"])}[f"sequences/{name}"]
+    arrays = {array.path.removeprefix("sequences/"): array for array in sequence_arrays(plan.identity["context_size"])}
+    array = arrays[one_of("cache", "name", name, arrays)]
     return ArrayReader(
         files.below(f"{STORE}/{split}"),
         array,

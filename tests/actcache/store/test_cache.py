@@ -87,6 +87,8 @@ def test_a_row_filter_or_a_token_array_that_there_is_not_is_no_damage(tiny_cache
         tiny_cache.statistics(HOOKS[0], row_filter="special")
     with pytest.raises(ConfigError, match="name must be one of id, sequence, position, got 'document'"):
         tiny_cache.token_reader("train", "document")
+    with pytest.raises(ConfigError, match="name must be one of id, document, got 'position'"):
+        tiny_cache.sequence_reader("train", "position")
 
 
 def test_what_is_no_cache_is_refused(root, tmp_path):
