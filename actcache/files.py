@@ -26,6 +26,7 @@ from typing import BinaryIO
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
 
 MOST_BYTES = 1 << 28  # the journals of a cache of 45 TB have as many
+READ_BYTES = 1 << 20
 PARTIAL_SUFFIX = ".partial"
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.partial", re.DOTALL)
 # What the system says where no file is: nothing, a folder, a file in the place of a folder, a link to itself, a name
@@ -159,8 +160,13 @@ def contents(path: Path) -> bytes:
     Raises NoFile if there is none, ManifestError if it has more than MOST_BYTES, another OSError if it cannot be read.
     """
     with opened(path) as file:
-        found = file.read(MOST_BYTES + 1) if os.fstat(file.fileno()).st_size <= MOST_BYTES else None
-    if found is None or len(found) > MOST_BYTES:
+        n_bytes = os.fstat(file.fileno()).st_size
+        parts = [file.read(n_bytes + 1) if n_bytes <= MOST_BYTES else b""]
+        if len(parts[0]) > n_bytes:  # it grows
+            while sum(map(len, parts)) <= MOST_BYTES and (more := file.read(READ_BYTES)):
+                parts.append(more)
+    found = b"".join(parts)
+    if max(n_bytes, len(found)) > MOST_BYTES:
         raise ManifestError(f"must have at most {MOST_BYTES:,} bytes", path=path, way_out="put the right file there")
     return found
 

@@ -12,6 +12,7 @@ from actcache.errors import ManifestError
 from actcache.flow import SPLITS
 
 HOOK_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+MAX_BATCH_SIZE, MAX_COMPUTE_TEXT = 1 << 20, 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,7 @@ def shard_record(values: dict[str, Any]) -> ShardRecord:
         hooks=tuple(hook_spec(hook) for hook in values["hooks"]),
         arrays=arrays,
         partials={name: _checksum(checksum) for name, checksum in values["partials"].items()},
-        compute=dict(values["compute"]),
+        compute=_compute(values["compute"]),
         revision=whole_number("attempt", values["attempt"]),
     )
 
@@ -131,6 +132,16 @@ def sequences_record(values: dict[str, Any]) -> SequencesRecord:
     n_sequences = whole_number("n_sequences", values["n_sequences"])
     arrays = {path: tuple(_array_record(shard) for shard in shards) for path, shards in values["arrays"].items()}
     return SequencesRecord(n_sequences=n_sequences, arrays=arrays)
+
+
+def _compute(values: dict[str, Any]) -> dict[str, Any]:
+    """How activations were computed: short texts and numbers, for a model is loaded by them and messages quote them."""
+    whole_number("compute.batch_size", values["batch_size"], 1, MAX_BATCH_SIZE)
+    for key, value in values.items():
+        short = isinstance(value, bool | int | None) or (isinstance(value, str) and len(value) <= MAX_COMPUTE_TEXT)
+        if not short or len(key) > MAX_COMPUTE_TEXT:
+            raise ManifestError(f"manifest: compute must hold short texts and numbers, got {reprlib.repr(value)}")
+    return dict(values)
 
 
 def merge_records(records: Iterable[ShardRecord]) -> dict[tuple[str, int], ShardRecord]:

@@ -55,6 +55,12 @@ def broken(values: dict) -> dict[str, dict]:
         "shard without tokens": change("shards", "train", 0, "arrays", to={}),
         "shard too long": change("shards", "train", 0, "n_rows", to=1 << 40),
         "negative sequences": change("plan", "sequences", "train", "n_sequences", to=-1),
+        "nothing of how it was computed": change("shards", "train", 0, "compute", to={}),
+        "batch size as text": change("shards", "train", 0, "compute", "batch_size", to="8"),
+        "huge batch size": change("shards", "train", 0, "compute", "batch_size", to=1 << 40),
+        "nested compute": change("shards", "train", 0, "compute", "torch", to={"a": []}),
+        "long compute": change("shards", "train", 0, "compute", "torch", to="$(rm -r .)" * 100),
+        "compute as a list": change("shards", "train", 0, "compute", to=[["batch_size", 8]]),
         "many sequences": change("plan", "sequences", "train", "n_sequences", to=1 << 40),
     }
 

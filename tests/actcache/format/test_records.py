@@ -29,7 +29,7 @@ def line(hook: HookSpec, *, checksum: int = 1, revision: int = 0, n_rows: int = 
         hooks=(hook,),
         arrays={f"{hook.hook_name}/acts": ArrayRecord(n_bytes=100, checksums=(checksum,))},
         partials={f"manifest/partials/train-000002-{hook.hook_name}.safetensors": checksum},
-        compute={"batch_size": checksum},
+        compute={"batch_size": 1, "torch": str(checksum)},
         revision=revision,
     )
 
@@ -50,7 +50,7 @@ def test_lines_of_one_shard_become_one_record_in_any_order():
             f"{A.hook_name}/acts": (3,),
             f"{B.hook_name}/acts": (2,),
         }
-        assert (record.revision, record.compute) == (2, {"batch_size": 3})
+        assert (record.revision, record.compute) == (2, {"batch_size": 1, "torch": "3"})
 
 
 def test_a_line_of_a_grown_shard_replaces_those_before():
