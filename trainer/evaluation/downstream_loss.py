@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 from torch import Tensor
 
 from actcache.errors import DatasetError, ManifestError
+from actcache.files import is_writable, refuse_links
 from actcache.store.cache import Cache
 from trainer.evaluation.pca import PCA
 from trainer.run_folder import read_json, write_json
@@ -367,9 +368,14 @@ def _read_sums(cache: Cache, key: Mapping[str, Any]) -> LossSums | None:
 
 
 def _store_sums(cache: Cache, key: Mapping[str, Any], sums: LossSums) -> None:
-    """Write the sums, whole or not at all. Nothing is written if a sum overflowed, or if the cache is read-only."""
+    """Write the sums, whole or not at all. Nothing is written if a sum overflowed, or if the cache is read-only.
+
+    Raises ManifestError if they would be written elsewhere, through a link.
+    """
     if not math.isfinite(sums.kl) or not bool(sums.ce.isfinite().all()):
         return
+    if is_writable(_path(cache, key)):
+        refuse_links(cache.path)
     try:
         write_json(_path(cache, key), {"key": key, "ce": sums.ce.tolist(), "kl": sums.kl})
     except OSError as error:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from actcache.arguments import typed, whole_number
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.files import local_path, require_writable
+from actcache.files import local_path, refuse_links, require_writable
 from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
@@ -164,7 +164,11 @@ def evaluate_runs(
 
 
 def check_writable(runs: Path) -> None:
-    """Raise OSError, naming the folder, if an eval.json cannot be written. Better now than after the work."""
+    """Raise OSError, naming the folder, if an eval.json cannot be written, ManifestError if it would be elsewhere.
+
+    Better now than after the work.
+    """
+    refuse_links(runs)
     for folder in (runs, *_finished(runs)):  # baselines go into RUNS itself
         require_writable(folder, folder, "eval.json cannot be written; pass a copy of the runs")
 

@@ -25,7 +25,7 @@ from jaxtyping import Float32, Float64, Int64, Shaped
 
 from actcache.arguments import typed, whole_number
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
-from actcache.files import local_path
+from actcache.files import local_path, refuse_links
 from actcache.format.codecs import crc32c
 from trainer.checksums import CHECKSUMS_FILE, Checksums, check_file, read_checksums
 from trainer.features.feature_acts import WAY_OUT, Codes, damaged, map_arrays, map_codes
@@ -201,6 +201,7 @@ class Features:
 
 def only_builder(folder: Path) -> AbstractContextManager[None]:
     """Let no other process write into a RUN/features meanwhile. Raises as `only_writer`."""
+    refuse_links(folder.parent)  # the folder itself may be one
     return only_writer(
         folder, LOCK_FILE, "is building these features", "features cannot be written; pass a copy of the run"
     )

@@ -15,7 +15,7 @@ from support.tiny_caches import promised_files
 from support.tiny_models import make_model_dir
 from torch import Tensor
 
-from actcache.errors import DatasetError
+from actcache.errors import DatasetError, ManifestError
 from actcache.integrity.verify import verify
 from actcache.models.language_model import LanguageModel
 from actcache.models.load import load_model
@@ -242,3 +242,11 @@ def test_sequences_without_a_next_token_are_an_error(model, tmp_path):
     short = new_cache(tmp_path / "cache", model, context_size=2)  # BOS, and a token that is the last
     with pytest.raises(DatasetError, match=r"of the first 64 validation tokens none that counts has a next one; raise"):
         evaluate_all([make_sae()], short, model, model_tokens=64)
+
+
+def test_losses_are_kept_through_no_link(cache, model, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (cache.path / LOSSES).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ManifestError, match=r"log/losses: is a link to .*, and nothing is written through links"):
+        evaluate_all([make_sae()], cache, model, model_tokens=96)
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -19,7 +19,7 @@ from support.feature_cases import (
 
 from actcache.errors import ConfigError, ManifestError
 from trainer.features.build import build_features
-from trainer.features.read import BINS, open_features
+from trainer.features.read import BINS, only_builder, open_features
 
 
 def test_planted_features_are_found_exactly(planted_cache, tmp_path):
@@ -139,3 +139,11 @@ def test_wrong_questions_are_named(planted_cache, tmp_path):
     ):
         with pytest.raises(ConfigError, match="must be at least 1, got 0"):
             ask()
+
+
+def test_features_are_built_through_no_link(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "features").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ManifestError, match=r"run/features: is a link to .*, and nothing is written through links"):
+        only_builder(tmp_path / "run" / "features")
