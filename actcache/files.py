@@ -40,6 +40,8 @@ WAYS_OUT = {
     errno.EROFS: "its file system is mounted for reading only; take another",
     errno.ENOMEM: "give this process more memory (`ulimit -v`), or run fewer programs",
     errno.EIO: "check the disk and the network, then run the same again",
+    errno.ENOSPC: "free space on this disk, then run the same again",
+    errno.EDQUOT: "your quota of this disk is used up; free some of it, then run the same again",
     errno.ESTALE: "the file server has lost hold of the file; run the same again",
 }
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -115,7 +117,11 @@ def own_file(path: str, flags: int) -> int:
     what = "is no regular file"
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        status = os.fstat(descriptor)
+        try:
+            status = os.fstat(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
         if stat.S_ISREG(status.st_mode):
             if status.st_nlink <= 1:  # 0: somebody has just removed it
                 return descriptor
@@ -171,6 +177,12 @@ def contents(path: Path) -> bytes:
     return found
 
 
+def contents_of_any_size(path: Path) -> bytes:
+    """As `contents`, without a bound: of weights, and of logs, which may be long."""
+    with opened(path) as file:
+        return file.read()
+
+
 def file_bytes(path: Path) -> int | None:
     """Size in bytes of a regular file; None where `contents` raises NoFile. Raises OSError if that cannot be told."""
     try:
@@ -181,6 +193,22 @@ def file_bytes(path: Path) -> int | None:
             return None
         raise
     return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there. Raises OSError if that cannot be told: newer Pythons' Path.is_file says no."""
+    return file_bytes(path) is not None
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there. Raises OSError if that cannot be told."""
+    try:
+        with naming(path):
+            return stat.S_ISDIR(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return False
+        raise
 
 
 def listed(folder: Path) -> list[Path]:
@@ -213,14 +241,15 @@ def entries(folder: Path) -> list[Path]:
 
 def sync_folder(folder: Path) -> None:
     """Make renames within the folder durable."""
-    with _open_folder(folder) as descriptor:
+    with naming(folder), _open_folder(folder) as descriptor:
         os.fsync(descriptor)
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its missing parents, and fsync the folder that holds each new one."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
     for path in made:
         sync_folder(path.parent)
 
@@ -252,7 +281,7 @@ def name_(error: OSError, path: Path) -> None:
 def is_writable(path: Path) -> bool:
     """Whether this user may write a file, or below a folder. What is missing is made in the nearest folder above it."""
     there = _nearest(path)
-    return is_allowed(there, os.W_OK | os.X_OK if there.is_dir() else os.W_OK)
+    return is_allowed(there, os.W_OK | os.X_OK if is_folder(there) else os.W_OK)
 
 
 def is_allowed(path: Path, mode: int) -> bool:
@@ -292,16 +321,17 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     """
     with naming(path):
         make_folder(path.parent)
-    with naming(path), _aside(path) as file:
-        try:
-            n_bytes = sum(file.write(part) for part in parts)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)  # before the lock goes
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)
+    with naming(path):
+        with _aside(path) as file:
+            try:
+                n_bytes = sum(file.write(part) for part in parts)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)  # before the lock goes
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+        sync_folder(path.parent)
     return n_bytes
 
 
@@ -360,8 +390,14 @@ def _is_dropped(name: str) -> bool:
 def _aside(path: Path) -> Iterator[BinaryIO]:
     """A new file beside `path`, whose lock tells `remove_leftovers` that its writer lives."""
     while True:
-        with open(_name_aside(path), "wb") as file:
-            if _is_locked(file.fileno()) is not False and os.path.exists(file.name):
+        aside = _name_aside(path)
+        with open(aside, "wb") as file:
+            try:
+                is_ours = _is_locked(file.fileno()) is not False and is_file(aside)
+            except OSError:
+                aside.unlink(missing_ok=True)
+                raise
+            if is_ours:
                 yield file
                 return
 

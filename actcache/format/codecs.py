@@ -36,9 +36,12 @@ BLOCK_BYTES = 1 << 20
 CHECKSUM_BYTES = 4
 
 
-def crc32c(payload: bytes | memoryview | np.ndarray) -> int:
-    """CRC-32C (RFC 3720, Castagnoli) of the bytes. Other threads can run while it is computed."""
-    return castagnoli.crc32c(payload.data if isinstance(payload, np.ndarray) else payload)
+def crc32c(payload: bytes | memoryview | np.ndarray, before: int = 0) -> int:
+    """CRC-32C (RFC 3720, Castagnoli) of the bytes. Other threads can run while it is computed.
+
+    before: that of the bytes that come before these, if there are any.
+    """
+    return castagnoli.crc32c(payload.data if isinstance(payload, np.ndarray) else payload, before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

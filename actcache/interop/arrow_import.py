@@ -29,7 +29,7 @@ from torch import Tensor
 
 from actcache.arguments import type_fields_
 from actcache.errors import CacheLocked, DatasetError
-from actcache.files import local_path, write_atomically
+from actcache.files import NOT_THERE, local_path, name_, write_atomically
 from actcache.flow import SPLITS, ActivationBatch
 from actcache.format.codecs import codec
 from actcache.format.identity import FORMAT_VERSION
@@ -144,6 +144,9 @@ class ArrowRows:
         try:
             dataset: Any = datasets.load_from_disk(str(path))
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+            if isinstance(error, OSError) and error.errno is not None and error.errno not in NOT_THERE:
+                name_(error, path)  # the system does not let us read it, which says nothing about what it holds
+                raise
             raise DatasetError(f"import-cache: {path} must be a folder that datasets saved, got {error}") from error
         found = dict(dataset.features) if isinstance(dataset, datasets.Dataset) else {}
         columns = {name: each for name, each in found.items() if isinstance(each, datasets.Array2D)}

@@ -18,8 +18,11 @@ from actcache.files import (
     NoFile,
     can_only_be_a_path,
     contents,
+    contents_of_any_size,
     file_bytes,
     files_below,
+    is_file,
+    is_folder,
     is_writable,
     listed,
     local_path,
@@ -378,11 +381,15 @@ def test_where_there_is_no_file_that_is_said(tmp_path):
         with pytest.raises(NoFile, match=re.escape(str(path))):
             contents(path)
         assert file_bytes(path) is None
+        assert not is_file(path)
+        assert is_folder(path) == (path.name == "folder")
     assert (contents(tmp_path / "file"), file_bytes(tmp_path / "file")) == (b"x", 1)
+    assert is_file(tmp_path / "file")
+    assert not is_folder(tmp_path / "file")
 
 
 @pytest.mark.parametrize("number", ERRNOS, ids=errno.errorcode.get)
-@pytest.mark.parametrize("read", [contents, file_bytes])
+@pytest.mark.parametrize("read", [contents, contents_of_any_size, file_bytes, is_file, is_folder])
 def test_what_the_surroundings_refuse_is_told_as_what_it_is(tmp_path, read, number):
     path = tmp_path / "file"
     path.write_bytes(b"x")
@@ -395,6 +402,19 @@ def test_what_the_surroundings_refuse_is_told_as_what_it_is(tmp_path, read, numb
         assert str(raised.value).startswith(f"[Errno {number}] {os.strerror(number)}; ")
         assert str(raised.value).endswith(f": '{path}'")
     assert calls.n_calls > 0
+
+
+def test_what_is_refused_to_a_writer_is_told_and_leaves_nothing_aside(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with FailingCalls(tmp_path)() as calls:
+        write_atomically(tmp_path / "file", [b"old"])
+    assert calls.n_calls > 3
+    for call in range(calls.n_calls):
+        with FailingCalls(tmp_path, call)() as calls, pytest.raises(OSError, match="check the disk") as raised:
+            write_atomically(tmp_path / "file", [b"old"])
+        assert (raised.value.errno, str(tmp_path) in str(raised.value)) == (errno.EIO, True), calls.failed
+        assert ".partial" not in str(raised.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"], calls.failed
 
 
 def test_the_way_out_is_said_once(tmp_path):
@@ -419,9 +439,12 @@ def test_a_file_of_another_user_is_no_missing_file(tmp_path):
         os.chown(root, 0, 0)
         root.chmod(0o700)
         with as_another_user():
-            for look in (lambda: file_bytes(root / "file"), lambda: listed(root), lambda: list(files_below(root))):
+            for look, path in (
+                *((look, root / "file") for look in (file_bytes, is_file, is_folder)),
+                *((look, root) for look in (listed, lambda root: list(files_below(root)))),
+            ):
                 with pytest.raises(PermissionError, match=str(root)):
-                    look()
+                    look(path)
 
 
 def test_no_descriptor_is_left_for_a_file(tmp_path):

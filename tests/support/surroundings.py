@@ -173,6 +173,10 @@ class _FailingFile:
         self._calls.reading(self._file)
         return self._file.read(*arguments)
 
+    def readinto(self, buffer: Any) -> int:
+        self._calls.reading(self._file)
+        return self._file.readinto(buffer)
+
     def __enter__(self) -> _FailingFile:
         self._file.__enter__()
         return self

@@ -1,5 +1,6 @@
 """SAELens' Arrow caches as its runner writes them: every value arrives, to the last bit."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from datasets import Array2D, Dataset, Features, Sequence, Value
 from support.arrow_caches import CONTEXT, HOOK, N_ROWS, OTHER_HOOK, arrow_folder, column, config, in_token_order
+from support.strangers import as_another_user, copy_of_another_user, only_root
 from support.tiny_caches import promised_files
 from support.tiny_models import make_model, make_tokenizer
 from support.tiny_saes import make_config, make_run
@@ -149,6 +151,16 @@ def test_what_is_no_such_cache_is_refused(tmp_path):
     Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "torn"))
     with pytest.raises(DatasetError, match=r"every row of blocks.1.hook_resid_post must be whole, of shape"):
         ArrowRows(tmp_path / "torn", "tiny").activations(HOOK, [0, 1])
+
+
+@only_root
+def test_a_cache_that_cannot_be_read_is_not_another_folder(tmp_path):
+    with copy_of_another_user(arrow_folder(tmp_path / "arrow")) as source:
+        for path in source.glob("*.arrow"):
+            os.chown(path, 0, 0)
+            path.chmod(0o600)
+        with as_another_user(), pytest.raises(PermissionError, match=f"run as a user who has it: '{source}"):
+            ArrowRows(source, "tiny")
 
 
 def test_values_that_a_dtype_cannot_hold_stop_it(tmp_path):
