@@ -41,8 +41,8 @@ from benchmarks.stream import CONTEXT_SIZE, D_MODEL, random_documents, random_gp
 from trainer.config.sweep import SweepConfig
 from trainer.features.build import build_features
 from trainer.features.read import FOLDER, Features
-from trainer.formats.saelens import load_sae, save_inference_sae
-from trainer.run_folder import SAE_FOLDER, write_json
+from trainer.formats.saelens import inference_sae, load_sae, write_run_sae
+from trainer.run_folder import CONFIG_FILE, SAE_FOLDER, write_run_json
 from trainer.training.step import initial_state
 
 N_TOKENS, TUTORIAL_TOKENS, CHECKED_TOKENS = 1 << 20, 1 << 15, 1 << 14
@@ -192,8 +192,8 @@ def _random_run(run: Path, cache: Cache) -> Path:
     config = SweepConfig.from_dict({"runs": [settings]}).expand(cache, training_tokens=N_TOKENS)[0]
     mean = torch.from_numpy(np.asarray(cache.statistics(HOOK).mean)).float()
     weights = initial_state(config, mean * config.input_scale).weights
-    save_inference_sae(config, weights, run / SAE_FOLDER, metadata={"model_name": cache.identity["model"]["name"]})
-    write_json(run / "config.json", {"model": cache.identity["model"]})
+    write_run_sae(run, inference_sae(config, weights, metadata={"model_name": cache.identity["model"]["name"]}))
+    write_run_json(run, CONFIG_FILE, {"model": cache.identity["model"]})
     return run
 
 

@@ -1,24 +1,32 @@
-"""Checksums of the files of a run: a sealed JSON file beside them, which is written before them.
+"""Checksums of the files of a run: a sealed JSON file beside them.
 
 A file of checksums holds {"files": {name: {"n_bytes": ..., "crc32c": [CRC-32C of each block of BLOCK_BYTES]}}}. Blocks
-are there so that of a mapped file only what is looked at has to be read. Files that it does not name are not checked,
-and so are all where there is none: runs of before it have none.
+are there so that of a mapped file only what is looked at has to be read. Of a log that grows, the first n_bytes are
+meant. Files that it does not name are not checked, nor are any where there is none: runs of older versions have none.
 """
 
+import errno
+import functools
+import logging
+import mmap
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
 
 from actcache.errors import ManifestError
+from actcache.files import NoFile, contents, contents_of_any_size, opened, write_atomically
 from actcache.format.codecs import crc32c
 from actcache.format.seal import MALFORMED, seal, unseal
 
 CHECKSUMS_FILE = "crc32c.json"
 BLOCK_BYTES = 1 << 18
+
+logger = logging.getLogger("actcache")
 
 Checksums = dict[str, dict[str, Any]]  # name of a file -> {"n_bytes", "crc32c"}
 
@@ -33,17 +41,36 @@ def sealed(checksums: Checksums) -> bytes:
     return seal({"files": checksums})
 
 
-def read_checksums(path: Path) -> Checksums:
-    """What `sealed` wrote; {} where there is no file. Raises ManifestError if the file is damaged."""
-    if not path.exists():
-        return {}
+def read_checksums(path: Path, *, warns: bool = False) -> Checksums:
+    """What `sealed` wrote; {} where there is no file.
+
+    warns: whether to log, once for each path, that there is none.
+
+    Raises:
+        ManifestError: the file is damaged.
+        OSError: it cannot be read.
+    """
     try:
-        files = unseal(path.read_bytes(), path)["files"]
+        files = unseal(contents(path), path)["files"]
         return {str(name): {"n_bytes": int(of["n_bytes"]), "crc32c": list(of["crc32c"])} for name, of in files.items()}
+    except NoFile as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # a folder or a pipe lies there
+            raise _damaged_checksums(path) from error
+        if warns:
+            _warn_of_none(path)
+        return {}
     except (ManifestError, *MALFORMED) as error:
-        raise ManifestError(
-            f"{path}: is damaged, so that the files beside it cannot be checked; remove it to use them unchecked"
-        ) from error
+        raise _damaged_checksums(path) from error
+
+
+def add_checksums(path: Path, checksums: Checksums) -> None:
+    """Write these into a file of checksums, which keeps those of other files. The caller alone writes it."""
+    write_atomically(path, [sealed(read_checksums(path) | checksums)])
+
+
+def unless_changed(checksums_file: Path) -> str:
+    """What to do about a damaged file that somebody may have changed on purpose."""
+    return f"restore it; if you changed it yourself, remove {checksums_file}"
 
 
 def check_file(path: Path, checksums: Checksums, way_out: str) -> None:
@@ -60,12 +87,67 @@ def check_file(path: Path, checksums: Checksums, way_out: str) -> None:
     """
     if path.name not in checksums:
         return
-    if not path.exists():
-        raise ManifestError(f"{path}: is missing; {way_out}")
-    with open(path, "rb") as file:
-        _check_length(path, os.fstat(file.fileno()).st_size, checksums, way_out)
-        for block in range(len(checksums[path.name]["crc32c"])):
-            _check_block(path, block, crc32c(file.read(BLOCK_BYTES)), checksums, way_out)
+    try:
+        with opened(path) as file:
+            _check_length(path, _size(file), checksums, way_out)
+            for block in range(len(checksums[path.name]["crc32c"])):
+                _check_block(path, block, crc32c(file.read(BLOCK_BYTES)), checksums, way_out)
+    except NoFile as error:
+        raise ManifestError("is missing, or no file", path=path, way_out=way_out) from error
+
+
+def file_crc32c(path: Path) -> int:
+    """CRC-32C of a whole file. Raises NoFile if there is none, another OSError if it cannot be read."""
+    found = 0
+    with opened(path) as file:
+        while block := file.read(BLOCK_BYTES):
+            found = crc32c(block, found)
+    return found
+
+
+def checked_bytes(path: Path, checksums: Checksums, way_out: str, *, grows: bool = False) -> bytes:
+    """What a file holds, once it is checked as by `check_file`.
+
+    grows: the file may have become longer since; what it has more is not checked.
+
+    Raises:
+        ManifestError, OSError: as `check_file`.
+        NoFile: there is no file, and it is not among the checksums.
+    """
+    try:
+        data = contents_of_any_size(path) if grows else contents(path)
+    except NoFile as error:
+        if path.name not in checksums:
+            raise
+        raise ManifestError("is missing, or no file", path=path, way_out=way_out) from error
+    if path.name in checksums:
+        n_bytes = checksums[path.name]["n_bytes"]
+        _check_length(path, min(len(data), n_bytes) if grows else len(data), checksums, way_out)
+        for block, found in enumerate(_block_checksums(data[:n_bytes])):
+            _check_block(path, block, found, checksums, way_out)
+    return data
+
+
+@dataclass(slots=True)
+class GrowingChecksum:
+    """The checksum of a file that grows at its end."""
+
+    n_bytes: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    def add(self, data: bytes) -> None:
+        """These bytes come next."""
+        while data:
+            room = BLOCK_BYTES - self.n_bytes % BLOCK_BYTES
+            if room == BLOCK_BYTES:
+                self.blocks.append(0)
+            part, data = data[:room], data[room:]
+            self.blocks[-1] = crc32c(part, self.blocks[-1])
+            self.n_bytes += len(part)
+
+    def entry(self) -> dict[str, Any]:
+        """What a file of checksums says of the bytes so far."""
+        return {"n_bytes": self.n_bytes, "crc32c": [*self.blocks]}
 
 
 class MappedFile:
@@ -79,15 +161,18 @@ class MappedFile:
 
         Raises:
             ManifestError: the file has another length than it had when it was written.
+            NoFile: it is missing, or no file.
             OSError: it cannot be opened or mapped.
             ValueError: it is empty.
         """
         self.path, self._checksums, self._way_out = path, checksums, way_out
         self._is_checked: Bool[np.ndarray, " block"] | None = None  # None where nothing is to be checked
-        if path.name in checksums:
-            _check_length(path, path.stat().st_size, checksums, way_out)
-            self._is_checked = np.zeros(len(checksums[path.name]["crc32c"]), dtype=np.bool_)
-        self.bytes: UInt8[np.ndarray, " byte"] = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        with opened(path) as file:
+            if path.name in checksums:
+                _check_length(path, _size(file), checksums, way_out)
+                self._is_checked = np.zeros(len(checksums[path.name]["crc32c"]), dtype=np.bool_)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.bytes: UInt8[np.ndarray, " byte"] = np.frombuffer(mapped, dtype=np.uint8)
 
     def check(self, view: Shaped[np.ndarray, "..."]) -> None:
         """Raise ManifestError unless a contiguous part of `bytes`, in any dtype, holds what was written."""
@@ -111,17 +196,33 @@ class MappedFile:
             self._is_checked[block] = True
 
 
+@functools.cache  # a command reads some of them several times
+def _warn_of_none(path: Path) -> None:
+    logger.warning("%s: is not there, so the files beside it are not checked: it was removed, or they are older", path)
+
+
+def _damaged_checksums(path: Path) -> ManifestError:
+    what = "is damaged, so that the files beside it cannot be checked"
+    return ManifestError(what, path=path, way_out="remove it to use them unchecked")
+
+
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
 def _check_length(path: Path, n_bytes: int, checksums: Checksums, way_out: str) -> None:
     expected = checksums[path.name]["n_bytes"]
     if n_bytes != expected:
-        raise ManifestError(f"{path}: is damaged: it must be {expected} bytes long, is {n_bytes}; {way_out}")
+        what = f"is damaged: it must be {expected} bytes long, is {n_bytes}"
+        raise ManifestError(what, path=path, way_out=way_out)
 
 
 def _check_block(path: Path, block: int, found: int, checksums: Checksums, way_out: str) -> None:
     if found != checksums[path.name]["crc32c"][block]:
         start = block * BLOCK_BYTES
         stop = min(start + BLOCK_BYTES, checksums[path.name]["n_bytes"])
-        raise ManifestError(f"{path}: is damaged: bytes {start} to {stop} do not match their checksum; {way_out}")
+        what = f"is damaged: bytes {start} to {stop} do not match their checksum"
+        raise ManifestError(what, path=path, way_out=way_out)
 
 
 def _block_checksums(data: bytes | np.ndarray) -> list[int]:

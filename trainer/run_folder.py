@@ -7,6 +7,7 @@
     sae/             the trained weights, once training has ended
     failed.json      why training was stopped, where the SAE diverged
     eval.json        the metrics on held-out rows, once they are measured
+    crc32c.json      checksums of the JSON files, and of the logs up to the last checkpoint
 
 RUNS/.lock is held by whoever trains there (`only_writer`).
 
@@ -16,23 +17,51 @@ there yet is empty, and a damaged one is an error.
 
 import fcntl
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
-from actcache.files import make_folder, own_file, refuse_links, require_writable, write_atomically
+from actcache.files import (
+    PARTIAL_SUFFIX,
+    NoFile,
+    contents,
+    entries,
+    is_file,
+    is_folder,
+    listed,
+    make_folder,
+    name_,
+    naming,
+    own_file,
+    refuse_links,
+    require_writable,
+    write_atomically,
+)
 from actcache.store.locks import is_at, try_lock
+from trainer.checksums import (
+    CHECKSUMS_FILE,
+    add_checksums,
+    checked_bytes,
+    checksums_of,
+    read_checksums,
+    sealed,
+    unless_changed,
+)
 
 Number = int | float
 CONFIG_FILE, METRICS_FILE, TIMING_FILE, FAILED_FILE = "config.json", "metrics.jsonl", "timing.jsonl", "failed.json"
+EVALUATION_FILE = "eval.json"
 CHECKPOINTS, SAE_FOLDER = "checkpoint", "sae"
 RUNS_LOCK = ".lock"  # no run can have this name
 # These settings may differ between two calls on one folder, because they change no result.
 _MAY_DIFFER = ("cache.path", "train.checkpoint_every", "train.keep_checkpoints")
+
+logger = logging.getLogger("actcache")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +129,9 @@ def read_runs(runs: Path) -> list[RunFiles]:
         The runs by name, then the baselines by name.
 
     Raises:
-        ManifestError: there is no such folder, or a file is malformed.
+        ManifestError: there is no such folder, or a file is damaged or malformed.
     """
-    folders = [runs] if (runs / "config.json").is_file() else [path.parent for path in runs.glob("*/config.json")]
+    folders = run_folders(runs)
     if not folders:
         raise ManifestError(f"report: {runs} must be a folder of runs, it holds no config.json; train first")
     found = [_read_run(folder.resolve()) for folder in folders]
@@ -118,8 +147,8 @@ def read_harvests(runs: Sequence[RunFiles]) -> list[HarvestTime]:
         ManifestError: a log is malformed.
     """
     caches = {path for run in runs if isinstance(path := run.about("cache", "path"), str)}
-    logs = sorted(path for cache in caches for path in Path(cache).glob("log/harvest-*.json"))
-    times = [_harvest_time(path, _read_object(path)) for path in logs]
+    logs = sorted(path for cache in caches for path in _harvest_logs(Path(cache)))
+    times = [_harvest_time(path, read_json(path)) for path in logs]
     return sorted((time for time in times if time.n_tokens > 0), key=lambda time: time.finished)
 
 
@@ -135,22 +164,20 @@ def check_out(out: Path, names: set[str]) -> None:
 
     names: the names of the runs that are to be written; a folder with one of these names counts as a run.
     """
-    if out.is_file():
+    if is_file(out):
         raise CacheMismatch(f"{out}: must be a folder for runs, is a file; pass another --out")
-    held = sorted(path.name for path in out.iterdir() if path.name != RUNS_LOCK) if out.exists() else []
-    if held and not names.intersection(held) and not any(out.glob(f"*/{CONFIG_FILE}")):
+    held = [path.name for path in entries(out) if path.name != RUNS_LOCK]
+    if held and not names.intersection(held) and not any(is_file(out / name / CONFIG_FILE) for name in held):
         raise CacheMismatch(f"{out}: must be empty or hold runs, holds {', '.join(held[:5])}; pass another --out")
 
 
 def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
     """Raise CacheMismatch unless the folder is absent, empty, or holds the run of this config.json."""
-    if not folder.exists():
-        return
-    if not (folder / CONFIG_FILE).is_file():
-        if not folder.is_dir() or any(not path.name.endswith(".partial") for path in folder.iterdir()):
+    if not is_file(folder / CONFIG_FILE):
+        if is_file(folder) or any(not path.name.endswith(PARTIAL_SUFFIX) for path in entries(folder)):
             raise CacheMismatch(f"{folder}: must be a run or absent, it has no {CONFIG_FILE}; pass another --out")
         return
-    held, wanted = _flat(read_json(folder / CONFIG_FILE)), _flat(description)
+    held, wanted = _flat(read_run_json(folder, CONFIG_FILE)), _flat(description)
     differences = [
         f"{key} is {held.get(key)!r} there, {wanted.get(key)!r} here"
         for key in sorted({*held, *wanted} - set(_MAY_DIFFER))
@@ -162,7 +189,7 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
 
 def is_over(folder: Path) -> bool:
     """Whether an earlier call finished this run, or saw it diverge, as it would again."""
-    return (folder / SAE_FOLDER).is_dir() or (folder / FAILED_FILE).is_file()
+    return is_folder(folder / SAE_FOLDER) or is_file(folder / FAILED_FILE)
 
 
 @contextmanager
@@ -188,24 +215,66 @@ def only_writer(folder: Path, lock: str, doing: str, unwritable: str) -> Iterato
             make_folder(folder)
             file = open(path, "ab", opener=own_file)  # noqa: SIM115, closed below
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(folder)) from None
+            refused = OSError(error.errno, error.strerror, str(folder))
+            name_(refused, folder)
+            raise refused from None
         with file:
-            if not try_lock(file.fileno(), fcntl.LOCK_EX):
+            with naming(path):
+                is_ours = try_lock(file.fileno(), fcntl.LOCK_EX)
+                is_there = is_at(path, file.fileno())
+            if not is_ours:
                 raise CacheLocked(f"{folder}: another process {doing}; wait for it, or stop it")
-            if is_at(path, file.fileno()):
+            if is_there:
                 yield
                 return
 
 
+def run_folders(runs: Path) -> list[Path]:
+    """`runs` itself if it is a run, else the folders in it that are, by name.
+
+    A folder whose name begins with a dot is what a killed import left, and no run.
+    """
+    if _is_run(runs):
+        return [runs]
+    return [path for path in listed(runs) if not path.name.startswith(".") and _is_run(path)]
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder has a config.json, or a checksum of one: to lose it makes it no other folder."""
+    return is_file(folder / CONFIG_FILE) or CONFIG_FILE in read_checksums(folder / CHECKSUMS_FILE)
+
+
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, up to the first one that a kill left incomplete; [] without a file."""
+    """The lines of a log, up to the first one that a kill left incomplete; [] without a file.
+
+    Raises ManifestError if the lines up to the last checkpoint are not those that were written.
+    """
     lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+    for text in _log_bytes(path).splitlines(keepends=True):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or type(line.get("step")) is not int:
+            break
+        lines.append(line)
     return lines
+
+
+def read_run_json(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of a run. Raises as `read_json`, and ManifestError if it is not what was written."""
+    path, held = folder / name, folder / CHECKSUMS_FILE
+    return _json_object(path, lambda: checked_bytes(path, read_checksums(held), unless_changed(held)))
+
+
+def write_run_json(folder: Path, name: str, values: Mapping[str, Any]) -> None:
+    """Write a JSON file of a run, whole or not at all, and then its checksum."""
+    held, data = folder / CHECKSUMS_FILE, json_bytes(values)
+    checksums = read_checksums(held)
+    if checksums.pop(name, None) is not None:  # else a kill in between would leave a file with the other's checksum
+        write_atomically(held, [sealed(checksums)])
+    write_atomically(folder / name, [data])
+    add_checksums(held, checksums_of({name: data}))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -215,29 +284,49 @@ def read_json(path: Path) -> dict[str, Any]:
         ManifestError: there is no such file, or it holds anything else.
         OSError: it cannot be read.
     """
+    return _json_object(path, lambda: contents(path))
+
+
+def _json_object(path: Path, read: Callable[[], bytes], *, where: str = "") -> dict[str, Any]:
+    """The JSON object that `read` gives of a file. Raises ManifestError if there is none, or no file.
+
+    where: the place within the file, for the message.
+    """
     try:
-        values = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError) as error:
-        raise ManifestError(f"{path}: must be readable JSON, got {type(error).__name__}: {error}") from error
+        values = json.loads(read())
+    except NoFile as error:
+        raise ManifestError(f"must be readable JSON, is no file ({error.strerror})", path=path, where=where) from error
+    except (ValueError, RecursionError) as error:
+        what = f"must be readable JSON, got {type(error).__name__}: {error}"
+        raise ManifestError(what, path=path, where=where) from error
     if not isinstance(values, dict):
-        raise ManifestError(f"{path}: must be a JSON object, got {type(values).__name__}")
+        raise ManifestError(f"must be a JSON object, got {type(values).__name__}", path=path, where=where)
     return values
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write canonical JSON, whole or not at all: sorted keys, finite numbers, one newline at the end."""
-    write_atomically(path, [(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()])
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """Canonical JSON: sorted keys, finite numbers, one newline at the end."""
+    return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _read_run(folder: Path) -> RunFiles:
     return RunFiles(
         folder=folder,
-        config=_read_object(folder / "config.json"),
-        evaluation=_read_object(folder / "eval.json"),
-        metrics=_read_lines(folder / "metrics.jsonl"),
-        timing=_read_lines(folder / "timing.jsonl"),
-        error=_read_object(folder / FAILED_FILE).get("error"),
+        config=read_run_json(folder, CONFIG_FILE),
+        evaluation=_read_if_there(folder, EVALUATION_FILE),
+        metrics=_read_lines(folder / METRICS_FILE),
+        timing=_read_lines(folder / TIMING_FILE),
+        error=_read_if_there(folder, FAILED_FILE).get("error"),
     )
+
+
+def _harvest_logs(cache: Path) -> list[Path]:
+    """The logs of the harvests into a cache. Those of a cache of somebody else may be closed to us, which is said."""
+    try:
+        return [path for path in listed(cache / "log") if path.match("harvest-*.json")]
+    except PermissionError as error:
+        logger.warning("%s: its logs cannot be read (%s), so the report is without them", cache, error.strerror)
+        return []
 
 
 def _harvest_time(path: Path, log: dict[str, Any]) -> HarvestTime:
@@ -253,26 +342,25 @@ def _harvest_time(path: Path, log: dict[str, Any]) -> HarvestTime:
         raise ManifestError(f"report: {path} must be the log of a harvest, it lacks {error}; remove it") from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} where there is no file."""
-    return _parsed(path, path.read_bytes()) if path.is_file() else {}
+def _read_if_there(folder: Path, name: str) -> dict[str, Any]:
+    """What `read_run_json` reads; {} where there is no file, nor a checksum of one."""
+    is_there = is_file(folder / name) or name in read_checksums(folder / CHECKSUMS_FILE)
+    return read_run_json(folder, name) if is_there else {}
+
+
+def _log_bytes(path: Path) -> bytes:
+    """What a log holds, checked up to the last checkpoint; b"" where there is none."""
+    held = path.with_name(CHECKSUMS_FILE)
+    try:
+        return checked_bytes(path, read_checksums(held), unless_changed(held), grows=True)
+    except NoFile:
+        return b""
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON object of each line; [] where there is no file. A last line without a newline is still being written."""
-    if not path.is_file():
-        return []
-    return [_parsed(path, line) for line in path.read_bytes().split(b"\n")[:-1]]
-
-
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ManifestError(f"report: {path} must be JSON, got {type(error).__name__}: {error}") from error
-    if not isinstance(values, dict):
-        raise ManifestError(f"report: {path} must hold JSON objects, got {type(values).__name__}")
-    return values
+    lines = _log_bytes(path).split(b"\n")[:-1]
+    return [_json_object(path, lambda line=line: line, where=f"line {i}") for i, line in enumerate(lines, 1)]
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -289,7 +377,7 @@ def remembered_cache(runs: Path) -> Path:
     Raises:
         ManifestError: no run there names a cache.
     """
-    for config in [runs / CONFIG_FILE, *sorted(runs.glob(f"*/{CONFIG_FILE}"))]:
-        if config.is_file() and (cache := read_json(config).get("cache")):
+    for folder in run_folders(runs):
+        if cache := read_run_json(folder, CONFIG_FILE).get("cache"):
             return Path(cache["path"])
     raise ManifestError(f"{runs} holds no run that remembers its cache; train first, or pass --cache or --model")

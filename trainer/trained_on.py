@@ -25,9 +25,9 @@ from actcache.format.manifest import rows_fingerprint
 from actcache.store.cache import Cache, earlier_caches, open_cache
 from trainer.config.presets import HookFacts
 from trainer.config.settings import RowFilter, SAEConfig
-from trainer.run_folder import CONFIG_FILE, read_json, remembered_cache
+from trainer.run_folder import CONFIG_FILE, read_run_json, remembered_cache, run_folders
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger("actcache")
 
 State = Literal["same", "grown", "other"]
 
@@ -154,10 +154,10 @@ def open_trained_on(runs: Path) -> Cache:
         ManifestError, CorruptShard: as `open_cache`.
     """
     cache = open_cache(remembered_cache(runs))
-    for path in [runs / CONFIG_FILE, *sorted(runs.glob(f"*/{CONFIG_FILE}"))]:
-        config = read_json(path) if path.is_file() else {}
+    for folder in run_folders(runs):
+        config = read_run_json(folder, CONFIG_FILE)
         if config.get("cache"):
-            _check_rows(path.parent, config, cache)
+            _check_rows(folder, config, cache)
     return cache
 
 
@@ -175,7 +175,7 @@ def _check_rows(run: Path, config: Mapping[str, Any], cache: Cache) -> None:
             f"--cache {cache.path} to use this one all the same"
         )
     if names_rows(block) and (n_rows := cache.n_rows("validation")) != block["n_rows"]["validation"]:
-        _log.warning(
+        logger.warning(
             "%s: the validation split of %s has grown since, from %s to %s rows",
             *(run, cache.path, f"{block['n_rows']['validation']:,}", f"{n_rows:,}"),
         )

@@ -36,16 +36,17 @@ ALLOWED: dict[str, set[str]] = {
     "actcache.integrity": CACHE | {"actcache.text", "actcache.models", "actcache.harvesting"},
     "actcache.interop": CACHE | {"actcache.text", "actcache.models", "actcache.harvesting"},
     "trainer.checksums": LOWEST | {"actcache.format"},
-    "trainer.run_folder": LOWEST | {"actcache.store"},
+    "trainer.tensor_file": LOWEST | {"actcache.format", "trainer.checksums"},
+    "trainer.run_folder": LOWEST | {"actcache.store", "trainer.checksums"},
     "trainer.config": LOWEST,
     "trainer.trained_on": LOWEST | {"actcache.format", "actcache.store", "trainer.config", "trainer.run_folder"},
     "trainer.kernels": set(),
     "trainer.sae": {"actcache.errors", "trainer.config", "trainer.kernels"},
-    "trainer.formats": LOWEST
-    | {"actcache.models", "trainer.checksums", "trainer.run_folder", "trainer.config", "trainer.sae"},
 }
-FILES_OF_RUNS = {"trainer.checksums", "trainer.run_folder", "trainer.trained_on"}
-SAES = {*CACHE, *FILES_OF_RUNS, "trainer.config", "trainer.kernels", "trainer.sae", "trainer.formats"}
+FILES_OF_RUNS = {"trainer.checksums", "trainer.tensor_file", "trainer.run_folder"}
+ALLOWED["trainer.formats"] = LOWEST | FILES_OF_RUNS | {"actcache.models", "trainer.config", "trainer.sae"}
+SAES = {*CACHE, *FILES_OF_RUNS, "trainer.trained_on", "trainer.config", "trainer.kernels"}
+SAES |= {"trainer.sae", "trainer.formats"}
 ALLOWED |= {
     "trainer.training": SAES,
     "trainer.evaluation": SAES,

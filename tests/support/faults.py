@@ -66,6 +66,19 @@ def kept_folder(folder: Path, aside: Path) -> Iterator[None]:
         aside.rename(folder)
 
 
+def renames_that_stop(n: int) -> Callable[..., None]:
+    """An os.replace that works n times. Then it raises KeyboardInterrupt, as if the process ended there."""
+    left, replace = [n], os.replace
+
+    def replace_or_stop(*paths: str | Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    return replace_or_stop
+
+
 def answer(read: Callable[[], Found]) -> Found | ActcacheError:
     """What `read` gives, or the error of ours that it raises; every other error goes through."""
     try:

@@ -109,11 +109,11 @@ def make_run(
     runs: Path, config, model: dict[str, object], *, seed: int = 7, weights: dict[str, Tensor] | None = None
 ) -> Path:
     """RUNS/<name> with config.json and sae/, as a finished training leaves it; of random weights if none are given."""
-    from trainer.formats.saelens import save_inference_sae
+    from trainer.formats.saelens import inference_sae, write_run_sae
 
     run = runs / config.name
     weights = weights or make_weights(config.architecture, config.d_in, config.d_sae, seed, config.d_out)
-    save_inference_sae(config, weights, run / "sae", metadata={"model_name": model["name"]})
+    write_run_sae(run, inference_sae(config, weights, metadata={"model_name": model["name"]}))
     about = {
         "sae": dataclasses.asdict(config),
         "train": {"batch_tokens": 1000, "seed": 0},

@@ -1,17 +1,24 @@
 """Checksums of files: what is damaged is named, wherever it is, and what has no checksum is read."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 from crc32c import crc32c
+from support.surroundings import descriptors
 
 from actcache.errors import ManifestError
+from actcache.files import NoFile
 from trainer.checksums import (
     BLOCK_BYTES,
+    GrowingChecksum,
     MappedFile,
+    add_checksums,
     check_file,
+    checked_bytes,
     checksums_of,
+    file_crc32c,
     read_checksums,
     sealed,
 )
@@ -88,12 +95,68 @@ def test_damaged_checksums_are_named(damage, path: Path) -> None:
         read_checksums(beside)
 
 
-def test_a_file_out_of_reach_is_not_damaged(path: Path) -> None:
+def test_what_is_no_file_is_damage(path: Path) -> None:
     held = checksums(path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(IsADirectoryError):
-        check_file(path, held, "")
-    path.rmdir()
-    with pytest.raises(ManifestError, match="file: is missing; restore it"):
+    with pytest.raises(ManifestError, match="file: is missing, or no file; restore it"):
         check_file(path, held, "restore it")
+    path.rmdir()
+    for check in (check_file, checked_bytes):
+        with pytest.raises(ManifestError, match="file: is missing, or no file; restore it"):
+            check(path, held, "restore it")
+    with pytest.raises(NoFile):
+        checked_bytes(path, {}, "")
+
+
+def test_what_cannot_be_read_is_not_damaged(path: Path) -> None:
+    held = checksums(path)
+    reads = [lambda check=check: check(path, held, "") for check in (check_file, checked_bytes, MappedFile)]
+    for read in (*reads, lambda: checksums(path), lambda: file_crc32c(path)):
+        with descriptors(3), pytest.raises(OSError, match="ulimit -n") as raised:
+            read()
+        assert (raised.value.errno, type(raised.value)) == (errno.EMFILE, OSError)
+        assert str(path.parent) in str(raised.value)
+
+
+@pytest.mark.parametrize("sizes", [[0], [N_BYTES], [1, BLOCK_BYTES - 1, 1, BLOCK_BYTES + 22, 0, 1], [7] * 50])
+def test_the_checksum_of_what_grows_is_that_of_the_whole(sizes: list[int], path: Path) -> None:
+    growing, data = GrowingChecksum(), path.read_bytes()[: sum(sizes)]
+    for size in sizes:
+        growing.add(data[growing.n_bytes : growing.n_bytes + size])
+    assert growing.entry() == checksums_of({"file": data})["file"]
+
+
+def test_of_a_file_that_grows_what_was_summed_is_checked(path: Path) -> None:
+    held, data = checksums(path), path.read_bytes()
+    path.write_bytes(data + b"more")
+    assert checked_bytes(path, held, "", grows=True) == data + b"more"
+    with pytest.raises(ManifestError, match=f"must be {N_BYTES} bytes long, is {N_BYTES + 4}; restore it"):
+        checked_bytes(path, held, "restore it")
+    for damage, found in ((data[:-1], "bytes long"), (data[:-1] + b"x" + b"more", "do not match their checksum")):
+        path.write_bytes(damage)
+        with pytest.raises(ManifestError, match=f"file: is damaged: .*{found}.*; restore it"):
+            checked_bytes(path, held, "restore it", grows=True)
+
+
+def test_that_there_are_no_checksums_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert read_checksums(tmp_path / "crc32c.json", warns=True) == {}
+    says = "is not there, so the files beside it are not checked: it was removed, or they are older"
+    assert caplog.messages == [f"{tmp_path / 'crc32c.json'}: {says}"]
+    (tmp_path / "crc32c.json").mkdir()
+    with pytest.raises(ManifestError, match="is damaged"):
+        read_checksums(tmp_path / "crc32c.json")
+
+
+def test_checksums_are_added_to_others(path: Path) -> None:
+    add_checksums(path.with_name("crc32c.json"), checksums_of({"other": b"1"}))
+    assert sorted(checksums(path)) == ["file", "other"]
+    assert file_crc32c(path) == crc32c(path.read_bytes())
+
+
+def test_a_log_may_be_longer_than_a_file_that_is_read_as_a_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actcache.files.MOST_BYTES", N_BYTES - 1)
+    assert checked_bytes(path, checksums(path), "", grows=True) == path.read_bytes()
+    with pytest.raises(ManifestError, match="file: must have at most"):
+        checked_bytes(path, checksums(path), "")

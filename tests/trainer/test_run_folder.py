@@ -1,13 +1,17 @@
 """A folder of runs as it lies there: what is read of it, what is refused, and which cache it remembers."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+from support.faults import renames_that_stop
+from support.strangers import NOBODY, as_another_user, copy_of_another_user, only_root
 from support.tiny_reports import add_baseline, add_logs, evaluation
 from support.tiny_saes import make_config, make_run
 
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
+from trainer.checksums import checksums_of, sealed
 from trainer.run_folder import (
     RUNS_LOCK,
     check_folder,
@@ -17,10 +21,12 @@ from trainer.run_folder import (
     only_writer,
     read_harvests,
     read_json,
+    read_run_json,
     read_runs,
     remembered_cache,
+    run_folders,
     whole_lines,
-    write_json,
+    write_run_json,
 )
 
 MODEL = {"name": "tiny", "revision": "abc123"}
@@ -69,6 +75,20 @@ def test_harvests_are_read_once_a_cache_by_time(run: Path, tmp_path: Path) -> No
     (log / "harvest-1.json").write_text('{"finished": "2026-01-01"}')
     with pytest.raises(ManifestError, match=r"harvest-1\.json must be the log of a harvest, it lacks 'seconds'"):
         read_harvests(read_runs(run))
+
+
+@only_root
+def test_logs_of_a_harvest_that_are_closed_to_us_are_left_out_and_that_is_said(run: Path, tmp_path, caplog) -> None:
+    (tmp_path / "cache" / "log").mkdir(parents=True)
+    with copy_of_another_user(tmp_path / "cache") as theirs:
+        write_run_json(run, "config.json", {"cache": {"path": str(theirs)}})
+        found = read_runs(run)
+        os.chown(theirs / "log", 0, 0)
+        (theirs / "log").chmod(0o700)
+        with as_another_user():
+            assert read_harvests(found) == []
+    (message,) = caplog.messages
+    assert message.startswith(f"{theirs}: its logs cannot be read (Permission denied")
 
 
 def test_what_is_a_finite_number() -> None:
@@ -167,18 +187,114 @@ def test_lines_are_read_up_to_the_first_torn_one(tmp_path: Path) -> None:
 
 
 def test_json_is_written_canonically_and_read_back(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"b": 1, "a": [0.5]})
+    write_run_json(tmp_path, "a.json", {"b": 1, "a": [0.5]})
     assert (tmp_path / "a.json").read_text() == '{\n "a": [\n  0.5\n ],\n "b": 1\n}\n'
     assert read_json(tmp_path / "a.json") == {"a": [0.5], "b": 1}
     with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(tmp_path / "a.json", {"b": float("nan")})
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"], "nothing is left aside"
-    assert read_json(tmp_path / "a.json") == {"a": [0.5], "b": 1}
+        write_run_json(tmp_path, "a.json", {"b": float("nan")})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "crc32c.json"], "nothing is left aside"
+    assert read_run_json(tmp_path, "a.json") == {"a": [0.5], "b": 1}
     (tmp_path / "a.json").write_text("[1]")
     with pytest.raises(ManifestError, match=r"a\.json: must be a JSON object, got list"):
         read_json(tmp_path / "a.json")
-    with pytest.raises(ManifestError, match=r"b\.json: must be readable JSON, got FileNotFoundError"):
+    with pytest.raises(ManifestError, match=r"b\.json: must be readable JSON, is no file \(No such file"):
         read_json(tmp_path / "b.json")
+
+
+def test_a_file_of_a_run_is_what_was_written_or_is_named(tmp_path: Path) -> None:
+    write_run_json(tmp_path, "config.json", {"a": 1})
+    for name in ("eval.json", "failed.json"):
+        write_run_json(tmp_path, name, {"b": 1})
+    assert [read_run_json(tmp_path, name) for name in ("config.json", "eval.json")] == [{"a": 1}, {"b": 1}]
+    for name in ("config.json", "eval.json", "failed.json"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace("1", "3"))
+        says = rf"{name}: is damaged: .* if you changed it yourself, remove .*crc32c\.json"
+        with pytest.raises(ManifestError, match=says):
+            read_run_json(tmp_path, name)
+        with pytest.raises(ManifestError, match=says):
+            read_runs(tmp_path)
+        (tmp_path / name).unlink()
+        with pytest.raises(ManifestError, match=rf"{name}: is missing"):
+            read_runs(tmp_path)
+        (tmp_path / name).write_text(text)
+    assert read_runs(tmp_path)[0].evaluation == {"b": 1}
+    (tmp_path / "config.json").write_text('{"a": 2}')
+    (tmp_path / "crc32c.json").unlink()
+    assert read_run_json(tmp_path, "config.json") == {"a": 2}, "as older versions wrote it"
+
+
+@pytest.mark.parametrize("n_renames", [0, 1, 2])
+def test_a_kill_while_a_file_is_written_anew_makes_no_damage(n_renames: int, tmp_path: Path, monkeypatch) -> None:
+    write_run_json(tmp_path, "config.json", {})
+    write_run_json(tmp_path, "eval.json", {"b": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", renames_that_stop(n_renames))
+        with pytest.raises(KeyboardInterrupt):
+            write_run_json(tmp_path, "eval.json", {"b": 2})
+    assert read_runs(tmp_path)[0].evaluation == {"b": 2 if n_renames == 2 else 1}
+    write_run_json(tmp_path, "eval.json", {"b": 3})
+    assert read_run_json(tmp_path, "eval.json") == {"b": 3}
+
+
+def test_what_a_killed_import_left_is_no_run(run: Path) -> None:
+    run.rename(run.with_name(".b.partial"))
+    with pytest.raises(ManifestError, match=r"must be a folder of runs, it holds no config\.json"):
+        read_runs(run.parent)
+    make_run(run.parent, make_config("topk", name="z"), MODEL)
+    assert [each.name for each in read_runs(run.parent)] == ["z"]
+    assert run_folders(run.parent) == [run.parent / "z"]
+
+
+def test_a_run_that_lost_its_config_is_not_left_out(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run_json(tmp_path / name, "config.json", {"name": name})
+    (tmp_path / "a" / "config.json").unlink()
+    for runs in (tmp_path, tmp_path / "a"):
+        with pytest.raises(ManifestError, match=r"a/config\.json: is missing"):
+            read_runs(runs)
+
+
+def test_a_log_is_what_was_written_up_to_the_last_checkpoint(tmp_path: Path) -> None:
+    lines = [b'{"step": 1}\n', b'{"step": 2}\n', b'{"st']
+    (tmp_path / "crc32c.json").write_bytes(sealed(checksums_of({"metrics.jsonl": lines[0] + lines[1]})))
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b"".join(lines))
+    assert whole_lines(log) == [{"step": 1}, {"step": 2}]
+    for damage in (b"", lines[0], lines[1] + lines[0], b'{"step": 3}\n' + lines[1]):
+        log.write_bytes(damage)
+        with pytest.raises(ManifestError, match=r"metrics\.jsonl: is damaged: .*; restore it; if you changed it"):
+            whole_lines(log)
+    log.unlink()
+    with pytest.raises(ManifestError, match=r"metrics\.jsonl: is missing"):
+        whole_lines(log)
+
+
+def test_a_log_that_is_no_text_is_torn_there(tmp_path: Path) -> None:
+    """Older versions wrote no checksums."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "a": "\xff"}\n{"stop": 3}\n')
+    assert whole_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"stop": 2}\n')
+    assert whole_lines(tmp_path / "metrics.jsonl") == [{"step": 1}]
+
+
+@only_root
+def test_what_cannot_be_read_is_no_missing_run(tmp_path: Path) -> None:
+    """A folder that is closed to us is not one that holds no runs."""
+    write_run_json(tmp_path / "runs" / "a", "config.json", {"name": "a"})
+    with copy_of_another_user(tmp_path) as folder:
+        runs = folder / "runs"
+        for path in (runs / "a" / "config.json", runs / "a", runs):
+            os.chown(path, 0, 0)
+            path.chmod(0o700)
+            with as_another_user():
+                for look in (read_runs, run_folders, remembered_cache, lambda runs: check_out(runs, set())):
+                    if path.is_dir() or look in (read_runs, remembered_cache):
+                        with pytest.raises(PermissionError, match=f"run as a user who has it: '{path}"):
+                            look(runs)
+                with pytest.raises(PermissionError, match=f"run as a user who has it: '{path}"):
+                    read_json(runs / "a" / "config.json")
+            os.chown(path, NOBODY, NOBODY)
 
 
 def test_the_cache_of_the_first_run_that_remembers_one(run: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def folder(request, begun: Path, tmp_path: Path) -> Path:
     path = copy / "runs" / "topk" / "config.json"
     config = json.loads(path.read_text())
     config["cache"]["path"] = str(copy / "cache")
+    (path.parent / "crc32c.json").unlink()
     if request.param == "older config.json":
         config["cache"] = {name: config["cache"][name] for name in ("path", "fingerprint")}
     path.write_text(json.dumps(config))
@@ -74,6 +75,7 @@ def test_what_a_cache_that_grew_has_more_is_said(begun: Path, tiny_model, tiny_t
     path = folder / "runs" / "topk" / "config.json"
     config = json.loads(path.read_text())
     config["cache"]["path"] = str(folder / "cache")
+    (path.parent / "crc32c.json").unlink()
     path.write_text(json.dumps(config))
     old = open_cache(folder / "cache")
     assert rows_state(config["cache"], old, "train") == rows_state(config["cache"], old, "validation") == "same"

@@ -17,7 +17,7 @@ import yaml
 
 from actcache.arguments import field_types, one_of, shown, type_fields_, typed
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.files import local_path, opened
+from actcache.files import NoFile, local_path, opened
 from trainer.config.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
 from trainer.config.settings import (
     PENALISED,
@@ -111,7 +111,7 @@ class SweepConfig:
             if len(text) > MAX_BYTES:
                 raise ConfigError(f"{path}: must have at most {MAX_BYTES:,} bytes; is it a sweep file?")
             loaded = yaml.load(text.decode(), Loader=_SweepLoader)
-        except OSError as error:
+        except NoFile as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing sweep file") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             if isinstance(error, ConfigError):

@@ -26,10 +26,10 @@ from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 from torch import Tensor
 
 from actcache.errors import DatasetError, ManifestError
-from actcache.files import is_writable, refuse_links
+from actcache.files import NoFile, contents, is_writable, refuse_links, write_atomically
+from actcache.format.seal import MALFORMED, seal, unseal
 from actcache.store.cache import Cache
 from trainer.evaluation.pca import PCA
-from trainer.run_folder import read_json, write_json
 from trainer.sae.metrics import ce_loss_score, kl_div_score
 from trainer.sae.sae import SAE
 
@@ -356,11 +356,11 @@ def _path(cache: Cache, key: Mapping[str, Any]) -> Path:
 
 
 def _read_sums(cache: Cache, key: Mapping[str, Any]) -> LossSums | None:
-    """The sums that an earlier call stored under the key; None if there are none, or they cannot be read."""
+    """The sums that an earlier call stored under the key; None if there are none, or they are damaged."""
     try:
-        values = read_json(_path(cache, key))
+        values = unseal(contents(_path(cache, key)), _path(cache, key))
         ce, kl = [float(each) for each in values["ce"]], float(values["kl"])
-    except (ManifestError, KeyError, TypeError, ValueError):
+    except (NoFile, ManifestError, *MALFORMED):
         return None
     if values.get("key") != key or len(ce) != cache.context_size - 1:
         return None
@@ -377,7 +377,7 @@ def _store_sums(cache: Cache, key: Mapping[str, Any], sums: LossSums) -> None:
     if is_writable(_path(cache, key)):
         refuse_links(cache.path)
     try:
-        write_json(_path(cache, key), {"key": key, "ce": sums.ce.tolist(), "kl": sums.kl})
+        write_atomically(_path(cache, key), [seal({"key": key, "ce": sums.ce.tolist(), "kl": sums.kl})])
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise

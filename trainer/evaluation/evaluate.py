@@ -20,14 +20,22 @@ from torch import Tensor
 
 from actcache.arguments import typed, whole_number
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.files import local_path, refuse_links, require_writable
+from actcache.files import is_file, is_folder, local_path, refuse_links, require_writable
 from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.evaluation.downstream_loss import BATCH_TOKENS, MODEL_METRICS, Model, model_metrics, piece_rows
 from trainer.evaluation.pca import PCA, fit_pca
 from trainer.formats.saelens import load_sae
-from trainer.run_folder import FAILED_FILE, read_json, write_json
+from trainer.run_folder import (
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    FAILED_FILE,
+    SAE_FOLDER,
+    read_run_json,
+    run_folders,
+    write_run_json,
+)
 from trainer.sae.metrics import ReconstructionSums
 from trainer.sae.sae import SAE
 
@@ -159,7 +167,7 @@ def evaluate_runs(
     how: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "progress": progress}
     rows = evaluate_all(saes, cache, model, model_tokens=model_tokens, **how)
     for folder, row in zip(folders, rows, strict=True):
-        write_json(folder / "eval.json", row)
+        write_run_json(folder, EVALUATION_FILE, row)
     return [{"name": folder.name, **row} for folder, row in zip(folders, rows, strict=True)]
 
 
@@ -257,17 +265,15 @@ def _sequences(cache: Cache, model_tokens: int) -> Int32[np.ndarray, "sequence p
 
 def _finished(runs: Path) -> list[Path]:
     """The folder itself if it is a run, else the runs below it by name, without baselines and diverged runs."""
-    folders = sorted(path.parent for path in runs.glob("*/config.json") if not (path.parent / "failed.json").exists())
-    folders = [folder for folder in folders if not _is_baseline(folder)]
-    if (runs / "config.json").is_file():
-        folders = [runs]
+    folders = run_folders(runs)
+    if folders != [runs]:
+        folders = [each for each in folders if not is_file(each / FAILED_FILE) and not _is_baseline(each)]
     if not folders:
         raise ManifestError(f"evaluate: {runs} must be a RUN or a folder of runs, it holds no config.json; train first")
-    if (runs / FAILED_FILE).is_file():
-        raise ManifestError(
-            f"evaluate: {runs} diverged: {read_json(runs / FAILED_FILE).get('error')}; pass another run"
-        )
-    unfinished = [folder.name for folder in folders if not (folder / "sae").is_dir()]
+    if is_file(runs / FAILED_FILE):
+        error = read_run_json(runs, FAILED_FILE).get("error")
+        raise ManifestError(f"evaluate: {runs} diverged: {error}; pass another run")
+    unfinished = [folder.name for folder in folders if not is_folder(folder / SAE_FOLDER)]
     if unfinished:
         raise ManifestError(
             f"evaluate: every run must have finished training, {', '.join(unfinished)} of {runs} has no sae/; "
@@ -277,7 +283,7 @@ def _finished(runs: Path) -> list[Path]:
 
 
 def _is_baseline(folder: Path) -> bool:
-    return read_json(folder / "config.json").get("architecture") == "pca"
+    return read_run_json(folder, CONFIG_FILE).get("architecture") == "pca"
 
 
 def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch.device) -> list[PCA]:
@@ -300,12 +306,12 @@ def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch
 def _write_baseline(runs: Path, pca: PCA, cache: Cache) -> Path:
     """Write the baseline's folder with its config.json. Raises CacheMismatch if a run has this name."""
     folder = runs / f"pca-k{pca.d_sae}-{pca.hook_name}"
-    if (folder / "config.json").exists() and not _is_baseline(folder):
+    if is_file(folder / CONFIG_FILE) and not _is_baseline(folder):
         raise CacheMismatch(f"evaluate: a PCA baseline goes to {folder}, where a run is; give the run another name")
     sizes = {"d_in": pca.d_in, "d_sae": pca.d_sae, "k": pca.d_sae, "n_rows": pca.n_rows}
     source = {"cache_fingerprint": cache.fingerprint, "model": cache.identity["model"]["name"]}
     config = {"architecture": "pca", "name": folder.name, "hook_name": pca.hook_name, **sizes, **source}
-    write_json(folder / "config.json", config)
+    write_run_json(folder, CONFIG_FILE, config)
     return folder
 
 
@@ -364,9 +370,9 @@ def _check_run(run: Path, cache: Cache) -> dict[str, Any]:
 
     Raises CacheMismatch unless the run was trained on activations of the cache's model.
     """
-    if not (run / "config.json").is_file():
+    if not is_file(run / CONFIG_FILE):
         return {}
-    config = read_json(run / "config.json")
+    config = read_run_json(run, CONFIG_FILE)
     try:
         trained, cached = config["model"]["name"], cache.identity["model"]["name"]
         _ = config["sae"]["k"], config["sae"]["hook_name"]

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from actcache.arguments import typed
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.files import local_path, remove_leftovers, write_atomically
+from actcache.files import contents, is_file, local_path, remove_leftovers, write_atomically
 from actcache.flow import HOLD_OUT_MORE
 from actcache.format.manifest import rows_fingerprint
 from actcache.loading.filters import RowFilter
 from actcache.store.cache import Cache
 from actcache.store.reader import HookReader
-from trainer.checksums import CHECKSUMS_FILE, checksums_of, sealed
-from trainer.features.feature_acts import Codes, SparseEncoder, write_codes
+from trainer.checksums import CHECKSUMS_FILE, add_checksums, checksums_of, read_checksums, sealed
+from trainer.features.feature_acts import SparseEncoder, write_codes
 from trainer.features.read import (
     CODES,
     FOLDER,
@@ -40,10 +40,11 @@ from trainer.features.read import (
     map_all_codes,
     only_builder,
     open_features,
+    read_source,
     sae_checksums,
 )
 from trainer.formats.saelens import load_sae
-from trainer.run_folder import CONFIG_FILE, FAILED_FILE, read_json, write_json
+from trainer.run_folder import CONFIG_FILE, FAILED_FILE, json_bytes, read_run_json
 from trainer.sae.sae import SAE
 
 FILE_ENTRIES = 1 << 22  # entries after which a file ends before its shard does; to sort so many takes 250 MB
@@ -86,32 +87,35 @@ def build_features(
     sae = load_sae(run, device=device)
     _check_cache(run, config, sae, cache)
     source, rows = _source(run, sae, cache), _rows_of(sae, cache)
-    if (folder / LATENTS_FILE).is_file():  # a look needs no lock, and the folder may be read-only
+    if is_file(folder / LATENTS_FILE):  # a look needs no lock, and the folder may be read-only
         _check_held(folder, source, rows, cache)
         return open_features(run)
     with only_builder(folder):
-        if (folder / SOURCE_FILE).is_file():
+        if is_file(folder / SOURCE_FILE):
             _check_held(folder, source, rows, cache)
         else:
-            write_json(folder / ROWS_FILE, rows)
-            write_json(folder / SOURCE_FILE, source)
-        if not (folder / LATENTS_FILE).is_file():
+            files = {ROWS_FILE: json_bytes(rows), SOURCE_FILE: json_bytes(source)}
+            add_checksums(folder / CHECKSUMS_FILE, checksums_of(files))
+            for name, data in files.items():
+                write_atomically(folder / name, [data])
+        if not is_file(folder / LATENTS_FILE):
             remove_leftovers(folder)
             _write_codes(sae, cache, folder, progress)
-            _write_latents(folder, map_all_codes(folder))
+            _write_latents(folder)
     return open_features(run)
 
 
 def _run_config(run: Path) -> dict[str, Any]:
     """config.json of a run that did not diverge."""
-    if not (run / CONFIG_FILE).is_file():
+    if not is_file(run / CONFIG_FILE):
         raise ManifestError(
             f"features: {run} must be a RUN folder, it has no {CONFIG_FILE}; pass what `actcache train` wrote (a "
             "SAELens directory becomes a RUN by `actcache import`)"
         )
-    if (run / FAILED_FILE).is_file():
-        raise ManifestError(f"features: {run} diverged: {read_json(run / FAILED_FILE).get('error')}; pass another run")
-    return read_json(run / CONFIG_FILE)
+    if is_file(run / FAILED_FILE):
+        error = read_run_json(run, FAILED_FILE).get("error")
+        raise ManifestError(f"features: {run} diverged: {error}; pass another run")
+    return read_run_json(run, CONFIG_FILE)
 
 
 def _check_cache(run: Path, config: Mapping[str, Any], sae: SAE, cache: Cache) -> None:
@@ -157,12 +161,15 @@ def _check_held(folder: Path, source: Mapping[str, Any], rows: Mapping[str, str]
     The cache may hold more hooks than it held. Features of older versions do not name their rows. They are taken where
     the split has the same tokens; whether its activations are stored in the same dtype and codec cannot be known.
     """
-    held = read_json(folder / SOURCE_FILE)
+    checksums = read_checksums(folder / CHECKSUMS_FILE)
+    held, named = read_source(folder, SOURCE_FILE, checksums), None
+    if is_file(folder / ROWS_FILE) or ROWS_FILE in checksums:
+        named = read_source(folder, ROWS_FILE, checksums)
     if held.get("cache_fingerprint") != cache.fingerprint:
-        if (folder / ROWS_FILE).is_file():
-            same = read_json(folder / ROWS_FILE) == rows
+        if named is not None:
+            same = named == rows
         else:
-            ids = [np.empty(0, np.int32), *(codes.token_id for codes in map_all_codes(folder))]
+            ids = [np.empty(0, np.int32), *(codes.token_id for codes in map_all_codes(folder, checksums))]
             same = np.array_equal(np.concatenate(ids), cache.sequences(SPLIT).flatten())
         source = {**source, "cache_fingerprint": held.get("cache_fingerprint")} if same else source
     check_source(folder, held, source)
@@ -229,7 +236,9 @@ class _Coded:
 
 def _write_codes(sae: SAE, cache: Cache, folder: Path, progress: Progress | None) -> None:
     """Write every file of codes that is not there yet. A file ends with its shard, or after FILE_ENTRIES entries."""
-    there, n_rows = map_all_codes(folder), cache.n_rows(SPLIT)
+    there, n_rows = map_all_codes(folder, read_checksums(folder / CHECKSUMS_FILE)), cache.n_rows(SPLIT)
+    for codes in there:  # of an earlier call, and worth no more work if they are damaged
+        codes.file.check(codes.file.bytes)
     start = there[-1].stop if there else 0
     held: list[_Coded] = []
     if progress is not None:
@@ -308,11 +317,17 @@ def _rows(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _write_latents(folder: Path, codes: Sequence[Codes]) -> None:
-    """Write the checksums of all files, then n_fired and max_act of every latent, which make the features whole."""
+def _write_latents(folder: Path) -> None:
+    """Write n_fired and max_act of every latent, which make the features whole, after their checksum.
+
+    What an older version began has no checksums of its codes: they are of what is there.
+    """
+    checksums = read_checksums(folder / CHECKSUMS_FILE)
+    codes = map_all_codes(folder, checksums)
     d_sae = len(codes[0].latent_start) - 1
     n_fired, max_act = np.zeros(d_sae, dtype=np.int64), np.zeros(d_sae, dtype=np.float32)
     for each in codes:
+        each.file.check(each.file.bytes)
         fired = np.diff(each.latent_start)
         n_fired += fired
         there = np.flatnonzero(fired)
@@ -321,7 +336,9 @@ def _write_latents(folder: Path, codes: Sequence[Codes]) -> None:
             max_act[there] = np.maximum(max_act[there], largest)
     stored = safetensors.numpy.save({"n_fired": n_fired, "max_act": max_act})
     files = {each.file.path.name: each.file.bytes for each in codes}
-    files |= {path.name: path.read_bytes() for path in (folder / SOURCE_FILE, folder / ROWS_FILE) if path.exists()}
-    files[LATENTS_FILE] = stored
-    write_atomically(folder / CHECKSUMS_FILE, [sealed(checksums_of(files))])
+    files |= {name: contents(folder / name) for name in (SOURCE_FILE, ROWS_FILE) if is_file(folder / name)}
+    new = checksums_of({name: data for name, data in files.items() if name not in checksums} | {LATENTS_FILE: stored})
+    stray = {name for name in checksums if Path(name).match(CODES)} - {*files}  # a kill left that of a file to come
+    held = {name: of for name, of in checksums.items() if name not in stray}
+    write_atomically(folder / CHECKSUMS_FILE, [sealed(held | new)])
     write_atomically(folder / LATENTS_FILE, [stored])

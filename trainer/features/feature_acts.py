@@ -5,7 +5,6 @@ entries of consecutive tokens, in one safetensors file with the same fields. The
 what is looked at is loaded. It holds the entries both by token and by latent, because both are asked for.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +15,14 @@ from jaxtyping import Float, Float32, Int, Int32, Int64
 from torch import Tensor
 
 from actcache.errors import ManifestError, NonFiniteActivations
-from actcache.files import write_atomically
-from trainer.checksums import Checksums, MappedFile
+from actcache.files import NoFile, write_atomically
+from trainer.checksums import CHECKSUMS_FILE, Checksums, MappedFile, add_checksums, checksums_of
 from trainer.kernels.active import ActiveEntries, Workspace
 from trainer.kernels.select import encoder_pre_acts, exceeds, topk_chunk_rows, topk_pre_acts
 from trainer.sae.sae import SAE
+from trainer.tensor_file import mapped_arrays
 
 MAX_ROWS = 4096  # rows encoded at a time; more make the product no faster
-STORED = {"I64": "<i8", "I32": "<i4", "F32": "<f4"}  # safetensors' dtype -> numpy's
-HEADER_LENGTH_BYTES = 8
 WAY_OUT = "remove {} and build it anew"
 
 Entries = tuple[Int[Tensor, " entry"], Int[Tensor, " entry"], Float[Tensor, " entry"]]  # row, latent, activation
@@ -161,7 +159,7 @@ def write_codes(
     act: Float[Tensor, " entry"],
     d_sae: int,
 ) -> None:
-    """Write the codes of consecutive tokens, whole or not at all.
+    """Write the codes of consecutive tokens, whole or not at all, after their checksum in the folder's file of them.
 
     Args:
         path: the file to write.
@@ -181,15 +179,17 @@ def write_codes(
         "token_by_latent": entries.row_by_latent.int(),
         "act_by_latent": act.index_select(0, entries.by_latent),
     }
-    write_atomically(path, [safetensors.numpy.save({name: np.asarray(tensor) for name, tensor in tensors.items()})])
+    data = safetensors.numpy.save({name: np.asarray(tensor) for name, tensor in tensors.items()})
+    add_checksums(path.with_name(CHECKSUMS_FILE), checksums_of({path.name: data}))
+    write_atomically(path, [data])
 
 
-def map_codes(path: Path, first_token: int, checksums: Checksums | None = None) -> Codes:
+def map_codes(path: Path, first_token: int, checksums: Checksums) -> Codes:
     """Map a file of `write_codes` that begins with token `first_token`.
 
     checksums: those of its folder. Raises ManifestError if what is read here is damaged.
     """
-    file, arrays = _mapped(path, checksums or {})
+    file, arrays = _mapped(path, checksums)
     names = [name for name in Codes.__slots__ if name not in ("file", "first_token")]
     try:
         codes = Codes(file=file, first_token=first_token, **{name: arrays[name] for name in names})
@@ -204,12 +204,12 @@ def map_codes(path: Path, first_token: int, checksums: Checksums | None = None) 
     return codes
 
 
-def map_arrays(path: Path, checksums: Checksums | None = None) -> dict[str, np.ndarray]:
+def map_arrays(path: Path, checksums: Checksums) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file, read-only and mapped.
 
     checksums: those of its folder. Raises ManifestError if the file is damaged anywhere, or is not one.
     """
-    file, arrays = _mapped(path, checksums or {})
+    file, arrays = _mapped(path, checksums)
     file.check(file.bytes)
     return arrays
 
@@ -218,17 +218,8 @@ def _mapped(path: Path, checksums: Checksums) -> tuple[MappedFile, dict[str, np.
     """The file, of which only the header is checked, and its arrays."""
     try:
         file = MappedFile(path, checksums, WAY_OUT.format(path.parent))
-        file.check(file.bytes[:HEADER_LENGTH_BYTES])
-        start = HEADER_LENGTH_BYTES + int.from_bytes(file.bytes[:HEADER_LENGTH_BYTES].tobytes(), "little")
-        file.check(file.bytes[:start])
-        header = json.loads(file.bytes[HEADER_LENGTH_BYTES:start].tobytes())
-        return file, {
-            name: file.bytes[start + about["data_offsets"][0] : start + about["data_offsets"][1]]
-            .view(STORED[about["dtype"]])
-            .reshape(about["shape"])
-            for name, about in header.items()
-        }
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        return file, mapped_arrays(file)
+    except (NoFile, ValueError) as error:
         raise damaged(path, error) from error
 
 

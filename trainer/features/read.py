@@ -25,9 +25,8 @@ from jaxtyping import Float32, Float64, Int64, Shaped
 
 from actcache.arguments import typed, whole_number
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
-from actcache.files import local_path, refuse_links
-from actcache.format.codecs import crc32c
-from trainer.checksums import CHECKSUMS_FILE, Checksums, check_file, read_checksums
+from actcache.files import NoFile, is_file, listed, local_path, refuse_links
+from trainer.checksums import CHECKSUMS_FILE, Checksums, check_file, file_crc32c, read_checksums
 from trainer.features.feature_acts import WAY_OUT, Codes, damaged, map_arrays, map_codes
 from trainer.formats.saelens import CONFIG_FILE as SAE_CONFIG_FILE
 from trainer.formats.saelens import WEIGHTS_FILE, check_sae
@@ -216,12 +215,11 @@ def open_features(run: Path | str) -> Features:
     """
     run = local_path(run)
     folder = run / FOLDER
-    if not (folder / LATENTS_FILE).is_file():
-        found = "only a part of them is there" if (folder / SOURCE_FILE).is_file() else f"there is no {FOLDER}/"
+    if not is_file(folder / LATENTS_FILE):
+        found = "only a part of them is there" if is_file(folder / SOURCE_FILE) else f"there is no {FOLDER}/"
         raise ManifestError(f"{run}: its features must be built, {found}; run `actcache features {run}`")
-    checksums = read_checksums(folder / CHECKSUMS_FILE)
-    check_file(folder / SOURCE_FILE, checksums, WAY_OUT.format(folder))
-    source, codes = read_json(folder / SOURCE_FILE), map_all_codes(folder, checksums)
+    checksums = read_checksums(folder / CHECKSUMS_FILE, warns=True)
+    source, codes = read_source(folder, SOURCE_FILE, checksums), map_all_codes(folder, checksums)
     latents = map_arrays(folder / LATENTS_FILE, checksums)
     check_source(folder, source, {"sae_crc32c": sae_checksums(run), "format_version": FORMAT_VERSION})
     try:
@@ -235,13 +233,19 @@ def open_features(run: Path | str) -> Features:
     return features
 
 
+def read_source(folder: Path, name: str, checksums: Checksums) -> dict[str, Any]:
+    """source.json or rows.json of RUN/features/. Raises ManifestError if it is missing, damaged or malformed."""
+    check_file(folder / name, checksums, WAY_OUT.format(folder))
+    return read_json(folder / name)
+
+
 def sae_checksums(run: Path) -> list[int]:
     """CRC-32C of the two files of a run's SAE. Raises ManifestError if they are damaged or missing."""
     check_sae(run / SAE_FOLDER)
     files = [run / SAE_FOLDER / name for name in (SAE_CONFIG_FILE, WEIGHTS_FILE)]
     try:
-        return [crc32c(np.memmap(path, dtype=np.uint8, mode="r")) for path in files]
-    except (FileNotFoundError, ValueError) as error:
+        return [file_crc32c(path) for path in files]
+    except NoFile as error:
         raise ManifestError(
             f"features: {run / SAE_FOLDER} must hold the SAE of the run, {SAE_CONFIG_FILE} and {WEIGHTS_FILE}, got "
             f"{type(error).__name__}: {error}"
@@ -260,9 +264,9 @@ def check_source(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any
         )
 
 
-def map_all_codes(folder: Path, checksums: Checksums | None = None) -> tuple[Codes, ...]:
+def map_all_codes(folder: Path, checksums: Checksums) -> tuple[Codes, ...]:
     """Map every file of codes, in the order of the split. Raises ManifestError if they leave out a token."""
-    paths = sorted(folder.glob(CODES))
+    paths = [path for path in listed(folder) if path.match(CODES)]
     codes = tuple(map_codes(path, int(path.stem.partition("-")[2]), checksums) for path in paths)
     stop = 0
     for each in codes:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from actcache.errors import ConfigError, ManifestError, ModelError
-from actcache.files import is_writable, local_path, write_atomically
+from actcache.files import is_file, is_writable, local_path, write_atomically
 from actcache.store.cache import Cache
-from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
+from trainer.checksums import CHECKSUMS_FILE, add_checksums, check_file, checksums_of, read_checksums
 from trainer.features.feature_acts import WAY_OUT
 from trainer.features.logit_lens import LogitLens, TokenLogit, logit_lens
 from trainer.features.read import FOLDER, LOCK_FILE, only_builder
@@ -57,8 +57,9 @@ class Words:
 
 
 def has_words(run: Path | str) -> bool:
-    """Whether the words of a run's features are written. They are written after the features."""
-    return (local_path(run) / FOLDER / TOKENS_FILE).is_file()
+    """Whether the words of a run's features are written, or were. They are written after the features."""
+    folder = local_path(run) / FOLDER
+    return is_file(folder / TOKENS_FILE) or TOKENS_FILE in read_checksums(folder / CHECKSUMS_FILE)
 
 
 def may_write_words(run: Path | str) -> bool:
@@ -92,10 +93,9 @@ def write_words(run: Path | str, cache: Cache, model: Model) -> None:
         shown = {token_id for ends in lens or () for end in ends for token_id, _ in end}
         ids = sorted(shown.union(np.unique(cache.sequences("validation")).tolist()))
         files[TOKENS_FILE] = _json({str(i): text for i, text in token_strings(model.tokenizer, ids).items()})
-        checksums = read_checksums(folder / CHECKSUMS_FILE) | checksums_of(files)
-        write_atomically(folder / CHECKSUMS_FILE, [sealed(checksums)])
         for name, data in files.items():
             write_atomically(folder / name, [data])
+        add_checksums(folder / CHECKSUMS_FILE, checksums_of(files))  # last: it says that they were written
 
 
 def read_words(run: Path | str) -> Words:
@@ -110,7 +110,7 @@ def read_words(run: Path | str) -> Words:
             f"{run}: must have its features built, it has no {FOLDER}/{TOKENS_FILE}; run `actcache features {run}`"
         )
     checksums = read_checksums(folder / CHECKSUMS_FILE)
-    has_lens = (folder / LENS_FILE).is_file() or LENS_FILE in checksums
+    has_lens = is_file(folder / LENS_FILE) or LENS_FILE in checksums
     for name in (TOKENS_FILE, *((LENS_FILE,) if has_lens else ())):
         check_file(folder / name, checksums, WAY_OUT.format(folder))
     try:

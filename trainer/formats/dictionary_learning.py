@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ManifestError
+from actcache.files import NoFile, contents_of_any_size
 from actcache.models.hook_names import hooks_of
 from trainer.formats.foreign import Names, Tensors, foreign_sae, known_names, stored_tensor
 from trainer.run_folder import read_json
@@ -70,8 +72,8 @@ def _of_norm_one(weights: Mapping[str, Tensor]) -> Tensors:
 def _unpickled(path: Path) -> Tensors:
     """The tensors of a state dict that torch.save wrote. Nothing else is unpickled, so no code in the file runs."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        stored = torch.load(io.BytesIO(contents_of_any_size(path)), map_location="cpu", weights_only=True)
+    except (NoFile, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
         raise ManifestError(
             f"import: {path} must be a state dict of tensors, got {type(error).__name__}: {reason}"

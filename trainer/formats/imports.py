@@ -11,14 +11,13 @@ Hooks get TransformerLens' names. A block's name, such as `layers.3` or `transfo
 block `imported` says where the SAE came from, and no cache is named.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
-from actcache.files import local_path, refuse_address
+from actcache.files import contents_of_any_size, files_below, is_file, listed, local_path, refuse_address
 from actcache.machine.installs import no_installs
 from trainer.checksums import CHECKSUMS_FILE, checksums_of, sealed
 from trainer.config.settings import SAEConfig
@@ -34,7 +33,7 @@ from trainer.formats.saelens import (
 from trainer.formats.saelens_checkpoint import saelens_sae, saelens_sae_of
 from trainer.formats.sparsify import SPARSIFY_FILES, sparsify_sae
 from trainer.run_folder import CONFIG_FILE as RUN_CONFIG
-from trainer.run_folder import SAE_FOLDER
+from trainer.run_folder import SAE_FOLDER, json_bytes
 from trainer.sae.sae import SAE
 
 READERS: dict[str, tuple[tuple[str, str], Callable[[Path, Names], SAE]]] = {  # format -> files, reader
@@ -117,14 +116,14 @@ def _reader(folder: Path) -> tuple[str, Callable[[Path, Names], SAE]]:
     found = _layout(folder)
     if found is not None:
         return found, READERS[found][1]
-    below = sorted(str(path.parent.relative_to(folder)) for path in folder.rglob("*") if path.name in _weights_files())
+    below = [str(path.parent.relative_to(folder)) for path in files_below(folder) if path.name in _weights_files()]
     wanted = "; ".join(f"{' and '.join(files)} ({layout})" for layout, (files, _) in READERS.items())
     way_out = f"one of the folders in it: {', '.join(below[:5])}" if below else "a folder that an SAE was saved in"
     raise ManifestError(f"import: {folder} must hold {wanted}; pass {way_out}")
 
 
 def _layout(folder: Path) -> str | None:
-    held = (layout for layout, (files, _) in READERS.items() if all((folder / name).is_file() for name in files))
+    held = (layout for layout, (files, _) in READERS.items() if all(is_file(folder / name) for name in files))
     return next(held, None)
 
 
@@ -138,16 +137,17 @@ def _write_run(sae: SAE, out: Path, source: dict[str, Any]) -> Path:
         raise ConfigError(f"import: {_said(source)} does not say which model it is of; pass --model-name")
     sae_folder = sae_files(sae)
     files = {f"{SAE_FOLDER}/{name}": data for name, data in sae_folder.items()}
-    description = json.dumps(_description(sae, out, source), indent=1, sort_keys=True, allow_nan=False)
-    files[RUN_CONFIG] = f"{description}\n".encode()
-    if out.exists() and not out.is_dir():
+    files[RUN_CONFIG] = json_bytes(_description(sae, out, source))
+    if is_file(out):
         raise CacheMismatch(f"import: {out} must be a folder, is a file; choose another --out")
-    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if held and all((out / name).is_file() and (out / name).read_bytes() == data for name, data in files.items()):
+    held = [path.name for path in listed(out)]
+    if held and all(is_file(out / name) and contents_of_any_size(out / name) == data for name, data in files.items()):
         return out
     if held:
         raise CacheMismatch(f"import: {out} must be new or empty, it holds {', '.join(held[:5])}; choose another --out")
-    return write_directory(out, {**files, f"{SAE_FOLDER}.{CHECKSUMS_FILE}": sealed(checksums_of(sae_folder))})
+    files[f"{SAE_FOLDER}.{CHECKSUMS_FILE}"] = sealed(checksums_of(sae_folder))
+    files[CHECKSUMS_FILE] = sealed(checksums_of({RUN_CONFIG: files[RUN_CONFIG]}))
+    return write_directory(out, files)
 
 
 def _description(sae: SAE, out: Path, source: dict[str, Any]) -> dict[str, Any]:

@@ -17,17 +17,27 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from actcache.arguments import device_of
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.files import local_path, new_folder, write_atomically
-from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
+from actcache.files import (
+    NoFile,
+    contents,
+    contents_of_any_size,
+    is_file,
+    listed,
+    local_path,
+    new_folder,
+    write_atomically,
+)
+from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed, unless_changed
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
-from trainer.run_folder import SAE_FOLDER
+from trainer.run_folder import CONFIG_FILE as RUN_CONFIG
+from trainer.run_folder import SAE_FOLDER, json_bytes
 from trainer.sae.sae import PURSUIT, SAE
+from trainer.tensor_file import read_tensors
 
 SAE_LENS_VERSION = "6.54.12"  # the version whose format is written; readers drop the metadata of versions below 6.0.0
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -123,7 +133,7 @@ def sae_files(sae: SAE) -> dict[str, bytes]:
         cfg |= {"hook_names": list(sae.hook_names), "hook_widths": list(sae.hook_widths or ())}
     names = _shapes(sae.architecture, sae.d_in, sae.d_sae, sae.d_out)
     tensors = {name: getattr(sae, name).detach().cpu().contiguous() for name in names}
-    return {CONFIG_FILE: _json_bytes(cfg), WEIGHTS_FILE: save(tensors)}
+    return {CONFIG_FILE: json_bytes(cfg), WEIGHTS_FILE: save(tensors)}
 
 
 def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
@@ -138,16 +148,19 @@ def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
     """
     where, folder = device_of("load_sae", device), _sae_folder(local_path(path))
     check_sae(folder)
-    return sae_of(read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE), folder, device=where)
+    return sae_of(read_sae_config(folder), sae_tensors(folder / WEIGHTS_FILE), folder, device=where)
 
 
 def check_sae(folder: Path) -> None:
-    """Raise ManifestError unless the files of RUN/sae/ are as they were written, where their checksums are there."""
+    """Raise ManifestError unless the files of RUN/sae/ are as they were written, where their checksums are there.
+
+    That a RUN has none is logged. A SAELens directory is not expected to have any.
+    """
     held = _checksums_file(folder)
-    checksums = read_checksums(held)
-    way_out = f"restore it; if you changed it yourself, remove {held}"
+    is_of_run = folder.absolute().name == SAE_FOLDER and is_file(folder.absolute().with_name(RUN_CONFIG))
+    checksums = read_checksums(held, warns=is_of_run)
     for name in checksums:
-        check_file(folder / name, checksums, way_out)
+        check_file(folder / name, checksums, unless_changed(held))
 
 
 def _checksums_file(folder: Path) -> Path:
@@ -191,11 +204,11 @@ def export_sae(run: Path | str, out: Path | str) -> Path:
             f"export: SAELens has {', '.join(SAELENS_ARCHITECTURES)}, {run} is a {architecture}; load it with load_sae"
         )
     source, out = _sae_folder(local_path(run)), local_path(out).absolute()
-    files = {name: (source / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    if out.exists() and not out.is_dir():
+    files = {name: contents_of_any_size(source / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    if is_file(out):
         raise CacheMismatch(f"export: {out} must be a directory, got a file; choose another --out")
-    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    if held == sorted(files) and all((out / name).read_bytes() == data for name, data in files.items()):
+    held = [path.name for path in listed(out)]
+    if held == sorted(files) and all(contents_of_any_size(out / name) == data for name, data in files.items()):
         return out
     if held:
         raise CacheMismatch(f"export: {out} must be new or empty, it holds {_some(held)}; choose another --out")
@@ -245,7 +258,7 @@ def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int) -> dict[str, t
 
 def _sae_folder(path: Path) -> Path:
     for folder in (path, path / SAE_FOLDER):
-        if (folder / CONFIG_FILE).is_file():
+        if is_file(folder / CONFIG_FILE):
             return folder
     raise ManifestError(
         f"load_sae: {path} must be a RUN folder or a SAELens directory, it has neither {CONFIG_FILE} nor "
@@ -257,19 +270,19 @@ def read_sae_config(folder: Path) -> dict[str, Any]:
     """cfg.json of a SAELens directory. Only this is checked: it is an object, and its `metadata` is one too."""
     path = folder / CONFIG_FILE
     try:
-        cfg = json.loads(path.read_bytes(), parse_constant=lambda _: None)  # SAELens writes NaN for an L0 without steps
-    except ValueError as error:
+        cfg = json.loads(contents(path), parse_constant=lambda _: None)  # SAELens writes NaN for an L0 without steps
+    except (NoFile, ValueError, RecursionError) as error:
         raise ManifestError(f"load_sae: {path} must be readable JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(cfg, dict) or not isinstance(cfg.get("metadata", {}), dict):
         raise ManifestError(f"load_sae: {path} must be a JSON object with an object `metadata`")
     return {**cfg, "metadata": cfg.get("metadata", {})}
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def sae_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file. Raises ManifestError if it is not one."""
     try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
+        return read_tensors(path)
+    except (NoFile, ValueError) as error:
         raise ManifestError(f"load_sae: {path} must be safetensors, got {type(error).__name__}: {error}") from error
 
 
@@ -377,10 +390,6 @@ def _checked_tensors(
         if not tensor.is_floating_point() or not math.isfinite(float(tensor.double().abs().max())):
             raise ManifestError(f"load_sae: {path}: {name} must be finite floats, got NaN, infinity or {tensor.dtype}")
     return {name: tensor.to(device, DTYPES[_dtype_name(cfg)]) for name, tensor in tensors.items()}
-
-
-def _json_bytes(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def write_directory(out: Path, files: Mapping[str, bytes], *, replace: bool = False) -> Path:

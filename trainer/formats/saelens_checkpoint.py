@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from actcache.errors import ManifestError
+from actcache.files import is_file
 from actcache.models.hook_names import hooks_of
 from trainer.config.settings import BATCH_FAMILY
 from trainer.formats.foreign import Names, Tensors
-from trainer.formats.saelens import PURSUIT_THRESHOLD, WEIGHTS_FILE, read_sae_config, read_tensors, sae_of
+from trainer.formats.saelens import PURSUIT_THRESHOLD, WEIGHTS_FILE, read_sae_config, sae_of, sae_tensors
 from trainer.run_folder import read_json
 from trainer.sae.sae import SAE
 
@@ -28,7 +29,7 @@ def saelens_sae(folder: Path, names: Names) -> SAE:
         ManifestError: as `saelens.load_sae`, or the file with the scale of a checkpoint's rows is missing.
         CacheMismatch: as `saelens.load_sae`.
     """
-    cfg, tensors = read_sae_config(folder), read_tensors(folder / WEIGHTS_FILE)
+    cfg, tensors = read_sae_config(folder), sae_tensors(folder / WEIGHTS_FILE)
     if cfg.get("normalize_activations") == "expected_average_only_in":
         cfg, tensors = _unscaled(cfg, tensors, folder / SCALE_FILE)
     return saelens_sae_of(cfg, tensors, folder, names)
@@ -50,7 +51,7 @@ def _unscaled(cfg: Mapping[str, Any], tensors: Tensors, path: Path) -> tuple[dic
     W_enc is multiplied by s; W_dec and b_dec are divided by it. A threshold on h ||d_i|| is divided too, and one on h
     stays. matching_pursuit has one matrix for encoder and decoder, which stays; its residual_threshold is divided by s.
     """
-    scale = read_json(path).get("scaling_factor") if path.is_file() else None
+    scale = read_json(path).get("scaling_factor") if is_file(path) else None
     if not isinstance(scale, float | int):
         raise ManifestError(
             f"import: {path} must say scaling_factor, by which the rows of a checkpoint with normalize_activations "

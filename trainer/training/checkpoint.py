@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.files import remove_leftovers, write_atomically
+from actcache.files import NoFile, is_file, listed, remove_leftovers, write_atomically
+from actcache.format.seal import MALFORMED
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
 from trainer.config.settings import SAEConfig
+from trainer.tensor_file import TensorFile, opened_tensors
 from trainer.training.step import TrainState, initial_state
 
 _FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -59,8 +60,8 @@ def save_checkpoint(state: TrainState, folder: Path, *, keep: int = 1) -> Path:
     others = [other for other in _checkpoints(folder) if other != path]
     for older in sorted(others, key=checkpoint_step, reverse=True)[keep - 1 :]:
         older.unlink()
-    for stray in folder.glob(f"step-*.{CHECKSUMS_FILE}"):  # those of the files just removed, or of a killed writer
-        if not _file_of(stray).exists():
+    for stray in listed(folder):  # of the files just removed, or of a killed writer
+        if stray.match(f"step-*.{CHECKSUMS_FILE}") and not is_file(_file_of(stray)):
             stray.unlink()
     return path
 
@@ -79,26 +80,28 @@ def load_checkpoint(config: SAEConfig, path: Path, device: torch.device | str = 
         OSError: it cannot be read.
     """
     remove_leftovers(path.parent)
-    _check(path, _way_out(path))
     state = initial_state(config, torch.zeros(config.d_out, device=device))
     try:
-        with safe_open(path, framework="pt") as file:
-            counters = json.loads((file.metadata() or {})["state"])
+        _check(path, warns=True)
+        with opened_tensors(path) as file:
+            counters = json.loads(file.metadata["state"])
             if counters["config_sha256"] != config_sha256(config):
                 raise CacheMismatch(f"{path}: is a checkpoint of another config; remove {path.parent} or change --out")
             state.step, state.n_tokens = int(counters["step"]), int(counters["n_tokens"])
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            _fill(state, stored, counters["optimizer"])
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ManifestError(
-            f"{path}: cannot be read as a checkpoint ({type(error).__name__}: {error}); {_way_out(path)}"
-        ) from error
+            if state.step != checkpoint_step(path):
+                raise ValueError(f"it is of step {state.step}")
+            _fill(state, file, counters["optimizer"])
+    except ManifestError as error:
+        raise ManifestError(error.what, path=error.path, way_out=error.way_out or _way_out(path)) from error
+    except (NoFile, *MALFORMED) as error:
+        what = f"cannot be read as a checkpoint ({type(error).__name__}: {error})"
+        raise ManifestError(what, path=path, way_out=_way_out(path)) from error
     return state
 
 
-def _check(path: Path, way_out: str) -> None:
+def _check(path: Path, *, warns: bool = False) -> None:
     """Raise ManifestError if the bytes of a checkpoint are not those that were written. An old one has no checksums."""
-    check_file(path, read_checksums(_checksums_file(path)), way_out)
+    check_file(path, read_checksums(_checksums_file(path), warns=warns), "")
 
 
 def _way_out(path: Path) -> str:
@@ -106,10 +109,11 @@ def _way_out(path: Path) -> str:
     older = [each for each in _checkpoints(path.parent) if checkpoint_step(each) < checkpoint_step(path)]
     for each in sorted(older, key=checkpoint_step, reverse=True):
         try:
-            _check(each, "")
-        except ManifestError:
+            _check(each)
+            with opened_tensors(each):
+                return f"remove it to go on from {each.name}, the last good one"
+        except (ManifestError, NoFile, ValueError):
             continue
-        return f"remove it to go on from {each.name}, the last good one"
     return "remove it to train from the start: there is no good one before it"
 
 
@@ -119,7 +123,7 @@ def config_sha256(config: SAEConfig) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*.safetensors") if _FILE_NAME.fullmatch(path.name)]
+    return [path for path in listed(folder) if _FILE_NAME.fullmatch(path.name)]
 
 
 def _checksums_file(path: Path) -> Path:
@@ -144,25 +148,32 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     return tensors | {f"average/{name}": average for name, average in state.average.items()}
 
 
-def _fill(state: TrainState, stored: dict[str, Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Copy the stored tensors into a fresh state. They must have its shapes."""
-    state.tokens_since_fired.copy_(stored["tokens_since_fired"])
+def _fill(state: TrainState, file: TensorFile, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Copy the stored tensors into a fresh state. Raises ValueError unless they have its shapes."""
+    _copy_(state.tokens_since_fired, file, "tokens_since_fired")
     for name, weight in state.weights.items():
         with torch.no_grad():
-            weight.copy_(stored[f"weights/{name}"])
+            _copy_(weight, file, f"weights/{name}")
+        prefix = f"optimizer/{name}/"
         state.optimizer.state[weight] = {
-            key.removeprefix(f"optimizer/{name}/"): _fitting(tensor, weight, key)
-            for key, tensor in stored.items()
-            if key.startswith(f"optimizer/{name}/")
+            key.removeprefix(prefix): _fitting(file, key, weight) for key in file.names if key.startswith(prefix)
         }
-        if f"average/{name}" in stored:
-            state.average[name] = _fitting(stored[f"average/{name}"], weight, f"average/{name}")
+        if f"average/{name}" in file.names:
+            state.average[name] = _fitting(file, f"average/{name}", weight)
     for group, numbers in zip(state.optimizer.param_groups, groups, strict=True):
         group.update(numbers)
 
 
-def _fitting(tensor: Tensor, weight: Tensor, name: str) -> Tensor:
-    """The tensor on the weight's device. Raises ValueError unless it has the weight's shape or is a scalar."""
+def _copy_(tensor: Tensor, file: TensorFile, name: str) -> None:
+    stored = file.read(name)
+    if stored.shape != tensor.shape:
+        raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, got {tuple(stored.shape)}")
+    tensor.copy_(stored)
+
+
+def _fitting(file: TensorFile, name: str, weight: Tensor) -> Tensor:
+    """A stored tensor on the weight's device. Raises ValueError unless it has the weight's shape or is a scalar."""
+    tensor = file.read(name)
     if tensor.ndim > 0 and tensor.shape != weight.shape:
         raise ValueError(f"{name} must have shape {tuple(weight.shape)}, got {tuple(tensor.shape)}")
-    return tensor.to(weight.device, copy=True)
+    return tensor.to(weight.device)

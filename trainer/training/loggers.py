@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from actcache.errors import ActcacheError, ConfigError
-from actcache.files import write_atomically
+from actcache.files import contents, is_file, write_atomically
 from actcache.machine.installs import no_installs
 from trainer.config.settings import SAEConfig
 
@@ -183,6 +183,6 @@ def _without_step(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def _run_id(folder: Path) -> str:
     """The id that tells this run from runs of the same name in other sweeps. Its folder keeps it for later calls."""
     path = folder / ID_FILE
-    if not path.exists():
+    if not is_file(path):
         write_atomically(path, [uuid.uuid4().hex[:12].encode()])
-    return path.read_text()
+    return contents(path).decode()

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from actcache.errors import CacheMismatch
+from actcache.files import is_file
 from actcache.flow import SPLITS
 from actcache.format.paths import KEPT
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
 from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.config.sweep import SweepConfig
-from trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_folder, is_over, read_json
+from trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_folder, is_over, read_run_json
 from trainer.trained_on import FrozenHooks, cache_with_rows, describer, names_rows, rows_state
 from trainer.training.checkpoint import latest_checkpoint
 from trainer.training.optimizer import check_optimizer
@@ -87,7 +88,7 @@ def training_loader(
 
 def _as_begun(new: ResolvedRun, config: SweepConfig, folder: Path) -> ResolvedRun:
     """The run as it was begun in its folder, or the new one. `config` is the sweep with this run alone."""
-    held = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    held = read_run_json(folder, CONFIG_FILE) if is_file(folder / CONFIG_FILE) else {}
     block = held.get("cache")
     if not block:
         check_folder(folder, new.description)

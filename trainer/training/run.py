@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +19,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actcache.errors import TrainingDiverged
-from actcache.files import own_file, write_atomically
+from actcache.files import contents_of_any_size, is_file, make_folder, naming, own_file, write_atomically
+from trainer.checksums import CHECKSUMS_FILE, Checksums, GrowingChecksum, checksums_of, read_checksums, sealed
 from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.kernels import active
 from trainer.kernels.active import Workspace
-from trainer.run_folder import CHECKPOINTS, FAILED_FILE, METRICS_FILE, TIMING_FILE, read_json, whole_lines, write_json
+from trainer.run_folder import (
+    CHECKPOINTS,
+    FAILED_FILE,
+    METRICS_FILE,
+    TIMING_FILE,
+    read_run_json,
+    whole_lines,
+    write_run_json,
+)
 from trainer.training.checkpoint import checkpoint_step, latest_checkpoint, save_checkpoint
 from trainer.training.loggers import MetricLogger
 from trainer.training.step import TrainState, check_losses_are_finite, check_weights_are_finite, log_record, train_step
 
+LOGS = (METRICS_FILE, TIMING_FILE)
 LOOK_EVERY = 100  # steps on CUDA, at most, between two looks at the losses, each of which waits for the device
 Moment = float | torch.cuda.Event
 
@@ -66,19 +77,21 @@ class Run:
         self.error: str | None = None
         self.seconds = 0.0
         self._unseen: list[tuple[Tensor, Moment, Moment]] = []  # of each step since the last look: loss, start, end
-        folder.mkdir(parents=True, exist_ok=True)
-        lines, _ = (_cut_back(folder / name, state.step) for name in (METRICS_FILE, TIMING_FILE))
-        self.metrics: dict[str, Any] = lines[-1] if lines else {}
+        lines = {name: [x for x in whole_lines(folder / name) if x["step"] <= state.step] for name in LOGS}
+        self._checksums = _cut_back(folder, {name: _log_text(kept) for name, kept in lines.items()})
+        self.metrics: dict[str, Any] = lines[METRICS_FILE][-1] if lines[METRICS_FILE] else {}
         self._line: dict[str, Any] | None = None  # the line of the step just done, until it is written
-        self._metrics_file = open(folder / METRICS_FILE, "a", encoding="utf-8", opener=own_file)  # noqa: SIM115, closed by __exit__
-        self._timing_file = open(folder / TIMING_FILE, "a", encoding="utf-8", opener=own_file)  # noqa: SIM115
+        self._logs: dict[str, _Log] = {}
+        with ExitStack() as opened:  # closes the first if the second cannot be opened
+            for name, kept in lines.items():
+                self._logs[name] = opened.enter_context(closing(_Log(folder / name, _log_text(kept))))
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._metrics_file.close()
-        self._timing_file.close()
+        self._opened.close()
 
     @property
     def is_over(self) -> bool:
@@ -149,7 +162,10 @@ class Run:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint, once the logs up to it are durable. A loss or weight that is not finite ends this run."""
+        """Write a checkpoint, once the logs up to it and their checksums are durable.
+
+        A loss or weight that is not finite ends this run.
+        """
         self._look()
         if self.error is not None:
             return
@@ -158,8 +174,10 @@ class Run:
         except TrainingDiverged as error:
             self._fail(error)
             return
-        for file in (self._metrics_file, self._timing_file):
-            os.fsync(file.fileno())
+        for name, log in self._logs.items():
+            log.sync()
+            self._checksums[name] = log.checksum.entry()
+        write_atomically(self.folder / CHECKSUMS_FILE, [sealed(self._checksums)])
         save_checkpoint(self.state, self.folder / CHECKPOINTS, keep=self._train_config.keep_checkpoints)
 
     def record(self) -> RunRecord:
@@ -174,11 +192,38 @@ class Run:
     def _log(self, metrics: dict[str, Any], rates: dict[str, float]) -> None:
         self.metrics = metrics
         timing = {"step": self.state.step, "step_seconds": self.seconds, **rates}
-        for file, record in ((self._metrics_file, metrics), (self._timing_file, timing)):
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-            file.flush()
+        for name, record in ((METRICS_FILE, metrics), (TIMING_FILE, timing)):
+            self._logs[name].append(_log_text([record]))
         for logger in self._loggers:
             logger.log(self.config.name, metrics)
+
+
+class _Log:
+    """A log that grows by lines. checksum: of all that it holds."""
+
+    def __init__(self, path: Path, held: bytes):
+        """Open it. held: what it holds."""
+        self._path, self.checksum = path, GrowingChecksum()
+        self.checksum.add(held)
+        with naming(path):
+            self._file = open(path, "ab", opener=own_file)  # noqa: SIM115, closed by `close`
+
+    def append(self, text: bytes) -> None:
+        """Write lines at the end, and hand them to the system."""
+        with naming(self._path):
+            self._file.write(text)
+            self._file.flush()
+        self.checksum.add(text)
+
+    def sync(self) -> None:
+        """Make what was written durable."""
+        with naming(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        with naming(self._path):
+            self._file.close()
 
 
 def _moment(device: torch.device) -> Moment:
@@ -201,7 +246,7 @@ def _seconds(started: Moment, ended: Moment) -> float:
 
 def fail(folder: Path, step: int, error: str) -> str:
     """Write failed.json: why a run diverged, and after which step. Returns the error."""
-    write_json(folder / FAILED_FILE, {"step": step, "error": error})
+    write_run_json(folder, FAILED_FILE, {"step": step, "error": error})
     return error
 
 
@@ -214,18 +259,27 @@ def saved_step(folder: Path) -> int:
 def stored_record(config: SAEConfig, folder: Path) -> RunRecord:
     """The record of a run that ended in an earlier call."""
     lines = whole_lines(folder / METRICS_FILE)
-    failed = folder / FAILED_FILE
-    error = str(read_json(failed).get("error")) if failed.is_file() else None
+    error = str(read_run_json(folder, FAILED_FILE).get("error")) if is_file(folder / FAILED_FILE) else None
     return RunRecord(config=config, folder=folder, metrics=lines[-1] if lines else {}, seconds=0.0, error=error)
 
 
-def _cut_back(path: Path, step: int) -> list[dict[str, Any]]:
-    """Remove from a log the lines after `step` and an incomplete one: a resumed run writes them again.
+def _cut_back(folder: Path, kept: Mapping[str, bytes]) -> Checksums:
+    """Cut the logs back to the lines that are kept: a resumed run writes again what came after them.
 
-    Returns the lines that stay.
+    Returns the checksums of the run's files. Those of the logs are cut back first, so that after a kill in between the
+    logs are longer than what is summed, and not shorter.
     """
-    lines = [line for line in whole_lines(path) if line["step"] <= step]
-    text = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    if path.exists() and path.read_bytes() != text:
-        write_atomically(path, [text])
-    return lines
+    make_folder(folder)
+    checksums = read_checksums(folder / CHECKSUMS_FILE, warns=any(kept.values()))
+    cut = {name: text for name, text in kept.items() if name in checksums and len(text) < checksums[name]["n_bytes"]}
+    if cut:
+        checksums |= checksums_of(cut)
+        write_atomically(folder / CHECKSUMS_FILE, [sealed(checksums)])
+    for name, text in kept.items():
+        if is_file(folder / name) and contents_of_any_size(folder / name) != text:
+            write_atomically(folder / name, [text])
+    return checksums
+
+
+def _log_text(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()

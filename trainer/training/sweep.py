@@ -36,7 +36,7 @@ from trainer.run_folder import (
     check_out,
     is_over,
     only_writer,
-    write_json,
+    write_run_json,
 )
 from trainer.training.checkpoint import latest_checkpoint, load_checkpoint
 from trainer.training.loggers import LoggedRun, MetricLogger, check_loggers, open_loggers
@@ -380,7 +380,7 @@ def _state(run: ResolvedRun, folder: Path, train_config: TrainConfig, device: to
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is not None:
         return load_checkpoint(config, checkpoint, device)
-    write_json(folder / CONFIG_FILE, run.description)
+    write_run_json(folder, CONFIG_FILE, run.description)
     b_dec = torch.zeros(config.d_out)
     if config.b_dec_init != "zeros":
         b_dec = _centre(config.outputs, config.b_dec_init, train_config, cache)

@@ -48,7 +48,7 @@ def features_by_hand(folder: Path) -> Features:
         cache_fingerprint="0123456789abcdef",
         n_fired=np.array([2, 1, 0]),
         max_act=np.array([4.0, 0.5, 0.0], dtype=np.float32),
-        codes=(map_codes(folder / "codes", 0),),
+        codes=(map_codes(folder / "codes", 0, {}),),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.config_cases import BASE, HOOK, OUT, OUT_WIDTH, Hooks, TwoHooks, penalised, resolved
+from support.surroundings import descriptors
 
 from actcache.errors import CacheMismatch, ConfigError
 from trainer.config.settings import SAEConfig, TrainConfig
@@ -178,6 +179,12 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
         SweepConfig.from_yaml(path)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_opened_is_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("runs: []")
+    with descriptors(3), pytest.raises(OSError, match=r"ulimit -n.*sweep\.yaml"):
+        SweepConfig.from_yaml(tmp_path / "sweep.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

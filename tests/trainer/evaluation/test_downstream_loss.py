@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -193,12 +194,17 @@ def test_losses_of_something_else_are_not_taken(cache, model, tmp_path):
     assert counted([make_sae()], grown, model)[1] == {"whole": 1, HOOK: 1}
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"ce": [1.0], "kl": 0.0}', '{"ce": "no", "kl": null}', "other key"])
+WRONG = ["", "{", "[]", '{"ce": [1.0], "kl": 0.0}', '{"ce": "no", "kl": null}']
+
+
+@pytest.mark.parametrize("damage", [*WRONG, "other key", "digit"])
 def test_damaged_losses_are_made_anew(damage, cache, model):
     rows, _ = counted([make_sae()], cache, model)
     (path,) = (cache.path / LOSSES).glob(f"{HOOK}-*")
     sound = path.read_text()
-    path.write_text(sound.replace('"tiny"', '"tony"') if damage == "other key" else damage)
+    other = {"other key": sound.replace('"tiny"', '"tony"'), "digit": re.sub(r'("kl":\d+\.)\d', r"\g<1>7", sound)}
+    assert sound not in other.values()
+    path.write_text(other.get(damage, damage))
     again, passes = counted([make_sae()], cache, model)
     assert (again, passes) == (rows, {"whole": 1, HOOK: 2})
     assert path.read_text() == sound
@@ -212,9 +218,8 @@ def test_a_cache_that_may_not_be_written_to_keeps_nothing(error, cache, model, m
     expected, _ = counted([make_sae()], cache, model)
     for path in (cache.path / LOSSES).iterdir():
         path.unlink()
-    monkeypatch.setattr(
-        "trainer.evaluation.downstream_loss.write_json", refuse
-    )  # the superuser, who may run this, may write anything
+    # the superuser, who may run this, may write anything
+    monkeypatch.setattr("trainer.evaluation.downstream_loss.write_atomically", refuse)
     assert counted([make_sae()], cache, model) == (expected, {"whole": 1, HOOK: 2})
     error.errno = 28
     with pytest.raises(OSError, match=r"denied|read-only"):

@@ -74,6 +74,9 @@ def stored(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "features").iterdir() if path.name != "lock"}
 
 
+RENAMES_BEFORE_CODES = 3  # checksums, rows.json, source.json; each file of codes comes after the checksums once more
+
+
 def build_and_die(run: Path, cache: Path, n_files: int) -> None:
     """In a process of its own: killed just before the file after `n_files` gets its name."""
     child = os.fork()
@@ -99,11 +102,10 @@ def test_a_killed_build_goes_on_and_ends_the_same(tiny_cache, tmp_path, monkeypa
     monkeypatch.setattr("trainer.features.build.FILE_ENTRIES", 400)
     whole, killed = (double_run(tmp_path / name, tiny_cache, "topk") for name in ("whole", "killed"))
     build_features(whole, tiny_cache)
-    n_files = len(stored(whole))
-    assert n_files > 6
-    for already in (0, 1, 2, n_files // 2, n_files - 1):
-        there = len(stored(killed)) - 1 if already else 0  # less what the last kill left aside
-        build_and_die(killed, tiny_cache.path, already - there)
+    n_codes = sum(name.startswith("codes-") for name in stored(whole))
+    assert n_codes > 4
+    for n_renames in (0, 1, 2, RENAMES_BEFORE_CODES, 1, 2, 2 * (n_codes - 3) + 1, 1, 2, 3):
+        build_and_die(killed, tiny_cache.path, n_renames)
         assert any(name.endswith(".partial") for name in stored(killed)), "the lock of the killed one is free again"
         with pytest.raises(ManifestError, match=r"must be built, (only a part|there is no features/)"):
             open_features(killed)
@@ -113,11 +115,28 @@ def test_a_killed_build_goes_on_and_ends_the_same(tiny_cache, tmp_path, monkeypa
     assert stored(killed) == stored(whole)
 
 
+def test_a_file_that_was_damaged_after_a_kill_is_named(tiny_cache, tmp_path, monkeypatch):
+    """Its checksum is older than the damage. Else the rest would be built on it, and all of it summed."""
+    monkeypatch.setattr("trainer.features.build.FILE_ENTRIES", 400)
+    monkeypatch.setattr("trainer.features.feature_acts.MAX_ROWS", 50)
+    run = double_run(tmp_path, tiny_cache, "topk")
+    build_and_die(run, tiny_cache.path, RENAMES_BEFORE_CODES + 3 * 2)
+    held = sorted((run / "features").glob("codes-*"))
+    assert len(held) == 3
+    for path in (held[1], run / "features" / "source.json"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:])
+        with pytest.raises(ManifestError, match=rf"{path.name}: .*damaged.*; remove .*features and build it anew"):
+            build_features(run, tiny_cache)
+        path.write_bytes(whole)
+    assert build_features(run, tiny_cache).n_fired.any()
+
+
 def test_a_resumed_build_begins_where_it_was_killed(tiny_cache, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.features.build.FILE_ENTRIES", 400)
     monkeypatch.setattr("trainer.features.feature_acts.MAX_ROWS", 50)
     run, calls = double_run(tmp_path, tiny_cache, "jumprelu"), []
-    build_and_die(run, tiny_cache.path, 5)  # two files say of what the features are
+    build_and_die(run, tiny_cache.path, RENAMES_BEFORE_CODES + 3 * 2)
     done = sum(codes.name.startswith("codes-") for codes in (run / "features").iterdir())
     assert done == 3
     build_features(run, tiny_cache, progress=lambda *call: calls.append(call))

@@ -27,6 +27,7 @@ def test_latents_may_be_ranked_by_the_decoders_norms(architecture, tiny_cache, t
     run = double_run(tmp_path, tiny_cache, architecture)
     path = run / "sae" / "cfg.json"
     plain = dense(run, tiny_cache)
+    (run / "sae.crc32c.json").unlink()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_acts_by_decoder_norm": True}))
     acts = dense(run, tiny_cache)
     assert not np.array_equal(acts != 0, plain != 0)
@@ -74,7 +75,7 @@ def written(path: Path) -> Path:
 
 
 def test_codes_read_back_by_token_and_by_latent(tmp_path):
-    codes = map_codes(written(tmp_path / "codes"), 100)
+    codes = map_codes(written(tmp_path / "codes"), 100, {})
     assert (codes.first_token, codes.stop) == (100, 105)
     assert codes.token_id.tolist() == TOKEN_ID.tolist()
     for token in range(len(TOKEN_ID)):
@@ -90,7 +91,7 @@ def test_codes_read_back_by_token_and_by_latent(tmp_path):
 
 def test_codes_are_plain_safetensors(tmp_path):
     tensors = load_file(written(tmp_path / "codes"))
-    arrays = map_arrays(tmp_path / "codes")
+    arrays = map_arrays(tmp_path / "codes", {})
     assert {name: array.tolist() for name, array in arrays.items()} == {n: t.tolist() for n, t in tensors.items()}
     with pytest.raises(ValueError, match="read-only"):
         arrays["act"][0] = 1.0
@@ -101,7 +102,7 @@ def test_codes_whose_lengths_differ_are_damaged(tmp_path):
     for name in ("token_start", "latent_start"):
         save_file(tensors | {name: tensors[name][:-1].clone()}, tmp_path / "codes")
         with pytest.raises(ManifestError, match=r"codes: must be as the features were written, got ValueError"):
-            map_codes(tmp_path / "codes", 0)
+            map_codes(tmp_path / "codes", 0, {})
     save_file({name: tensor for name, tensor in tensors.items() if name != "act"}, tmp_path / "codes")
     with pytest.raises(ManifestError, match="got KeyError: 'act'"):
-        map_codes(tmp_path / "codes", 0)
+        map_codes(tmp_path / "codes", 0, {})

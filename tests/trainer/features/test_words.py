@@ -9,7 +9,7 @@ from support.tiny_saes import make_config, make_run
 from actcache.errors import ManifestError
 from trainer.features.logit_lens import logit_lens
 from trainer.features.token_strings import token_strings
-from trainer.features.words import N_LENS, read_words, write_words
+from trainer.features.words import N_LENS, has_words, read_words, write_words
 from trainer.formats.saelens import load_sae
 
 
@@ -56,6 +56,14 @@ def test_words_that_are_missing_or_damaged(tiny_cache, tiny_model, tmp_path):
     (run / "features" / "lens.json").rename(run / "aside")
     with pytest.raises(ManifestError, match=r"lens\.json: is missing"):
         read_words(run)
+    (run / "aside").rename(run / "features" / "lens.json")
+    (run / "features" / "tokens.json").unlink()
+    assert has_words(run), "a report may not leave them out without a word"
+    with pytest.raises(ManifestError, match=r"tokens\.json: is missing.* remove .*features and build it anew"):
+        read_words(run)
+    (run / "features" / "crc32c.json").unlink()
+    assert not has_words(run)
+    write_words(run, tiny_cache, tiny_model)
     (run / "features" / "crc32c.json").unlink()
     (run / "features" / "lens.json").write_text(json.dumps({"latents": [{"promoted": [[1]]}]}))
     with pytest.raises(ManifestError, match=r"lens\.json must hold .* the lens of each latent, got ValueError"):

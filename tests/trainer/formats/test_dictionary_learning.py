@@ -1,5 +1,6 @@
 """Folders of dictionary_learning against the formulas in float64, and against the library itself."""
 
+import errno
 import json
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from support.foreign_formulas import check, peer, rows
 from support.foreign_saes import DICTIONARIES, K, dictionary_folder, dictionary_tensors
+from support.surroundings import FailingCalls
 
 from actcache.errors import ConfigError, ManifestError
 from trainer.formats.dictionary_learning import dictionary_learning_sae
@@ -86,6 +88,13 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
     with pytest.raises(ManifestError, match="must be a state dict of tensors"):
         dictionary_learning_sae(folder, Names())
     assert not touched.exists()
+
+
+def test_a_dictionary_that_cannot_be_read_is_not_malformed(tmp_path):
+    folder = dictionary_folder(tmp_path, "AutoEncoder")
+    with FailingCalls(folder / "ae.pt", 0, errno.EIO)(), pytest.raises(OSError, match="check the disk") as raised:
+        dictionary_learning_sae(folder, Names())
+    assert (type(raised.value), raised.value.filename) == (OSError, str(folder / "ae.pt"))
 
 
 def test_a_malformed_dictionary_is_refused(tmp_path):

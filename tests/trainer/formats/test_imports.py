@@ -230,7 +230,7 @@ def test_the_same_import_again_does_nothing_and_another_is_refused(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path in times and path.is_file()} == {
         path: time for path, time in times.items() if path.is_file()
     }
-    with pytest.raises(CacheMismatch, match=r"must be new or empty, it holds config\.json, eval\.json, sae"):
+    with pytest.raises(CacheMismatch, match=r"must be new or empty, it holds config\.json, crc32c\.json, ev"):
         import_sae(tmp_path / "theirs", tmp_path / "run", Names(model_name="other"))
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CacheMismatch, match="must be a folder, is a file"):

@@ -1,12 +1,14 @@
 """SAEs in SAELens' directory format: equal to the training definition and to sae_lens, refused when not sound."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.saelens_cases import D_IN, D_SAE, SCALE, K, raw_activations, save
+from support.surroundings import FailingCalls, descriptors
 from support.tiny_saes import (
     ARCHITECTURES,
     BATCH_FAMILY,
@@ -14,6 +16,7 @@ from support.tiny_saes import (
     TRANSCODERS,
     WEIGHS_NORMS,
     make_config,
+    make_run,
     make_weights,
 )
 from torch import Tensor
@@ -280,6 +283,38 @@ def test_unsound_files_are_refused(tmp_path):
     (folder / "cfg.json").write_text("[]")
     with pytest.raises(ManifestError, match="must be a JSON object"):
         load_sae(folder)
+
+
+def test_an_sae_that_cannot_be_read_is_not_malformed(tmp_path):
+    folder = save(tmp_path, "jumprelu")
+    with descriptors(3), pytest.raises(OSError, match="ulimit -n"):
+        load_sae(folder)
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        with FailingCalls(folder / name)() as calls:
+            load_sae(folder)
+        assert calls.n_calls > 2
+        for number in range(calls.n_calls):
+            with FailingCalls(folder / name, number)(), pytest.raises(OSError, match=r"check the disk.*: '.*sae"):
+                load_sae(folder)
+
+
+def test_weights_may_be_larger_than_a_file_that_is_read_as_a_whole(tmp_path, monkeypatch):
+    folder = save(tmp_path, "jumprelu")
+    monkeypatch.setattr("actcache.files.MOST_BYTES", (folder / "sae_weights.safetensors").stat().st_size - 1)
+    for _ in range(2):
+        assert load_sae(export_sae(folder, tmp_path / "out")).architecture == "jumprelu"
+
+
+def test_that_an_sae_of_a_run_is_read_unchecked_is_said(tmp_path, caplog):
+    """But of a SAELens directory nobody expects checksums."""
+    config = make_config("topk")
+    run = make_run(tmp_path, config, {"name": "tiny", "revision": None})
+    load_sae(run)
+    load_sae(Path(shutil.copytree(run / "sae", tmp_path / "elsewhere")))
+    assert caplog.messages == []
+    (run / "sae.crc32c.json").unlink()
+    load_sae(run)
+    assert [str(run / "sae.crc32c.json") in each for each in caplog.messages] == [True]
 
 
 def test_wrong_weights_are_not_saved(tmp_path):

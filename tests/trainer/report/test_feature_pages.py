@@ -7,8 +7,11 @@ import math
 
 import numpy as np
 import pytest
+from support.tiny_caches import HOOKS
 from support.tiny_reports import add_run_with_features
+from support.tiny_saes import make_config, make_run
 
+from trainer.features.build import build_features
 from trainer.features.read import open_features
 from trainer.features.words import read_words
 from trainer.report.feature_pages import MIN_FIRED, N_TOP, feature_pages, most_informative
@@ -66,7 +69,8 @@ def test_the_report_takes_as_many_as_it_is_told(run, tmp_path):
     assert [page["latent"] for page in held["latents"]] == most_informative(open_features(run), 3)
 
 
-def test_features_without_words_are_not_drawn(tiny_cache, tiny_model, tmp_path):
-    run = add_run_with_features(tmp_path, "a-topk", tiny_cache, tiny_model)
-    (run / "features" / "tokens.json").unlink()
+def test_features_without_words_are_not_drawn(tiny_cache, tmp_path):
+    """As a build from Python leaves them."""
+    run = make_run(tmp_path, make_config("topk", d_in=32, hook_name=HOOKS[2]), tiny_cache.identity["model"])
+    build_features(run, tiny_cache)
     assert "features-0" not in write_report(run, tmp_path / "report.html").read_text().replace('"features-"', "")

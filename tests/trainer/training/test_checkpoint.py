@@ -1,9 +1,13 @@
 """Checkpoints: bit for bit, replaced whole, refused when damaged or of another run."""
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import pytest
+from support.strangers import as_another_user, copy_of_another_user, only_root
+from support.surroundings import FailingCalls, descriptors
 from support.tiny_saes import ARCHITECTURES
 from support.training_cases import assert_same_state, new_state, rows, step
 
@@ -172,6 +176,65 @@ def test_a_torn_file_is_refused(keep: int, tmp_path: Path) -> None:
     (tmp_path / "step-00000003.crc32c.json").unlink()
     with pytest.raises(ManifestError, match=r"step-00000003\.safetensors: cannot be read as a checkpoint"):
         load_checkpoint(state.config, path)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    (tmp_path / "step-00000003.crc32c.json").unlink()
+    other = path.rename(tmp_path / "step-00000004.safetensors")
+    with pytest.raises(
+        ManifestError, match=r"step-00000004\.safetensors: cannot be read .*it is of step 3\); remove it"
+    ):
+        load_checkpoint(state.config, other)
+
+
+def test_what_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
+    """Nobody may be told to remove a sound checkpoint."""
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path / "checkpoint")
+    for number in range(5):
+        with FailingCalls(path, number, errno.EMFILE)(), pytest.raises(OSError, match="ulimit -n") as raised:
+            load_checkpoint(state.config, path)
+        assert (type(raised.value), raised.value.filename) == (OSError, str(path))
+    with descriptors(3), pytest.raises(OSError, match="ulimit -n"):
+        load_checkpoint(state.config, path)
+
+
+@only_root
+def test_a_folder_that_is_closed_to_us_is_not_without_a_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(trained("topk"), tmp_path / "checkpoint")
+    with copy_of_another_user(tmp_path) as folder:
+        os.chown(folder / "checkpoint", 0, 0)
+        (folder / "checkpoint").chmod(0o700)
+        with (
+            as_another_user(),
+            pytest.raises(PermissionError, match=f"who has it: '{folder}/checkpoint'"),
+        ):
+            latest_checkpoint(folder / "checkpoint")
+
+
+def test_a_sound_checkpoint_is_read_without_a_look_at_the_older_ones(tmp_path: Path) -> None:
+    state = trained("topk")
+    older = save_checkpoint(state, tmp_path, keep=2)
+    step(state, rows(24))
+    path = save_checkpoint(state, tmp_path, keep=2)
+    with FailingCalls(older, 0)() as calls:
+        assert_same_state(load_checkpoint(state.config, path), state)
+    assert calls.failed == ""
+
+
+def test_an_old_checkpoint_that_is_torn_is_not_called_good(tmp_path: Path) -> None:
+    """Older versions wrote no checksums."""
+    state = trained("topk")
+    torn = save_checkpoint(state, tmp_path, keep=2)
+    step(state, rows(24))
+    newest = save_checkpoint(state, tmp_path, keep=2)
+    (tmp_path / "step-00000003.crc32c.json").unlink()
+    for path in (torn, newest):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ManifestError, match="there is no good one before it"):
+        load_checkpoint(state.config, newest)
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
