@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import zarr
-from support.damages import flip
+from support.damages import harm
 from support.faults import answer, contents, kept
 from support.repairs import SETTINGS, changed, no_model, stamps
 from support.surroundings import ERRNOS, FailingCalls, descriptors, outcome
@@ -101,23 +101,6 @@ def test_with_few_descriptors_all_is_as_with_many(sound):
         assert n_shards > 64
         assert {name: use(sound) for name, use in USES.items()} == truths
     assert not changed(before, stamps(sound))
-
-
-def harm(kind: str, path: Path, other: Path, rng: random.Random) -> None:
-    """What damage does to a file; if it is a swap, to two."""
-    whole = path.read_bytes()
-    if kind == "remove":
-        path.unlink()
-    elif kind == "truncate":
-        path.write_bytes(whole[: rng.randrange(len(whole))])
-    elif kind == "flip":
-        flip(path, rng.randrange(len(whole)))
-    elif kind == "zero":
-        start, stop = sorted(rng.sample(range(len(whole) + 1), 2))
-        path.write_bytes(whole[:start] + bytes(stop - start) + whole[stop:])
-    else:
-        path.write_bytes(other.read_bytes())
-        other.write_bytes(whole)
 
 
 def zarr_reads(root: Path) -> dict[str, dict]:

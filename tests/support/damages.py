@@ -1,8 +1,9 @@
-"""Ways in which a cache can be damaged, file by file, and what it takes to rebuild each."""
+"""Ways in which a file can be damaged; those of a cache, file by file, and what it takes to rebuild each."""
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,23 @@ def lose_a_line(path: Path) -> None:
     """The third line of a journal is gone, and nothing tells."""
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2] + lines[3:]))
+
+
+def harm(kind: str, path: Path, other: Path, rng: random.Random) -> None:
+    """What damage does to a file; if it is a swap, to two."""
+    whole = path.read_bytes()
+    if kind == "remove":
+        path.unlink()
+    elif kind == "truncate":
+        path.write_bytes(whole[: rng.randrange(len(whole))])
+    elif kind == "flip":
+        flip(path, rng.randrange(len(whole)))
+    elif kind == "zero":
+        start, stop = sorted(rng.sample(range(len(whole) + 1), 2))
+        path.write_bytes(whole[:start] + bytes(stop - start) + whole[stop:])
+    else:
+        path.write_bytes(other.read_bytes())
+        other.write_bytes(whole)
 
 
 def hook_damages(array: str) -> dict[str, Damage]:
