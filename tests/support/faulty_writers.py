@@ -144,8 +144,8 @@ class _Watch:
 class _WatchedFile(io.FileIO):
     """A file whose writes are events."""
 
-    def __init__(self, watch: _Watch, path: Path, mode: str):
-        super().__init__(path, mode)
+    def __init__(self, watch: _Watch, path: Path, mode: str, opener: Callable[[str, int], int] | None = None):
+        super().__init__(path, mode, opener=opener)
         self._watch, self._path = watch, path
 
     def write(self, data: memoryview) -> int:
