@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from actcache.commands.terminal import CACHE, DATA, MODEL, OUTPUT, Bar, CachePath, NoLock, Out, locking, say
+from actcache.commands.terminal import (
+    CACHE,
+    DATA,
+    MODEL,
+    OUTPUT,
+    Bar,
+    CachePath,
+    NoLock,
+    Out,
+    locking,
+    require_room_for,
+    say,
+)
 
 
 def import_cache(
@@ -45,6 +57,7 @@ def import_cache(
     no_lock: NoLock = False,
 ) -> None:
     """Make a cache of one that SAELens wrote with its CacheActivationsRunner."""
+    require_room_for("transformers")
     from actcache.commands.lines import cache_lines
     from actcache.interop.arrow_import import ArrowImport
     from actcache.interop.arrow_import import import_cache as imported

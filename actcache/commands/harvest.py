@@ -19,6 +19,7 @@ from actcache.commands.terminal import (
     TrustRemoteCode,
     local_device,
     locking,
+    require_room_for,
     say,
     this_worker,
 )
@@ -136,6 +137,7 @@ def harvest(
 
     A finished cache that holds them is reused. A new hook is added over its tokens. More tokens make it grow.
     """
+    require_room_for("transformers")
     from actcache.commands.lines import cache_lines, estimate_line
     from actcache.harvesting.config import HarvestConfig
     from actcache.harvesting.plan import refuse_hopeless

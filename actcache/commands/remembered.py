@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actcache.commands.named_models import note_named, was_named
-from actcache.commands.terminal import resolved_device
+from actcache.commands.terminal import require_room_for, resolved_device
 from actcache.errors import ManifestError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def model_of_cache(
             has never named: what a cache names may be a stranger's.
         ModelError: the model cannot be loaded.
     """
+    require_room_for("transformers")
     from actcache.models.load import load_model
     from actcache.store.cache import read_origin
 

@@ -25,7 +25,7 @@ from actcache.arguments import device_of
 from actcache.errors import ActcacheError, ConfigError
 from actcache.files import local_path
 from actcache.machine.installs import no_installs
-from actcache.machine.limits import SCARCE_BYTES, lacked, memory_room, thread_limits
+from actcache.machine.limits import SCARCE_BYTES, lacked, memory_room, room_to_live, thread_limits
 
 if TYPE_CHECKING:
     from actcache.harvesting.tasks import Worker
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 tqdm.monitor_interval = 0  # no thread that watches the bars
 SLURM_SPECIAL_STEPS = 0xFFFFFFF0  # step ids from here on are of batch scripts, interactive shells and the like
 ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130
+LIBRARY_BYTES = {"torch": 160 << 20, "transformers": 190 << 20}  # with what it imports, and what we import with it
 RESERVE_BYTES = 4 << 20  # given back when memory is out, so that the last line can be made
 DATA, MODEL, CACHE, TRAINING, OUTPUT = "Data", "Model", "Cache", "Training", "Output"  # the panels of --help
 
@@ -88,14 +89,16 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. If it fails, print one line and exit."""
-        reserve = bytearray(RESERVE_BYTES)
+        reserve: list[bytearray] = []
         try:
+            reserve.append(bytearray(RESERVE_BYTES))
+            require_room_for("torch")
             with no_installs("a library"):  # of no command is it the work to install anything
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             fail("interrupted; the same command goes on from here", INTERRUPTED)
         except Exception as error:
-            del reserve
+            reserve.clear()
             code, line = _outcome(error)
             if code is None:
                 raise
@@ -119,6 +122,16 @@ def _outcome(error: Exception) -> tuple[int | None, str]:
     return None, ""
 
 
+def require_room_for(library: str) -> None:
+    """Raise MemoryError if the kernel may end this process while it imports a library, or soon after.
+
+    library: one of LIBRARY_BYTES. Whoever calls this is about to import it.
+    """
+    n_bytes = SCARCE_BYTES + (0 if library in sys.modules else LIBRARY_BYTES[library])
+    if room_to_live().n_bytes < n_bytes:
+        raise MemoryError(f"importing {library} and room to work may take {n_bytes / 1e9:.2f} GB")
+
+
 def end_at_once_without_memory(ended: SystemExit) -> None:
     """End the process now if memory was out: what libraries do at the end of Python would fail too, with tracebacks."""
     if lacked(ended) is not None:
@@ -140,9 +153,9 @@ def lack_line(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The type of an error that says nothing, and the module where it was raised."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return f"{type(error).__name__} in {frame.f_globals.get('__name__')}"
+    """The type of an error that says nothing, and the module where it was raised, if there was memory to note that."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return " in ".join((type(error).__name__, *(frame.f_globals.get("__name__", "?") for frame in frames[-1:])))
 
 
 def with_local_paths(command: Callable[..., None]) -> Callable[..., None]:

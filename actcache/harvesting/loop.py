@@ -30,7 +30,7 @@ from actcache.harvesting.encoder import ShardEncoder
 from actcache.harvesting.estimate import encoder_threads, expected_bytes, free_bytes, refuse_small_disk, spare_cores
 from actcache.harvesting.provenance import compute_of, other_compute
 from actcache.harvesting.tasks import ShardTask
-from actcache.harvesting.window import Window
+from actcache.harvesting.window import Window, window_bytes, windows_that_fit
 from actcache.machine.limits import thread_pool
 from actcache.models.batch_size import largest_batch
 from actcache.models.language_model import LanguageModel
@@ -205,9 +205,12 @@ class Harvester:
         windows: queue.Queue[Window] = queue.Queue()
         n_rows = max((self._plan.rows_of(split, index) for split, index, _, _ in self._pending), default=0)
         hooks = list(dict.fromkeys(hook for _, _, hooks, _ in self._pending for hook in hooks))
-        n_windows = 2 if spare_cores(self._model.device) else 1
-        for _ in range(min(n_windows, len(self._pending))):
-            windows.put(Window(hooks, codec(self._plan.identity["codec"]), n_rows, self._model.device))
+        profile = codec(self._plan.identity["codec"])
+        n_windows = min(2 if spare_cores(self._model.device) else 1, len(self._pending))
+        if self._model.device.type == "cpu":
+            n_windows = windows_that_fit(n_windows, window_bytes(hooks, profile, n_rows))
+        for _ in range(n_windows):
+            windows.put(Window(hooks, profile, n_rows, self._model.device))
         return windows
 
     def _fill(self, window: Window, shard: Shard) -> None:

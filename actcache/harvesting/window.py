@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,26 @@ from actcache.format.arrays import hook_arrays
 from actcache.format.codecs import Codec, stored_tensors
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.records import HookSpec
+from actcache.machine.limits import SCARCE_BYTES, memory_room, require_memory_for_array
+
+
+def window_bytes(hooks: Sequence[HookSpec], codec: Codec, n_rows: int) -> int:
+    """What a window takes."""
+    arrays = [array for hook in hooks for array in hook_arrays(hook, codec, n_rows)]
+    return sum(n_rows * math.prod(array.row_shape) * TORCH_DTYPE[array.dtype].itemsize for array in arrays)
+
+
+def windows_that_fit(n_windows: int, n_bytes: int) -> int:
+    """That many windows, or one where memory is short. Raises MemoryError if not even one fits.
+
+    Their memory is taken as they are filled, so what does not fit would end the process then.
+
+    n_bytes: of one window, in the memory of the machine.
+    """
+    if memory_room().n_bytes < n_windows * n_bytes + SCARCE_BYTES:
+        n_windows = min(1, n_windows)
+    require_memory_for_array(n_windows * n_bytes, "gathering the rows of a shard")
+    return n_windows
 
 
 class Window:

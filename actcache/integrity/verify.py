@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.buffer import cpu
-from zarr.storage import MemoryStore
 
 from actcache.errors import CorruptShard, LocksMissing, ManifestError
 from actcache.files import PARTIAL_SUFFIX, NoFile, contents, files_below, naming
@@ -28,7 +27,7 @@ from actcache.store.cache import Cache, read_manifest
 from actcache.store.journal import active_writers, damaged_lines, read_journals
 from actcache.store.shard import Shard
 from actcache.store.statistics import checked_contents, merged_moments
-from actcache.store.zarr_metadata import make_store
+from actcache.store.zarr_metadata import make_store, memory_store
 
 Progress = Callable[[int, int], None]
 
@@ -192,7 +191,7 @@ def _wrong_metadata(cache: Cache, node: str, files: dict[str, Any], native: Call
 
 def _node_metadata(files: dict[str, Any], node: str) -> dict[str, Any]:
     """The metadata of a group or an array, as zarr reads it. files: path below the store -> buffer."""
-    return zarr.open(MemoryStore(files), path=node, mode="r", zarr_format=3).metadata.to_dict()
+    return zarr.open(memory_store(files), path=node, mode="r", zarr_format=3).metadata.to_dict()
 
 
 def token_problems(cache: Cache) -> Iterator[Problem]:

@@ -42,7 +42,8 @@ from actcache.harvesting.estimate import encoder_threads, expected_bytes, refuse
 from actcache.harvesting.finalise import finalise
 from actcache.harvesting.plan import already_there, settle_plan, warn_of_empty_splits
 from actcache.harvesting.tasks import claim_slot, finished_cache, missing_shards, refuse_foreign_folder
-from actcache.harvesting.window import Window
+from actcache.harvesting.window import Window, window_bytes, windows_that_fit
+from actcache.machine.limits import require_memory
 from actcache.models.hook_names import hooks_of
 from actcache.models.pretrained import name_of
 from actcache.store.cache import Cache, open_cache, sequence_reader
@@ -141,6 +142,7 @@ class ArrowRows:
         Raises DatasetError unless there are token ids and activations, all of one context size and one dtype.
         """
         self.path = path
+        require_memory(0, f"reading {path} with pyarrow")  # whose threads end the process where they get none
         try:
             dataset: Any = datasets.load_from_disk(str(path))
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
@@ -272,7 +274,9 @@ def _write_shards(
     n_rows, n_left = sum(map(plan.n_rows, SPLITS)), sum(plan.rows_of(*task[:2]) for task in pending)
     refuse_small_disk(root, expected_bytes(n_left, hooks, settings.codec))
     device, largest = torch.device("cpu"), max((plan.rows_of(*task[:2]) for task in pending), default=0)
-    window = Window(hooks, codec(settings.codec), largest, device)
+    profile = codec(settings.codec)
+    windows_that_fit(1, window_bytes(hooks, profile, largest))
+    window = Window(hooks, profile, largest, device)
     encoder = ShardEncoder(root, plan, device, _compute(settings), encoder_threads(device))
     with closing(encoder):
         for split, index, missing_hooks, revision in pending:

@@ -8,6 +8,7 @@ a copy, because operations that read it may still be queued when the next group 
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from actcache.format.dtypes import TORCH_DTYPE
-from actcache.machine.limits import cores
+from actcache.machine.limits import cores, require_memory_for_array
 from actcache.store.reader import HookReader
 
 DECODE_THREADS = min(4, cores())
@@ -60,6 +61,8 @@ class BufferPool:
         try:
             memory = self._spare.pop()
         except IndexError:
+            n_bytes = math.prod(self._shape) * np.dtype(self._dtype).itemsize
+            require_memory_for_array(n_bytes, f"a group of {self._shape[0]:,} rows")
             memory = np.empty(self._shape, dtype=self._dtype)
         self._lent.add(id(memory))
         # Every numpy view of this memory refers to `lent`, the first array over the memoryview. So when `lent` is

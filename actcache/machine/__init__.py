@@ -7,9 +7,12 @@ Nothing here may know what is harvested or trained.
 Public:
     limits.MemoryRoom: memory that is left, under which limit
     limits.memory_room: the room under the nearest limit
+    limits.room_to_live: the room before the kernel ends the process
     limits.cores: how many cores this process may use
     limits.require_memory: refuses work that may not fit
-    limits.thread_pool: as many threads as memory allows
+    limits.require_memory_for_array: refuses a large array that does not fit
+    limits.threads_that_fit: as many threads as memory allows
+    limits.thread_pool: a pool of so many
     limits.resident_bytes: what this process holds, and its peak
     limits.thread_limits: the limits on the number of threads
     limits.lacked: the error that says memory ran out

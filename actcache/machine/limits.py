@@ -55,7 +55,12 @@ def cores() -> int:
 
 def memory_room() -> MemoryRoom:
     """The room under the limit that is reached first."""
-    return min((_machine_room(), *_group_rooms(), *_process_rooms()), key=lambda room: room.n_bytes)
+    return _least(_machine_room(), *_group_rooms(), *_process_rooms())
+
+
+def room_to_live() -> MemoryRoom:
+    """The room before the kernel ends a process without a word. Under `ulimit` it refuses memory, which is an error."""
+    return _least(_machine_room(), *_group_rooms())
 
 
 def resident_bytes(*, forget_peak: bool = False) -> tuple[int, int]:
@@ -83,18 +88,33 @@ def require_memory(n_bytes: int, what: str) -> None:
         raise MemoryError(f"{what} may take {(n_bytes + SCARCE_BYTES) / 1e9:.2f} GB")
 
 
-def thread_pool(n_threads: int, name: str) -> ThreadPoolExecutor:
-    """A pool of `n_threads`, or of fewer where memory is short.
+def require_memory_for_array(n_bytes: int, what: str) -> None:
+    """Raise MemoryError if there is no room for an array, unless it is small.
 
-    Python waits for ever for a thread that got no memory to begin. So there must be room for each.
+    Its memory is taken as it is filled. If there is none then, the kernel ends the process without a word.
 
-    Raises:
-        MemoryError: there is no room for one.
+    Args:
+        n_bytes: the size of the array.
+        what: what it holds, for the message.
+    """
+    if n_bytes > SCARCE_BYTES:
+        require_memory(n_bytes, what)
+
+
+def threads_that_fit(n_threads: int) -> int:
+    """`n_threads`, or fewer where memory is short. Raises MemoryError if there is no room for one.
+
+    Python and libraries wait for ever for a thread that got no memory to begin. So there must be room for each.
     """
     n_fit = memory_room().n_bytes // THREAD_BYTES
     if n_fit == 0:
         raise MemoryError(f"a thread may take {THREAD_BYTES / 1e9:.2f} GB")
-    return ThreadPoolExecutor(min(n_threads, n_fit), name)
+    return min(n_threads, n_fit)
+
+
+def thread_pool(n_threads: int, name: str) -> ThreadPoolExecutor:
+    """A pool of as many threads as fit. Raises MemoryError if none does."""
+    return ThreadPoolExecutor(threads_that_fit(n_threads), name)
 
 
 def thread_limits() -> tuple[str, ...]:
@@ -122,6 +142,10 @@ def _says_lack(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or _OUT_OF.search(str(error)) is not None
+
+
+def _least(*rooms: MemoryRoom) -> MemoryRoom:
+    return min(rooms, key=lambda room: room.n_bytes)
 
 
 def _machine_room() -> MemoryRoom:

@@ -5,6 +5,7 @@ Sizes and checksums are checked before bytes are used. Threads may share a reade
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from actcache.format.arrays import ArraySpec
 from actcache.format.codecs import Codec, values
 from actcache.format.dtypes import tensor_view
 from actcache.format.records import ArrayRecord, HookSpec
+from actcache.machine.limits import require_memory_for_array
 from actcache.store.kept import CacheFiles
 from actcache.store.mapped_shards import MappedShards
 
@@ -68,8 +70,10 @@ class ArrayReader:
         return min(self.array.chunk_rows, self.n_rows - chunk * self.array.chunk_rows)
 
     def empty(self, n_chunks: int) -> Shaped[np.ndarray, "row ..."]:
-        """An uninitialised buffer for the stored elements of `n_chunks` whole chunks."""
-        return np.empty((n_chunks * self.array.chunk_rows, *self.array.row_shape), dtype=self.array.storage_dtype)
+        """An uninitialised buffer for the stored elements of `n_chunks` whole chunks. Raises MemoryError."""
+        shape, dtype = (n_chunks * self.array.chunk_rows, *self.array.row_shape), np.dtype(self.array.storage_dtype)
+        require_memory_for_array(math.prod(shape) * dtype.itemsize, f"{shape[0]:,} rows of {self.array.path}")
+        return np.empty(shape, dtype=dtype)
 
     def will_need(self, chunk: int) -> None:
         """Tell the kernel to read a chunk's bytes from disk soon; returns at once."""

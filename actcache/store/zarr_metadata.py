@@ -16,8 +16,15 @@ from actcache.format.arrays import ArraySpec
 from actcache.format.bfloat16 import BFloat16
 from actcache.format.codecs import Codec
 from actcache.format.seal import MALFORMED
+from actcache.machine.limits import threads_that_fit
 
 Arrays = Mapping[str, tuple[ArraySpec, int, int]]  # path below the store -> (array, rows, rows of a shard)
+
+
+def memory_store(files: dict[str, Any]) -> MemoryStore:
+    """Files in memory, path -> buffer, for zarr-python. Raises MemoryError if there is no room for zarr's thread."""
+    threads_that_fit(1)
+    return MemoryStore(files)
 
 
 def make_array(
@@ -44,7 +51,7 @@ def make_array(
     """
     as_bfloat16 = native and array.dtype == "bfloat16"
     return zarr.create_array(
-        MemoryStore(made),
+        memory_store(made),
         name=path,
         shape=(n_rows, *array.row_shape),
         chunks=(array.chunk_rows, *array.row_shape),
@@ -72,7 +79,7 @@ def make_store(
         path below the store -> buffer.
     """
     made: dict[str, Any] = {}
-    zarr.create_group(MemoryStore(made), attributes=attributes)
+    zarr.create_group(memory_store(made), attributes=attributes)
     for path, (array, n_rows, shard_rows) in arrays.items():
         make_array(made, path, array, codec, n_rows=n_rows, shard_rows=shard_rows, native=path in native)
     return made

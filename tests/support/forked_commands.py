@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -55,9 +56,9 @@ class Forked:
         self.process.kill()
         return self.wait() == -signal.SIGKILL
 
-    def wait(self) -> int:
-        """Its exit code; a signal's number is negative."""
-        self.process.join(STUCK_SECONDS)
+    def wait(self, seconds: float = STUCK_SECONDS) -> int:
+        """Its exit code; a signal's number is negative. After so many seconds it is stuck."""
+        self.process.join(seconds)
         assert self.process.exitcode is not None, f"stuck: {self.said}"
         return self.process.exitcode
 
@@ -80,6 +81,7 @@ def begin(said: Path) -> None:
     descriptor = os.open(said, os.O_CREAT | os.O_WRONLY)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    gc.freeze()  # else every page of what the server has imported is copied, and counts as memory of this process
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # else tqdm's and blosc's locks outlive a killed process
 
@@ -105,9 +107,10 @@ class Commands:
         process.start()
         forked = Forked(process=process, said_path=said)
         try:
-            return forked.wait(), forked.said
+            return forked.wait(60), forked.said
         finally:
             process.kill()
+            process.join()
 
 
 def _call_after(before: Callable[[], None], arguments: Sequence[str], said: Path) -> None:

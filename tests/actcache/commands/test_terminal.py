@@ -11,6 +11,7 @@ import pytest
 import typer
 from support.command_line import actcache
 from support.places import CHILD
+from support.surroundings import control_group
 from typer.testing import CliRunner
 
 from actcache.commands.lines import cache_lines
@@ -138,6 +139,24 @@ cli.main()
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: out of memory (libtorch")
+
+
+def test_a_control_group_that_is_too_small_is_told_before_anything_is_imported():
+    """There the kernel ends a process without a word."""
+    code = "import os, sys; open(sys.argv.pop(1), 'w').write(str(os.getpid())); import cli; cli.main()"
+    with control_group(100 << 20) as group:
+        asked = [sys.executable, "-c", code, str(group / "cgroup.procs"), "info", "cache"]
+        done = subprocess.run(asked, capture_output=True, text=True, env=CHILD, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: out of memory (importing torch and room to work may take 0.23 GB): 0.")
+    assert f"GB of the control group {group}" in line
+
+
+def test_memory_that_is_out_where_none_is_left_to_say_where():
+    from actcache.commands.terminal import lack_line
+
+    assert lack_line(MemoryError()).startswith("out of memory (MemoryError): ")
 
 
 def test_a_mistake_of_ours_is_no_lack_of_memory():

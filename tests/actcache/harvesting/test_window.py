@@ -1,17 +1,35 @@
 import numpy as np
 import pytest
 import torch
+from support.surroundings import address_space
 
 from actcache.flow import ActivationBatch
 from actcache.format.codecs import codec, stored_tensors
 from actcache.format.records import HookSpec
-from actcache.harvesting.window import Window
+from actcache.harvesting.window import Window, window_bytes, windows_that_fit
 
 
 def test_rows_are_scattered_over_their_shard(tiny_cache):
     reader = tiny_cache.token_reader("train", "sequence")
     sequence = reader.read(0, tiny_cache.manifest.shard_rows)
     assert (np.diff(sequence) == 0).mean() < 0.2
+
+
+@pytest.mark.parametrize("codec_name", ["raw", "int8"])
+def test_what_a_window_takes(codec_name):
+    hooks = [HookSpec(hook_name=f"blocks.{i}.hook_resid_post", d_in=40 + i, dtype="bfloat16") for i in range(2)]
+    window = Window(hooks, codec(codec_name), 20, torch.device("cpu"))
+    held = sum(part.nbytes for parts in window.stored.values() for part in parts)
+    assert window_bytes(hooks, codec(codec_name), 20) == held
+
+
+def test_there_are_as_many_windows_as_fit():
+    with address_space(512 << 20):
+        assert windows_that_fit(2, 150 << 20) == 2
+        assert windows_that_fit(2, 300 << 20) == windows_that_fit(1, 300 << 20) == 1
+        assert windows_that_fit(0, 0) == 0
+        with pytest.raises(MemoryError, match=r"^gathering the rows of a shard may take 0\.60 GB$"):
+            windows_that_fit(2, 510 << 20)
 
 
 @pytest.mark.parametrize("codec_name", ["raw", "int8"])

@@ -171,6 +171,20 @@ def test_work_that_may_not_fit_is_refused_before_it_begins():
         machine.require_memory(room + GIB, "tokenising")
 
 
+def test_a_large_array_is_refused_and_a_small_one_is_not_looked_at():
+    with address_space(96 * MEBI):
+        machine.require_memory_for_array(64 * MEBI, "rows")
+        with pytest.raises(MemoryError, match=r"^rows may take 0\.17 GB$"):
+            machine.require_memory_for_array(100 * MEBI, "rows")
+
+
+def test_limits_that_refuse_memory_end_no_process():
+    before = machine.room_to_live()
+    with address_space(64 * MEBI):
+        assert machine.room_to_live().limit == before.limit
+        assert machine.memory_room().n_bytes < 64 * MEBI + 1
+
+
 def test_a_pool_has_no_thread_that_memory_is_too_short_for():
     """Under a real limit: of two threads one, and then none. A thread without memory would be waited for for ever."""
     for room, n_threads in ((machine.THREAD_BYTES * 3 // 2, 1), (GIB, 2)):

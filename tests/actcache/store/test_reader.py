@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.stored_arrays import N_ROWS, reader, values, write
+from support.surroundings import address_space
 
 from actcache.errors import CorruptShard
 from actcache.format.arrays import ArraySpec
@@ -25,6 +26,12 @@ def test_we_read_what_we_write(written):
         assert np.array_equal(ours.read(start, stop), x[start:stop])
     with pytest.raises(ValueError, match="got 0 to 601"):
         ours.read(0, N_ROWS + 1)
+
+
+def test_rows_that_do_not_fit_are_refused_before_their_memory_is_taken(tmp_path):
+    ours = reader(tmp_path, WIDE, "raw", write(tmp_path, WIDE, "raw", values(WIDE)))
+    with address_space(250 << 20), pytest.raises(MemoryError, match=r"^25,600 rows of .*/acts may take 0\.28 GB$"):
+        ours.empty(100)
 
 
 @pytest.mark.parametrize("offset", [0, 5, 150, -1, -5, -20])
