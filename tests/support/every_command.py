@@ -28,6 +28,9 @@ def make_places(root: Path, model: Path, texts: Path) -> Places:
     {run} has features and their words, {wordless} features without words, {plain} no features. In {damaged} every shard
     of activations is damaged, and {growing} was killed at the end of its growth.
     """
+    from actcache.store.cache import open_cache
+    from trainer.features.build import build_features
+
     runs = root / "runs"
     places = {"root": root, "runs": runs, "model": model, "texts": texts}
     places |= {name: root / name for name in ("cache", "damaged", "growing", "arrow", "back", "sae", "imported")}
@@ -37,7 +40,6 @@ def make_places(root: Path, model: Path, texts: Path) -> Places:
         *(f"train {{cache}} {TRAIN} --k {k} --out {{runs}}" for k in (4, 2, 1)),
         "eval {runs} --device cpu",
         "features {run} --device cpu",
-        "features {wordless} --device cpu",
         "export {run} --out {sae}",
         f"import {{sae}} --out {{imported}} {NAMES}",
         "export-cache {cache} --out {arrow}",
@@ -45,8 +47,7 @@ def make_places(root: Path, model: Path, texts: Path) -> Places:
     ]
     for line in lines:
         actcache(*words_of(line, places))
-    for file in ("tokens.json", "lens.json"):
-        (places["wordless"] / "features" / file).unlink()
+    build_features(places["wordless"], open_cache(places["cache"]))
     shutil.copytree(places["cache"], places["growing"])
     with mock.patch("actcache.harvesting.run.finalise", side_effect=KeyboardInterrupt):
         actcache(*words_of(f"{GROWING_HARVEST} --out {{growing}}", places), code=130)
