@@ -18,6 +18,7 @@ from actcache.arguments import one_of, type_fields_
 from actcache.errors import DatasetError
 from actcache.files import can_only_be_a_path, local_path, missing_here, opened, refuse_address
 from actcache.machine.installs import no_installs
+from actcache.machine.limits import require_memory
 
 SAMPLE_BY = ("line", "paragraph", "document")
 FILE_KINDS = {  # of local files
@@ -71,6 +72,7 @@ class DatasetSource:
     @no_installs("datasets")
     def load(self) -> datasets.Dataset | datasets.IterableDataset:
         """The dataset of this split. Raises DatasetError, naming the path, if it is missing, empty or malformed."""
+        require_memory(0, f"reading {self.path} with pyarrow")  # whose threads end the process where they get none
         with self.errors_named():
             return self._load()
 
