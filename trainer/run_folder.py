@@ -18,13 +18,14 @@ there yet is empty, and a damaged one is an error.
 import fcntl
 import json
 import logging
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actcache.arguments import shown
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
 from actcache.files import (
     PARTIAL_SUFFIX,
@@ -57,6 +58,8 @@ Number = int | float
 CONFIG_FILE, METRICS_FILE, TIMING_FILE, FAILED_FILE = "config.json", "metrics.jsonl", "timing.jsonl", "failed.json"
 EVALUATION_FILE = "eval.json"
 CHECKPOINTS, SAE_FOLDER = "checkpoint", "sae"
+MOST_LEVELS = 64
+TOO_DEEP = f"lists and objects nested more than {MOST_LEVELS} deep"
 RUNS_LOCK = ".lock"  # no run can have this name
 # These settings may differ between two calls on one folder, because they change no result.
 _MAY_DIFFER = ("cache.path", "train.checkpoint_every", "train.keep_checkpoints")
@@ -147,16 +150,34 @@ def read_harvests(runs: Sequence[RunFiles]) -> list[HarvestTime]:
         ManifestError: a log is malformed.
     """
     caches = {path for run in runs if isinstance(path := run.about("cache", "path"), str)}
-    logs = sorted(path for cache in caches for path in _harvest_logs(Path(cache)))
+    logs = sorted(path for cache in caches for path in _harvest_logs(cache))
     times = [_harvest_time(path, read_json(path)) for path in logs]
     return sorted((time for time in times if time.n_tokens > 0), key=lambda time: time.finished)
 
 
 def finite(value: object) -> Number | None:
     """The value if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+        return None  # math.isfinite fails where an int is larger than any float
     return value
+
+
+def json_values(text: bytes) -> Any:
+    """What JSON of anybody says; NaN and infinity are null.
+
+    Raises ValueError if it is none, or if lists and objects are nested so deeply that printing them could fail.
+    """
+    try:
+        values = json.loads(text, parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    level = [values] if isinstance(values, dict | list) else []
+    for _ in range(MOST_LEVELS):
+        inside = (each for outer in level for each in (outer.values() if isinstance(outer, dict) else outer))
+        level = [each for each in inside if isinstance(each, dict | list)]
+        if not level:
+            return values
+    raise ValueError(TOO_DEEP)
 
 
 def check_out(out: Path, names: set[str]) -> None:
@@ -252,7 +273,7 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for text in _log_bytes(path).splitlines(keepends=True):
         try:
-            line = json.loads(text)
+            line = json_values(text)
         except ValueError:
             break
         if not isinstance(line, dict) or type(line.get("step")) is not int:
@@ -293,10 +314,10 @@ def _json_object(path: Path, read: Callable[[], bytes], *, where: str = "") -> d
     where: the place within the file, for the message.
     """
     try:
-        values = json.loads(read())
+        values = json_values(read())
     except NoFile as error:
         raise ManifestError(f"must be readable JSON, is no file ({error.strerror})", path=path, where=where) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         what = f"must be readable JSON, got {type(error).__name__}: {error}"
         raise ManifestError(what, path=path, where=where) from error
     if not isinstance(values, dict):
@@ -310,20 +331,54 @@ def json_bytes(values: Mapping[str, Any]) -> bytes:
 
 
 def _read_run(folder: Path) -> RunFiles:
+    config, evaluation = read_run_json(folder, CONFIG_FILE), _read_if_there(folder, EVALUATION_FILE)
+    error = _read_if_there(folder, FAILED_FILE).get("error")
+    _require(isinstance(config.get("sae", {}), dict), folder / CONFIG_FILE, "sae", "an object", config.get("sae"))
+    _check_lists(folder / EVALUATION_FILE, evaluation)
+    _require(error is None or isinstance(error, str), folder / FAILED_FILE, "error", "a text", error)
     return RunFiles(
         folder=folder,
-        config=read_run_json(folder, CONFIG_FILE),
-        evaluation=_read_if_there(folder, EVALUATION_FILE),
+        config=config,
+        evaluation=evaluation,
         metrics=_read_lines(folder / METRICS_FILE),
         timing=_read_lines(folder / TIMING_FILE),
-        error=_read_if_there(folder, FAILED_FILE).get("error"),
+        error=error,
     )
 
 
-def _harvest_logs(cache: Path) -> list[Path]:
+def _require(is_so: bool, path: Path, field: str, must: str, got: object) -> None:
+    if not is_so:
+        raise ManifestError(f"{field} must be {must}, got {shown(got)}", path=path, way_out="restore the file")
+
+
+def _check_lists(path: Path, evaluation: dict[str, Any]) -> None:
+    """Raise ManifestError unless the lists of eval.json, where it has them, are as long as they must be."""
+    if (histogram := evaluation.get("feature_density")) not in (None, {}):
+        edges, counts = _numbers(path, "feature_density", histogram, ("log10_edges", "counts"))
+        fits = None not in (*edges, *counts) and len(edges) == len(counts) + 1
+        _require(fits, path, "feature_density.log10_edges", "one number more than counts", edges)
+    if (by_position := evaluation.get("ce_loss_by_position")) not in (None, {}):
+        with_sae, without = _numbers(path, "ce_loss_by_position", by_position, ("with_sae", "without_sae"))
+        _require(len(with_sae) == len(without), path, "ce_loss_by_position", "lists of one length", with_sae)
+
+
+def _numbers(path: Path, field: str, block: object, keys: tuple[str, ...]) -> list[list[Number | None]]:
+    """The lists of finite numbers or nulls that an object has under these keys."""
+    _require(isinstance(block, dict), path, field, "an object", block)
+    assert isinstance(block, dict)
+    for key in keys:
+        values = block.get(key)
+        is_list = isinstance(values, list) and all(each is None or finite(each) is not None for each in values)
+        _require(is_list, path, f"{field}.{key}", "a list of numbers", values)
+    return [block[key] for key in keys]
+
+
+def _harvest_logs(cache: str) -> list[Path]:
     """The logs of the harvests into a cache. Those of a cache of somebody else may be closed to us, which is said."""
     try:
-        return [path for path in listed(cache / "log") if path.match("harvest-*.json")]
+        return [path for path in listed(Path(cache) / "log") if path.match("harvest-*.json")]
+    except ValueError:  # a NUL, or half a character: no folder has such a name
+        return []
     except PermissionError as error:
         logger.warning("%s: its logs cannot be read (%s), so the report is without them", cache, error.strerror)
         return []
@@ -331,15 +386,14 @@ def _harvest_logs(cache: Path) -> list[Path]:
 
 def _harvest_time(path: Path, log: dict[str, Any]) -> HarvestTime:
     try:
-        seconds = log["seconds"]
-        return HarvestTime(
-            finished=log["finished"],
-            n_tokens=seconds["n_tokens"],
-            total_seconds=seconds["total"],
-            model_seconds=seconds["model_busy"],
-        )
+        seconds, finished = log["seconds"], log["finished"]
+        numbers = [seconds[key] for key in ("n_tokens", "total", "model_busy")]
     except (KeyError, TypeError) as error:
         raise ManifestError(f"report: {path} must be the log of a harvest, it lacks {error}; remove it") from error
+    _require(isinstance(finished, str), path, "finished", "a time", finished)
+    _require(all(finite(number) is not None for number in numbers), path, "seconds", "of numbers", seconds)
+    n_tokens, total_seconds, model_seconds = numbers
+    return HarvestTime(finished=finished, n_tokens=n_tokens, total_seconds=total_seconds, model_seconds=model_seconds)
 
 
 def _read_if_there(folder: Path, name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.faults import renames_that_stop
+from support.hostile_json import TEXTS, nested
 from support.strangers import NOBODY, as_another_user, copy_of_another_user, only_root
 from support.tiny_reports import add_baseline, add_logs, evaluation
 from support.tiny_saes import make_config, make_run
@@ -13,11 +14,13 @@ from support.tiny_saes import make_config, make_run
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
 from trainer.checksums import checksums_of, sealed
 from trainer.run_folder import (
+    MOST_LEVELS,
     RUNS_LOCK,
     check_folder,
     check_out,
     finite,
     is_over,
+    json_values,
     only_writer,
     read_harvests,
     read_json,
@@ -93,8 +96,82 @@ def test_logs_of_a_harvest_that_are_closed_to_us_are_left_out_and_that_is_said(r
 
 def test_what_is_a_finite_number() -> None:
     assert [finite(value) for value in (3, -0.5, 0)] == [3, -0.5, 0]
-    for value in (True, None, "3", [3], float("nan"), float("inf")):
+    for value in (True, None, "3", [3], float("nan"), float("inf"), 10**400, -(10**400)):
         assert finite(value) is None
+
+
+def test_json_is_parsed_up_to_a_depth_that_can_be_printed() -> None:
+    assert json_values(b'{"a": [NaN, -Infinity, 1.5]}') == {"a": [None, None, 1.5]}
+    deepest = nested(MOST_LEVELS)
+    assert json_values(json.dumps(deepest).encode()) == deepest
+    with pytest.raises(ValueError, match="lists and objects nested more than 64 deep"):
+        json_values(json.dumps([deepest]).encode())
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_json_of_a_stranger_is_one_line(text: bytes, run: Path) -> None:
+    for name in ("config.json", "eval.json", "failed.json", "metrics.jsonl"):
+        kept = (run / name).read_bytes() if (run / name).exists() else None
+        (run / name).write_bytes(text + b"\n")
+        with pytest.raises(ManifestError, match=rf"{name}: (line 1: )?must") as raised:
+            read_runs(run)
+        assert "\n" not in str(raised.value)
+        assert len(str(raised.value)) < 1000
+        with pytest.raises(ManifestError, match=rf"{name}: must"):
+            read_json(run / name)
+        assert whole_lines(run / name) == []
+        if kept is None:
+            (run / name).unlink()
+        else:
+            (run / name).write_bytes(kept)
+
+
+def test_a_pipe_is_no_file(run: Path) -> None:
+    os.mkfifo(run / "eval.json")
+    with pytest.raises(ManifestError, match=r"eval\.json: must be readable JSON, is no file \(no regular file\)"):
+        read_json(run / "eval.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "match"),
+    [
+        ("config.json", {"sae": [1]}, "sae must be an object, got \\[1\\]"),
+        ("failed.json", {"error": ["x" * 10**6]}, "error must be a text, got"),
+        ("eval.json", {"feature_density": 3}, "feature_density must be an object, got 3"),
+        ("eval.json", {"feature_density": {"counts": [1]}}, "feature_density.log10_edges must be a list of numbers"),
+        ("eval.json", {"feature_density": {"log10_edges": [0], "counts": [1]}}, "must be one number more than counts"),
+        ("eval.json", {"feature_density": {"log10_edges": [0, 10**400], "counts": [1]}}, "a list of numbers"),
+        ("eval.json", {"ce_loss_by_position": {"with_sae": [1], "without_sae": []}}, "must be lists of one length"),
+        ("eval.json", {"ce_loss_by_position": {"with_sae": "ab", "without_sae": []}}, "with_sae must be a list of num"),
+    ],
+    ids=str,
+)
+def test_a_field_of_another_type_is_named(name: str, values: object, match: str, run: Path) -> None:
+    (run / name).write_text(json.dumps(values))
+    with pytest.raises(ManifestError, match=rf"{name}: {match}|{name}: .*{match}") as raised:
+        read_runs(run)
+    assert len(str(raised.value)) < 1000
+
+
+def test_logs_of_harvests_with_other_types_are_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache" / "log").mkdir(parents=True)
+    log, config = tmp_path / "cache" / "log" / "harvest-0.json", json.loads((run / "config.json").read_text())
+    config["cache"]["path"] = str(tmp_path / "cache")
+    (run / "config.json").write_text(json.dumps(config))
+    seconds = {"n_tokens": 1, "total": 2.0, "model_busy": 1.0}
+    for values, match in (
+        ({"finished": 3, "seconds": seconds}, "finished must be a time, got 3"),
+        ({"finished": "now", "seconds": seconds | {"n_tokens": "1"}}, "seconds must be of numbers"),
+        ({"finished": "now", "seconds": seconds | {"total": 10**400}}, "seconds must be of numbers"),
+        ({"finished": "now", "seconds": [1]}, "it lacks"),
+    ):
+        log.write_text(json.dumps(values))
+        with pytest.raises(ManifestError, match=rf"harvest-0\.json.* {match}"):
+            read_harvests(read_runs(run))
+    for path in ("a" * 10**5, "a\0b", "\ud800"):
+        config["cache"]["path"] = path
+        (run / "config.json").write_text(json.dumps(config))
+        assert read_harvests(read_runs(run)) == []
 
 
 def test_runs_go_into_an_empty_folder_or_beside_other_runs(run: Path, tmp_path: Path) -> None:
@@ -184,6 +261,9 @@ def test_lines_are_read_up_to_the_first_torn_one(tmp_path: Path) -> None:
     assert whole_lines(log) == [{"step": 1}, {"step": 2}]
     log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     assert whole_lines(log) == [{"step": 1}], "what follows a torn line is not trusted"
+    for line in ("[1]", "{}", '{"step": "1"}', "null", "3", "[" * 10**5):
+        log.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
+        assert whole_lines(log) == [{"step": 1}], "nor is one that no training wrote"
 
 
 def test_json_is_written_canonically_and_read_back(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def figures(runs: Sequence[RunFiles]) -> list[dict[str, Any]]:
 
 def address(run: RunFiles) -> str:
     """The address of a run in the page: what follows # in its URL."""
-    return f"/{quote(run.name, safe='')}"
+    return f"/{quote(run.name, safe='', errors='backslashreplace')}"  # a name may hold bytes that are no text
 
 
 def has_added_loss(run: RunFiles) -> bool:
@@ -118,13 +118,13 @@ def _hover(run: RunFiles) -> str:
 def _curves(run: RunFiles) -> dict[str, list[Number | None]]:
     """Tokens trained, and for each the loss, the explained variance and the share of dead latents at that step."""
     lines = _thinned(run.metrics)
-    d_sae = run.sae.get("d_sae") or 1
+    d_sae = finite(run.sae.get("d_sae")) or 1
     dead = [finite(line.get("sparsity/dead_features")) for line in lines]
     return {
         "tokens": [finite(line.get("n_tokens")) for line in lines],
         "loss": [finite(line.get("losses/overall_loss")) for line in lines],
         "explained_variance": [finite(line.get("metrics/explained_variance")) for line in lines],
-        "dead": [None if count is None else count / d_sae for count in dead],
+        "dead": [None if count is None else finite(count / d_sae) for count in dead],
     }
 
 
@@ -141,7 +141,8 @@ def _density(histogram: Mapping[str, Any] | None) -> dict[str, list[Number]]:
 def _added_loss(by_position: Mapping[str, Any] | None) -> dict[str, list[Number]]:
     """For each position that has both losses, the mean loss with the SAE less that without it, in nats."""
     losses = zip(by_position["with_sae"], by_position["without_sae"], strict=True) if by_position else ()
-    known = [(i, a - b) for i, (a, b) in enumerate(losses) if a is not None and b is not None]
+    added = [None if a is None or b is None else finite(a - b) for a, b in losses]
+    known = [(i, nats) for i, nats in enumerate(added) if nats is not None]
     return {"position": [position for position, _ in known], "nats": [nats for _, nats in known]}
 
 
@@ -150,12 +151,12 @@ def _speed(run: RunFiles) -> dict[str, list[Number]]:
 
     timing.jsonl counts seconds from the start of each call. So two lines with a resume between them are left out.
     """
-    tokens_at = {line.get("step"): finite(line.get("n_tokens")) for line in run.metrics}
-    points = [(tokens_at.get(line.get("step")), finite(line.get("step_seconds"))) for line in run.timing]
+    tokens_at = {finite(line.get("step")): finite(line.get("n_tokens")) for line in run.metrics}
+    points = [(tokens_at.get(finite(line.get("step"))), finite(line.get("step_seconds"))) for line in run.timing]
     known = [(tokens, seconds) for tokens, seconds in points if tokens is not None and seconds is not None]
     pairs = zip([(0.0, 0.0), *known], known, strict=False)
     rates = [(b[0], (b[0] - a[0]) / (b[1] - a[1])) for a, b in pairs if b[1] > a[1] and b[0] > a[0]]
-    rates = _thinned(rates)
+    rates = _thinned([(tokens, rate) for tokens, rate in rates if finite(rate) is not None])
     return {"tokens": [tokens for tokens, _ in rates], "rate": [rate for _, rate in rates]}
 
 

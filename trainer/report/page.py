@@ -86,7 +86,8 @@ def _data(element: str, values: Mapping[str, Any]) -> str:
 
 def _packed(element: str, values: Mapping[str, Any]) -> str:
     """A script element with gzipped data, a fifth as long. The page unpacks it when somebody asks for it."""
-    packed = base64.b64encode(gzip.compress(_json(values).encode(), compresslevel=6, mtime=0)).decode()
+    data = _json(values).encode(errors="backslashreplace")  # in JSON it is an escape
+    packed = base64.b64encode(gzip.compress(data, compresslevel=6, mtime=0)).decode()
     return f'<script type="application/gzip" id="{html.escape(element)}">{packed}</script>'
 
 

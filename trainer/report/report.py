@@ -43,7 +43,7 @@ def write_report(runs: Path | str, out: Path | str, *, n_features: int = N_FEATU
     require_writable(out, out.parent, "the page cannot be written; pass another --out")
     found = read_runs(runs)
     text = page(runs.resolve().name, found, throughput(found, read_harvests(found)), _features(found, n_features))
-    write_atomically(out, [text.encode()])
+    write_atomically(out, [text.encode(errors="backslashreplace")])  # half a character, which JSON can name
     return out
 
 

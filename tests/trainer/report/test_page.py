@@ -1,10 +1,16 @@
 """The page: self-contained, every string escaped, every number of the files in it, blanks where one is missing."""
 
+import copy
 import json
+import os
 import shutil
 
+import pytest
+from support.hostile_json import VALUES
 from support.report_pages import figures, page_of
 from support.tiny_reports import evaluation
+
+from actcache.errors import ManifestError
 
 
 def test_every_number_is_in_the_table(runs, tmp_path):
@@ -107,3 +113,50 @@ def test_a_number_that_is_not_finite_or_huge_stays_readable(runs, tmp_path):
     row = next(row for row in page.rows if row[0] == "b-done")
     assert row[3:5] == ["\u2013", "-5.90e+12"]
     assert figures(page)[1]["l0"] is None
+
+
+def lies_about(values: dict) -> list[dict]:
+    """The same JSON with hostile values in each place, one at a time."""
+    lies = []
+    for key, value in values.items():
+        lies += [values | {key: lie} for lie in [*VALUES, *(lies_about(value) if isinstance(value, dict) else [])]]
+    return lies
+
+
+@pytest.mark.parametrize("name", ["eval.json", "metrics.jsonl", "timing.jsonl", "failed.json"])
+def test_a_value_that_nobody_means_is_left_out_or_named(name, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.report.page.get_plotlyjs", str)  # 5 MB that are the same in every page
+    path, refused = runs / "b-done" / name, []
+    (runs / "b-done" / "failed.json").write_text('{"step": 1, "error": "a loss is NaN"}')
+    whole = path.read_bytes().split(b"\n")
+    for values in lies_about(json.loads(path.read_bytes() if len(whole) == 1 else whole[0]))[::4]:
+        path.write_bytes(b"\n".join([json.dumps(values).encode(), *whole[1:]]))
+        try:
+            text, page = page_of(runs, tmp_path)
+        except ManifestError as error:
+            refused.append(str(error))
+        else:
+            assert text.count("<script") == 4
+            assert len(figures(page)) == 3
+    assert all(name in error and len(error) < 1000 for error in refused)
+
+
+STRANGE = ["\u2028", "\u202egnp.exe", "]]>-->", "&lt;", "a" * 10**6, "\ud800", "\r\n\t", "\\u003c/script>"]
+
+
+def test_strange_names_are_shown_and_end_nothing(runs, tmp_path):
+    config = json.loads((runs / "b-done" / "config.json").read_text())
+    os.rename(runs / "a-training", os.fsencode(runs) + b"/\xff\xe2\x80\xa8</script>".replace(b"/s", b"s"))
+    for name in STRANGE:
+        changed = copy.deepcopy(config)
+        changed["sae"] |= {"architecture": name, "hook_name": name}
+        changed["model"]["name"] = changed["cache"]["fingerprint"] = name
+        (runs / "b-done" / "config.json").write_text(json.dumps(changed))
+        text, page = page_of(runs, tmp_path)
+        assert text.count("<script") == text.count("</script>") == 4
+        shown = name.encode(errors="backslashreplace").decode().replace("\r\n", "\n")
+        assert next(row for row in page.rows if row[0] == "b-done")[1] == shown
+        assert figures(page)[0]["architecture"].encode(errors="backslashreplace").decode() == (
+            name.encode(errors="backslashreplace").decode()
+        )
+    assert any(row[0].startswith("\\udcff") for row in page.rows), "a byte that is no text"
