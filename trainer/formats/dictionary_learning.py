@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actcache.arguments import shown
 from actcache.errors import ManifestError
-from actcache.files import NoFile, contents_of_any_size
 from actcache.models.hook_names import hooks_of
-from trainer.formats.foreign import Names, Tensors, foreign_sae, known_names, stored_tensor
+from trainer.formats.foreign import Names, Tensors, check_latents, foreign_sae, known_names, said_name, stored_tensor
+from trainer.formats.state_dict import read_state_dict
 from trainer.run_folder import read_json
 from trainer.sae.sae import SAE
 
@@ -45,13 +44,15 @@ def dictionary_learning_sae(folder: Path, names: Names) -> SAE:
     """
     config = read_json(folder / DICTIONARY_LEARNING_FILES[0])
     trainer = config.get("trainer")
-    if not isinstance(trainer, dict) or trainer.get("dict_class") not in _DICTIONARIES:
-        got = trainer.get("dict_class") if isinstance(trainer, dict) else None
-        raise ManifestError(f"import: {folder}: dict_class must be one of {', '.join(_DICTIONARIES)}, got {got!r}")
-    architecture, trained_as, subtracts, tensor_names = _DICTIONARIES[trainer["dict_class"]]
-    stored = _unpickled(folder / DICTIONARY_LEARNING_FILES[1])
+    dict_class = trainer.get("dict_class") if isinstance(trainer, dict) else None
+    if not isinstance(trainer, dict) or not isinstance(dict_class, str) or dict_class not in _DICTIONARIES:
+        classes = ", ".join(_DICTIONARIES)
+        raise ManifestError(f"import: {folder}: dict_class must be one of {classes}, got {shown(dict_class)}")
+    architecture, trained_as, subtracts, tensor_names = _DICTIONARIES[dict_class]
+    stored = read_state_dict(folder / DICTIONARY_LEARNING_FILES[1])
     weights = {ours: stored_tensor(stored, theirs, folder) for ours, theirs in tensor_names.items()}
-    if trainer["dict_class"] == "AutoEncoder":
+    check_latents(weights, folder)
+    if dict_class == "AutoEncoder":
         weights |= _of_norm_one(weights)
     if "threshold" in weights and weights["threshold"].ndim == 0:
         weights["threshold"] = weights["threshold"].expand(len(weights["b_enc"]))
@@ -69,20 +70,6 @@ def _of_norm_one(weights: Mapping[str, Tensor]) -> Tensors:
     return {**folded, "W_dec": weights["W_dec"] / norm[:, None]}
 
 
-def _unpickled(path: Path) -> Tensors:
-    """The tensors of a state dict that torch.save wrote. Nothing else is unpickled, so no code in the file runs."""
-    try:
-        stored = torch.load(io.BytesIO(contents_of_any_size(path)), map_location="cpu", weights_only=True)
-    except (NoFile, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
-        raise ManifestError(
-            f"import: {path} must be a state dict of tensors, got {type(error).__name__}: {reason}"
-        ) from error
-    if not isinstance(stored, dict):
-        raise ManifestError(f"import: {path} must be a state dict of tensors, got {type(stored).__name__}")
-    return {str(name): value for name, value in stored.items() if isinstance(value, Tensor)}
-
-
 def _dictionary_learning_names(folder: Path, config: Mapping[str, Any], names: Names) -> Names:
     """The names of the model and the hook. submodule_name says the hook, as `resid_post_layer_3` or a module's name.
 
@@ -90,11 +77,11 @@ def _dictionary_learning_names(folder: Path, config: Mapping[str, Any], names: N
     """
     trainer, buffer = config["trainer"], config.get("buffer")
     submodule = str(trainer.get("submodule_name"))
-    model_name = names.model_name or trainer.get("lm_name")
+    model_name = names.model_name or said_name(trainer, "lm_name", folder / DICTIONARY_LEARNING_FILES[0])
     stream = re.fullmatch(r"resid_post_layer_(\d+)", submodule)
     is_output = not isinstance(buffer, dict) or buffer.get("io", "out") == "out"
     hooks = hooks_of(submodule if stream is None else f"layers.{stream[1]}", model_name) if is_output else None
     found = Names(model_name=model_name, hook_name=names.hook_name or (hooks and hooks[1]))
     return known_names(
-        found, folder, f"submodule_name {trainer.get('submodule_name')!r} of layer {trainer.get('layer')}"
+        found, folder, f"submodule_name {shown(trainer.get('submodule_name'))} of layer {shown(trainer.get('layer'))}"
     )

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from actcache.arguments import type_fields_
+from actcache.arguments import shown, type_fields_
 from actcache.errors import ConfigError, ManifestError
-from trainer.formats.saelens import SAE_LENS_VERSION, sae_of
+from trainer.formats.saelens import DTYPES, SAE_LENS_VERSION, sae_of
 from trainer.sae.sae import SAE
 
 Tensors = dict[str, Tensor]
+PER_LATENT = ("b_enc", "b_gate", "b_mag", "r_mag")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,14 @@ def known_names(names: Names, folder: Path, said: str, *, needs_out: bool = Fals
     return names
 
 
+def said_name(said: Mapping[str, Any], key: str, path: Path) -> str | None:
+    """A name that a folder says; None where it says none. Raises ManifestError if it is no text."""
+    name = said.get(key)
+    if name is not None and not isinstance(name, str):
+        raise ManifestError(f"import: {path} must say {key} as a text, got {shown(name)}; correct it")
+    return name
+
+
 def stored_tensor(stored: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:
     """A tensor of a state dict. The weight of torch's Linear, [out, in], is returned as [in, out].
 
@@ -67,9 +76,25 @@ def stored_tensor(stored: Mapping[str, Tensor], name: str, folder: Path) -> Tens
     """
     is_linear = name in ("encoder.weight", "decoder.weight")
     if name not in stored or (stored[name].ndim != 2 and (is_linear or name.startswith("W_"))):
-        got = tuple(stored[name].shape) if name in stored else ", ".join(stored) or "nothing"
+        got = tuple(stored[name].shape) if name in stored else ", ".join(stored)[:500] or "nothing"
         raise ManifestError(f"import: {folder} must hold {name}, a matrix if it is weights; got {got}")
     return stored[name].T.contiguous() if is_linear else stored[name]
+
+
+def check_latents(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise ManifestError unless W_enc, W_dec and what there is for each latent are floats of one number of latents.
+
+    To be called before any arithmetic with two of them: tensors of other shapes could broadcast to one of any size.
+    """
+    shapes = {name: tuple(weights[name].shape) for name in ("W_enc", "W_dec", *PER_LATENT) if name in weights}
+    d_sae = shapes["W_enc"][-1:]
+    fits = all(shape == d_sae for name, shape in shapes.items() if name in PER_LATENT)
+    are_matrices = len(shapes["W_enc"]) == len(shapes["W_dec"]) == 2
+    if not fits or not are_matrices or shapes["W_dec"][:1] != d_sae:
+        raise ManifestError(f"import: {folder} must hold tensors of one number of latents, got {shapes}")
+    dtypes = {str(weights[name].dtype) for name in shapes if weights[name].dtype not in DTYPES.values()}
+    if dtypes:
+        raise ManifestError(f"import: {folder} must hold floats, {', '.join(DTYPES)}, got {', '.join(dtypes)}")
 
 
 def foreign_sae(

@@ -135,7 +135,12 @@ def _write_run(sae: SAE, out: Path, source: dict[str, Any]) -> Path:
     """Write the RUN folder, whole or not at all. Where it is written already, do nothing."""
     if not sae.metadata.get("model_name"):
         raise ConfigError(f"import: {_said(source)} does not say which model it is of; pass --model-name")
-    sae_folder = sae_files(sae)
+    try:
+        sae_folder = sae_files(sae)
+    except ValueError as error:  # 1e999 is a number of JSON, and infinite
+        raise ManifestError(
+            f"import: {_said(source)} must say finite numbers, got {error}; correct its JSON"
+        ) from error
     files = {f"{SAE_FOLDER}/{name}": data for name, data in sae_folder.items()}
     files[RUN_CONFIG] = json_bytes(_description(sae, out, source))
     if is_file(out):

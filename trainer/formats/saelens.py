@@ -8,7 +8,6 @@ training, h = (s x - b_dec) W_enc + b_enc = (x - b_dec / s) (s W_enc) + b_enc. S
 and b_dec are divided by it. Pre-activations, b_enc and thresholds stay as they are.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from actcache.arguments import device_of
+from actcache.arguments import device_of, shown
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.files import (
     NoFile,
@@ -35,7 +34,7 @@ from actcache.files import (
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed, unless_changed
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
 from trainer.run_folder import CONFIG_FILE as RUN_CONFIG
-from trainer.run_folder import SAE_FOLDER, json_bytes
+from trainer.run_folder import SAE_FOLDER, json_bytes, json_values
 from trainer.sae.sae import PURSUIT, SAE
 from trainer.tensor_file import read_tensors
 
@@ -50,6 +49,7 @@ ARCHITECTURES = (*SAELENS_ARCHITECTURES, "crosscoder", "topk_transcoder", "topk_
 RESCALED = ("topk", "abstopk")  # their cfg.json has rescale_acts_by_decoder_norm
 RANKED = (*RESCALED, "topk_transcoder", "topk_skip_transcoder")  # their cfg.json has k
 PURSUIT_THRESHOLD = 1e-2  # SAELens' default of residual_threshold
+MOST = 1 << 40  # of any width or count: no file holds more
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -270,8 +270,8 @@ def read_sae_config(folder: Path) -> dict[str, Any]:
     """cfg.json of a SAELens directory. Only this is checked: it is an object, and its `metadata` is one too."""
     path = folder / CONFIG_FILE
     try:
-        cfg = json.loads(contents(path), parse_constant=lambda _: None)  # SAELens writes NaN for an L0 without steps
-    except (NoFile, ValueError, RecursionError) as error:
+        cfg = json_values(contents(path))  # SAELens writes NaN for an L0 without steps, here null
+    except (NoFile, ValueError) as error:
         raise ManifestError(f"load_sae: {path} must be readable JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(cfg, dict) or not isinstance(cfg.get("metadata", {}), dict):
         raise ManifestError(f"load_sae: {path} must be a JSON object with an object `metadata`")
@@ -302,35 +302,38 @@ def _check_version(path: Path, cfg: dict[str, Any]) -> None:
     major = str(version).partition(".")[0]
     if not major.isdecimal() or int(major) < 6:
         raise ManifestError(
-            f"load_sae: {path} must be written by SAELens 6.0.0 or later, got sae_lens_version={version!r}; "
+            f"load_sae: {path} must be written by SAELens 6.0.0 or later, got sae_lens_version={shown(version)}; "
             "load it with sae_lens and save it again with save_model"
         )
 
 
 def _check_fields(path: Path, cfg: dict[str, Any]) -> None:
     if cfg.get("architecture") not in ARCHITECTURES:
-        raise ManifestError(
-            f"load_sae: {path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {cfg.get('architecture')!r}"
-        )
+        got = shown(cfg.get("architecture"))
+        raise ManifestError(f"load_sae: {path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {got}")
     names = ["d_in", "d_sae"]
     names += ["k"] if cfg["architecture"] in RANKED else []
     names += ["d_out"] if _is_transcoder(cfg["architecture"]) else []
     names += ["max_iterations"] if cfg.get("max_iterations") is not None else []
     for name in names:
-        if type(cfg.get(name)) is not int or cfg[name] < 1:
-            raise ManifestError(f"load_sae: {path}: {name} must be a positive integer, got {cfg.get(name)!r}")
+        if type(cfg.get(name)) is not int or not 1 <= cfg[name] <= MOST:
+            raise ManifestError(
+                f"load_sae: {path}: {name} must be a positive integer up to {MOST}, got {shown(cfg.get(name))}"
+            )
     if cfg["architecture"] in RANKED and cfg["k"] > cfg["d_sae"]:
         raise ManifestError(f"load_sae: {path}: k must be at most d_sae={cfg['d_sae']}, got k={cfg['k']}")
     for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "stop_on_duplicate_support"):
         if type(cfg.get(name, False)) is not bool:
-            raise ManifestError(f"load_sae: {path}: {name} must be true or false, got {cfg[name]!r}")
+            raise ManifestError(f"load_sae: {path}: {name} must be true or false, got {shown(cfg[name])}")
     rest = cfg.get("residual_threshold", 0.0)
-    if type(rest) not in (int, float) or not 0 <= rest < math.inf:
-        raise ManifestError(f"load_sae: {path}: residual_threshold must be at least 0, got {rest!r}")
+    if type(rest) not in (int, float) or not 0 <= rest <= torch.finfo(torch.float32).max:
+        raise ManifestError(f"load_sae: {path}: residual_threshold must be at least 0, got {shown(rest)}")
     if cfg.get("apply_b_dec_to_input", False) and cfg.get("d_out", cfg["d_in"]) != cfg["d_in"]:
         raise ManifestError(f"load_sae: {path}: b_dec is {cfg['d_out']} wide, x {cfg['d_in']}: it cannot be subtracted")
     if _dtype_name(cfg) not in DTYPES:
-        raise ManifestError(f"load_sae: {path}: dtype must be one of {', '.join(DTYPES)}, got {cfg.get('dtype')!r}")
+        raise ManifestError(
+            f"load_sae: {path}: dtype must be one of {', '.join(DTYPES)}, got {shown(cfg.get('dtype'))}"
+        )
     if not isinstance(cfg["metadata"].get("hook_name"), str):
         raise ManifestError(f"load_sae: {path}: metadata.hook_name must say where x comes from, got none")
     _check_hooks(path, cfg)
@@ -350,7 +353,7 @@ def _check_hooks(path: Path, cfg: dict[str, Any]) -> None:
     ):
         raise ManifestError(
             f"load_sae: {path}: hook_names and hook_widths must say what x is of, d_in={cfg['d_in']} in all, got "
-            f"{names} and {widths}"
+            f"{shown(names)} and {shown(widths)}"
         )
 
 
@@ -359,17 +362,17 @@ def _check_stream(path: Path, cfg: dict[str, Any]) -> None:
     normalisation = cfg.get("normalize_activations", "none")
     if normalisation != "none":
         raise ManifestError(
-            f"load_sae: {path}: normalize_activations must be 'none', got {normalisation!r}; "
+            f"load_sae: {path}: normalize_activations must be 'none', got {shown(normalisation)}; "
             "fold the scale into the weights with sae_lens (fold_activation_norm_scaling_factor) and save again"
         )
     head = cfg["metadata"].get("hook_head_index")
     if head is not None:
-        raise ManifestError(f"load_sae: {path}: the SAE must read a whole hook, got hook_head_index={head!r}")
+        raise ManifestError(f"load_sae: {path}: the SAE must read a whole hook, got hook_head_index={shown(head)}")
     loading = cfg["metadata"].get("model_from_pretrained_kwargs") or {}
     if not isinstance(loading, dict) or loading.get("center_writing_weights", False):
         raise CacheMismatch(
-            f"load_sae: {path} was trained on a centred residual stream (model_from_pretrained_kwargs={loading!r}), "
-            "a cache holds the raw one; train an SAE on the cache"
+            f"load_sae: {path} was trained on a centred residual stream (model_from_pretrained_kwargs="
+            f"{shown(loading)}), a cache holds the raw one; train an SAE on the cache"
         )
 
 
@@ -385,7 +388,7 @@ def _checked_tensors(
     shapes = _shapes(cfg["architecture"], cfg["d_in"], cfg["d_sae"], d_out)
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if got != shapes:
-        raise ManifestError(f"load_sae: {path} of a {cfg['architecture']} SAE must hold {shapes}, got {got}")
+        raise ManifestError(f"load_sae: {path} of a {cfg['architecture']} SAE must hold {shapes}, got {str(got)[:500]}")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not math.isfinite(float(tensor.double().abs().max())):
             raise ManifestError(f"load_sae: {path}: {name} must be finite floats, got NaN, infinity or {tensor.dtype}")

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actcache.arguments import shown
 from actcache.errors import ManifestError
 from actcache.files import is_file
 from actcache.models.hook_names import hooks_of
 from trainer.config.settings import BATCH_FAMILY
-from trainer.formats.foreign import Names, Tensors
-from trainer.formats.saelens import PURSUIT_THRESHOLD, WEIGHTS_FILE, read_sae_config, sae_of, sae_tensors
-from trainer.run_folder import read_json
+from trainer.formats.foreign import Names, Tensors, check_latents, said_name
+from trainer.formats.saelens import CONFIG_FILE, PURSUIT_THRESHOLD, WEIGHTS_FILE, read_sae_config, sae_of, sae_tensors
+from trainer.run_folder import finite, read_json
 from trainer.sae.sae import SAE
 
 SCALE_FILE = "activation_scaler.json"  # beside a checkpoint of SAELens; it says by what the rows were multiplied
@@ -37,9 +38,9 @@ def saelens_sae(folder: Path, names: Names) -> SAE:
 
 def saelens_sae_of(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, names: Names) -> SAE:
     """The SAE of SAELens' cfg and state dict, whether of inference or of training. Errors name `folder`."""
-    cfg, tensors = _for_inference(cfg, tensors)
+    cfg, tensors = _for_inference(cfg, tensors, folder)
     metadata = names.over(cfg["metadata"])
-    module = hooks_of(str(metadata.get("hook_name")), metadata.get("model_name"))
+    module = hooks_of(str(metadata.get("hook_name")), said_name(metadata, "model_name", folder / CONFIG_FILE))
     if module is not None:  # the model's own name of a module, where SAELens ran it without TransformerLens
         metadata["hook_name"] = module[1]
     return sae_of({**cfg, "metadata": metadata}, tensors, folder)
@@ -51,23 +52,26 @@ def _unscaled(cfg: Mapping[str, Any], tensors: Tensors, path: Path) -> tuple[dic
     W_enc is multiplied by s; W_dec and b_dec are divided by it. A threshold on h ||d_i|| is divided too, and one on h
     stays. matching_pursuit has one matrix for encoder and decoder, which stays; its residual_threshold is divided by s.
     """
-    scale = read_json(path).get("scaling_factor") if is_file(path) else None
-    if not isinstance(scale, float | int):
+    said = read_json(path).get("scaling_factor") if is_file(path) else None
+    scale, rest = finite(said), cfg.get("residual_threshold", PURSUIT_THRESHOLD)
+    if not scale:
         raise ManifestError(
             f"import: {path} must say scaling_factor, by which the rows of a checkpoint with normalize_activations "
-            f"'expected_average_only_in' were multiplied, got {scale!r}; import the whole checkpoint folder, or what "
-            "SAELens saves at the end of training"
+            f"'expected_average_only_in' were multiplied, got {shown(said)}; import the whole checkpoint folder, or "
+            "what SAELens saves at the end of training"
         )
     cfg, shrinks = {**cfg, "normalize_activations": "none"}, ["b_dec"]
     if cfg.get("architecture") == "matching_pursuit":
-        cfg["residual_threshold"] = cfg.get("residual_threshold", PURSUIT_THRESHOLD) / scale
+        cfg["residual_threshold"] = rest if finite(rest) is None else rest / scale  # what is no number is refused later
     else:
         shrinks += ["W_dec", *(["topk_threshold"] if cfg.get("rescale_acts_by_decoder_norm") else [])]
     grown = {name: tensor * scale for name, tensor in tensors.items() if name == "W_enc"}
     return cfg, {**tensors, **grown, **{name: tensor / scale for name, tensor in tensors.items() if name in shrinks}}
 
 
-def _for_inference(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensors]:
+def _for_inference(
+    cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[dict[str, Any], Tensors]:
     """What SAELens makes of a training state when it saves it for inference. A state of inference stays as it is.
 
     batchtopk and matryoshka_batchtopk become jumprelu with one threshold for all latents. Where that threshold is on
@@ -78,6 +82,10 @@ def _for_inference(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tup
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     if cfg.get("architecture") not in BATCH_FAMILY or not {"topk_threshold", "W_enc", "b_enc", "W_dec"} <= {*tensors}:
         return cfg, tensors
+    check_latents(tensors, folder)
+    if tensors["topk_threshold"].numel() != 1:
+        got = tuple(tensors["topk_threshold"].shape)
+        raise ManifestError(f"import: {folder} must hold one topk_threshold for all latents, got shape {got}")
     cfg["metadata"] = {**cfg["metadata"], "training_architecture": cfg["architecture"]}
     cfg["architecture"] = "jumprelu"
     if cfg.get("rescale_acts_by_decoder_norm"):

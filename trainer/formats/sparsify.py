@@ -6,10 +6,11 @@ config.json of the whole run lies one folder above; it names the language model.
 import re
 from pathlib import Path
 
+from actcache.arguments import shown
 from actcache.errors import ManifestError
 from actcache.files import is_file
 from actcache.models.hook_names import hooks_of
-from trainer.formats.foreign import Names, foreign_sae, known_names, stored_tensor
+from trainer.formats.foreign import Names, foreign_sae, known_names, said_name, stored_tensor
 from trainer.formats.saelens import sae_tensors
 from trainer.run_folder import read_json
 from trainer.sae.sae import SAE
@@ -30,7 +31,7 @@ def sparsify_sae(folder: Path, names: Names) -> SAE:
     cfg, tensors = read_json(folder / SPARSIFY_FILES[0]), sae_tensors(folder / SPARSIFY_FILES[1])
     if cfg.get("activation", "topk") != "topk" or cfg.get("signed", False):
         got = "signed" if cfg.get("signed", False) else cfg["activation"]
-        raise ManifestError(f"import: {folder}: activation must be topk, got {got!r}; no SAE here computes that")
+        raise ManifestError(f"import: {folder}: activation must be topk, got {shown(got)}; no SAE here computes that")
     weights = {ours: stored_tensor(tensors, theirs, folder) for ours, theirs in _SPARSIFY.items()}
     weights |= {name: tensor for name, tensor in tensors.items() if name == "W_skip"}
     transcodes, skips = cfg.get("transcode", False), "W_skip" in weights
@@ -47,7 +48,7 @@ def _sparsify_names(folder: Path, transcodes: bool, skips: bool, names: Names) -
     """The names of the model and the hooks. The folder, or the one above a `seed0`, is named after the hookpoint."""
     hookpoint = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
     above = hookpoint.resolve().parent / "config.json"
-    model_name = names.model_name or (read_json(above).get("model") if is_file(above) else None)
+    model_name = names.model_name or (said_name(read_json(above), "model", above) if is_file(above) else None)
     source, target = hooks_of(hookpoint.resolve().name, model_name) or (None, None)
     hook_name = names.hook_name or (source if transcodes else target)
     found = Names(

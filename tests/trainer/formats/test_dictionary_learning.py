@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.foreign_formulas import check, peer, rows
 from support.foreign_saes import DICTIONARIES, K, dictionary_folder, dictionary_tensors
-from support.surroundings import FailingCalls
+from support.surroundings import FailingCalls, address_space
 
 from actcache.errors import ConfigError, ManifestError
 from trainer.formats.dictionary_learning import dictionary_learning_sae
@@ -82,7 +82,9 @@ class Payload:
 def test_code_in_a_pickle_is_not_run(tmp_path):
     folder, touched = dictionary_folder(tmp_path, "AutoEncoder"), tmp_path / "touched"
     torch.save({"bias": Payload(touched)}, folder / "ae.pt")
-    with pytest.raises(ManifestError, match="must be a state dict of tensors, got UnpicklingError"):
+    with pytest.raises(
+        ManifestError, match="must be a state dict of tensors, got a pickle that holds more, and could run"
+    ):
         dictionary_learning_sae(folder, Names())
     (folder / "ae.pt").write_bytes(pickle.dumps(Payload(touched), protocol=2))
     with pytest.raises(ManifestError, match="must be a state dict of tensors"):
@@ -104,7 +106,7 @@ def test_a_malformed_dictionary_is_refused(tmp_path):
         with pytest.raises(ManifestError, match="must be a state dict of tensors"):
             dictionary_learning_sae(folder, Names())
     torch.save([1, 2], folder / "ae.pt")
-    with pytest.raises(ManifestError, match="must be a state dict of tensors, got list"):
+    with pytest.raises(ManifestError, match="must be a state dict of tensors, got ValueError: a list"):
         dictionary_learning_sae(folder, Names())
     torch.save({"bias": torch.zeros(3)}, folder / "ae.pt")
     with pytest.raises(ManifestError, match=r"must hold encoder\.weight, a matrix if it is weights; got bias"):
@@ -113,3 +115,31 @@ def test_a_malformed_dictionary_is_refused(tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
         with pytest.raises(ManifestError, match="dict_class must be one of AutoEncoder, AutoEncoderNew"):
             dictionary_learning_sae(folder, Names())
+
+
+def test_tensors_that_would_broadcast_are_refused(tmp_path):
+    """Of 800 kB, the product of W_enc and the decoder's norms would be one of 40 GB."""
+    folder, n = dictionary_folder(tmp_path, "AutoEncoder"), 100_000
+    tensors = {"encoder.weight": torch.zeros(1, n), "decoder.weight": torch.ones(1, n) * 2}
+    torch.save({**tensors, "encoder.bias": torch.zeros(1), "bias": torch.zeros(1)}, folder / "ae.pt")
+    with address_space(256 << 20), pytest.raises(ManifestError, match=r"must hold tensors of one number of latents"):
+        dictionary_learning_sae(folder, Names())
+    whole = {name: tensor.long() for name, tensor in dictionary_tensors("AutoEncoder").items()}
+    torch.save(whole, folder / "ae.pt")
+    with pytest.raises(ManifestError, match=r"must hold floats, float64, .*, got torch\.int64"):
+        dictionary_learning_sae(folder, Names())
+
+
+def test_a_config_of_a_stranger_is_one_line(tmp_path):
+    folder = dictionary_folder(tmp_path, "AutoEncoderTopK")
+    config = json.loads((folder / "config.json").read_text())
+    for key, lie, match in (
+        ("dict_class", ["AutoEncoder"], "dict_class must be one of"),
+        ("dict_class", "x" * 10**6, "dict_class must be one of"),
+        ("k", 10**4000, "k must be a positive integer"),
+        ("lm_name", [1], r"config\.json must say lm_name as a text, got \[1\]"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {"trainer": config["trainer"] | {key: lie}}))
+        with pytest.raises(ManifestError, match=match) as raised:
+            dictionary_learning_sae(folder, Names())
+        assert len(str(raised.value)) < 1000

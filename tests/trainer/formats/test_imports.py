@@ -221,6 +221,17 @@ def test_the_other_formats_are_runs_too(tmp_path):
     assert exported.threshold.unique().tolist() == [4.0]
 
 
+def test_a_number_that_is_infinite_is_not_written(tmp_path):
+    folder = dictionary_folder(tmp_path, "AutoEncoder")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"lr": 0.001', '"lr": 1e999'))
+    with pytest.raises(ManifestError, match=r"trainer_0 must say finite numbers, got .*; correct its JSON"):
+        import_sae(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (folder / "config.json").write_text(text.replace('"lr": 0.001', '"lr": NaN'))
+    assert load_sae(import_sae(folder, tmp_path / "run")).metadata["training_architecture_details"]["lr"] is None
+
+
 def test_the_same_import_again_does_nothing_and_another_is_refused(tmp_path):
     their_sae("standard").save_model(tmp_path / "theirs")
     run = import_sae(tmp_path / "theirs", tmp_path / "run")

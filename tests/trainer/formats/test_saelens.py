@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.hostile_json import TEXTS
 from support.saelens_cases import D_IN, D_SAE, SCALE, K, raw_activations, save
 from support.surroundings import FailingCalls, descriptors
 from support.tiny_saes import (
@@ -226,11 +227,11 @@ def test_the_smallest_config_loads_and_defaults_as_saelens(tmp_path):
             ManifestError,
             "architecture must be one of standard, topk, abstopk, jumprelu,",
         ),
-        ({"d_sae": "many"}, ManifestError, "d_sae must be a positive integer, got 'many'"),
+        ({"d_sae": "many"}, ManifestError, "d_sae must be a positive integer up to 1099511627776, got 'many'"),
         ({"d_in": D_IN + 1}, ManifestError, "must hold .*got .*W_enc"),
         ({"dtype": "int8"}, ManifestError, "dtype must be one of"),
         ({"dtype": None}, ManifestError, "dtype must be one of"),
-        ({"k": None}, ManifestError, "k must be a positive integer, got None"),
+        ({"k": None}, ManifestError, "k must be a positive integer up to 1099511627776, got None"),
         ({"k": D_SAE + 1}, ManifestError, "k must be at most d_sae=48"),
         ({"apply_b_dec_to_input": "yes"}, ManifestError, "apply_b_dec_to_input must be true or false"),
         ({"normalize_activations": "layer_norm"}, ManifestError, "must be 'none', got 'layer_norm'"),
@@ -315,6 +316,28 @@ def test_that_an_sae_of_a_run_is_read_unchecked_is_said(tmp_path, caplog):
     (run / "sae.crc32c.json").unlink()
     load_sae(run)
     assert [str(run / "sae.crc32c.json") in each for each in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_a_config_that_is_no_json_is_one_line(text, tmp_path):
+    folder = save(tmp_path, "topk")
+    (folder / "cfg.json").write_bytes(text)
+    (tmp_path / "run" / "sae.crc32c.json").unlink(missing_ok=True)
+    with pytest.raises(ManifestError, match=r"cfg\.json must be (readable JSON|a JSON object)") as raised:
+        load_sae(folder)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("key", ["architecture", "d_in", "k", "dtype", "normalize_activations", "metadata"])
+def test_a_value_of_a_stranger_is_refused_in_a_short_line(key, tmp_path):
+    folder = save(tmp_path, "topk")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    for lie in (10**4000, "A" * 10**6, ["x" * 10**6], [10**4000] * 1000):
+        (folder / "cfg.json").write_text(json.dumps(cfg | {key: lie}))
+        with pytest.raises(ManifestError, match=key) as raised:
+            load_sae(folder)
+        assert len(str(raised.value)) < 1000
 
 
 def test_wrong_weights_are_not_saved(tmp_path):

@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.saelens_peers import D_IN, D_SAE, METADATA, SCALE, K, equal_files, equal_outputs, fill_, rows
+from support.surroundings import address_space
 from torch import Tensor
 
 from actcache.errors import ManifestError
+from trainer.formats.foreign import Names
 from trainer.formats.imports import import_sae
 from trainer.formats.saelens import load_sae
+from trainer.formats.saelens_checkpoint import saelens_sae_of
 
 sae_lens = pytest.importorskip("sae_lens")
 pytestmark = pytest.mark.filterwarnings(
@@ -123,3 +126,24 @@ def test_a_checkpoint_without_its_scale_is_refused(tmp_path):
     training_sae("topk", normalize_activations="expected_average_only_in").save_model(tmp_path / "checkpoint")
     with pytest.raises(ManifestError, match=r"activation_scaler\.json must say scaling_factor"):
         import_sae(tmp_path / "checkpoint", tmp_path / "run")
+
+
+@pytest.mark.parametrize("said", [0, True, 10**400, "1", None, [1], float("nan")], ids=lambda said: str(said)[:9])
+def test_a_scale_that_is_no_number_is_refused(said, tmp_path):
+    training_sae("topk", normalize_activations="expected_average_only_in").save_model(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "activation_scaler.json").write_text(json.dumps({"scaling_factor": said}))
+    with pytest.raises(ManifestError, match=r"activation_scaler\.json must say scaling_factor") as raised:
+        import_sae(tmp_path / "checkpoint", tmp_path / "run")
+    assert len(str(raised.value)) < 1000
+
+
+def test_tensors_that_would_broadcast_are_refused(tmp_path):
+    """Of 800 kB, the product of W_enc and the decoder's norms would be one of 40 GB."""
+    n, one = 100_000, torch.zeros(1)
+    cfg = {"architecture": "batchtopk", "rescale_acts_by_decoder_norm": True, "metadata": METADATA}
+    tensors = {"W_enc": torch.zeros(n, 1), "W_dec": torch.zeros(n, 1), "b_enc": one, "topk_threshold": one[0]}
+    with address_space(256 << 20), pytest.raises(ManifestError, match="must hold tensors of one number of latents"):
+        saelens_sae_of(cfg, tensors, tmp_path, Names())
+    tensors |= {"W_enc": torch.zeros(1, n), "b_enc": torch.zeros(n), "topk_threshold": torch.zeros(2)}
+    with pytest.raises(ManifestError, match=r"one topk_threshold for all latents, got shape \(2,\)"):
+        saelens_sae_of(cfg, tensors, tmp_path, Names())
