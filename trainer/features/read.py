@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Shaped
 
-from actcache.arguments import typed, whole_number
+from actcache.arguments import shown, typed, whole_number
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
 from actcache.files import NoFile, is_file, listed, local_path, refuse_links
 from trainer.checksums import CHECKSUMS_FILE, Checksums, check_file, file_crc32c, read_checksums
@@ -225,6 +225,8 @@ def open_features(run: Path | str) -> Features:
     try:
         whole = codes[-1].stop == source["n_rows"] and all(len(c.latent_start) == source["d_sae"] + 1 for c in codes)
         fields = {name: source[name] for name in ("d_sae", "n_tokens", "context_size", "cache_fingerprint")}
+        if any(type(fields[name]) is not int or fields[name] < 1 for name in ("d_sae", "n_tokens", "context_size")):
+            raise damaged(folder / SOURCE_FILE, ValueError(f"its counts are {shown(fields)}"))
         features = Features(**fields, n_fired=latents["n_fired"], max_act=latents["max_act"], codes=codes)
     except (KeyError, IndexError, TypeError) as error:
         raise damaged(folder / SOURCE_FILE, error) from error

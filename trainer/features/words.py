@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from actcache.arguments import shown
 from actcache.errors import ConfigError, ManifestError, ModelError
 from actcache.files import is_file, is_writable, local_path, write_atomically
 from actcache.store.cache import Cache
@@ -23,7 +24,7 @@ from trainer.features.read import FOLDER, LOCK_FILE, only_builder
 from trainer.features.text import Model
 from trainer.features.token_strings import token_strings
 from trainer.formats.saelens import load_sae
-from trainer.run_folder import read_json
+from trainer.run_folder import finite, read_json
 
 TOKENS_FILE, LENS_FILE = "tokens.json", "lens.json"
 N_LENS = 10  # promoted tokens of each latent, and as many suppressed ones
@@ -116,7 +117,7 @@ def read_words(run: Path | str) -> Words:
     try:
         tokens = {int(token_id): str(text) for token_id, text in read_json(folder / TOKENS_FILE).items()}
         lens = tuple(_lens(row) for row in read_json(folder / LENS_FILE)["latents"]) if has_lens else None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ManifestError(
             f"{folder}: {TOKENS_FILE} and {LENS_FILE} must hold strings and the lens of each latent, got "
             f"{type(error).__name__}: {error}; remove {folder} and build it anew"
@@ -141,9 +142,16 @@ def _token_weights(tokens: Sequence[TokenLogit]) -> list[TokenWeight]:
 
 def _lens(row: dict[str, Any]) -> Lens:
     return Lens(
-        promoted=tuple((int(token_id), float(logit)) for token_id, logit in row["promoted"]),
-        suppressed=tuple((int(token_id), float(logit)) for token_id, logit in row["suppressed"]),
+        promoted=tuple(_token_weight(*pair) for pair in row["promoted"]),
+        suppressed=tuple(_token_weight(*pair) for pair in row["suppressed"]),
     )
+
+
+def _token_weight(token_id: object, logit: object) -> TokenWeight:
+    number = finite(logit)
+    if type(token_id) is not int or number is None:
+        raise ValueError(f"a token {shown(token_id)} with logit {shown(logit)}")
+    return token_id, float(number)
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -1,5 +1,6 @@
 """What built features answer: planted answers, and refusals of damage and of wrong questions."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -82,6 +83,18 @@ def test_damaged_features_are_named(planted_cache, tmp_path):
     max((run / "features").glob("codes-*")).unlink()
     with pytest.raises(ManifestError, match=r"its files must hold all \d+ rows"):
         open_features(run)
+
+
+def test_counts_that_are_none_are_named(planted_cache, tmp_path):
+    run = planted_run(tmp_path, planted_cache)
+    build_features(run, planted_cache)
+    (run / "features" / "crc32c.json").unlink()
+    path = run / "features" / "source.json"
+    whole = json.loads(path.read_bytes())
+    for name, lie in (("context_size", 0), ("context_size", "16"), ("n_tokens", [1]), ("n_tokens", True)):
+        path.write_text(json.dumps(whole | {name: lie}))
+        with pytest.raises(ManifestError, match=r"source\.json: must be as .* its counts are .*build it anew"):
+            open_features(run)
 
 
 def answers(run: Path) -> list[object]:

@@ -65,6 +65,9 @@ def test_words_that_are_missing_or_damaged(tiny_cache, tiny_model, tmp_path):
     assert not has_words(run)
     write_words(run, tiny_cache, tiny_model)
     (run / "features" / "crc32c.json").unlink()
-    (run / "features" / "lens.json").write_text(json.dumps({"latents": [{"promoted": [[1]]}]}))
-    with pytest.raises(ManifestError, match=r"lens\.json must hold .* the lens of each latent, got ValueError"):
-        read_words(run)
+    for pair in ([1], [1, 2, 3], [1, 10**400], [1, float("nan")], [True, 1.0], [[1], 1.0], ["1", 1.0], "ab", None):
+        (run / "features" / "lens.json").write_text(json.dumps({"latents": [{"promoted": [pair], "suppressed": []}]}))
+        with pytest.raises(
+            ManifestError, match=r"lens\.json must hold .* the lens of each latent, got (Value|Type)Err"
+        ):
+            read_words(run)
