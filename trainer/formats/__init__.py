@@ -11,7 +11,7 @@ Public:
     saelens_checkpoint.saelens_sae: reads SAELens' folders and training checkpoints
     sparsify.sparsify_sae: reads a SparseCoder of sparsify
     dictionary_learning.dictionary_learning_sae: reads a Dictionary of dictionary_learning
-    state_dict.read_state_dict: reads the tensors of a pickle, and nothing else
+    state_dict.read_state_dict: reads the tensors of a pickle alone
     foreign.Names: what a folder may not say
     imports.import_sae: makes a run of a folder
     imports.import_release: makes a run of a release
