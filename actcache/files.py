@@ -211,6 +211,18 @@ def is_folder(path: Path) -> bool:
         raise
 
 
+def is_there(path: str) -> bool:
+    """Whether something has that path, quickly. Raises OSError if that cannot be told."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return False
+        name_(error, Path(path))
+        raise
+    return True
+
+
 def listed(folder: Path) -> list[Path]:
     """What a folder holds, in order; nothing if there is no folder.
 

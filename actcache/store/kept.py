@@ -21,7 +21,7 @@ from actcache.files import (
     PARTIAL_SUFFIX,
     NoFile,
     contents,
-    file_bytes,
+    is_there,
     listed,
     make_folder,
     sync_folder,
@@ -63,11 +63,7 @@ class CacheFiles:
 
     def path(self, key: str) -> Path:
         """Where the file is: kept, if growth has begun to replace such files, else in its place."""
-        if self.fingerprint:
-            kept = self.root / KEPT / self.fingerprint / self.folder / key
-            if file_bytes(kept) is not None:
-                return kept
-        return self.root / self.folder / key
+        return Path(self._place(key))
 
     def read(self, key: str, read: Callable[[Path], T]) -> T:
         """What `read` makes of a file. It reads again if growth begins or ends meanwhile.
@@ -75,16 +71,24 @@ class CacheFiles:
         Raises what `read` raises, but CacheMismatch if another cache has taken the place of this one.
         """
         while True:
-            path = self.path(key)
+            place = self._place(key)
             try:
-                value = read(path)
+                value = read(Path(place))
             except (CorruptShard, ManifestError, NoFile):
-                if self.path(key) == path:
+                if self._place(key) == place:
                     self.refuse_another()
                     raise
             else:
-                if self.path(key) == path:
+                if self._place(key) == place:
                     return value
+
+    def _place(self, key: str) -> str:
+        """`path` as text: a Path of many parts takes longer than the look at the file."""
+        if self.fingerprint:
+            kept = f"{self.root}/{KEPT}/{self.fingerprint}/{self.folder}/{key}"
+            if is_there(kept):
+                return kept
+        return f"{self.root}/{self.folder}/{key}"
 
     def refuse_another(self) -> None:
         """Raise CacheMismatch if manifest/cache.json is no longer that of this cache."""
