@@ -72,6 +72,7 @@ class Codec:
             payload = chunk.data.cast("B")
             return payload, crc32c(payload)
         shuffle = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}[self.shuffle]
+        self._require_room(chunk.nbytes, "encode")
         payload = blosc.compress(chunk, self.compressor.encode(), 1, shuffle, BLOCK_BYTES, chunk.itemsize)
         checksum = crc32c(payload)
         return payload + checksum.to_bytes(CHECKSUM_BYTES, "little"), checksum
@@ -122,11 +123,28 @@ class Codec:
                 f"blosc chunk must decode {len(stored) - CHECKSUM_BYTES} bytes to {buffer.nbytes}, its header says "
                 f"{encoded} to {decoded}"
             )
+        self._require_room(0, "decode")
         try:
             blosc.decompress(stored[:-CHECKSUM_BYTES], buffer)
         except (RuntimeError, ValueError):
             _decode_again(stored[:-CHECKSUM_BYTES], buffer)
         return buffer
+
+    def _require_room(self, n_bytes: int, what: str) -> None:
+        """Raise OSError (ENOMEM) if there is no memory for `n_bytes` and for blosc's own blocks.
+
+        Where its shuffle of bits gets none, blosc ends the process by a segfault.
+        """
+        if self.shuffle == "bitshuffle":
+            _try_memory(n_bytes + 4 * BLOCK_BYTES, what)
+
+
+def _try_memory(n_bytes: int, what: str) -> None:
+    """Raise OSError (ENOMEM) if there is no memory to `what` a chunk."""
+    try:
+        np.empty(n_bytes, dtype=np.uint8)
+    except MemoryError:
+        raise OSError(errno.ENOMEM, f"no {n_bytes} bytes of memory to {what} a chunk") from None
 
 
 def _decode_again(payload: memoryview, buffer: np.ndarray) -> None:
@@ -134,11 +152,7 @@ def _decode_again(payload: memoryview, buffer: np.ndarray) -> None:
 
     Raises OSError (ENOMEM) if there is no memory, CorruptShard if the bytes are wrong.
     """
-    n_bytes = 4 * (BLOCK_BYTES + buffer.nbytes)  # more than blosc asks for
-    try:
-        bytearray(n_bytes)
-    except MemoryError:
-        raise OSError(errno.ENOMEM, f"no {n_bytes} bytes of memory to decode a chunk") from None
+    _try_memory(4 * (BLOCK_BYTES + buffer.nbytes), "decode")  # more than blosc asks for
     try:
         blosc.decompress(payload, buffer)
     except (RuntimeError, ValueError) as error:

@@ -1,9 +1,13 @@
+import os
+import resource
+
 import google_crc32c
 import numpy as np
 import pytest
 import torch
 from numcodecs import Blosc
 from support.heavy_tails import activations
+from support.surroundings import mapped_bytes
 
 from actcache.errors import ConfigError, CorruptShard
 from actcache.format.codecs import CODECS, codec, crc32c, stored_tensors, values
@@ -63,3 +67,26 @@ def test_crc32c_is_the_standard_one():
 def test_unknown_profile_is_refused():
     with pytest.raises(ConfigError, match="got 'zip'"):
         codec("zip")
+
+
+@pytest.mark.parametrize("name", ["lossless", "fast"])
+def test_without_memory_it_is_an_error_and_no_segfault(name):
+    """In forks, with ever more address space: blosc's shuffle of bits ends a process that gets no memory."""
+    profile, stored = codec(name), np.random.default_rng(0).integers(0, 1000, 1 << 20, dtype=np.uint16)
+    payload, out = memoryview(bytes(profile.encode(stored)[0])), np.empty_like(stored)
+    for use in (lambda: profile.decoded(payload, out), lambda: profile.encode(stored)):
+        found = []
+        for kib in (0, 256, 512, 1024, 2048, 4096, 65536):
+            pid = os.fork()
+            if pid == 0:
+                resource.setrlimit(resource.RLIMIT_AS, (mapped_bytes() + (kib << 10), resource.RLIM_INFINITY))
+                try:
+                    use()
+                except (OSError, MemoryError):
+                    os._exit(1)
+                except BaseException:
+                    os._exit(2)
+                os._exit(0)
+            found.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        assert {*found} <= {0, 1}, found
+        assert found[-1] == 0
