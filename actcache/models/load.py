@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.arguments import device_of, one_of, typed
 from actcache.errors import ConfigError, ModelError
 from actcache.machine.installs import no_installs
+from actcache.machine.limits import require_memory
 from actcache.models.bridge import BridgeModel
 from actcache.models.families import family_of
 from actcache.models.huggingface import HuggingFaceModel
@@ -30,6 +31,7 @@ from actcache.models.pretrained import (
     name_of,
     revision_of,
     source_of,
+    weights_bytes,
 )
 
 BACKENDS = ("hf", "transformer_lens")
@@ -70,6 +72,7 @@ def load_model(
         ConfigError: an unknown word, or settings that exclude each other.
         ModelError: the model is missing, incomplete or damaged, or brings code that is not trusted; the backend does
             not support its family; or the attention kernel is not available.
+        MemoryError: the weights, from a local directory onto a CPU, take more memory than there is.
     """
     _check_settings(device, device_map, backend, attention, compile)
     where = device_of("load_model", device)
@@ -83,6 +86,8 @@ def load_model(
         check_flash_attention(where, torch_dtype, config)
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
     kernel = "eager" if backend == "transformer_lens" else attention
+    if where.type == "cpu" and device_map is None:
+        require_memory(weights_bytes(source, config, torch_dtype), f"the weights of {name}")
     model = load_weights(
         source,
         revision,

@@ -1,5 +1,6 @@
 """The parts of `load_model`: config, tokenizer, weights and dtype, each checked. Errors are one line long."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from actcache.errors import ConfigError, ModelError
-from actcache.files import can_only_be_a_path, is_allowed, local_path, missing_here, refuse_address
+from actcache.errors import ConfigError, ManifestError, ModelError
+from actcache.files import (
+    NoFile,
+    can_only_be_a_path,
+    contents,
+    file_bytes,
+    is_allowed,
+    local_path,
+    missing_here,
+    refuse_address,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"}  # no name on the hub ends in one of them
@@ -100,6 +111,20 @@ def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config
             "load_model: flash_attention_2 needs the package flash_attn, which is not installed; install it, or pass "
             "--attention auto"
         )
+
+
+def weights_bytes(source: str, config: PretrainedConfig, dtype: torch.dtype | str) -> int:
+    """How many bytes the weights take in memory as `dtype`; 0 if they are not in a local directory as safetensors.
+
+    What there is beside them, such as a second copy in another layout, is not loaded and does not count.
+    """
+    try:
+        stored = int(json.loads(contents(Path(source) / SAFE_WEIGHTS_INDEX_NAME))["metadata"]["total_size"])
+    except (NoFile, ManifestError, KeyError, TypeError, ValueError, RecursionError):  # transformers says what is wrong
+        stored = file_bytes(Path(source) / SAFE_WEIGHTS_NAME) or 0
+    held = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    wanted = held if isinstance(dtype, str) else dtype  # "auto" is the checkpoint's own
+    return stored * wanted.itemsize // held.itemsize
 
 
 def load_weights(

@@ -1,5 +1,6 @@
 """A model that is missing, damaged or half there is one clear line."""
 
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from transformers import AutoModel
 
 from actcache.errors import ModelError
 from actcache.models.load import load_model, wrap_model
-from actcache.models.pretrained import check_flash_attention
+from actcache.models.pretrained import check_flash_attention, load_config, weights_bytes
 
 
 def test_model_without_a_head(directory, ours, tmp_path):
@@ -182,3 +183,21 @@ class Touches:
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return Path.touch, (self._path,)
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_llama_dir, tmp_path):
+    """1,000 GB of weights, which are a hole in a file: on a CPU without room the kernel would end the process."""
+    folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "large"))
+    config = load_config(str(folder), None, False)
+    stored = (folder / "model.safetensors").stat().st_size
+    assert weights_bytes(str(folder), config, torch.float32) == stored * 4 // config.dtype.itemsize
+    assert weights_bytes(str(folder), config, torch.bfloat16) == stored * 2 // config.dtype.itemsize
+    assert weights_bytes("owner/model", config, torch.float32) == 0
+    os.truncate(folder / "model.safetensors", 10**12)
+    with pytest.raises(MemoryError, match=r"the weights of large may take \d{4}\.\d\d GB"):
+        load_model(folder, device="cpu")
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    assert weights_bytes(str(folder), config, torch.float32) == 0
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 5e12}, "weight_map": {}}')
+    with pytest.raises(MemoryError, match="the weights of large may take"):
+        load_model(folder, device="cpu")
