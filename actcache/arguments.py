@@ -1,4 +1,4 @@
-"""Checks of what a caller gives: the types of settings, whole numbers, names and devices. Their errors are ConfigError.
+"""Checks of what a caller gives: types, numbers, names, devices and paths. Their errors are ConfigError.
 
 A wrong type is refused here, because it would be a TypeError of some line deep inside, or be taken for another value:
 True for 1, 1.5 for a seed, the letters of a word for a list of names.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import reprlib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from actcache.errors import ConfigError
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[:/]")  # s3://; a Path of it has one slash; fsspec chains with ::
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 200, 200, 40
 
@@ -134,3 +137,29 @@ def device_of(who: str, device: object) -> torch.device:
 
 def _is_optional(kind: Any) -> bool:
     return type(None) in typing.get_args(kind)
+
+
+def local_path(path: str | Path) -> Path:
+    """The path of a file or folder, with "~" expanded. Raises ConfigError for an address such as s3://bucket/cache."""
+    refuse_address(path, "a path of this machine")
+    return Path(os.path.expanduser(path))
+
+
+def refuse_address(name: str | Path, instead: str) -> None:
+    """Raise ConfigError for an address, which as a path would be a folder of the name "s3:".
+
+    instead: what the caller should pass, for the message.
+    """
+    if ADDRESS.match(str(name)):
+        raise ConfigError(f"{name}: no address is read or written; mount or copy what is there, and pass {instead}")
+
+
+def can_only_be_a_path(name: str, suffixes: Collection[str]) -> bool:
+    """Whether a name cannot be one of the hub, owner/name. suffixes: of the files that such a path may have."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in suffixes
+
+
+def missing_here(name: str) -> str:
+    """What to say first when the hub has no owner/name: that a folder called owner is here and lacks it; else ""."""
+    owner = os.path.dirname(name)
+    return f"the folder {owner} is here and lacks it; the hub: " if owner and os.path.isdir(owner) else ""

@@ -1,4 +1,4 @@
-"""Files, read and durably written, and which paths can be theirs.
+"""Files, read and durably written.
 
 Two things may be wrong with a file that is read. It is not there: `NoFile`, which is damage. Or the surroundings do not
 let us read it, for want of permission, descriptors, memory, a sound disk: any other OSError, which says nothing about
@@ -17,16 +17,15 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
+from actcache.errors import CacheLocked, CacheMismatch, ManifestError
 
 MOST_BYTES = 1 << 28  # the journals of a cache of 45 TB have as many
-READ_BYTES = 1 << 20
 PARTIAL_SUFFIX = ".partial"
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.partial", re.DOTALL)
 # What the system says where no file is: nothing, a folder, a file in the place of a folder, a link to itself, a name
@@ -56,33 +55,6 @@ _DROPPED = (
     *(".directory", ".hidden", ".trash-*", ".nfs*", ".fuse_hidden*", "lost+found", ".snapshot", "@eadir"),
     ".ipynb_checkpoints",
 )
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:[:/]")  # s3://; a Path of it has one slash; fsspec chains with ::
-
-
-def local_path(path: str | Path) -> Path:
-    """The path of a file or folder, with "~" expanded. Raises ConfigError for an address such as s3://bucket/cache."""
-    refuse_address(path, "a path of this machine")
-    return Path(os.path.expanduser(path))
-
-
-def refuse_address(name: str | Path, instead: str) -> None:
-    """Raise ConfigError for an address, which as a path would be a folder of the name "s3:".
-
-    instead: what the caller should pass, for the message.
-    """
-    if ADDRESS.match(str(name)):
-        raise ConfigError(f"{name}: no address is read or written; mount or copy what is there, and pass {instead}")
-
-
-def can_only_be_a_path(name: str, suffixes: Collection[str]) -> bool:
-    """Whether a name cannot be one of the hub, owner/name. suffixes: of the files that such a path may have."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix.lower() in suffixes
-
-
-def missing_here(name: str) -> str:
-    """What to say first when the hub has no owner/name: that a folder called owner is here and lacks it; else ""."""
-    owner = os.path.dirname(name)
-    return f"the folder {owner} is here and lacks it; the hub: " if owner and os.path.isdir(owner) else ""
 
 
 class NoFile(FileNotFoundError):
@@ -97,7 +69,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """
     with naming(path):
         try:
-            file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115, closed below
+            file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
         except OSError as error:
             if error.errno in NOT_THERE:
                 raise NoFile(error.errno, error.strerror, str(path)) from None
@@ -156,10 +128,6 @@ def refuse_links(folder: Path) -> None:
             continue
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe opens at once
-
-
 def contents(path: Path) -> bytes:
     """The bytes of a regular file that is read as a whole, such as a manifest or a journal.
 
@@ -169,7 +137,7 @@ def contents(path: Path) -> bytes:
         n_bytes = os.fstat(file.fileno()).st_size
         parts = [file.read(n_bytes + 1) if n_bytes <= MOST_BYTES else b""]
         if len(parts[0]) > n_bytes:  # it grows
-            while sum(map(len, parts)) <= MOST_BYTES and (more := file.read(READ_BYTES)):
+            while sum(map(len, parts)) <= MOST_BYTES and (more := file.read(1 << 20)):
                 parts.append(more)
     found = b"".join(parts)
     if max(n_bytes, len(found)) > MOST_BYTES:
@@ -248,7 +216,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 def entries(folder: Path) -> list[Path]:
     """What a folder holds, sorted; [] if it is missing. What systems drop into every folder is left out."""
-    return [path for path in listed(folder) if not _is_dropped(path.name)]
+    return [path for path in listed(folder) if not any(fnmatchcase(path.name.lower(), each) for each in _DROPPED)]
 
 
 def sync_folder(folder: Path) -> None:
@@ -392,10 +360,6 @@ def remove_leftovers(root: Path, *, alone: bool = False) -> None:
             if LEFTOVER.fullmatch(name):
                 with suppress(OSError):  # a leftover misleads nobody, and another process may have removed it
                     _remove_if_left(os.path.join(folder, name), alone)
-
-
-def _is_dropped(name: str) -> bool:
-    return any(fnmatchcase(name.lower(), pattern) for pattern in _DROPPED)
 
 
 @contextmanager

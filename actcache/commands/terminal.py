@@ -21,9 +21,8 @@ import typer
 from tqdm import tqdm
 from typer.core import TyperGroup
 
-from actcache.arguments import device_of
+from actcache.arguments import device_of, local_path
 from actcache.errors import ActcacheError, ConfigError
-from actcache.files import local_path
 from actcache.machine.installs import no_installs
 from actcache.machine.limits import SCARCE_BYTES, lacked, memory_room, room_to_live, thread_limits
 

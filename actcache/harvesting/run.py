@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from actcache.arguments import local_path
 from actcache.errors import CacheLocked
-from actcache.files import local_path, write_atomically
+from actcache.files import write_atomically
 from actcache.format.manifest import Plan
 from actcache.format.paths import ORIGIN
 from actcache.format.records import HookSpec, merge_records

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from actcache.arguments import local_path
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
-from actcache.files import local_path, naming, write_atomically
+from actcache.files import naming, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import token_arrays
 from actcache.format.codecs import codec, crc32c

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from actcache.arguments import local_path
 from actcache.errors import CacheMismatch, DatasetError
-from actcache.files import local_path, naming, new_folder, write_atomically
+from actcache.files import naming, new_folder, write_atomically
 from actcache.format.dtypes import TORCH_DTYPE
 from actcache.format.records import ShardRecord
 from actcache.format.scatter import shard_permutation

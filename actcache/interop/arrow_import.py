@@ -27,9 +27,9 @@ import torch
 from jaxtyping import Float, Int32, Int64, Shaped
 from torch import Tensor
 
-from actcache.arguments import type_fields_
+from actcache.arguments import local_path, type_fields_
 from actcache.errors import CacheLocked, DatasetError
-from actcache.files import NOT_THERE, local_path, name_, write_atomically
+from actcache.files import NOT_THERE, name_, write_atomically
 from actcache.flow import SPLITS, ActivationBatch
 from actcache.format.codecs import codec
 from actcache.format.identity import FORMAT_VERSION

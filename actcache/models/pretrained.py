@@ -23,17 +23,9 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from actcache.arguments import can_only_be_a_path, local_path, missing_here, refuse_address
 from actcache.errors import ConfigError, ManifestError, ModelError
-from actcache.files import (
-    NoFile,
-    can_only_be_a_path,
-    contents,
-    file_bytes,
-    is_allowed,
-    local_path,
-    missing_here,
-    refuse_address,
-)
+from actcache.files import NoFile, contents, file_bytes, is_allowed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"}  # no name on the hub ends in one of them

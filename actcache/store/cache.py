@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from actcache.arguments import one_of
+from actcache.arguments import local_path, one_of
 from actcache.errors import CorruptShard, ManifestError
-from actcache.files import NoFile, contents, file_bytes, local_path
+from actcache.files import NoFile, contents, file_bytes
 from actcache.flow import SPLITS
 from actcache.format.arrays import ArraySpec, hook_arrays, sequence_arrays, token_arrays
 from actcache.format.codecs import codec

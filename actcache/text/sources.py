@@ -14,9 +14,9 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from actcache.arguments import one_of, type_fields_
+from actcache.arguments import can_only_be_a_path, local_path, missing_here, one_of, refuse_address, type_fields_
 from actcache.errors import DatasetError
-from actcache.files import can_only_be_a_path, local_path, missing_here, opened, refuse_address
+from actcache.files import opened
 from actcache.machine.installs import no_installs
 from actcache.machine.limits import require_memory
 

@@ -13,10 +13,10 @@ from support.places import CHILD
 from support.strangers import as_another_user, copy_of_another_user, given, only_root
 from support.surroundings import ERRNOS, FailingCalls, descriptors
 
+from actcache.arguments import can_only_be_a_path, local_path
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
 from actcache.files import (
     NoFile,
-    can_only_be_a_path,
     contents,
     contents_of_any_size,
     file_bytes,
@@ -25,7 +25,6 @@ from actcache.files import (
     is_folder,
     is_writable,
     listed,
-    local_path,
     name_,
     new_folder,
     own_file,

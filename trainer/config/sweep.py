@@ -8,16 +8,13 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import yaml
-
-from actcache.arguments import field_types, one_of, shown, type_fields_, typed
+from actcache.arguments import field_types, local_path, one_of, shown, type_fields_, typed
 from actcache.errors import CacheMismatch, ConfigError
-from actcache.files import NoFile, local_path, opened
 from trainer.config.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
 from trainer.config.settings import (
     PENALISED,
@@ -28,8 +25,9 @@ from trainer.config.settings import (
     TrainConfig,
     check_settings,
 )
+from trainer.config.yaml_file import read_yaml
 
-MAX_BYTES, MAX_NODES, MAX_RUNS = 1 << 20, 100_000, 10_000  # of a sweep file; the largest ones have hundreds of runs
+MAX_RUNS = 10_000  # the largest sweeps have hundreds
 
 _FROM_CACHE = (
     *("d_in", "d_out", "hook_widths", "input_scale", "output_scale", "hook_scales"),
@@ -105,18 +103,7 @@ class SweepConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> "SweepConfig":
         """Read a sweep file. Raises ConfigError for anything wrong in it; the error names the file."""
-        try:
-            with opened(local_path(path)) as file:
-                text = file.read(MAX_BYTES + 1)
-            if len(text) > MAX_BYTES:
-                raise ConfigError(f"{path}: must have at most {MAX_BYTES:,} bytes; is it a sweep file?")
-            loaded = yaml.load(text.decode(), Loader=_SweepLoader)
-        except NoFile as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing sweep file") from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+        loaded = read_yaml(local_path(path))
         try:
             return cls.from_dict(loaded)
         except ConfigError as error:
@@ -418,47 +405,3 @@ def _sequence(who: str, value: object) -> list[Any]:
     if not isinstance(value, list | tuple) or not value:
         raise ConfigError(f"{who}: must be a list of at least one entry, got {shown(value)}")
     return list(value)
-
-
-class _SweepLoader(yaml.SafeLoader):
-    """A loader with the floats of YAML 1.2, in which `3e-4` is a number.
-
-    It refuses a key that stands twice, and a small file whose aliases make it large.
-    """
-
-    def get_single_node(self) -> yaml.Node | None:
-        root = super().get_single_node()
-        if root is not None and _n_nodes(root, {}) > MAX_NODES:
-            said = f"its aliases must come to at most {MAX_NODES:,} values, and to none that holds itself"
-            raise yaml.constructor.ConstructorError(None, None, said, root.start_mark)
-        return root
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            name = self.construct_object(key, deep=True)
-            if isinstance(name, Hashable):  # another is refused below
-                if name in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {shown(name)} stands twice", key.start_mark
-                    )
-                seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _n_nodes(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many values a node comes to when its aliases are written out; infinity if it holds itself."""
-    if id(node) not in known:
-        known[id(node)] = math.inf  # as long as it is not known, whoever gets here again is inside of it
-        below = node.value if isinstance(node, yaml.SequenceNode) else ()
-        if isinstance(node, yaml.MappingNode):
-            below = itertools.chain.from_iterable(node.value)
-        known[id(node)] = 1.0 + sum(_n_nodes(each, known) for each in below)
-    return known[id(node)]
-
-
-_SweepLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from actcache.arguments import typed, whole_number
+from actcache.arguments import local_path, typed, whole_number
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.files import is_file, is_folder, local_path, refuse_links, require_writable
+from actcache.files import is_file, is_folder, refuse_links, require_writable
 from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64, Shaped
 from torch import Tensor
 
-from actcache.arguments import typed
+from actcache.arguments import local_path, typed
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
-from actcache.files import contents, is_file, local_path, remove_leftovers, write_atomically
+from actcache.files import contents, is_file, remove_leftovers, write_atomically
 from actcache.flow import HOLD_OUT_MORE
 from actcache.format.manifest import rows_fingerprint
 from actcache.loading.filters import RowFilter

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Shaped
 
-from actcache.arguments import shown, typed, whole_number
+from actcache.arguments import local_path, shown, typed, whole_number
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
-from actcache.files import NoFile, is_file, listed, local_path, refuse_links
+from actcache.files import NoFile, is_file, listed, refuse_links
 from trainer.checksums import CHECKSUMS_FILE, Checksums, check_file, file_crc32c, read_checksums
 from trainer.features.feature_acts import WAY_OUT, Codes, damaged, map_arrays, map_codes
 from trainer.formats.saelens import CONFIG_FILE as SAE_CONFIG_FILE

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from actcache.arguments import shown
+from actcache.arguments import local_path, shown
 from actcache.errors import ConfigError, ManifestError, ModelError
-from actcache.files import is_file, is_writable, local_path, write_atomically
+from actcache.files import is_file, is_writable, write_atomically
 from actcache.store.cache import Cache
 from trainer.checksums import CHECKSUMS_FILE, add_checksums, check_file, checksums_of, read_checksums
 from trainer.features.feature_acts import WAY_OUT

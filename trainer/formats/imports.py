@@ -16,8 +16,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from actcache.arguments import local_path, refuse_address
 from actcache.errors import CacheMismatch, ConfigError, ManifestError
-from actcache.files import contents_of_any_size, files_below, is_file, listed, local_path, refuse_address
+from actcache.files import contents_of_any_size, files_below, is_file, listed
 from actcache.machine.installs import no_installs
 from trainer.checksums import CHECKSUMS_FILE, checksums_of, sealed
 from trainer.config.settings import SAEConfig

@@ -19,18 +19,9 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from actcache.arguments import device_of, shown
+from actcache.arguments import device_of, local_path, shown
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.files import (
-    NoFile,
-    contents,
-    contents_of_any_size,
-    is_file,
-    listed,
-    local_path,
-    new_folder,
-    write_atomically,
-)
+from actcache.files import NoFile, contents, contents_of_any_size, is_file, listed, new_folder, write_atomically
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed, unless_changed
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
 from trainer.run_folder import CONFIG_FILE as RUN_CONFIG

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from actcache.arguments import local_path
 from actcache.errors import ManifestError
-from actcache.files import FOLDER_CANNOT_BE_MADE, local_path, require_writable, write_atomically
+from actcache.files import FOLDER_CANNOT_BE_MADE, require_writable, write_atomically
 from trainer.features.read import Context, Features, open_features
 from trainer.features.words import TokenWeight, Words, read_words
 from trainer.formats.saelens import load_sae

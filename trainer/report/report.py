@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actcache.arguments import whole_number
-from actcache.files import local_path, require_writable, write_atomically
+from actcache.arguments import local_path, whole_number
+from actcache.files import require_writable, write_atomically
 from trainer.features.read import open_features
 from trainer.features.words import has_words, read_words
 from trainer.report.feature_pages import feature_pages

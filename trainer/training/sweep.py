@@ -20,9 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actcache.arguments import device_of, typed, whole_number
+from actcache.arguments import device_of, local_path, typed, whole_number
 from actcache.errors import DatasetError
-from actcache.files import local_path
 from actcache.flow import Batch
 from actcache.store.cache import Cache
 from trainer.config.settings import BATCH_FAMILY, TRANSCODERS, DecoderBiasInit, SAEConfig, ScaledHook, TrainConfig
@@ -435,8 +434,7 @@ def _divergence(state: TrainState, record: RunRecord, train_config: TrainConfig,
     """Why an SAE has diverged though its weights are finite; None if it has not.
 
     It has if it ends farther from the activations than zeros are, and than it was before its first step with zeros for
-    b_dec. So an SAE that learnt little has not. The first batch of training is looked at, if the last line of the log
-    gives cause.
+    b_dec. So an SAE that learnt little has not. A batch is looked at only if the last line of the log gives cause.
     """
     config, device = state.config, state.weights["b_dec"].device
     if record.metrics.get("metrics/explained_variance", 0.0) > 0:  # that of a last batch of one row is 0

@@ -1,0 +1,62 @@
+"""A sweep file of a stranger: aliases, nesting, digits, grids and sizes are bounded."""
+
+import itertools
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from actcache.errors import ConfigError
+from trainer.config.sweep import SweepConfig
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"{LAUGHS}base: {{lr: *i}}", r"its aliases must come to at most 100,000 values"),
+        ("base: &b {lr: *b}", r"at most 100,000 values, and to none that holds itself"),
+        ("base: " + "[" * 20_000, r"is not YAML: .*recursion"),
+        ("base: {d_sae: " + "9" * 5_000 + "}", r"is not YAML: Exceeds the limit"),
+        (
+            "grid: {" + ", ".join(f"k{i}: [{', '.join(map(str, range(100)))}]" for i in range(6)) + "}",
+            r"at most 10,000 runs",
+        ),
+        ("base: {lr: [" + "x, " * 50_000 + "]}", r"lr must be float, got \['x', 'x', .*\.\.\.\]"),
+        ("base: {lr: " + "x" * 500_000 + "}", r"lr must be float, got 'x+\.\.\.x+' \(str\)"),
+        ("x" * (1 << 20) + "y", r"must have at most 1,048,576 bytes"),
+        ("".join(f"k{i}: 1\n" for i in range(40_000)), r"unknown setting 'k0'"),
+        ("base: {? [1] : 2}", r"is not YAML"),
+    ],
+    ids=[
+        "aliases",
+        "itself",
+        "nested",
+        "digits",
+        "grid",
+        "long list",
+        "long text",
+        "long file",
+        "many keys",
+        "list as key",
+    ],
+)
+def test_a_file_of_a_stranger_is_one_short_line_soon(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(ConfigError, match=message) as raised:
+        SweepConfig.from_yaml(path)
+    assert len(str(raised.value)) < 1000
+    assert time.process_time() - began < 30, "it took for ever before"
+
+
+def test_a_sweep_file_that_is_a_pipe_or_a_device_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path in (tmp_path / "pipe.yaml", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ConfigError, match=r"cannot be read"):
+            SweepConfig.from_yaml(path)
