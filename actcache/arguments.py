@@ -140,9 +140,15 @@ def _is_optional(kind: Any) -> bool:
 
 
 def local_path(path: str | Path) -> Path:
-    """The path of a file or folder, with "~" expanded. Raises ConfigError for an address such as s3://bucket/cache."""
+    """The path of a file or folder, with "~" expanded. Where it leads through links it is the path without them.
+
+    So the user's own links are followed here, once. Below the path none is followed (`actcache.machine.links`).
+
+    Raises ConfigError for an address such as s3://bucket/cache.
+    """
     refuse_address(path, "a path of this machine")
-    return Path(os.path.expanduser(path))
+    found = Path(os.path.expanduser(path))
+    return Path(os.path.realpath(found)) if any(map(os.path.islink, (found, *found.parents))) else found
 
 
 def refuse_address(name: str | Path, instead: str) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
+from actcache.machine.links import NOT_FOLLOWED, folder_of, open_unlinked, refuse_link
 
 MOST_BYTES = 1 << 28  # the journals of a cache of 45 TB have as many
 PARTIAL_SUFFIX = ".partial"
@@ -65,14 +66,16 @@ class NoFile(FileNotFoundError):
 def opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file, open for reading. OSErrors that are raised while it is open are named as by `naming`.
 
-    Raises NoFile if there is none. A pipe would block for ever, and a device may never end.
+    Raises NoFile if there is none, for a pipe would block for ever, and a device may never end; and if it is a link.
+    Raises ManifestError if a folder above it is a link.
     """
     with naming(path):
         try:
-            file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+            file = open(path, "rb", opener=open_unlinked)  # noqa: SIM115
         except OSError as error:
             if error.errno in NOT_THERE:
-                raise NoFile(error.errno, error.strerror, str(path)) from None
+                why = NOT_FOLLOWED if error.errno == errno.ELOOP else error.strerror
+                raise NoFile(error.errno, why, str(path)) from None
             raise
         with file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -80,36 +83,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def own_file(path: str, flags: int) -> int:
-    """An opener for `open`: of a file that is appended to, cut or locked where it lies, and made if it is missing.
-
-    Raises ManifestError if it is a link or has another name (a hard link), for then another file would change, and if
-    it is no regular file.
-    """
-    what = "is no regular file"
-    try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        try:
-            status = os.fstat(descriptor)
-        except OSError:
-            os.close(descriptor)
-            raise
-        if stat.S_ISREG(status.st_mode):
-            if status.st_nlink <= 1:  # 0: somebody has just removed it
-                return descriptor
-            what = "has another name too (a hard link)"
-        os.close(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise
-        if error.errno == errno.ELOOP:
-            what = "is a link, and nothing is written through links"
-    way_out = "remove it, or put a copy with a name of its own in its place"
-    raise ManifestError(what, path=Path(path), way_out=way_out)
-
-
 def refuse_links(folder: Path) -> None:
-    """Raise ManifestError if a folder below this one is a link, for what is written there would be written elsewhere.
+    """Raise ManifestError if a folder below this one is a link: before any work that would come to write there.
 
     A file that is a link does no harm: it is replaced, or refused by `own_file`.
     """
@@ -119,9 +94,7 @@ def refuse_links(folder: Path) -> None:
             with naming(folder), os.scandir(folders.pop()) as found:
                 for entry in found:
                     if entry.is_symlink() and entry.is_dir():
-                        what = f"is a link to {os.readlink(entry.path)}, and nothing is written through links"
-                        way_out = "put the folder itself in its place"
-                        raise ManifestError(what, path=Path(entry.path), way_out=way_out)
+                        refuse_link(Path(entry.path))
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
         except FileNotFoundError:  # it is not there yet, or another process has removed it
@@ -155,7 +128,7 @@ def file_bytes(path: Path) -> int | None:
     """Size in bytes of a regular file; None where `contents` raises NoFile. Raises OSError if that cannot be told."""
     try:
         with naming(path):
-            status = path.stat()
+            status = path.lstat()
     except OSError as error:
         if error.errno in NOT_THERE:
             return None
@@ -226,12 +199,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its missing parents, and fsync the folder that holds each new one."""
+    """Make a folder and its missing parents, and fsync the folder that holds each new one.
+
+    Raises ManifestError if it, or one of its parents, is a link.
+    """
     with naming(folder):
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-    for path in made:
-        sync_folder(path.parent)
+        try:
+            with _open_folder(folder):
+                return
+        except FileNotFoundError:
+            make_folder(folder.parent)
+        with folder_of(folder) as (above, name), suppress(FileExistsError):  # another process may be as far
+            os.mkdir(name, dir_fd=above)
+        sync_folder(folder.parent)
+        with _open_folder(folder):  # it is a folder, and no link
+            pass
 
 
 @contextmanager
@@ -253,6 +235,8 @@ def name_(error: OSError, path: Path) -> None:
         return
     if error.filename is None or str(error.filename).endswith(PARTIAL_SUFFIX):
         error.filename = str(path)
+        if error.filename2 is not None:  # of a rename
+            error.filename2 = str(path)
     way_out = WAYS_OUT.get(error.errno)
     if way_out and not str(error.strerror).endswith(way_out):
         error.strerror = f"{error.strerror}; {way_out}"
@@ -301,17 +285,18 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> int:
     """
     with naming(path):
         make_folder(path.parent)
-    with naming(path):
-        with _aside(path) as file:
+    with naming(path), _open_folder(path.parent) as folder:
+        with _aside(path, folder) as file:
             try:
                 n_bytes = sum(file.write(part) for part in parts)
                 file.flush()
                 os.fsync(file.fileno())
-                os.replace(file.name, path)  # before the lock goes
+                os.replace(os.path.basename(file.name), path.name, src_dir_fd=folder, dst_dir_fd=folder)  # still locked
             except BaseException:
-                Path(file.name).unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    os.unlink(os.path.basename(file.name), dir_fd=folder)
                 raise
-        sync_folder(path.parent)
+        os.fsync(folder)
     return n_bytes
 
 
@@ -363,15 +348,19 @@ def remove_leftovers(root: Path, *, alone: bool = False) -> None:
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[BinaryIO]:
-    """A new file beside `path`, whose lock tells `remove_leftovers` that its writer lives."""
+def _aside(path: Path, folder: int) -> Iterator[BinaryIO]:
+    """A new file beside `path`, whose lock tells `remove_leftovers` that its writer lives. folder: open, of `path`."""
+
+    def make(name: str, flags: int) -> int:
+        return os.open(os.path.basename(name), flags | os.O_EXCL | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+
     while True:
         aside = _name_aside(path)
-        with open(aside, "wb") as file:
+        with open(aside, "wb", opener=make) as file:
             try:
-                is_ours = _is_locked(file.fileno()) is not False and is_file(aside)
+                is_ours = _is_locked(file.fileno()) is not False and os.fstat(file.fileno()).st_nlink > 0
             except OSError:
-                aside.unlink(missing_ok=True)
+                os.unlink(aside.name, dir_fd=folder)
                 raise
             if is_ours:
                 yield file
@@ -418,7 +407,9 @@ def _name_aside(path: Path) -> Path:
 
 @contextmanager
 def _open_folder(folder: Path) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """A descriptor of a folder. Raises ManifestError if it is a link, or reached through one."""
+    with folder_of(f"{folder}/.") as (above, _):
+        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=above)
     try:
         yield descriptor
     finally:
@@ -428,7 +419,7 @@ def _open_folder(folder: Path) -> Iterator[int]:
 def _remove_if_left(path: str, alone: bool) -> None:
     if not stat.S_ISREG(os.lstat(path).st_mode):
         return
-    descriptor = os.open(path, os.O_RDWR)  # NFS locks only what may be written
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # NFS locks only what may be written
     try:
         locked = _is_locked(descriptor)
         if locked or (locked is None and alone):

@@ -38,11 +38,11 @@ from actcache.files import (
     make_folder,
     name_,
     naming,
-    own_file,
     refuse_links,
     require_writable,
     write_atomically,
 )
+from actcache.machine.links import own_file
 from actcache.store.locks import is_at, try_lock
 from trainer.checksums import (
     CHECKSUMS_FILE,
@@ -134,10 +134,10 @@ def read_runs(runs: Path) -> list[RunFiles]:
     Raises:
         ManifestError: there is no such folder, or a file is damaged or malformed.
     """
-    folders = run_folders(runs)
+    folders = run_folders(runs.resolve())  # so that "." has a name
     if not folders:
         raise ManifestError(f"report: {runs} must be a folder of runs, it holds no config.json; train first")
-    found = [_read_run(folder.resolve()) for folder in folders]
+    found = [_read_run(folder) for folder in folders]
     return sorted(found, key=lambda run: (run.is_baseline, run.name))
 
 

@@ -12,8 +12,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from actcache.arguments import local_path
 from actcache.errors import ManifestError
-from actcache.files import contents, make_folder, own_file
+from actcache.files import contents, make_folder
+from actcache.machine.links import own_file
 
 
 def note_named(source: str) -> None:
@@ -32,7 +34,7 @@ def was_named(source: str) -> bool:
     """Whether the user has named the model before."""
     try:
         return _line(source) in contents(_file()).splitlines()
-    except OSError:
+    except (OSError, ManifestError):
         return False
 
 
@@ -42,4 +44,4 @@ def _line(source: str) -> bytes:
 
 def _file() -> Path:
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(os.path.expanduser(state)) / "actcache" / "models.jsonl"
+    return local_path(state) / "actcache" / "models.jsonl"

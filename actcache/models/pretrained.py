@@ -111,9 +111,9 @@ def weights_bytes(source: str, config: PretrainedConfig, dtype: torch.dtype | st
     What there is beside them, such as a second copy in another layout, is not loaded and does not count.
     """
     try:
-        stored = int(json.loads(contents(Path(source) / SAFE_WEIGHTS_INDEX_NAME))["metadata"]["total_size"])
+        stored = int(json.loads(contents(local_path(Path(source) / SAFE_WEIGHTS_INDEX_NAME)))["metadata"]["total_size"])
     except (NoFile, ManifestError, KeyError, TypeError, ValueError, RecursionError):  # transformers says what is wrong
-        stored = file_bytes(Path(source) / SAFE_WEIGHTS_NAME) or 0
+        stored = file_bytes(local_path(Path(source) / SAFE_WEIGHTS_NAME)) or 0
     held = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = held if isinstance(dtype, str) else dtype  # "auto" is the checkpoint's own
     return stored * wanted.itemsize // held.itemsize

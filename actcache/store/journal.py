@@ -18,19 +18,20 @@ from typing import Any
 from actcache.errors import CacheLocked, ManifestError
 from actcache.files import (
     LEFTOVER,
+    NoFile,
     contents,
     entries,
     file_bytes,
     listed,
     make_folder,
     naming,
-    own_file,
     sync_folder,
     write_atomically,
 )
 from actcache.format.paths import CACHE_MANIFEST, EXCLUSIVE_LOCK, MANIFEST, PLAN, STORE
 from actcache.format.records import ShardRecord, shard_record
 from actcache.format.seal import MALFORMED, seal, unseal
+from actcache.machine.links import own_file
 from actcache.store.locks import holder, is_at, is_held, note_holder, try_lock
 
 NAME = re.compile(r"writer-([0-9]{2}|[1-9][0-9]{2,})\.jsonl")
@@ -218,8 +219,13 @@ def _damaged(parsed: Sequence[tuple[bytes, ShardRecord | None]]) -> list[int]:
 
 
 def _parsed(path: Path) -> list[tuple[bytes, ShardRecord | None]]:
-    """Every line of a journal, and its record; None for a line that cannot be read."""
-    return [(line, _record(line, path)) for line in contents(path).splitlines(keepends=True)]
+    """Every line of a journal, and its record; None for a line that cannot be read. Raises ManifestError if no file."""
+    try:
+        lines = contents(path).splitlines(keepends=True)
+    except NoFile as error:
+        way_out = "remove it, or put a copy with a name of its own in its place"
+        raise ManifestError(f"is no journal ({error.strerror})", path=path, way_out=way_out) from error
+    return [(line, _record(line, path)) for line in lines]
 
 
 def _record(line: bytes, path: Path) -> ShardRecord | None:

@@ -25,12 +25,12 @@ from actcache.files import (
     make_folder,
     naming,
     not_writable,
-    own_file,
     refuse_links,
     remove_leftovers,
     require_writable,
 )
 from actcache.format.paths import EXCLUSIVE_LOCK
+from actcache.machine.links import own_file
 
 PROBE_SECONDS = 0.5  # `is_held` in another process holds a lock for microseconds
 SILENT_SECONDS = 1.0  # whoever waits longer says so

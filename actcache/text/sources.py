@@ -214,7 +214,7 @@ def _fault_in(file: str) -> str | None:
     """
     if _kind(file) not in ("text", "json") or file.endswith(COMPRESSED):
         return None
-    with opened(Path(file)) as lines:
+    with opened(local_path(file)) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")

@@ -70,11 +70,11 @@ def renames_that_stop(n: int) -> Callable[..., None]:
     """An os.replace that works n times. Then it raises KeyboardInterrupt, as if the process ended there."""
     left, replace = [n], os.replace
 
-    def replace_or_stop(*paths: str | Path) -> None:
+    def replace_or_stop(*paths: str | Path, **folders: int) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        replace(*paths)
+        replace(*paths, **folders)
 
     return replace_or_stop
 

@@ -121,7 +121,7 @@ class _Watch:
         """`real` with an event on both sides, of the path that is its argument number `which`."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            path = _path_of(args[which])
+            path = _path_of(args[which], kwargs.get("dst_dir_fd", kwargs.get("dir_fd")))
             is_folder = os.path.isdir(path)
             if not is_folder:
                 self.reached(before, path)
@@ -195,6 +195,8 @@ def _write(
             events.write_text("\n".join(watch.events))
 
 
-def _path_of(argument: int | str | Path) -> str:
-    """The path that a system call's argument means, a descriptor or a path."""
-    return os.readlink(f"/proc/self/fd/{argument}") if isinstance(argument, int) else os.fspath(argument)
+def _path_of(argument: int | str | Path, folder: int | None = None) -> str:
+    """The path that a system call's argument means, a descriptor or a path, which may be one within an open folder."""
+    if isinstance(argument, int):
+        return os.readlink(f"/proc/self/fd/{argument}")
+    return os.fspath(argument) if folder is None else os.path.join(_path_of(folder), argument)

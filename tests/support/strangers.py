@@ -17,17 +17,22 @@ only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a
 
 @contextmanager
 def as_another_user(*folders: Path) -> Iterator[None]:
-    """Be that user meanwhile. The folders above `folders` may be entered, and these may be read and not written."""
-    modes = {path: path.stat().st_mode for folder in folders for path in (folder, *folder.parents)}
-    for path, mode in modes.items():
-        path.chmod(mode | 0o055)
+    """Be that user meanwhile. The folders above `folders` may be entered, and these may be read and not written.
+
+    Those above stay open: another worker of the same run of pytest may be here, and need them.
+    """
+    for path in {above for folder in folders for above in folder.parents}:
+        path.chmod(path.stat().st_mode | 0o055)
+    modes = {folder: folder.stat().st_mode for folder in folders}
+    for folder, mode in modes.items():
+        folder.chmod(mode | 0o055)
     os.seteuid(NOBODY)
     try:
         yield
     finally:
         os.seteuid(0)
-        for path, mode in modes.items():
-            path.chmod(mode)
+        for folder, mode in modes.items():
+            folder.chmod(mode)
 
 
 def given(folder: Path) -> Path:

@@ -114,7 +114,8 @@ class FailingCalls:
             return self._failing_map(call)
 
         def failing(*arguments: Any, **named: Any) -> Any:
-            found = call(*arguments, **named) if self._fails(name, arguments[0] if arguments else ".") else None
+            target = self.path_of(arguments[0] if arguments else ".", named.get("dir_fd"))
+            found = call(*arguments, **named) if self._fails(name, target) else None
             return _FailingFile(found, self) if name == "open" and isinstance(found, io.BufferedReader) else found
 
         return failing
@@ -149,14 +150,16 @@ class FailingCalls:
                 raise OSError(self._error, os.strerror(self._error))
         return True
 
-    def path_of(self, target: object) -> str:
-        """The path that an argument means, a descriptor or a path."""
+    def path_of(self, target: object, folder: int | None = None) -> str:
+        """The path that an argument means, a descriptor or a path, which may be one within an open folder."""
         if isinstance(target, int):
             try:
                 return os.readlink(f"/proc/self/fd/{target}")
             except OSError:
                 return ""
-        return os.path.abspath(os.fspath(target)) if isinstance(target, str | os.PathLike) else ""
+        if not isinstance(target, str | os.PathLike):
+            return ""
+        return os.path.abspath(os.path.join(self.path_of(folder) if folder is not None else "", os.fspath(target)))
 
     def reading(self, file: io.BufferedReader) -> None:
         """Count a read of a file; raises OSError if it is the call that fails."""

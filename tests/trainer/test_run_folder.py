@@ -209,11 +209,11 @@ def test_nothing_is_written_where_a_link_leads(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     for link in ("runs/topk/checkpoint", "runs/other"):
         (tmp_path / link).symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(ManifestError, match=f"{link}: is a link to .*, and nothing is written through links"):
+        with pytest.raises(ManifestError, match=f"{link}: is a link to .*, and nothing is read or written"):
             only_writer(tmp_path / "runs", RUNS_LOCK, "trains", "no").__enter__()
         (tmp_path / link).unlink()
     (tmp_path / "runs" / RUNS_LOCK).symlink_to(tmp_path / "elsewhere" / "new")
-    with pytest.raises(ManifestError, match=f"{RUNS_LOCK}: is a link, and nothing is written"):
+    with pytest.raises(ManifestError, match=f"{RUNS_LOCK}: is a link, and no link is followed"):
         only_writer(tmp_path / "runs", RUNS_LOCK, "trains", "no").__enter__()
     assert list((tmp_path / "elsewhere").iterdir()) == []
 

@@ -14,6 +14,7 @@ from actcache.arguments import shown
 from actcache.errors import ManifestError
 from actcache.models.hook_names import hooks_of
 from trainer.formats.foreign import Names, Tensors, check_latents, foreign_sae, known_names, said_name, stored_tensor
+from trainer.formats.saelens import sae_file
 from trainer.formats.state_dict import read_state_dict
 from trainer.run_folder import read_json
 from trainer.sae.sae import SAE
@@ -42,14 +43,14 @@ def dictionary_learning_sae(folder: Path, names: Names) -> SAE:
         ManifestError: a file is missing or malformed, or the class is not one of _DICTIONARIES.
         ConfigError: neither the folder nor `names` says the model, or neither says the hook.
     """
-    config = read_json(folder / DICTIONARY_LEARNING_FILES[0])
+    config = read_json(sae_file(folder, DICTIONARY_LEARNING_FILES[0]))
     trainer = config.get("trainer")
     dict_class = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if not isinstance(trainer, dict) or not isinstance(dict_class, str) or dict_class not in _DICTIONARIES:
         classes = ", ".join(_DICTIONARIES)
         raise ManifestError(f"import: {folder}: dict_class must be one of {classes}, got {shown(dict_class)}")
     architecture, trained_as, subtracts, tensor_names = _DICTIONARIES[dict_class]
-    stored = read_state_dict(folder / DICTIONARY_LEARNING_FILES[1])
+    stored = read_state_dict(sae_file(folder, DICTIONARY_LEARNING_FILES[1]))
     weights = {ours: stored_tensor(stored, theirs, folder) for ours, theirs in tensor_names.items()}
     check_latents(weights, folder)
     if dict_class == "AutoEncoder":

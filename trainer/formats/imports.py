@@ -28,6 +28,7 @@ from trainer.formats.saelens import (
     CONFIG_FILE,
     SAE_LENS_VERSION,
     WEIGHTS_FILE,
+    sae_file,
     sae_files,
     write_directory,
 )
@@ -124,7 +125,7 @@ def _reader(folder: Path) -> tuple[str, Callable[[Path, Names], SAE]]:
 
 
 def _layout(folder: Path) -> str | None:
-    held = (layout for layout, (files, _) in READERS.items() if all(is_file(folder / name) for name in files))
+    held = (layout for layout, (files, _) in READERS.items() if all(is_file(sae_file(folder, name)) for name in files))
     return next(held, None)
 
 

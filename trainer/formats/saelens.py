@@ -139,7 +139,7 @@ def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
     """
     where, folder = device_of("load_sae", device), _sae_folder(local_path(path))
     check_sae(folder)
-    return sae_of(read_sae_config(folder), sae_tensors(folder / WEIGHTS_FILE), folder, device=where)
+    return sae_of(read_sae_config(folder), sae_tensors(sae_file(folder, WEIGHTS_FILE)), folder, device=where)
 
 
 def check_sae(folder: Path) -> None:
@@ -148,10 +148,22 @@ def check_sae(folder: Path) -> None:
     That a RUN has none is logged. A SAELens directory is not expected to have any.
     """
     held = _checksums_file(folder)
-    is_of_run = folder.absolute().name == SAE_FOLDER and is_file(folder.absolute().with_name(RUN_CONFIG))
-    checksums = read_checksums(held, warns=is_of_run)
+    checksums = read_checksums(held, warns=_is_of_run(folder))
     for name in checksums:
         check_file(folder / name, checksums, unless_changed(held))
+
+
+def sae_file(folder: Path, name: str) -> Path:
+    """The path of a file of an SAE folder.
+
+    The cache of the Hugging Face hub holds links to its files, and such a link is followed. In a run none is.
+    """
+    return folder / name if _is_of_run(folder) else local_path(folder / name)
+
+
+def _is_of_run(folder: Path) -> bool:
+    folder = folder.absolute()
+    return folder.name == SAE_FOLDER and is_file(folder.with_name(RUN_CONFIG))
 
 
 def _checksums_file(folder: Path) -> Path:
@@ -195,7 +207,7 @@ def export_sae(run: Path | str, out: Path | str) -> Path:
             f"export: SAELens has {', '.join(SAELENS_ARCHITECTURES)}, {run} is a {architecture}; load it with load_sae"
         )
     source, out = _sae_folder(local_path(run)), local_path(out).absolute()
-    files = {name: contents_of_any_size(source / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    files = {name: contents_of_any_size(sae_file(source, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)}
     if is_file(out):
         raise CacheMismatch(f"export: {out} must be a directory, got a file; choose another --out")
     held = [path.name for path in listed(out)]
@@ -249,7 +261,7 @@ def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int) -> dict[str, t
 
 def _sae_folder(path: Path) -> Path:
     for folder in (path, path / SAE_FOLDER):
-        if is_file(folder / CONFIG_FILE):
+        if is_file(sae_file(folder, CONFIG_FILE)):
             return folder
     raise ManifestError(
         f"load_sae: {path} must be a RUN folder or a SAELens directory, it has neither {CONFIG_FILE} nor "
@@ -259,7 +271,7 @@ def _sae_folder(path: Path) -> Path:
 
 def read_sae_config(folder: Path) -> dict[str, Any]:
     """cfg.json of a SAELens directory. Only this is checked: it is an object, and its `metadata` is one too."""
-    path = folder / CONFIG_FILE
+    path = sae_file(folder, CONFIG_FILE)
     try:
         cfg = json_values(contents(path))  # SAELens writes NaN for an L0 without steps, here null
     except (NoFile, ValueError) as error:

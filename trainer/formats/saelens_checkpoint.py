@@ -15,7 +15,15 @@ from actcache.files import is_file
 from actcache.models.hook_names import hooks_of
 from trainer.config.settings import BATCH_FAMILY
 from trainer.formats.foreign import Names, Tensors, check_latents, said_name
-from trainer.formats.saelens import CONFIG_FILE, PURSUIT_THRESHOLD, WEIGHTS_FILE, read_sae_config, sae_of, sae_tensors
+from trainer.formats.saelens import (
+    CONFIG_FILE,
+    PURSUIT_THRESHOLD,
+    WEIGHTS_FILE,
+    read_sae_config,
+    sae_file,
+    sae_of,
+    sae_tensors,
+)
 from trainer.run_folder import finite, read_json
 from trainer.sae.sae import SAE
 
@@ -30,7 +38,7 @@ def saelens_sae(folder: Path, names: Names) -> SAE:
         ManifestError: as `saelens.load_sae`, or the file with the scale of a checkpoint's rows is missing.
         CacheMismatch: as `saelens.load_sae`.
     """
-    cfg, tensors = read_sae_config(folder), sae_tensors(folder / WEIGHTS_FILE)
+    cfg, tensors = read_sae_config(folder), sae_tensors(sae_file(folder, WEIGHTS_FILE))
     if cfg.get("normalize_activations") == "expected_average_only_in":
         cfg, tensors = _unscaled(cfg, tensors, folder / SCALE_FILE)
     return saelens_sae_of(cfg, tensors, folder, names)

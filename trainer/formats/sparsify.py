@@ -11,7 +11,7 @@ from actcache.errors import ManifestError
 from actcache.files import is_file
 from actcache.models.hook_names import hooks_of
 from trainer.formats.foreign import Names, foreign_sae, known_names, said_name, stored_tensor
-from trainer.formats.saelens import sae_tensors
+from trainer.formats.saelens import sae_file, sae_tensors
 from trainer.run_folder import read_json
 from trainer.sae.sae import SAE
 
@@ -28,7 +28,8 @@ def sparsify_sae(folder: Path, names: Names) -> SAE:
         ManifestError: a file is missing or malformed, or the activation is not topk.
         ConfigError: neither the folder nor `names` says the model, or neither says the hook.
     """
-    cfg, tensors = read_json(folder / SPARSIFY_FILES[0]), sae_tensors(folder / SPARSIFY_FILES[1])
+    cfg_file, weights_file = (sae_file(folder, name) for name in SPARSIFY_FILES)
+    cfg, tensors = read_json(cfg_file), sae_tensors(weights_file)
     if cfg.get("activation", "topk") != "topk" or cfg.get("signed", False):
         got = "signed" if cfg.get("signed", False) else cfg["activation"]
         raise ManifestError(f"import: {folder}: activation must be topk, got {shown(got)}; no SAE here computes that")

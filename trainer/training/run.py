@@ -19,7 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actcache.errors import TrainingDiverged
-from actcache.files import contents_of_any_size, is_file, make_folder, naming, own_file, write_atomically
+from actcache.files import contents_of_any_size, is_file, make_folder, naming, write_atomically
+from actcache.machine.links import own_file
 from trainer.checksums import CHECKSUMS_FILE, Checksums, GrowingChecksum, checksums_of, read_checksums, sealed
 from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.kernels import active

@@ -45,11 +45,11 @@ import os, signal, sys
 from actcache.flow import SPLITS
 from actcache.integrity.relabel import relabel
 real, calls = os.replace, []
-def replace(*args):
+def replace(*args, **folders):
     calls.append(args)
     if len(calls) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    real(*args)
+    real(*args, **folders)
 os.replace = replace
 relabel(sys.argv[1], native=True)
 """

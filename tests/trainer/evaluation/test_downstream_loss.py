@@ -252,6 +252,6 @@ def test_sequences_without_a_next_token_are_an_error(model, tmp_path):
 def test_losses_are_kept_through_no_link(cache, model, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (cache.path / LOSSES).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ManifestError, match=r"log/losses: is a link to .*, and nothing is written through links"):
+    with pytest.raises(ManifestError, match=r"log/losses: is a link to .*, and nothing is read or written"):
         evaluate_all([make_sae()], cache, model, model_tokens=96)
     assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -83,11 +83,11 @@ def build_and_die(run: Path, cache: Path, n_files: int) -> None:
     if child == 0:
         replace, left = os.replace, [n_files]
 
-        def replace_or_die(*paths: Path) -> None:
+        def replace_or_die(*paths: Path, **folders: int) -> None:
             left[0] -= 1
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            replace(*paths)
+            replace(*paths, **folders)
 
         os.replace = replace_or_die
         try:

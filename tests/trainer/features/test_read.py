@@ -158,5 +158,5 @@ def test_features_are_built_through_no_link(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / "features").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ManifestError, match=r"run/features: is a link to .*, and nothing is written through links"):
+    with pytest.raises(ManifestError, match=r"run/features: is a link to .*, and nothing is read or written"):
         only_builder(tmp_path / "run" / "features")
