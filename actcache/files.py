@@ -66,16 +66,17 @@ class NoFile(FileNotFoundError):
 def opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file, open for reading. OSErrors that are raised while it is open are named as by `naming`.
 
-    Raises NoFile if there is none, for a pipe would block for ever, and a device may never end; and if it is a link.
-    Raises ManifestError if a folder above it is a link.
+    Raises NoFile if there is none: a pipe would block for ever, and a device may never end. Raises ManifestError if it
+    is a link, or reached through one.
     """
     with naming(path):
         try:
             file = open(path, "rb", opener=open_unlinked)  # noqa: SIM115
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise ManifestError(NOT_FOLLOWED, path=path, way_out="put a copy in its place") from None
             if error.errno in NOT_THERE:
-                why = NOT_FOLLOWED if error.errno == errno.ELOOP else error.strerror
-                raise NoFile(error.errno, why, str(path)) from None
+                raise NoFile(error.errno, error.strerror, str(path)) from None
             raise
         with file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -104,7 +105,8 @@ def refuse_links(folder: Path) -> None:
 def contents(path: Path) -> bytes:
     """The bytes of a regular file that is read as a whole, such as a manifest or a journal.
 
-    Raises NoFile if there is none, ManifestError if it has more than MOST_BYTES, another OSError if it cannot be read.
+    Raises NoFile and ManifestError as `opened`, ManifestError if it has more than MOST_BYTES, another OSError if it
+    cannot be read.
     """
     with opened(path) as file:
         n_bytes = os.fstat(file.fileno()).st_size
@@ -128,7 +130,7 @@ def file_bytes(path: Path) -> int | None:
     """Size in bytes of a regular file; None where `contents` raises NoFile. Raises OSError if that cannot be told."""
     try:
         with naming(path):
-            status = path.lstat()
+            status = path.stat()
     except OSError as error:
         if error.errno in NOT_THERE:
             return None

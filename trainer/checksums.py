@@ -51,14 +51,16 @@ def read_checksums(path: Path, *, warns: bool = False) -> Checksums:
         OSError: it cannot be read.
     """
     try:
-        files = unseal(contents(path), path)["files"]
-        return {str(name): {"n_bytes": int(of["n_bytes"]), "crc32c": list(of["crc32c"])} for name, of in files.items()}
+        held = contents(path)
     except NoFile as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):  # a folder or a pipe lies there
             raise _damaged_checksums(path) from error
         if warns:
             _warn_of_none(path)
         return {}
+    try:
+        files = unseal(held, path)["files"]
+        return {str(name): {"n_bytes": int(of["n_bytes"]), "crc32c": list(of["crc32c"])} for name, of in files.items()}
     except (ManifestError, *MALFORMED) as error:
         raise _damaged_checksums(path) from error
 

@@ -18,7 +18,6 @@ from typing import Any
 from actcache.errors import CacheLocked, ManifestError
 from actcache.files import (
     LEFTOVER,
-    NoFile,
     contents,
     entries,
     file_bytes,
@@ -219,13 +218,8 @@ def _damaged(parsed: Sequence[tuple[bytes, ShardRecord | None]]) -> list[int]:
 
 
 def _parsed(path: Path) -> list[tuple[bytes, ShardRecord | None]]:
-    """Every line of a journal, and its record; None for a line that cannot be read. Raises ManifestError if no file."""
-    try:
-        lines = contents(path).splitlines(keepends=True)
-    except NoFile as error:
-        way_out = "remove it, or put a copy with a name of its own in its place"
-        raise ManifestError(f"is no journal ({error.strerror})", path=path, way_out=way_out) from error
-    return [(line, _record(line, path)) for line in lines]
+    """Every line of a journal, and its record; None for a line that cannot be read."""
+    return [(line, _record(line, path)) for line in contents(path).splitlines(keepends=True)]
 
 
 def _record(line: bytes, path: Path) -> ShardRecord | None:

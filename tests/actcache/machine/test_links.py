@@ -9,7 +9,7 @@ import pytest
 
 from actcache.arguments import local_path
 from actcache.errors import ManifestError
-from actcache.files import NoFile, contents, make_folder, opened, sync_folder, write_atomically
+from actcache.files import contents, make_folder, opened, sync_folder, write_atomically
 from actcache.machine.links import folder_of, open_unlinked, own_file
 
 
@@ -63,7 +63,7 @@ def test_a_file_that_is_a_link_is_not_read_and_is_replaced(tmp_path):
     victim, link = tmp_path / "victim", tmp_path / "link"
     victim.write_bytes(b"of the user")
     link.symlink_to(victim)
-    with pytest.raises(NoFile, match="is a link, and no link is followed there"), opened(link):
+    with pytest.raises(ManifestError, match="is a link, and no link is followed there; put a copy"), opened(link):
         pass
     write_atomically(link, [b"ours"])
     assert (link.is_symlink(), link.read_bytes(), victim.read_bytes()) == (False, b"ours", b"of the user")
