@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 tqdm.monitor_interval = 0  # no thread that watches the bars
 SLURM_SPECIAL_STEPS = 0xFFFFFFF0  # step ids from here on are of batch scripts, interactive shells and the like
+SLURM_BATCH = re.compile(r"slurmstepd: \[\S+\.batch\]")  # the title of the process that starts a batch script
 ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130
 LIBRARY_BYTES = {"torch": 160 << 20, "transformers": 190 << 20}  # with what it imports, and what we import with it
 RESERVE_BYTES = 4 << 20  # given back when memory is out, so that the last line can be made
@@ -296,9 +297,22 @@ def _launched_share() -> tuple[str, str]:
 
 
 def _is_slurm_step() -> bool:
-    """Whether srun started this process. A batch script and a shell of salloc get the numbers of the whole job."""
+    """Whether srun started this process. A batch script and a shell of salloc get the numbers of the whole job.
+
+    A batch script that was submitted from within a step has the numbers of that step too, which are not its own.
+    """
     step = os.environ.get("SLURM_STEP_ID", "")
-    return step.isdecimal() and int(step) < SLURM_SPECIAL_STEPS
+    return step.isdecimal() and int(step) < SLURM_SPECIAL_STEPS and SLURM_BATCH.match(_slurm_title()) is None
+
+
+def _slurm_title() -> str:
+    """What Slurm calls its process that started this task, such as `slurmstepd: [7.0]`; "" if it is not to be seen."""
+    try:
+        task = Path("/proc", os.environ["SLURM_TASK_PID"], "stat").read_text()
+        parent = task.rpartition(")")[2].split()[1]
+        return Path("/proc", parent, "cmdline").read_text()
+    except (KeyError, OSError, IndexError, ValueError):
+        return ""
 
 
 def local_device(device: str, device_map: str | None) -> str:

@@ -5,6 +5,8 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -255,6 +257,28 @@ def test_the_worker_is_the_option_or_what_the_launcher_says(share, environment, 
     assert ("srun did not start this process: it takes every shard" in said) == (
         share is None and worker == (0, 1) and "SLURM_NTASKS" in environment and "WORLD_SIZE" not in environment
     )
+
+
+@pytest.mark.parametrize(
+    ("title", "worker"),
+    [("slurmstepd: [7.batch]", (0, 1)), ("slurmstepd: [7.0]", (1, 2)), ("bash", (1, 2))],
+)
+def test_a_batch_script_that_a_step_submitted_is_no_part_of_that_step(title, worker, monkeypatch):
+    """It inherits the step's numbers. Slurm's process that starts a script, here a shell, has a title of its own."""
+    from actcache.commands.terminal import this_worker
+
+    with keeper(title) as task:
+        _set_environment(monkeypatch, {**STEP, "SLURM_TASK_PID": str(task)})
+        found = this_worker(None)
+    assert (found.index, found.count) == worker
+
+
+@contextmanager
+def keeper(title: str) -> Iterator[int]:
+    """A process with a title; gives the id of its child, which lives as long."""
+    asked = [title, "-c", "(read) <&0 & echo $!; wait"]
+    with subprocess.Popen(asked, executable="/bin/bash", stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        yield int(process.stdout.readline())
 
 
 @pytest.mark.parametrize(
