@@ -72,6 +72,14 @@ def tiny_cache(tiny_model, tiny_texts, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
+def places(tiny_llama_dir, tiny_texts, tmp_path_factory: pytest.TempPathFactory):
+    """What every command of the command line can be tried on; do not change it."""
+    from support.every_command import make_places
+
+    return make_places(tmp_path_factory.mktemp("places"), tiny_llama_dir, tiny_texts)
+
+
+@pytest.fixture(scope="module")
 def scenarios(tiny_llama_dir, tiny_texts, tmp_path_factory: pytest.TempPathFactory):
     """Caches on their way, in processes that a fault may befall."""
     from support.fault_scenarios import Scenarios

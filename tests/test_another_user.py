@@ -4,6 +4,7 @@ is refused before any work, in one line, while nothing changes.
 
 import re
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from support.every_command import (
     Places,
     all_commands,
     commands_of,
-    make_places,
     words_of,
 )
 from support.strangers import as_another_user, given, only_root
@@ -59,37 +59,41 @@ READ = [
     "export {run} --out {mine}/sae",
     "export {run} --format neuronpedia --out {mine}/pages",
 ]
-ANOTHER_OUT, RUNS_COPY, RUN_COPY = "pass another --out", "pass a copy of the runs", "pass a copy of the run"
-CACHE = "this has to write the cache"
-# a line, what it ends with, and the place that it names; no model is at /none, and no row of {damaged} can be read
+# what has to be written is at --out; no model is at /none, and no row of {damaged} can be read
+WRITE_OUT = [
+    f"{HARVEST} --model /none {HOOK} --tokens 1600 --out {{cache}}",
+    f"{HARVEST} --model /none --hook {HOOKS[1]} --tokens 1024 --out {{cache}}",
+    f"{GROWING_HARVEST} --out {{growing}}",
+    f"{HARVEST} --model /none {HOOK} --out {{root}}/a/new",
+    "import-cache {arrow} --model {model} --out {root}/new",
+    "export-cache {damaged} --out {root}/a/new",
+    f"train {{damaged}} {TRAIN} --k 3 --out {{runs}}",
+    f"train {{damaged}} {TRAIN} --k 3 --out {{root}}/a/new",
+    "report {runs} --out {root}/new.html",
+    "report {runs} --out {root}/a/new.html",
+    f"import {{sae}} {NAMES} --out {{root}}/new",
+    "export {run} --out {root}/a/new",
+    "export {run} --format neuronpedia --out {root}/new",
+    "demo --out {root}/new",
+]
+RUNS_COPY, CACHE = "pass a copy of the runs", "this has to write the cache"
+# a line, what it ends with, and the place that it names
 WRITE = [
-    (f"{HARVEST} --model /none {HOOK} --tokens 1600 --out {{cache}}", ANOTHER_OUT, "{cache}"),
-    (f"{HARVEST} --model /none --hook {HOOKS[1]} --tokens 1024 --out {{cache}}", ANOTHER_OUT, "{cache}"),
-    (f"{GROWING_HARVEST} --out {{growing}}", ANOTHER_OUT, "{growing}"),
-    (f"{HARVEST} --model /none {HOOK} --out {{root}}/a/new", ANOTHER_OUT, "{root}/a/new"),
-    ("import-cache {arrow} --model {model} --out {root}/new", ANOTHER_OUT, "{root}/new"),
-    ("export-cache {damaged} --out {root}/a/new", ANOTHER_OUT, "{root}/a/new"),
+    *((line, "pass another --out", line.split()[-1]) for line in WRITE_OUT),
     ("repair {damaged} --model /none", CACHE, "{damaged}"),
     ("relabel {cache} --native-bf16", CACHE, "{cache}"),
-    (f"train {{damaged}} {TRAIN} --k 3 --out {{runs}}", ANOTHER_OUT, "{runs}"),
-    (f"train {{damaged}} {TRAIN} --k 3 --out {{root}}/a/new", ANOTHER_OUT, "{root}/a/new"),
     ("eval {runs} --cache {damaged} --model /none", RUNS_COPY, "{runs}"),
     ("eval {run} --cache {damaged} --model /none", RUNS_COPY, "{run}"),
-    ("features {plain} --cache {damaged} --device cpu", RUN_COPY, "{plain}/features"),
-    ("report {runs} --out {root}/new.html", ANOTHER_OUT, "{root}/new.html"),
-    ("report {runs} --out {root}/a/new.html", ANOTHER_OUT, "{root}/a/new.html"),
-    (f"import {{sae}} --out {{root}}/new {NAMES}", ANOTHER_OUT, "{root}/new"),
-    ("export {run} --out {root}/a/new", ANOTHER_OUT, "{root}/a/new"),
-    ("export {run} --format neuronpedia --out {root}/new", ANOTHER_OUT, "{root}/new"),
-    ("demo --out {root}/new", ANOTHER_OUT, "{root}/new"),
+    ("features {plain} --cache {damaged} --device cpu", "pass a copy of the run", "{plain}/features"),
 ]
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory, tiny_llama_dir, tiny_texts) -> Places:
+def theirs(places, tiny_llama_dir) -> Places:
+    import_module("actcache.bundled.documents")  # now: another user may be unable to read this Python's library
     for file in tiny_llama_dir.iterdir():  # transformers writes weights for their owner alone
         file.chmod(0o644)
-    return make_places(tmp_path_factory.mktemp("theirs"), tiny_llama_dir, tiny_texts)
+    return places
 
 
 def call(line: str, places: Places, code: int = 0) -> str:

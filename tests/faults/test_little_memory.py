@@ -9,16 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support.every_command import (
-    FINISHED_HARVEST,
-    NAMES,
-    TRAIN,
-    Places,
-    all_commands,
-    commands_of,
-    make_places,
-    words_of,
-)
+from support.every_command import FINISHED_HARVEST, NAMES, TRAIN, Places, all_commands, commands_of, words_of
 from support.forked_commands import Commands, join_group, leave_address_space
 from support.places import CHILD
 from support.surroundings import control_group
@@ -58,11 +49,6 @@ LINES = [
 ADDRESS_SPACE = (1, 2, 4, 8, 16, 32, 64, 128, 512)  # MiB beside what a process has when it has imported everything
 CONTROL_GROUP = (16, 64, 68, 80, 128, 512)  # the same
 NEW_PROCESS = (100, 240, 320, 420)  # MiB in all
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory, tiny_llama_dir, tiny_texts) -> Places:
-    return make_places(tmp_path_factory.mktemp("places"), tiny_llama_dir, tiny_texts)
 
 
 @pytest.fixture(scope="module")
