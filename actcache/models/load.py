@@ -72,7 +72,7 @@ def load_model(
         ConfigError: an unknown word, or settings that exclude each other.
         ModelError: the model is missing, incomplete or damaged, or brings code that is not trusted; the backend does
             not support its family; or the attention kernel is not available.
-        MemoryError: the weights, from a local directory onto a CPU, take more memory than there is.
+        MemoryError: the weights go onto a CPU, and take more memory than there is.
     """
     _check_settings(device, device_map, backend, attention, compile)
     where = device_of("load_model", device)
@@ -87,7 +87,7 @@ def load_model(
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
     kernel = "eager" if backend == "transformer_lens" else attention
     if where.type == "cpu" and device_map is None:
-        require_memory(weights_bytes(source, config, torch_dtype), f"the weights of {name}")
+        require_memory(weights_bytes(source, revision, config, torch_dtype), f"the weights of {name}")
     model = load_weights(
         source,
         revision,

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,11 +21,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from actcache.arguments import can_only_be_a_path, local_path, missing_here, refuse_address
 from actcache.errors import ConfigError, ManifestError, ModelError
-from actcache.files import NoFile, contents, file_bytes, is_allowed
+from actcache.files import contents, file_bytes, is_allowed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"}  # no name on the hub ends in one of them
@@ -33,6 +34,7 @@ _LOADING_ERRORS = (
     *(OSError, ValueError, RuntimeError, ImportError, EOFError),
     *(UnpicklingError, SafetensorError, StrictDataclassError),
 )
+_MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)  # what a malformed index raises
 WHOLE_MODEL = "check the name or pass a directory with a whole model"
 
 
@@ -105,18 +107,34 @@ def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config
         )
 
 
-def weights_bytes(source: str, config: PretrainedConfig, dtype: torch.dtype | str) -> int:
-    """How many bytes the weights take in memory as `dtype`; 0 if they are not in a local directory as safetensors.
+def weights_bytes(source: str, revision: str | None, config: PretrainedConfig, dtype: torch.dtype | str) -> int:
+    """How many bytes the weights take in memory as `dtype`; 0 if that cannot be told.
 
-    What there is beside them, such as a second copy in another layout, is not loaded and does not count.
+    What there is beside them, such as a second copy in another layout, is not loaded and does not count. Of a hub name,
+    what tells it is fetched if no weights are here: the index, or the weights themselves if one file holds them.
     """
+    with _quiet():
+        path = _weights_file(source, revision, here=True) or _weights_file(source, revision, here=False)
     try:
-        stored = int(json.loads(contents(local_path(Path(source) / SAFE_WEIGHTS_INDEX_NAME)))["metadata"]["total_size"])
-    except (NoFile, ManifestError, KeyError, TypeError, ValueError, RecursionError):  # transformers says what is wrong
-        stored = file_bytes(local_path(Path(source) / SAFE_WEIGHTS_NAME)) or 0
+        if path is None:
+            stored = 0
+        elif path.suffix == ".json":
+            stored = int(json.loads(contents(local_path(path)))["metadata"]["total_size"])
+        else:
+            stored = file_bytes(local_path(path)) or 0  # the hub's files are links
+    except (OSError, ManifestError, *_MALFORMED):  # transformers says what is wrong
+        stored = 0
     held = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     wanted = held if isinstance(dtype, str) else dtype  # "auto" is the checkpoint's own
     return stored * wanted.itemsize // held.itemsize
+
+
+def _weights_file(source: str, revision: str | None, *, here: bool) -> Path | None:
+    """The first file of weights, or of their index, in the order of transformers. here: ask no network."""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        with suppress(OSError):
+            return Path(cast(str, cached_file(source, name, revision=revision, local_files_only=here)))
+    return None
 
 
 def load_weights(

@@ -2,13 +2,20 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
+from zlib import crc32
 
 import pytest
 import torch
 from support.model_cases import TOKENS, hook_names, one_line
+from support.places import CHILD
 from support.remote_code import RemoteCode
 from support.strangers import as_another_user, only_root
 from support.tiny_models import D_MODEL, make_tokenizer
@@ -17,6 +24,8 @@ from transformers import AutoModel
 from actcache.errors import ModelError
 from actcache.models.load import load_model, wrap_model
 from actcache.models.pretrained import check_flash_attention, load_config, weights_bytes
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def test_model_without_a_head(directory, ours, tmp_path):
@@ -185,19 +194,76 @@ class Touches:
         return Path.touch, (self._path,)
 
 
+INDEX = '{"metadata": {"total_size": %s}, "weight_map": {}}'
+
+
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_llama_dir, tmp_path):
     """1,000 GB of weights, which are a hole in a file: on a CPU without room the kernel would end the process."""
     folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "large"))
-    config = load_config(str(folder), None, False)
-    stored = (folder / "model.safetensors").stat().st_size
-    assert weights_bytes(str(folder), config, torch.float32) == stored * 4 // config.dtype.itemsize
-    assert weights_bytes(str(folder), config, torch.bfloat16) == stored * 2 // config.dtype.itemsize
-    assert weights_bytes("owner/model", config, torch.float32) == 0
-    os.truncate(folder / "model.safetensors", 10**12)
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    config, n_bytes = load_config(str(folder), None, False), weights.stat().st_size
+    index.write_text(INDEX % 5e12)  # is not looked at: the weights are in one file
+    for dtype in (torch.float32, torch.bfloat16):
+        assert weights_bytes(str(folder), None, config, dtype) == n_bytes * dtype.itemsize // config.dtype.itemsize
+    os.truncate(weights, 10**12)
     with pytest.raises(MemoryError, match=r"the weights of large may take \d{4}\.\d\d GB"):
         load_model(folder, device="cpu")
-    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
-    assert weights_bytes(str(folder), config, torch.float32) == 0
-    (folder / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 5e12}, "weight_map": {}}')
+    weights.rename(folder / "consolidated.safetensors")
     with pytest.raises(MemoryError, match="the weights of large may take"):
         load_model(folder, device="cpu")
+    for total in ('"all"', "1e999", "[]", "{"):
+        index.write_text(INDEX % total)
+        assert weights_bytes(str(folder), None, config, torch.float32) == 0
+    index.unlink()
+    assert weights_bytes(str(folder), None, config, torch.float32) == 0
+    (folder / "consolidated.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(MemoryError, match="the weights of large may take"):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("revision", [None, "v1"])
+def test_weights_of_a_hub_name_that_do_not_fit(revision, tiny_llama_dir, tmp_path, monkeypatch):
+    """They are found where an earlier download has left them."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = shutil.copytree(tiny_llama_dir, tmp_path / "models--owner--large" / "snapshots" / COMMIT)
+    reference = snapshot.parent.parent / "refs" / (revision or "main")
+    reference.parent.mkdir()
+    reference.write_text(COMMIT)
+    load_model("owner/large", revision=revision, device="cpu")  # as it is, there is room for it
+    os.truncate(snapshot / "model.safetensors", 10**12)
+    with pytest.raises(MemoryError, match=r"the weights of owner/large may take \d{4}\.\d\d GB"):
+        load_model("owner/large", revision=revision, device="cpu")
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """A hub with the files of one model."""
+
+    def translate_path(self, path: str) -> str:
+        return super().translate_path(path.rpartition("/")[2])
+
+    def end_headers(self) -> None:
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{crc32(self.path.encode())}"')
+        super().end_headers()
+
+
+def test_of_weights_at_the_hub_only_the_index_is_fetched(tiny_llama_dir, tmp_path):
+    """It tells how much memory they take."""
+    folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(INDEX % 5e12)
+    code = """
+from actcache.models.pretrained import load_config, weights_bytes
+config = load_config("owner/large", None, False)
+print(weights_bytes("owner/large", None, config, config.dtype))
+"""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=folder)) as server:
+        Thread(target=server.serve_forever).start()
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        asked = [sys.executable, "-c", code]
+        done = subprocess.run(asked, env={**CHILD, **here, **online}, capture_output=True, text=True)
+        server.shutdown()
+    assert (done.stdout, done.returncode) == ("5000000000000\n", 0), done.stderr
+    fetched = {path.name for path in (tmp_path / "home").glob("hub/*/snapshots/*/*")}
+    assert fetched == {"config.json", "model.safetensors.index.json"}
