@@ -19,6 +19,7 @@ from torch import Tensor
 
 from actcache.files import opened
 from actcache.format.seal import MALFORMED
+from actcache.machine.limits import require_memory_for_array
 from trainer.checksums import MappedFile
 
 LENGTH_BYTES = 8  # of the header's length, at the start of the file
@@ -60,8 +61,13 @@ class TensorFile:
         return [*self._places]
 
     def read(self, name: str) -> Tensor:
-        """A tensor. Raises KeyError if there is none of this name, and ValueError if the file became shorter."""
+        """A tensor.
+
+        Raises KeyError if there is none of this name, ValueError if the file became shorter, MemoryError if there is no
+        room for it.
+        """
         place = self._places[name]
+        require_memory_for_array(place.stop - place.start, f"{name} of {self._file.name}")
         data = torch.empty(place.stop - place.start, dtype=torch.uint8)
         self._file.seek(place.start)
         if self._file.readinto(data.numpy()) != len(data):  # pyright: ignore[reportAttributeAccessIssue]

@@ -34,6 +34,7 @@ class LanguageModel(ABC):
         device: of the embedding. With a device map, activations may be on other devices.
         dtype: of the parameters, and of most activations.
         n_layers, d_model: number of blocks, width of the residual stream.
+        vocab_size: how many logits there are at each position.
         max_positions: the most tokens that a sequence may have; None if the family has no limit.
         attention_kernel: "sdpa", "eager", "flash_attention_2" or another of transformers' names.
         compiled: whether its blocks run compiled.
@@ -55,6 +56,7 @@ class LanguageModel(ABC):
         self.dtype: torch.dtype = model.dtype
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._head = cast(nn.Linear | None, model.get_output_embeddings())
         self.attention_kernel: str = cast(str, config._attn_implementation)  # never "auto" once the model is made

@@ -11,6 +11,7 @@ from actcache.errors import ModelError
 
 # LARGE^2 is far above every eps in use, and SMALL^2 is near it; both numbers are exact in every dtype
 LARGE, SMALL = 2.0**13, 2.0**-9
+VOCAB_AT_ONCE = 4096  # rows of W_U of which a copy in float64 is made at a time
 ROUNDINGS = 32  # within one norm: of the model's dtype, or of float32 if that is coarser
 
 
@@ -44,7 +45,8 @@ class Unembedding:
 
         The mean is subtracted because the softmax does not depend on it. v is float64 on the CPU.
         """
-        w = (self.W_U[token_id].double() - self.W_U.mean(0, dtype=torch.float64)).cpu()
+        parts = [part.sum(0, dtype=torch.float64) for part in self.W_U.split(VOCAB_AT_ONCE)]
+        w = (self.W_U[token_id].double() - torch.stack(parts).sum(0) / len(self.W_U)).cpu()
         b = 0.0 if self.b_U is None else float(self.b_U[token_id].double() - self.b_U.mean(dtype=torch.float64))
         return self.centred(self.gain * w), float(w @ self.bias) + b
 

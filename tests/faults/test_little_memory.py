@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from support.command_line import actcache
 from support.every_command import FINISHED_HARVEST, NAMES, TRAIN, Places, all_commands, commands_of, words_of
 from support.forked_commands import Commands, join_group, leave_address_space
 from support.places import CHILD
 from support.surroundings import control_group
+from support.tiny_models import make_model, make_tokenizer
 
 pytestmark = pytest.mark.faults
 
@@ -81,6 +83,22 @@ def test_a_small_control_group(line, places, commands, tmp_path):
         codes[n_mib] = checked(code, said)
     assert codes[16] == 1
     assert codes.get(512, 0) == 0
+
+
+def test_logits_that_do_not_fit_are_refused_before_the_cache_is_read(places, commands, tmp_path):
+    """A model with a vocabulary of a million tokens, of which the tiny tokenizer knows 512. Its weights do fit."""
+    wide, runs = make_model("gpt2", 1 << 20), tmp_path / "runs"
+    wide.save_pretrained(tmp_path / "wide")
+    make_tokenizer().save_pretrained(tmp_path / "wide")
+    here = {**places, "model": tmp_path / "wide", "cache": tmp_path / "cache"}
+    for line in (f"{FINISHED_HARVEST} --out {{cache}}", f"train {{cache}} {TRAIN} --k 4 --out {runs}"):
+        actcache(*words_of(line, here))
+    with control_group(512 * MIB) as group:
+        asked = words_of(f"eval {runs} --model {{model}} --device cpu", here)
+        code, said = commands.run(asked, partial(join_group, group))
+    assert checked(code, said) == 1
+    assert re.search(r"out of memory \(the logits of [\d,]+ tokens may take \d\.\d\d GB\)", said), said
+    assert "rows" not in said
 
 
 @pytest.mark.parametrize("line", ["info {cache}", f"{FINISHED_HARVEST} --out {{mine}}/new"])

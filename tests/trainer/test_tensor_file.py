@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.surroundings import descriptors
+from support.surroundings import address_space, descriptors
 
 from actcache.files import NoFile
 from trainer.checksums import MappedFile
@@ -23,6 +23,13 @@ def path(tmp_path: Path) -> Path:
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4)}
     save_file(tensors, tmp_path / "file", {"state": "so"})
     return tmp_path / "file"
+
+
+def test_a_tensor_that_does_not_fit_is_refused_before_its_memory_is_taken(path: Path) -> None:
+    """Where a control group is the limit, the kernel would end the process."""
+    save_file({"W_dec": torch.zeros(25 << 20)}, path)
+    with address_space(96 << 20), pytest.raises(MemoryError, match=rf"^W_dec of {path} may take 0\.17 GB$"):
+        read_tensors(path)
 
 
 def test_tensors_are_those_that_the_library_reads(path: Path) -> None:

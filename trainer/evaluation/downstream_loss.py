@@ -28,6 +28,7 @@ from torch import Tensor
 from actcache.errors import DatasetError, ManifestError
 from actcache.files import NoFile, contents, is_writable, refuse_links, write_atomically
 from actcache.format.seal import MALFORMED, seal, unseal
+from actcache.machine.limits import require_memory_for_array
 from actcache.store.cache import Cache
 from trainer.evaluation.pca import PCA
 from trainer.sae.metrics import ce_loss_score, kl_div_score
@@ -62,6 +63,7 @@ class Model(Protocol):
     backend: str
     attention_kernel: str
     compiled: bool
+    vocab_size: int
 
     def logits(
         self,
@@ -131,6 +133,14 @@ class _Batch:
 def piece_rows(width: int, most_values: int | None = None) -> int:
     """How many rows of a matrix of this width hold `most_values` numbers (PIECE_VALUES if None); at least one."""
     return max(1, (most_values or PIECE_VALUES) // width)
+
+
+def require_memory_for_logits(model: Model, sequences: Int32[np.ndarray, "sequence position"]) -> None:
+    """Raise MemoryError if a model on a CPU has no room for what `model_metrics` takes of it for these sequences."""
+    if model.device.type == "cpu":
+        n_tokens = min(sequences.size, _batch_sequences(sequences) * sequences.shape[1])
+        n_bytes = 2 * n_tokens * model.vocab_size * torch.float32.itemsize  # log-probabilities and logits
+        require_memory_for_array(n_bytes, f"the logits of {n_tokens:,} tokens")
 
 
 def model_metrics(
@@ -211,7 +221,7 @@ def _run(
     """Run every SAE's pass and those of `baselines` (None for the original) over the sequences. Returns their sums."""
     hook_names = _hooks_to_see(saes.values(), model)
     totals: dict[PassName, LossSums] = {}
-    n_sequences, n_done = max(1, BATCH_TOKENS // sequences.shape[1]), 0
+    n_sequences, n_done = _batch_sequences(sequences), 0
     for ids, mask in zip(*(torch.from_numpy(each).split(n_sequences) for each in (sequences, counts)), strict=True):
         ids, mask = ids.to(model.device, torch.long), mask.to(model.device)
         # The batch gets no name here, which would keep its memory while the next one is made.
@@ -221,6 +231,11 @@ def _run(
         if progress is not None:
             progress(n_done)
     return totals
+
+
+def _batch_sequences(sequences: Int32[np.ndarray, "sequence position"]) -> int:
+    """How many sequences run through the model at a time."""
+    return max(1, BATCH_TOKENS // sequences.shape[1])
 
 
 def _hooks_to_see(saes: Iterable[SAE | PCA], model: Model) -> list[str]:

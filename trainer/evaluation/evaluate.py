@@ -24,7 +24,14 @@ from actcache.files import is_file, is_folder, refuse_links, require_writable
 from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache
-from trainer.evaluation.downstream_loss import BATCH_TOKENS, MODEL_METRICS, Model, model_metrics, piece_rows
+from trainer.evaluation.downstream_loss import (
+    BATCH_TOKENS,
+    MODEL_METRICS,
+    Model,
+    model_metrics,
+    piece_rows,
+    require_memory_for_logits,
+)
 from trainer.evaluation.pca import PCA, fit_pca
 from trainer.formats.saelens import load_sae
 from trainer.run_folder import (
@@ -107,6 +114,7 @@ def evaluate_all(
         ConfigError: an argument is out of range or of another type.
         CacheMismatch: the cache lacks a hook, holds it with another width, or was harvested from another model.
         DatasetError: the validation split is empty.
+        MemoryError: the model is on a CPU that has no room for the logits of BATCH_TOKENS tokens, twice.
     """
     typed("evaluate", "exclude_special_tokens", exclude_special_tokens, bool)
     whole_number("evaluate", "model_tokens", model_tokens, 1)
@@ -114,6 +122,8 @@ def evaluate_all(
     with torch.no_grad():
         spliced = model is not None and any(len(sae.output_hooks) == 1 for sae in saes)
         sequences = _sequences(cache, model_tokens if spliced else 0)
+        if model is not None:
+            require_memory_for_logits(model, sequences)  # now: all rows of the cache are read before
         sums = _reconstructions(saes, cache, exclude_special_tokens, sequences.size, progress)
         losses: list[dict[str, Any]] = [dict.fromkeys(MODEL_METRICS) for _ in saes]
         if model is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from actcache.arguments import typed
 from actcache.errors import CacheMismatch, ConfigError
+from actcache.machine.limits import require_memory_for_array
 from trainer.features.logit_lens import check_latents, in_parts
 from trainer.sae.sae import SAE
 
@@ -44,6 +45,7 @@ def similar_features(a: SAE, b: SAE, n: int = 1, *, latents: Sequence[int] | Non
     Raises:
         CacheMismatch: the decoders have different widths.
         ConfigError: n is outside [1, d_sae of b], or a latent is not one of `a`.
+        MemoryError: the SAEs are on a CPU that has no room for the copy.
     """
     chosen = range(a.d_sae) if latents is None else latents
     check_latents(a, chosen)
@@ -54,6 +56,8 @@ def similar_features(a: SAE, b: SAE, n: int = 1, *, latents: Sequence[int] | Non
         )
     if not 1 <= typed("similar", "n", n, int) <= b.d_sae:
         raise ConfigError(f"similar: n must be in [1, d_sae={b.d_sae}], got {n}")
+    if a.device.type == "cpu":
+        require_memory_for_array(b.W_dec.numel() * torch.float32.itemsize, "a copy of a decoder")
     others = _unit_rows(b.W_dec.to(a.device)).T
     tops = [(_unit_rows(a.W_dec[list(part)]) @ others).topk(n) for part in in_parts(chosen)]
     return SimilarFeatures(

@@ -7,10 +7,11 @@ from support.tiny_models import D_MODEL, FAMILIES, LAYER_NORMED, N_LAYERS, make_
 from torch import nn
 
 from actcache.errors import ModelError
+from actcache.machine.limits import resident_bytes
 from actcache.models.bridge import BridgeModel
 from actcache.models.huggingface import HuggingFaceModel
 from actcache.models.load import wrap_model
-from actcache.models.unembedding import SMALL
+from actcache.models.unembedding import SMALL, Unembedding
 
 LAST = f"blocks.{N_LAYERS - 1}.hook_resid_post"
 TOKENS = torch.randint(0, 512, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -32,6 +33,16 @@ def test_the_measured_norm_is_the_modules(family, dtype):
     assert ((got.gain - gain).abs() <= 8 * u * (gain.abs() + bias.abs())).all()
     assert abs(got.eps - eps) <= 64 * u * (SMALL**2 + eps) * float((gain.abs() + bias.abs()).max() / gain.abs().mean())
     assert got.W_U.data_ptr() == module.get_output_embeddings().weight.data_ptr(), "no copy"
+
+
+def test_a_token_direction_makes_no_copy_of_the_head():
+    """128 MiB of it would be 256 in float64."""
+    W_U, zeros = torch.ones(1 << 19, 64), torch.zeros(64, dtype=torch.float64)
+    head = Unembedding(W_U=W_U, b_U=None, gain=zeros + 1, bias=zeros, eps=0.0, is_centred=False)
+    before, _ = resident_bytes(forget_peak=True)
+    v, constant = head.token_direction(3)
+    assert resident_bytes()[1] - before < 32 << 20
+    assert (v.count_nonzero(), constant) == (0, 0.0), "the row is the mean row"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from support.planted import D_SAE, make_sae
+from support.surroundings import address_space
 from support.tiny_models import D_MODEL
 
 from actcache.errors import CacheMismatch, ConfigError
@@ -31,6 +32,12 @@ def test_similar_features_are_those_of_the_definition():
     assert float((cosines.gather(1, got.latents) - best.values).abs().max()) <= 2 * bound
     some = similar_features(a, b, 4, latents=[150, 3])
     assert torch.equal(some.latents, got.latents[[150, 3]])
+
+
+def test_a_decoder_that_does_not_fit_twice_is_refused():
+    a, b = random_sae(0), random_sae(1, 25 << 15)
+    with address_space(96 << 20), pytest.raises(MemoryError, match=r"^a copy of a decoder may take 0\.17 GB$"):
+        similar_features(a, b)
 
 
 def test_a_permuted_copy_is_found_whole():
