@@ -15,6 +15,7 @@ from support.damages import flip
 from support.places import ROOT
 from support.remote_code import RemoteCode
 from support.tiny_caches import HOOKS
+from support.tiny_models import pickle_weights
 
 from actcache.commands.terminal import plain
 
@@ -181,12 +182,15 @@ def test_steering_prints_the_text_without_and_with(work, tiny_llama_dir):
     actcache(*common, "--mode", "ablate", "--drop-error")
 
 
+TRUSTED = ("--trust-remote-code", "--allow-pickle")
+
+
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory, tiny_llama_dir, tiny_texts) -> Path:
-    """A folder with a cache of a model that brings code of its own, and a run that was trained on it."""
+    """A folder with a cache of a model that brings code and a pickle, and a run that was trained on it."""
     folder = tmp_path_factory.mktemp("foreign")
-    model = RemoteCode(tiny_llama_dir, folder).model("own")
-    chosen = ["--model", model, "--backend", "transformer_lens", "--hook", HOOKS[2], "--trust-remote-code"]
+    model = pickle_weights(RemoteCode(tiny_llama_dir, folder).model("own"))
+    chosen = ["--model", model, "--backend", "transformer_lens", "--hook", HOOKS[2], *TRUSTED]
     sizes = ["--context-size", 16, "--tokens", 1000, "--holdout", 0.2, "--batch-size", 8, "--device", "cpu"]
     actcache("harvest", *chosen, "--dataset", tiny_texts, *sizes, "--out", folder / "cache")
     single = ["--hook", HOOKS[2], "--d-sae", 64, "--k", 4, "--tokens", 500, "--batch-tokens", 100]
@@ -206,7 +210,7 @@ def foreign(tmp_path_factory, tiny_llama_dir, tiny_texts) -> Path:
     ],
     ids=["verify", "repair", "eval", "features of a text", "features", "steer"],
 )
-def test_a_model_with_code_of_its_own_has_to_be_trusted_again(foreign, tmp_path, command, place, options, says):
+def test_a_model_with_code_and_a_pickle_has_to_be_trusted_again(foreign, tmp_path, command, place, options, says):
     (run,) = (foreign / "runs").glob("*/sae")
     places = {"cache": foreign / "cache", "runs": foreign / "runs", "run": run.parent, "damaged": tmp_path / "cache"}
     if place == "damaged":
@@ -218,7 +222,8 @@ def test_a_model_with_code_of_its_own_has_to_be_trusted_again(foreign, tmp_path,
     assert "brings code of its own, " in refused
     assert "pass --trust-remote-code" in refused
     assert not any("rror" in line or "Traceback" in line for line in before)
-    assert says in actcache(*asked, "--trust-remote-code").stderr
+    assert "pass --allow-pickle" in actcache(*asked, "--trust-remote-code", code=1).stderr.splitlines()[-1]
+    assert says in actcache(*asked, *TRUSTED).stderr
 
 
 def test_similar_features_of_two_runs(work):

@@ -12,6 +12,7 @@ from actcache.commands.terminal import (
     CACHE,
     DATA,
     MODEL,
+    AllowPickle,
     Bar,
     Device,
     NoLock,
@@ -119,6 +120,7 @@ def harvest(
         ),
     ] = "hf",
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     worker: Annotated[
         str | None,
         typer.Option(
@@ -183,6 +185,7 @@ def harvest(
         compile=compiled,
         backend=backend,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
     note_named(language_model.source)
     if estimate:

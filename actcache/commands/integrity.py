@@ -14,6 +14,7 @@ from actcache.commands.remembered import model_of_cache
 from actcache.commands.terminal import (
     DATA,
     MODEL,
+    AllowPickle,
     Bar,
     CachePath,
     Device,
@@ -68,13 +69,15 @@ def verify(
     ] = 16,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
 ) -> None:
     """Read every byte of a cache and hold it against the manifest. The exit code is 1 if anything is wrong."""
     from actcache.integrity.verify import verify as checked
 
     with closing(Bar("verify", "chunk")) as progress:
         found = checked(cache, progress=progress)
-    load_model = partial(model_of_cache, model=model, device=device, trust_remote_code=trust_remote_code)
+    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    load_model = partial(model_of_cache, model=model, device=device, **trusted)
     sample = _sample(cache, load_model, sequences) if sampled and not found.problems else None
     if as_json:
         print_json({**asdict(found), "sample": asdict(sample) if sample else None})
@@ -107,12 +110,14 @@ def repair(
     ] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     no_lock: NoLock = False,
 ) -> None:
     """Rebuild what is damaged and nothing else. The model is loaded only if activations are damaged."""
     from actcache.integrity.repair import repair as repaired
 
-    load_model = partial(model_of_cache, cache, model=model, device=device, trust_remote_code=trust_remote_code)
+    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    load_model = partial(model_of_cache, cache, model=model, device=device, **trusted)
     with locking(cache, no_lock), closing(StageBar()) as progress:
         done = repaired(cache, load_model, dataset=dataset, progress=progress)
     for problem in done.found:

@@ -21,6 +21,7 @@ def model_of_cache(
     model: str | None,
     device: str,
     trust_remote_code: bool,
+    allow_pickle: bool,
 ) -> LanguageModel:
     """Load the model that a cache was harvested from, with the dtype and the backend that it ran with.
 
@@ -32,6 +33,7 @@ def model_of_cache(
         model: a Hugging Face name or local directory; None takes what the cache remembers.
         device: the value of --device.
         trust_remote_code: as for `load_model`. It is asked anew, because the code may have changed since.
+        allow_pickle: as for `load_model`.
 
     Raises:
         ManifestError: `model` is None, and the cache was harvested from a model in memory, or from one that this user
@@ -63,6 +65,7 @@ def model_of_cache(
         attention=compute.get("attention", "auto") if same_device else "auto",
         compile=compute.get("compiled", False),
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
     note_named(loaded.source)
     return loaded

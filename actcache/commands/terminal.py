@@ -75,6 +75,12 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let the model run Python code that it brings.", rich_help_panel=MODEL),
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle", help="Take weights that are a pickle, if there are no safetensors.", rich_help_panel=MODEL
+    ),
+]
 
 
 class Commands(TyperGroup):

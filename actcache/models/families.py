@@ -71,7 +71,7 @@ def blocks_of(model: nn.Module, family: Family, n_layers: int, name: str | None)
         for path, module in model.named_modules()
         if path.rpartition(".")[2] == family.blocks
         and isinstance(module, nn.ModuleList)
-        and len(module) == n_layers
+        and len(module) == n_layers > 0
         and needed <= {child for child, _ in module[0].named_children()}
     ]
     if len(found) != 1:

