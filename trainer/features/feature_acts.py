@@ -128,19 +128,32 @@ class Codes:
         self, latent: int
     ) -> tuple[Int32[np.ndarray, " entry_of_latent"], Float32[np.ndarray, " entry_of_latent"]]:
         """(tokens, activations) of a latent's entries, with ascending tokens. Raises ManifestError for damage."""
-        edges = self._checked(self.latent_start[latent : latent + 2]).tolist()
-        return self._checked(self.token_by_latent[slice(*edges)]), self._checked(self.act_by_latent[slice(*edges)])
+        start, stop = self._checked(self.latent_start[latent : latent + 2]).tolist()
+        self._require(0 <= start <= stop <= len(self.token_by_latent), "latent_start")
+        tokens = self._checked(self.token_by_latent[start:stop])
+        acts = self._checked(self.act_by_latent[start:stop])
+        within = len(tokens) == 0 or (tokens[0] >= 0 and tokens[-1] < len(self.token_id))
+        self._require(within and (tokens[1:] > tokens[:-1]).all(), "token_by_latent")
+        self._require(np.isfinite(acts).all(), "act_by_latent")
+        return tokens, acts
 
     def latents_at(self, tokens: Int32[np.ndarray, " chosen"]) -> Int32[np.ndarray, " entry_of_chosen"]:
-        """The latents that fire on the chosen tokens, token after token. Raises ManifestError for damage."""
+        """The latents that fire on the chosen tokens, token after token. Raises ManifestError for damage.
+
+        tokens: each once.
+        """
         self.file.check_at(self.token_start, tokens)
         self.file.check_at(self.token_start, tokens + 1)
-        start = self.token_start[tokens]
-        counts = self.token_start[tokens + 1] - start
+        start, stop = self.token_start[tokens], self.token_start[tokens + 1]
+        within = ((start >= 0) & (start <= stop) & (stop <= len(self.latent))).all()
+        counts = stop - start
+        self._require(within and counts.sum() <= len(self.latent), "token_start")
         first = np.cumsum(counts) - counts  # where the latents of each token begin in the result
         entries = np.repeat(start - first, counts) + np.arange(counts.sum())
         self.file.check_at(self.latent, entries)
-        return self.latent[entries]
+        latents = self.latent[entries]
+        self._require(((latents >= 0) & (latents < len(self.latent_start) - 1)).all(), "latent")
+        return latents
 
     def ids(self, start: int, stop: int) -> list[int]:
         """The ids of tokens [start, stop) of these. Raises ManifestError for damage."""
@@ -149,6 +162,11 @@ class Codes:
     def _checked(self, view: np.ndarray) -> np.ndarray:
         self.file.check(view)
         return view
+
+    def _require(self, is_so: bool | np.bool_, field: str) -> None:
+        """Raise ManifestError if a field points where nothing is: bytes may be as they were written, and yet wrong."""
+        if not is_so:
+            raise damaged(self.file.path, ValueError(f"{field} holds what it may not"))
 
 
 def write_codes(
@@ -192,6 +210,10 @@ def map_codes(path: Path, first_token: int, checksums: Checksums) -> Codes:
     file, arrays = _mapped(path, checksums)
     names = [name for name in Codes.__slots__ if name not in ("file", "first_token")]
     try:
+        for name in names:
+            kind = "f" if name.startswith("act") else "i"
+            if arrays[name].ndim != 1 or arrays[name].dtype.kind != kind:
+                raise ValueError(f"{name} has the shape {arrays[name].shape} and the dtype {arrays[name].dtype}")
         codes = Codes(file=file, first_token=first_token, **{name: arrays[name] for name in names})
         for ends in (codes.token_start[-1:], codes.latent_start[-1:]):
             file.check(ends)

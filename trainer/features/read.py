@@ -14,6 +14,7 @@ always means largest in magnitude.
 """
 
 import bisect
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -225,14 +226,31 @@ def open_features(run: Path | str) -> Features:
     try:
         whole = codes[-1].stop == source["n_rows"] and all(len(c.latent_start) == source["d_sae"] + 1 for c in codes)
         fields = {name: source[name] for name in ("d_sae", "n_tokens", "context_size", "cache_fingerprint")}
-        if any(type(fields[name]) is not int or fields[name] < 1 for name in ("d_sae", "n_tokens", "context_size")):
+        are_counts = all(
+            type(fields[name]) is int and fields[name] >= 1 for name in ("d_sae", "n_tokens", "context_size")
+        )
+        if not are_counts or fields["n_tokens"] > codes[-1].stop or codes[-1].stop % fields["context_size"]:
             raise damaged(folder / SOURCE_FILE, ValueError(f"its counts are {shown(fields)}"))
+        _check_latents(folder / LATENTS_FILE, latents, fields["d_sae"], fields["n_tokens"])
         features = Features(**fields, n_fired=latents["n_fired"], max_act=latents["max_act"], codes=codes)
     except (KeyError, IndexError, TypeError) as error:
         raise damaged(folder / SOURCE_FILE, error) from error
     if not whole:
         raise ManifestError(f"{folder}: its files must hold all {source['n_rows']} rows; remove it and build it anew")
     return features
+
+
+def _check_latents(path: Path, latents: Mapping[str, np.ndarray], d_sae: int, n_tokens: int) -> None:
+    """Raise ManifestError unless latents.safetensors holds a count and a finite activation for each latent."""
+    n_fired, max_act = latents["n_fired"], latents["max_act"]
+    for name, dtype in (("n_fired", np.int64), ("max_act", np.float32)):
+        values = latents[name]
+        if values.shape != (d_sae,) or values.dtype != dtype:
+            raise damaged(path, ValueError(f"{name} has the shape {values.shape} and the dtype {values.dtype}"))
+    if n_fired.min() < 0 or n_fired.max() > n_tokens:
+        raise damaged(path, ValueError(f"n_fired must be in [0, n_tokens={n_tokens}]"))
+    if not np.isfinite(max_act).all() or max_act.min() < 0:
+        raise damaged(path, ValueError("max_act must be finite and at least 0"))
 
 
 def read_source(folder: Path, name: str, checksums: Checksums) -> dict[str, Any]:
@@ -269,6 +287,9 @@ def check_source(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any
 def map_all_codes(folder: Path, checksums: Checksums) -> tuple[Codes, ...]:
     """Map every file of codes, in the order of the split. Raises ManifestError if they leave out a token."""
     paths = [path for path in listed(folder) if path.match(CODES)]
+    for path in paths:
+        if not re.fullmatch(r"codes-[0-9]{1,18}", path.stem):
+            raise ManifestError(f"{path}: must be named for its first token; remove it")
     codes = tuple(map_codes(path, int(path.stem.partition("-")[2]), checksums) for path in paths)
     stop = 0
     for each in codes:

@@ -20,7 +20,7 @@ from actcache.store.cache import Cache
 from trainer.checksums import CHECKSUMS_FILE, add_checksums, check_file, checksums_of, read_checksums
 from trainer.features.feature_acts import WAY_OUT
 from trainer.features.logit_lens import LogitLens, TokenLogit, logit_lens
-from trainer.features.read import FOLDER, LOCK_FILE, only_builder
+from trainer.features.read import FOLDER, LOCK_FILE, SOURCE_FILE, only_builder
 from trainer.features.text import Model
 from trainer.features.token_strings import token_strings
 from trainer.formats.saelens import load_sae
@@ -117,6 +117,9 @@ def read_words(run: Path | str) -> Words:
     try:
         tokens = {int(token_id): str(text) for token_id, text in read_json(folder / TOKENS_FILE).items()}
         lens = tuple(_lens(row) for row in read_json(folder / LENS_FILE)["latents"]) if has_lens else None
+        d_sae = read_json(folder / SOURCE_FILE)["d_sae"] if is_file(folder / SOURCE_FILE) else None
+        if None not in (lens, d_sae) and len(lens or ()) != d_sae:
+            raise ValueError(f"{len(lens or ())} latents, where d_sae is {shown(d_sae)}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ManifestError(
             f"{folder}: {TOKENS_FILE} and {LENS_FILE} must hold strings and the lens of each latent, got "
@@ -141,6 +144,8 @@ def _token_weights(tokens: Sequence[TokenLogit]) -> list[TokenWeight]:
 
 
 def _lens(row: dict[str, Any]) -> Lens:
+    if max(len(row["promoted"]), len(row["suppressed"])) > N_LENS:
+        raise ValueError(f"more than {N_LENS} tokens of a latent")
     return Lens(
         promoted=tuple(_token_weight(*pair) for pair in row["promoted"]),
         suppressed=tuple(_token_weight(*pair) for pair in row["suppressed"]),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from support.feature_cases import (
     CONTEXT_SIZE,
     A,
@@ -91,10 +92,71 @@ def test_counts_that_are_none_are_named(planted_cache, tmp_path):
     (run / "features" / "crc32c.json").unlink()
     path = run / "features" / "source.json"
     whole = json.loads(path.read_bytes())
-    for name, lie in (("context_size", 0), ("context_size", "16"), ("n_tokens", [1]), ("n_tokens", True)):
+    for name, lie in (
+        ("context_size", 0),
+        ("context_size", "16"),
+        ("n_tokens", [1]),
+        ("n_tokens", True),
+        ("n_tokens", 10**400),
+        ("context_size", 7),
+    ):
         path.write_text(json.dumps(whole | {name: lie}))
         with pytest.raises(ManifestError, match=r"source\.json: must be as .* its counts are .*build it anew"):
             open_features(run)
+
+
+LIES = {
+    "token_start": lambda values: np.concatenate([values[-2::-1], values[-1:]]),
+    "latent": lambda values: np.full_like(values, 2**31 - 1),
+    "latent_start": lambda values: np.concatenate([values[:-1] + 10**12, values[-1:]]),
+    "token_by_latent": lambda values: values + 10**6,
+    "act_by_latent": lambda values: np.full_like(values, np.nan),
+    "token_id": lambda values: values.astype(np.float32),
+    "act": lambda values: values[None],
+}
+
+
+@pytest.mark.parametrize("field", LIES)
+def test_codes_that_point_where_nothing_is_are_named(field, planted_cache, tmp_path):
+    """They have the checksums of what was written: whoever writes a run can write those too."""
+    run = planted_run(tmp_path, planted_cache)
+    build_features(run, planted_cache)
+    (run / "features" / "crc32c.json").unlink()
+    for path in (run / "features").glob("codes-*"):
+        arrays = safetensors.numpy.load_file(path)
+        arrays[field] = np.ascontiguousarray(LIES[field](arrays[field]))
+        safetensors.numpy.save_file(arrays, path)
+    with pytest.raises(ManifestError, match=rf"codes-\d+\.safetensors: must be as .*{field}.*build it anew"):
+        answers(run)
+
+
+@pytest.mark.parametrize(
+    ("field", "lie"),
+    [
+        ("n_fired", lambda values: values[:-1]),
+        ("n_fired", lambda values: values + 2**40),
+        ("n_fired", lambda values: -values),
+        ("max_act", lambda values: np.full_like(values, np.inf)),
+        ("max_act", lambda values: values[None]),
+    ],
+)
+def test_latents_that_are_no_counts_are_named(field, lie, planted_cache, tmp_path):
+    run = planted_run(tmp_path, planted_cache)
+    build_features(run, planted_cache)
+    (run / "features" / "crc32c.json").unlink()
+    path = run / "features" / "latents.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({**arrays, field: np.ascontiguousarray(lie(arrays[field]))}, path)
+    with pytest.raises(ManifestError, match=rf"latents\.safetensors: must be as .*{field}.*build it anew"):
+        open_features(run)
+
+
+def test_a_file_of_codes_with_another_name_is_named(planted_cache, tmp_path):
+    run = planted_run(tmp_path, planted_cache)
+    build_features(run, planted_cache)
+    (run / "features" / "codes-x.safetensors").write_bytes(b"")
+    with pytest.raises(ManifestError, match=r"codes-x\.safetensors: must be named for its first token; remove it"):
+        open_features(run)
 
 
 def answers(run: Path) -> list[object]:

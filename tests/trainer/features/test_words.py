@@ -7,6 +7,7 @@ from support.tiny_caches import HOOKS
 from support.tiny_saes import make_config, make_run
 
 from actcache.errors import ManifestError
+from trainer.features.build import build_features
 from trainer.features.logit_lens import logit_lens
 from trainer.features.token_strings import token_strings
 from trainer.features.words import N_LENS, has_words, read_words, write_words
@@ -39,6 +40,19 @@ def test_a_crosscoder_has_words_but_no_lens(tiny_cache, tiny_model, tmp_path):
     run = make_run(tmp_path, make_config("crosscoder"), tiny_cache.identity["model"])
     write_words(run, tiny_cache, tiny_model)
     assert read_words(run).lens is None
+
+
+def test_a_lens_of_too_few_latents_or_too_many_tokens_is_named(tiny_cache, tiny_model, tmp_path):
+    run = make_run(tmp_path, make_config("topk", d_in=32, hook_name=HOOKS[2]), tiny_cache.identity["model"])
+    build_features(run, tiny_cache)
+    write_words(run, tiny_cache, tiny_model)
+    (run / "features" / "crc32c.json").unlink()
+    path = run / "features" / "lens.json"
+    latents = json.loads(path.read_bytes())["latents"]
+    for lie in (latents[:-1], [*latents, latents[0]], [{**latents[0], "promoted": [[1, 1.0]] * 11}, *latents[1:]]):
+        path.write_text(json.dumps({"latents": lie}))
+        with pytest.raises(ManifestError, match=r"lens\.json must hold .* the lens of each latent, got ValueError"):
+            read_words(run)
 
 
 def test_words_that_are_missing_or_damaged(tiny_cache, tiny_model, tmp_path):
