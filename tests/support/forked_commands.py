@@ -99,11 +99,20 @@ class Commands:
         """folder: for what they say."""
         self._folder, self._server, self._n_started = folder, server(), 0
 
-    def run(self, arguments: Sequence[object], before: Callable[[], None]) -> tuple[int, str]:
-        """The exit code of a command, and what it said. before: called in the process first; it is pickled."""
+    def run(
+        self,
+        arguments: Sequence[object],
+        before: Callable[[], None],
+        what: Callable[[Sequence[str]], None] = call,
+    ) -> tuple[int, str]:
+        """The exit code of a command, and what it said.
+
+        before: called in the process first; it is pickled. what: called with the arguments; the command line or
+        something else.
+        """
         self._n_started += 1
         said = self._folder / f"said-{self._n_started}.txt"
-        process = self._server.Process(target=_call_after, args=(before, [*map(str, arguments)], said))
+        process = self._server.Process(target=_call_after, args=(before, what, [*map(str, arguments)], said))
         process.start()
         forked = Forked(process=process, said_path=said)
         try:
@@ -113,10 +122,12 @@ class Commands:
             process.join()
 
 
-def _call_after(before: Callable[[], None], arguments: Sequence[str], said: Path) -> None:
+def _call_after(
+    before: Callable[[], None], what: Callable[[Sequence[str]], None], arguments: Sequence[str], said: Path
+) -> None:
     begin(said)
     before()
-    call(arguments)
+    what(arguments)
 
 
 def leave_address_space(n_bytes: int) -> None:
