@@ -18,14 +18,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from actcache.arguments import shown
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.files import NoFile, is_file, listed, remove_leftovers, write_atomically
 from actcache.format.seal import MALFORMED
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed
 from trainer.config.settings import SAEConfig
 from trainer.tensor_file import TensorFile, opened_tensors
+from trainer.training.optimizer import new_optimizer
 from trainer.training.step import TrainState, initial_state
 
+MOST_OF_A_NUMBER = 1 << 63
 _FILE_NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
@@ -149,19 +152,39 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _fill(state: TrainState, file: TensorFile, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Copy the stored tensors into a fresh state. Raises ValueError unless they have its shapes."""
+    """Copy the stored tensors and numbers into a fresh state. Raises ValueError unless its optimizer can take them."""
     _copy_(state.tokens_since_fired, file, "tokens_since_fired")
+    stepped_groups, stepped = _stepped(state)
     for name, weight in state.weights.items():
         with torch.no_grad():
             _copy_(weight, file, f"weights/{name}")
         prefix = f"optimizer/{name}/"
+        held = {key.removeprefix(prefix) for key in file.names if key.startswith(prefix)}
+        if held and held != {*stepped[name]}:
+            raise ValueError(f"{prefix} must hold {', '.join(stepped[name])}, holds {', '.join(sorted(held))}")
         state.optimizer.state[weight] = {
-            key.removeprefix(prefix): _fitting(file, key, weight) for key in file.names if key.startswith(prefix)
+            what: _fitting(file, prefix + what, weight, stepped[name][what]) for what in stepped[name] if held
         }
         if f"average/{name}" in file.names:
-            state.average[name] = _fitting(file, f"average/{name}", weight)
-    for group, numbers in zip(state.optimizer.param_groups, groups, strict=True):
-        group.update(numbers)
+            state.average[name] = _fitting(file, f"average/{name}", weight, weight)
+    for group, like, numbers in zip(state.optimizer.param_groups, stepped_groups, groups, strict=True):
+        group.update(_fitting_numbers(numbers, like))
+
+
+def _stepped(state: TrainState) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
+    """What the state's optimizer holds after a step: its groups, and by the name of a weight what it holds of that.
+
+    The step is done with weights of one element.
+    """
+    weights = {
+        name: torch.zeros([1] * weight.ndim, dtype=weight.dtype, requires_grad=True)
+        for name, weight in state.weights.items()
+    }
+    optimizer = new_optimizer(state.config, weights)
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    return optimizer.param_groups, {name: optimizer.state[weight] for name, weight in weights.items()}
 
 
 def _copy_(tensor: Tensor, file: TensorFile, name: str) -> None:
@@ -171,9 +194,24 @@ def _copy_(tensor: Tensor, file: TensorFile, name: str) -> None:
     tensor.copy_(stored)
 
 
-def _fitting(file: TensorFile, name: str, weight: Tensor) -> Tensor:
-    """A stored tensor on the weight's device. Raises ValueError unless it has the weight's shape or is a scalar."""
-    tensor = file.read(name)
-    if tensor.ndim > 0 and tensor.shape != weight.shape:
-        raise ValueError(f"{name} must have shape {tuple(weight.shape)}, got {tuple(tensor.shape)}")
+def _fitting(file: TensorFile, name: str, weight: Tensor, like: Tensor) -> Tensor:
+    """A stored tensor on the weight's device. `like` has its dtype, and is a scalar if it is one.
+
+    Raises ValueError unless it is so, and unless it has the weight's shape if it is no scalar.
+    """
+    tensor, shape = file.read(name), weight.shape if like.ndim else like.shape
+    if (tensor.shape, tensor.dtype) != (shape, like.dtype):
+        raise ValueError(f"{name} must be {like.dtype} {tuple(shape)}, got {tensor.dtype} {tuple(tensor.shape)}")
     return tensor.to(weight.device)
+
+
+def _fitting_numbers(stored: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, float | int]:
+    """The stored numbers that a group has too. What is true or false follows from the config.
+
+    Raises ValueError for one that is no number, or that torch cannot take.
+    """
+    numbers = {name: stored.get(name, value) for name, value in _numbers(group).items() if not isinstance(value, bool)}
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < MOST_OF_A_NUMBER:
+            raise ValueError(f"{name} of the optimizer must be a number below 2^63, got {shown(value)}")
+    return numbers

@@ -2,16 +2,24 @@
 
 import dataclasses
 import errno
+import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 from support.strangers import as_another_user, copy_of_another_user, only_root
 from support.surroundings import FailingCalls, descriptors
 from support.tiny_saes import ARCHITECTURES
 from support.training_cases import assert_same_state, new_state, rows, step
+from torch import Tensor
 
 from actcache.errors import CacheMismatch, ManifestError
+from trainer.tensor_file import opened_tensors
 from trainer.training.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.training.step import TrainState
 
@@ -235,6 +243,68 @@ def test_an_old_checkpoint_that_is_torn_is_not_called_good(tmp_path: Path) -> No
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ManifestError, match="there is no good one before it"):
         load_checkpoint(state.config, newest)
+
+
+HOSTILE_NUMBERS = [
+    *({"eps": value} for value in (None, "x", [], {}, True, 10**30, -(10**400), math.nan, math.inf)),
+    {"weight_decay": "x"},
+]
+
+
+def changed(path: Path, changes: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
+    """Change tensors and numbers of a checkpoint in place. It has no checksums then."""
+    with opened_tensors(path) as file:
+        tensors, counters = {name: file.read(name) for name in file.names}, json.loads(file.metadata["state"])
+    changes(tensors, counters)
+    path.with_suffix(".crc32c.json").unlink()
+    path.write_bytes(save(tensors, {"state": json.dumps(counters)}))
+
+
+@pytest.mark.parametrize("numbers", HOSTILE_NUMBERS, ids=str)
+def test_numbers_that_the_optimizer_cannot_take_are_refused(numbers: dict[str, object], tmp_path: Path) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    changed(path, lambda _, counters: counters["optimizer"][0].update(numbers))
+    with pytest.raises(ManifestError, match=r"must be a number below 2\^63"):
+        load_checkpoint(state.config, path)
+
+
+SETTINGS = [{"params": None}, {"betas": 3}, {"amsgrad": True}, {"maximize": "x"}, {"differentiable": True}, {"new": []}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_optimizer_is_set_by_the_config_alone(settings: dict[str, object], tmp_path: Path) -> None:
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    changed(path, lambda _, counters: counters["optimizer"][0].update(settings))
+    restored = load_checkpoint(state.config, path)
+    for each in (state, restored):
+        step(each, rows(24, seed=3))
+    assert_same_state(state, restored)
+
+
+@pytest.mark.parametrize("changes", [{}, *OPTIMISED[:5]], ids=str)
+@pytest.mark.parametrize("fault", ["missing", "more", "scalar", "dtype"])
+def test_tensors_that_the_optimizer_cannot_take_are_refused(
+    fault: str, changes: dict[str, object], tmp_path: Path
+) -> None:
+    state = trained("topk", **changes)
+    path = save_checkpoint(state, tmp_path)
+
+    def spoil(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        kind = "average" if "ema_decay" in changes and fault in ("scalar", "dtype") else "optimizer"
+        name = next(name for name, each in tensors.items() if name.startswith(f"{kind}/W_dec") and each.ndim)
+        tensor = tensors.pop(name)
+        if fault == "missing":
+            tensors.update({f"optimizer/W_dec/{len(name)}": tensor})
+        else:
+            tensors[name] = {"more": tensor, "scalar": torch.tensor(1.0), "dtype": tensor.to(torch.int64)}[fault]
+        if fault == "more":
+            tensors["optimizer/W_dec/x"] = torch.tensor(1.0)
+
+    changed(path, spoil)
+    with pytest.raises(ManifestError, match="cannot be read as a checkpoint"):
+        load_checkpoint(state.config, path)
 
 
 def test_a_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
