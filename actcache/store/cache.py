@@ -225,8 +225,12 @@ def read_origin(root: Path) -> dict[str, Any]:
     dataset was in memory. Raises ManifestError if the file is missing or malformed, OSError if it cannot be read.
     """
     try:
-        return json.loads(contents(root / ORIGIN))
-    except (NoFile, ValueError, RecursionError) as error:
+        origin = json.loads(contents(root / ORIGIN))
+        for name, kind in (("model", str), ("revision", str), ("dataset", dict)):
+            if not isinstance(origin[name], kind | None):
+                raise ValueError(f"{name} is of another type")
+        return origin
+    except (NoFile, *MALFORMED) as error:
         what = f"unreadable ({type(error).__name__})"
         raise ManifestError(what, path=root / ORIGIN, way_out="pass --model") from error
 

@@ -140,6 +140,18 @@ def test_parts_of_two_caches_are_told_apart(root, tiny_model, tiny_texts, tmp_pa
         open_cache(root)
 
 
+WRONG_ORIGINS = [None, [], 3, "x", {}, *({n: v} for n in ("model", "revision") for v in ([], 3, True, {"a": 1}))]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_ORIGINS, {"dataset": "x"}, {"dataset": []}], ids=str)
+def test_an_origin_of_other_types_is_asked_for(root, wrong):
+    path = root / "log" / "origin.json"
+    sound = json.loads(path.read_text()) if wrong else None
+    path.write_text(json.dumps(sound | wrong if isinstance(wrong, dict) and sound else wrong))
+    with pytest.raises(ManifestError, match="pass --model"):
+        read_origin(root)
+
+
 def test_an_origin_that_cannot_be_read_is_asked_for(root):
     assert read_origin(root) == json.loads((root / "log" / "origin.json").read_text())
     (root / "log" / "origin.json").unlink()
