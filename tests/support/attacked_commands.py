@@ -42,6 +42,7 @@ base: {{hook_name: {HOOKS[2]}, architecture: topk, d_sae: 32, lr: 1.0e-3}}
 """
 SWEEP = BASE + "runs:\n  - {name: topk, k: 2}\n  - {name: begun, k: 3}\n"
 GRID = BASE + "grid: {k: [2, 3], seed: [0, 1]}\n"
+PROGRESS = re.compile(r"\rGenerating train split: [\w ?:.,/\[\]]*")  # of the library that reads the dataset
 TIMED = re.compile(
     r"/log/|/kept/|/timing\.jsonl$|lock$|runs/[^/]+/crc32c\.json$"
 )  # what is another each time, or a copy of what was attacked
@@ -287,7 +288,7 @@ class Used:
             "a strange exit code": self.code not in (0, 1, 2),
             "a traceback": "Traceback" in self.said,
             f"{errors} errors": errors != (self.code != 0),
-            "unprintable": any(not line.isprintable() for line in self.said.split("\n")),
+            "unprintable": any(not line.isprintable() for line in PROGRESS.sub("", self.said).split("\n")),
             f"wrote or removed {touched}": touched,
             "ran code": any(Path(path).name == CANARY for path in self.after),
         }

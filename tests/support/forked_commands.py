@@ -46,7 +46,7 @@ class Forked:
 
     @property
     def said(self) -> str:
-        return self.said_path.read_text()
+        return self.said_path.read_bytes().decode()  # each carriage return is one
 
     def is_alive(self) -> bool:
         return self.process.is_alive()
