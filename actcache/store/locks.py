@@ -25,6 +25,7 @@ from actcache.files import (
     make_folder,
     naming,
     not_writable,
+    opened,
     refuse_links,
     remove_leftovers,
     require_writable,
@@ -121,8 +122,8 @@ def holder(note: Path) -> str:
 
 
 def is_held(path: Path) -> bool:
-    """Whether any process holds the exclusive lock of a file. Raises LocksMissing."""
-    with open(path, "rb") as file:
+    """Whether any process holds the exclusive lock of a file. Raises LocksMissing, and as `opened`."""
+    with opened(path) as file:
         return not _locked(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 

@@ -213,3 +213,9 @@ def test_a_lock_that_is_a_link_makes_no_file(tmp_path):
     with pytest.raises(ManifestError, match="is a link, and no link is followed there"), exclusive(tmp_path):
         raise AssertionError
     assert not (tmp_path / "new").exists()
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "writer-00.jsonl")
+    with pytest.raises(FileNotFoundError, match="no regular file"):
+        is_held(tmp_path / "writer-00.jsonl")
