@@ -423,15 +423,3 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def remembered_cache(runs: Path) -> Path:
-    """The cache that the first run of a folder was trained on, as its config.json says.
-
-    Raises:
-        ManifestError: no run there names a cache.
-    """
-    for folder in run_folders(runs):
-        if cache := read_run_json(folder, CONFIG_FILE).get("cache"):
-            return Path(cache["path"])
-    raise ManifestError(f"{runs} holds no run that remembers its cache; train first, or pass --cache or --model")

@@ -14,18 +14,20 @@ the same too, or that a larger cache has grown from the one they read, cannot be
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from actcache.errors import CacheMismatch
+from actcache.arguments import shown
+from actcache.errors import CacheMismatch, ManifestError
 from actcache.flow import SPLITS
 from actcache.format.manifest import rows_fingerprint
 from actcache.store.cache import Cache, earlier_caches, open_cache
 from trainer.config.presets import HookFacts
 from trainer.config.settings import RowFilter, SAEConfig
-from trainer.run_folder import CONFIG_FILE, read_run_json, remembered_cache, run_folders
+from trainer.run_folder import CONFIG_FILE, finite, read_run_json, run_folders
 
 logger = logging.getLogger("actcache")
 
@@ -143,6 +145,75 @@ def cache_with_rows(block: Mapping[str, Any], cache: Cache, splits: Iterable[str
     return None
 
 
+def cache_block(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The block `cache` of a run's config.json, checked as a whole; {} where there is none.
+
+    Args:
+        folder: of the run.
+        config: what its config.json holds.
+
+    Raises:
+        ManifestError: the block holds something else than `describer` gives, or than an older program gave.
+    """
+    block = config.get("cache") or {}
+    if not block:
+        return {}
+    _require(isinstance(block, dict), folder, "cache", "an object", block)
+    _require(_is_path(block.get("path")), folder, "cache.path", "a path", block.get("path"))
+    _require(isinstance(block.get("fingerprint"), str), folder, "cache.fingerprint", "a str", block.get("fingerprint"))
+    if names_rows(block):
+        counts, hooks = block.get("n_rows"), block["hooks"]
+        are_counts = isinstance(counts, dict) and all(_is_count(counts.get(split)) for split in SPLITS)
+        _require(are_counts, folder, "cache.n_rows", f"a count for {' and '.join(SPLITS)}", counts)
+        _require(isinstance(hooks, dict) and len(hooks) > 0, folder, "cache.hooks", "an object of hooks", hooks)
+        for hook_name, of in hooks.items():
+            field = f"cache.hooks.{shown(hook_name)}"
+            _require(_is_hook(of), folder, field, "what its rows were like, and their fingerprints", of)
+    return block
+
+
+def _is_path(value: object) -> bool:
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except ValueError:  # half a character
+        return False
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_hook(of: object) -> bool:
+    if not isinstance(of, dict) or not _is_count(of.get("d_in")):
+        return False
+    numbers = [of.get(name) for name in HookFacts.__slots__]
+    parts = [of.get(split) for split in SPLITS]
+    fingerprints = [part.get(key) for part in parts if isinstance(part, dict) for key in ("rows", "whole_shards")]
+    return (
+        all(finite(number) is not None for number in numbers)
+        and len(fingerprints) == 2 * len(SPLITS)
+        and all(isinstance(each, str) for each in fingerprints)
+    )
+
+
+def _require(is_so: bool, folder: Path, field: str, must: str, got: object) -> None:
+    if not is_so:
+        what = f"{field} must be {must}, got {shown(got)}"
+        raise ManifestError(what, path=folder / CONFIG_FILE, way_out="restore the file, or pass --cache")
+
+
+def remembered_cache(runs: Path) -> Path:
+    """The cache that the first run of a folder was trained on, as its config.json says.
+
+    Raises:
+        ManifestError: no run there names a cache, or a config.json is malformed.
+    """
+    for folder in run_folders(runs):
+        if block := cache_block(folder, read_run_json(folder, CONFIG_FILE)):
+            return Path(block["path"])
+    raise ManifestError(f"{runs} holds no run that remembers its cache; train first, or pass --cache or --model")
+
+
 def open_trained_on(runs: Path) -> Cache:
     """Open the cache that a run, or the first run of a folder, remembers.
 
@@ -156,13 +227,12 @@ def open_trained_on(runs: Path) -> Cache:
     cache = open_cache(remembered_cache(runs))
     for folder in run_folders(runs):
         config = read_run_json(folder, CONFIG_FILE)
-        if config.get("cache"):
-            _check_rows(folder, config, cache)
+        if block := cache_block(folder, config):
+            _check_rows(folder, config, block, cache)
     return cache
 
 
-def _check_rows(run: Path, config: Mapping[str, Any], cache: Cache) -> None:
-    block = config["cache"]
+def _check_rows(run: Path, config: Mapping[str, Any], block: Mapping[str, Any], cache: Cache) -> None:
     if not names_rows(block):
         same = block.get("fingerprint") == cache.fingerprint or _has_the_statistics(config, cache)
         state: State = "same" if same else "other"

@@ -30,7 +30,7 @@ from trainer.features.read import Features, open_features
 from trainer.features.words import read_words, write_words
 from trainer.formats.saelens import export_sae, load_sae
 from trainer.report.report import write_report
-from trainer.run_folder import remembered_cache
+from trainer.trained_on import remembered_cache
 from trainer.training.sweep import train
 
 pytestmark = pytest.mark.faults

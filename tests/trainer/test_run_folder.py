@@ -26,11 +26,11 @@ from trainer.run_folder import (
     read_json,
     read_run_json,
     read_runs,
-    remembered_cache,
     run_folders,
     whole_lines,
     write_run_json,
 )
+from trainer.trained_on import remembered_cache
 
 MODEL = {"name": "tiny", "revision": "abc123"}
 

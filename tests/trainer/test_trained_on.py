@@ -53,6 +53,41 @@ def test_a_hook_that_is_added_changes_nothing(folder: Path, tiny_model, tiny_tex
     assert caplog.messages == []
 
 
+LIES: tuple[tuple[str, object], ...] = (
+    ("", "x"),
+    ("", [1]),
+    ("path", 3),
+    ("path", "a\0b"),
+    ("path", "\ud800"),
+    ("fingerprint", []),
+    ("n_rows", 3),
+    ("n_rows", {"train": "x", "validation": 1}),
+    ("n_rows", {"train": 10**400, "validation": 1}),
+    ("hooks", "x"),
+    ("hooks", {}),
+    ("hooks", {HOOKS[1]: 3}),
+    ("hooks", {HOOKS[1]: {"d_in": 32}}),
+)
+
+
+@pytest.mark.parametrize(("field", "lie"), LIES, ids=lambda value: repr(value)[:30])
+def test_a_block_that_is_none_is_named(begun: Path, field, lie, tmp_path: Path) -> None:
+    """Whether the run is read, or goes on."""
+    copy = Path(shutil.copytree(begun, tmp_path / "copy"))
+    path = copy / "runs" / "topk" / "config.json"
+    config = json.loads(path.read_text())
+    (path.parent / "crc32c.json").unlink()
+    config["cache"] = {**config["cache"], field: lie} if field else lie
+    path.write_text(json.dumps(config))
+    base = {"hook_name": HOOKS[1], "d_sae": 48, "architecture": "topk", "k": 4, "name": "topk"}
+    sweep = SweepConfig.from_dict({"batch_tokens": 128, "base": base})
+    named = rf"config\.json: cache{'.' if field else ''}{field}.* must be .*; restore the file, or pass --cache"
+    with pytest.raises(ManifestError, match=named):
+        open_trained_on(copy / "runs")
+    with pytest.raises(ManifestError, match=named):
+        train(open_cache(copy / "cache"), sweep, copy / "runs")
+
+
 def test_another_cache_at_its_path_is_refused(folder: Path, tiny_model, tiny_texts) -> None:
     """Of the same model and hook, with other rows."""
     shutil.rmtree(folder / "cache")

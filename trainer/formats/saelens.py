@@ -325,6 +325,10 @@ def _check_fields(path: Path, cfg: dict[str, Any]) -> None:
             )
     if cfg["architecture"] in RANKED and cfg["k"] > cfg["d_sae"]:
         raise ManifestError(f"load_sae: {path}: k must be at most d_sae={cfg['d_sae']}, got k={cfg['k']}")
+    most = max(cfg["d_in"], cfg["d_sae"])
+    if (cfg.get("max_iterations") or 1) > most:
+        got = cfg["max_iterations"]
+        raise ManifestError(f"load_sae: {path}: max_iterations must be at most d_in and d_sae, {most}, got {got}")
     for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "stop_on_duplicate_support"):
         if type(cfg.get(name, False)) is not bool:
             raise ManifestError(f"load_sae: {path}: {name} must be true or false, got {shown(cfg[name])}")

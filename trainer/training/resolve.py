@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from actcache.errors import CacheMismatch
+from actcache.arguments import shown
+from actcache.errors import CacheMismatch, ManifestError
 from actcache.files import is_file
 from actcache.flow import SPLITS
 from actcache.format.paths import KEPT
@@ -20,7 +21,7 @@ from actcache.store.cache import Cache
 from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.config.sweep import SweepConfig
 from trainer.run_folder import CHECKPOINTS, CONFIG_FILE, check_folder, is_over, read_run_json
-from trainer.trained_on import FrozenHooks, cache_with_rows, describer, names_rows, rows_state
+from trainer.trained_on import FrozenHooks, cache_block, cache_with_rows, describer, names_rows, rows_state
 from trainer.training.checkpoint import latest_checkpoint
 from trainer.training.optimizer import check_optimizer
 
@@ -89,7 +90,7 @@ def training_loader(
 def _as_begun(new: ResolvedRun, config: SweepConfig, folder: Path) -> ResolvedRun:
     """The run as it was begun in its folder, or the new one. `config` is the sweep with this run alone."""
     held = read_run_json(folder, CONFIG_FILE) if is_file(folder / CONFIG_FILE) else {}
-    block = held.get("cache")
+    block = cache_block(folder, held)
     if not block:
         check_folder(folder, new.description)
         return new
@@ -101,7 +102,7 @@ def _as_begun(new: ResolvedRun, config: SweepConfig, folder: Path) -> ResolvedRu
         raise CacheMismatch(_other_rows(folder, block, new.cache))
     begun = new
     if state == "grown":
-        (frozen,) = config.expand(FrozenHooks.of(block), held["sae"]["training_tokens"])
+        (frozen,) = config.expand(FrozenHooks.of(block), _training_tokens(folder, held))
         begun = replace(new, config=frozen, description={**new.description, "sae": _plain(asdict(frozen))})
     begun = replace(begun, description={**begun.description, "cache": block})
     check_folder(folder, begun.description)
@@ -110,6 +111,16 @@ def _as_begun(new: ResolvedRun, config: SweepConfig, folder: Path) -> ResolvedRu
     if latest_checkpoint(folder / CHECKPOINTS) is None:
         return new  # nothing was trained: it begins with the rows that there are now
     return _going_on(begun, folder)
+
+
+def _training_tokens(folder: Path, held: Mapping[str, Any]) -> int:
+    """How many tokens a run was to be trained on. Raises ManifestError if its config.json does not say so."""
+    sae = held.get("sae")
+    tokens = sae.get("training_tokens") if isinstance(sae, dict) else None
+    if type(tokens) is not int or not 1 <= tokens < 2**63:
+        what = f"sae.training_tokens must be a count, got {shown(tokens)}"
+        raise ManifestError(what, path=folder / CONFIG_FILE, way_out="restore the file")
+    return tokens
 
 
 def _going_on(begun: ResolvedRun, folder: Path) -> ResolvedRun:

@@ -85,6 +85,15 @@ def test_matching_pursuit_stops_where_saelens_stops(tmp_path):
         equal_outputs(theirs, load_sae(import_sae(tmp_path / str(number), tmp_path / f"run-{number}")))
 
 
+def test_matching_pursuit_takes_no_more_iterations_than_latents(tmp_path):
+    """2^40 of them would take for ever: each is a product with W_dec."""
+    their_sae("matching_pursuit").save_model(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "cfg.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_iterations": 1 << 40}))
+    with pytest.raises(ManifestError, match=r"max_iterations must be at most d_in and d_sae, \d+, got 1099511627776"):
+        load_sae(tmp_path / "theirs")
+
+
 def test_bfloat16_stays_bfloat16(tmp_path):
     theirs = their_sae("jumprelu").to(dtype=torch.bfloat16)
     theirs.save_model(tmp_path / "theirs")
