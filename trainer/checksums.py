@@ -19,11 +19,14 @@ import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
 
 from actcache.errors import ManifestError
-from actcache.files import NoFile, contents, contents_of_any_size, opened, write_atomically
+from actcache.files import NoFile, contents, contents_of_any_size, file_bytes, opened, write_atomically
 from actcache.format.codecs import crc32c
 from actcache.format.seal import MALFORMED, seal, unseal
+from actcache.machine.limits import require_memory_for_array
 
 CHECKSUMS_FILE = "crc32c.json"
+MOST_LOG_BYTES = 1 << 33  # 20 million lines of metrics
+BYTES_A_BYTE = 8  # what a log takes, once its lines are values
 BLOCK_BYTES = 1 << 18
 
 logger = logging.getLogger("actcache")
@@ -113,9 +116,15 @@ def checked_bytes(path: Path, checksums: Checksums, way_out: str, *, grows: bool
     grows: the file may have become longer since; what it has more is not checked.
 
     Raises:
-        ManifestError, OSError: as `check_file`.
+        ManifestError, OSError: as `check_file`. A file that grows is too large.
+        MemoryError: a file that grows takes more memory than there is.
         NoFile: there is no file, and it is not among the checksums.
     """
+    n_bytes = (file_bytes(path) or 0) if grows else 0
+    if n_bytes > MOST_LOG_BYTES:
+        what = f"must have at most {MOST_LOG_BYTES:,} bytes, has {n_bytes:,}"
+        raise ManifestError(what, path=path, way_out=way_out)
+    require_memory_for_array(n_bytes * BYTES_A_BYTE, f"reading {path}")
     try:
         data = contents_of_any_size(path) if grows else contents(path)
     except NoFile as error:

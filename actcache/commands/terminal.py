@@ -9,11 +9,12 @@ import functools
 import json
 import logging
 import os
+import pwd
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,6 +24,7 @@ from typer.core import TyperGroup
 
 from actcache.arguments import device_of, local_path
 from actcache.errors import ActcacheError, ConfigError
+from actcache.files import is_writable
 from actcache.machine.installs import no_installs
 from actcache.machine.limits import SCARCE_BYTES, lacked, memory_room, room_to_live, thread_limits
 
@@ -263,12 +265,28 @@ def locking(root: Path, no_lock: bool) -> Iterator[None]:
     """Run a command that writes into `root`. With --no-lock it takes no lock, and says so."""
     from actcache.store.locks import without_locks
 
+    say_owner(root)
     if not no_lock:
         yield
         return
     say(f"{root}: no lock is taken; no other process may write here until this command ends")
     with without_locks():
         yield
+
+
+def say_owner(folder: Path) -> None:
+    """Say so if a folder that may be written belongs to another user: what it holds may be a stranger's."""
+    try:
+        owner = os.stat(folder).st_uid
+    except OSError:  # it is not there yet, or the command says what is wrong
+        return
+    if owner != os.geteuid() and is_writable(folder):
+        names = dict.fromkeys((owner, os.geteuid()), "")
+        for number in names:
+            with suppress(KeyError):
+                names[number] = f" ({pwd.getpwuid(number).pw_name})"
+        owners, mine = (f"user {number}{name}" for number, name in names.items())
+        say(f"{folder}: belongs to {owners}, and is written by {mine}")
 
 
 def this_worker(share: str | None) -> Worker:

@@ -1,6 +1,7 @@
 """Checksums of files: what is damaged is named, wherever it is, and what has no checksum is read."""
 
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,12 @@ def test_a_log_may_be_longer_than_a_file_that_is_read_as_a_whole(path: Path, mon
     assert checked_bytes(path, checksums(path), "", grows=True) == path.read_bytes()
     with pytest.raises(ManifestError, match="file: must have at most"):
         checked_bytes(path, checksums(path), "")
+
+
+def test_a_log_that_no_training_wrote_is_not_read(tmp_path):
+    """It is a hole in a file, of 100 GiB."""
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    os.truncate(path, 100 << 30)
+    with pytest.raises(ManifestError, match=r"metrics\.jsonl: must have at most 8,589,934,592 bytes, has 107,3"):
+        checked_bytes(path, {}, "restore it", grows=True)

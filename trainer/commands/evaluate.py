@@ -10,7 +10,7 @@ import typer
 
 from actcache.commands.integrity import RememberedModel
 from actcache.commands.remembered import model_of_cache
-from actcache.commands.terminal import DATA, AllowPickle, Bar, Device, Json, TrustRemoteCode, print_json, say
+from actcache.commands.terminal import DATA, AllowPickle, Bar, Device, Json, TrustRemoteCode, print_json, say, say_owner
 from actcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ def evaluated(
     """
     from trainer.evaluation.evaluate import check_writable, evaluate_runs
 
+    say_owner(runs)
     check_writable(runs)  # before the model is loaded
     language_model = model_of_cache(
         cache.path,

@@ -25,6 +25,7 @@ from actcache.commands.terminal import (
     print_json,
     resolved_device,
     say,
+    say_owner,
 )
 from actcache.errors import ConfigError
 from trainer.commands.evaluate import RememberedCache
@@ -88,6 +89,7 @@ def features(
         return print_json(facts) if as_json else say(*lines)
     if predict is not None:
         raise ConfigError("features: --predict says what --text adds to a logit; give --text too")
+    say_owner(run)
     built, rate = built_features(run, opened, device)
     describe(run, opened, model, device, **trusted)
     words = read_words(run) if has_words(run) else Words(tokens={}, lens=None)  # without a model there are no words

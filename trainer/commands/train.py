@@ -22,6 +22,7 @@ from actcache.commands.terminal import (
     Out,
     resolved_device,
     say,
+    say_owner,
 )
 from actcache.errors import ActcacheError, ConfigError
 from trainer.commands.evaluate import ExcludeSpecialTokens, KeepSpecialTokens, is_excluding
@@ -144,6 +145,7 @@ def train(
     opened, device = open_cache(cache), resolved_device(device)
     memory_bytes = None if memory is None else _bytes(memory)
     planned = plan(opened, sweep_config, out, device=device, memory_bytes=memory_bytes)
+    say_owner(out)
     say(*plan_lines(planned))
     if dry_run:
         seconds = measured_seconds(planned.configs, planned.batch_tokens, device)

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import pwd
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +15,9 @@ import pytest
 import typer
 from support.command_line import actcache
 from support.places import CHILD
+from support.strangers import given, only_root
 from support.surroundings import control_group
+from support.tiny_caches import HOOKS
 from typer.testing import CliRunner
 
 from actcache.commands.lines import cache_lines
@@ -350,3 +354,19 @@ def test_what_people_write_is_said_as_it_is(capsys):
 def test_a_message_of_a_library_keeps_its_lines():
     record = logging.LogRecord("transformers.x", logging.WARNING, "", 0, "one\n\x1b[2Jtwo", (), None)
     assert PlainFormatter().format(record) == "one\n\\x1b[2Jtwo"
+
+
+@only_root
+def test_a_command_that_writes_says_first_whose_folder_it_is(tiny_cache, tmp_path):
+    """Root may write into folders of anybody."""
+    cache = given(shutil.copytree(tiny_cache.path, tmp_path / "cache"))
+    said = actcache("repair", cache, "--device", "cpu").stderr.splitlines()
+    assert said[0].startswith(f"{cache}: belongs to user ")
+    assert said[0].endswith(f", and is written by user 0 ({pwd.getpwuid(0).pw_name})")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    given(runs)
+    trains = ("train", cache, "--hook", HOOKS[2], "--d-sae", 64, "--k", 4, "--tokens", 100, "--batch-tokens", 50)
+    assert actcache(*trains, "--dry-run", "--out", runs).stderr.startswith(f"{runs}: belongs to user ")
+    mine = shutil.copytree(tiny_cache.path, tmp_path / "mine")
+    assert "belongs to" not in actcache("repair", mine, "--device", "cpu").stderr
