@@ -32,10 +32,10 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a tiny Llama (grouped-query attention) and its tokenizer."""
     from support.tiny_models import make_model_dir
 
-    from actcache.commands.named_models import note_named
+    from actcache.commands.named_sources import note_named
 
     folder = make_model_dir("llama", tmp_path_factory.mktemp("tiny_llama"))
-    note_named(str(folder))
+    note_named("model", str(folder))
     return folder
 
 
@@ -60,7 +60,11 @@ def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file of sixty documents."""
     from support.tiny_caches import write_texts
 
-    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
+    from actcache.commands.named_sources import note_named
+
+    path = write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
+    note_named("dataset", str(path))
+    return path
 
 
 @pytest.fixture(scope="session")

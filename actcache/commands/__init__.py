@@ -14,7 +14,7 @@ Public:
     exchange.export_cache: the command export-cache
     lines.cache_facts: a cache as JSON values
     lines.cache_lines: a cache as lines for a person
-    named_models.was_named: whether this user has named a model before
+    named_sources.refuse_unnamed: models and datasets the user never named
     remembered.model_of_cache: the model that a cache remembers
     terminal.Commands: turns errors into exit codes
     terminal.say: prints a line for a person

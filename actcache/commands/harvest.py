@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from actcache.commands.named_models import note_named
+from actcache.commands.named_sources import note_named
 from actcache.commands.terminal import (
     CACHE,
     DATA,
@@ -187,7 +187,8 @@ def harvest(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    note_named(language_model.source)
+    note_named("model", language_model.source)
+    note_named("dataset", source.path)
     if estimate:
         return say(estimate_line(dry_run(language_model, source, config, out)))
     with locking(out, no_lock), closing(Bar("harvest", "tok")) as progress:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from actcache.commands.remembered import model_of_cache
+from actcache.commands.named_sources import note_named
+from actcache.commands.remembered import dataset_of_cache, model_of_cache
 from actcache.commands.terminal import (
     DATA,
     MODEL,
@@ -119,7 +120,9 @@ def repair(
     trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     load_model = partial(model_of_cache, cache, model=model, device=device, **trusted)
     with locking(cache, no_lock), closing(StageBar()) as progress:
-        done = repaired(cache, load_model, dataset=dataset, progress=progress)
+        done = repaired(cache, load_model, dataset=dataset or partial(dataset_of_cache, cache), progress=progress)
+    if dataset is not None:
+        note_named("dataset", dataset)
     for problem in done.found:
         say(str(problem))
     for path in done.redone:

@@ -1,4 +1,4 @@
-"""`model_of_cache`: loads the model that a cache was harvested from, as it ran then."""
+"""What a cache remembers: `model_of_cache` loads its model as it ran, `dataset_of_cache` tells where its text is."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.commands.named_models import note_named, was_named
+from actcache.commands.named_sources import note_named, refuse_unnamed
 from actcache.commands.terminal import require_room_for, resolved_device
 from actcache.errors import ManifestError
 
 if TYPE_CHECKING:
     from actcache.models.language_model import LanguageModel
+    from actcache.text.sources import DatasetSource
 
 
 def model_of_cache(
@@ -48,13 +49,9 @@ def model_of_cache(
     if model is None:
         assert cache is not None, "the caller names a model or a cache"
         origin = read_origin(cache)
-    if not origin["model"]:
-        raise ManifestError(f"{cache}: was harvested from a model in memory; pass --model, or load it in Python")
-    if model is None and not was_named(origin["model"]):
-        raise ManifestError(
-            f"{cache}: names the model {origin['model']}, which you have not named to actcache yet; if you trust it, "
-            f"pass --model {origin['model']}"
-        )
+        if not origin["model"]:
+            raise ManifestError(f"{cache}: was harvested from a model in memory; pass --model, or load it in Python")
+        refuse_unnamed("model", origin["model"], cache)
     same_device = resolved_device(device).split(":")[0] == compute.get("device")
     loaded = load_model(
         origin["model"],
@@ -67,5 +64,19 @@ def model_of_cache(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    note_named(loaded.source)
+    note_named("model", loaded.source)
     return loaded
+
+
+def dataset_of_cache(cache: Path) -> DatasetSource:
+    """Where the dataset of a cache is, as the cache remembers it.
+
+    Raises:
+        DatasetError: the cache does not remember it.
+        ManifestError: the user has never named that dataset: what a cache names may be a stranger's.
+    """
+    from actcache.integrity.rebuild_sequences import remembered_dataset
+
+    source = remembered_dataset(cache)
+    refuse_unnamed("dataset", source.path, cache)
+    return source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from actcache.text.packing import pack
 from actcache.text.sources import DatasetSource, Source
 from actcache.text.tokenise import documents
 
+SourceOf = Callable[[], Source]
 ModelOf = Callable[[dict[str, Any]], LanguageModel]  # gives the model; its argument says how activations were computed
 SequenceShard = tuple[str, str, int]  # split, path of the sequence array, shard
 IDS, DOCUMENTS = SEQUENCE_ARRAYS
@@ -33,15 +35,26 @@ PACKING = ("context_size", "prepend_bos", "separator", "seed", "holdout")
 DATASET = ("config", "split", "revision", "column", "sample_by")
 
 
+def remembered_dataset(root: Path) -> DatasetSource:
+    """Where the dataset of a cache was at its harvest. Raises DatasetError if the cache does not remember it."""
+    try:
+        return DatasetSource(**read_origin(root)["dataset"])
+    except (KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{root}: its documents have to be packed again, and where the dataset is was not remembered; "
+            "pass --dataset"
+        ) from error
+
+
 class RebuiltSequences:
     """Rebuilds the sequence arrays of a cache. A shard is written only if it has the checksum that the plan names."""
 
-    def __init__(self, expected: ExpectedCache, dataset: str | Source | None, model: ModelOf):
+    def __init__(self, expected: ExpectedCache, dataset: str | Source | SourceOf, model: ModelOf):
         """Nothing is read yet.
 
         Args:
             expected: what the cache should hold; it notes the files that are written.
-            dataset: where the dataset is now; None takes what the cache remembers.
+            dataset: where the dataset is now, or what tells it if it is needed.
             model: called only if the dataset has to be packed again.
         """
         self._expected, self._root, self._plan = expected, expected.root, expected.plan
@@ -147,12 +160,4 @@ class RebuiltSequences:
             return DatasetSource(
                 path=self._dataset, **{key: value for key, value in known.items() if value is not None}
             )
-        if self._dataset is not None:
-            return self._dataset
-        try:
-            return DatasetSource(**read_origin(self._root)["dataset"])
-        except (KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{self._root}: its documents have to be packed again, and where the dataset is was not remembered; "
-                "pass --dataset"
-            ) from error
+        return self._dataset() if callable(self._dataset) else self._dataset

@@ -35,7 +35,7 @@ from actcache.harvesting.loop import redo
 from actcache.harvesting.provenance import compute_of, other_compute, refuse_other_model
 from actcache.integrity.expected import ExpectedCache, Key, settled, twins
 from actcache.integrity.problems import Problem
-from actcache.integrity.rebuild_sequences import RebuiltSequences
+from actcache.integrity.rebuild_sequences import RebuiltSequences, SourceOf, remembered_dataset
 from actcache.integrity.verify import (
     check_files,
     journal_problems,
@@ -78,7 +78,11 @@ class RepairReport:
 
 
 def repair(
-    path: str | Path, load_model: ModelLoader, *, dataset: str | Source | None = None, progress: Progress | None = None
+    path: str | Path,
+    load_model: ModelLoader,
+    *,
+    dataset: str | Source | SourceOf | None = None,
+    progress: Progress | None = None,
 ) -> RepairReport:
     """Rebuild what `verify` calls damaged, and change nothing that is sound. An unfinished harvest is finished as well.
 
@@ -88,7 +92,8 @@ def repair(
         path: the folder of the cache.
         load_model: gives the model that was harvested. It is called only if activations or documents have to be made
             again. Its argument says how they were computed: "model_dtype", "backend", "attention", "device", ...
-        dataset: where the dataset is now, a path, a hub name or a source; None takes what the cache remembers.
+        dataset: where the dataset is now: a path, a hub name or a source, or a function that tells it if it is needed.
+            None takes what the cache remembers, which for a stranger's cache is what the stranger chose.
         progress: called with (what is being done, done, in all).
 
     Returns:
@@ -106,11 +111,12 @@ def repair(
     """
     root = local_path(path)
     with naming(root):
-        return _repaired(root, load_model, dataset, progress)
+        where = partial(remembered_dataset, root) if dataset is None else dataset
+        return _repaired(root, load_model, where, progress)
 
 
 def _repaired(
-    root: Path, load_model: ModelLoader, dataset: str | Source | None, progress: Progress | None
+    root: Path, load_model: ModelLoader, dataset: str | Source | SourceOf, progress: Progress | None
 ) -> RepairReport:
     if not (root / MANIFEST).is_dir():
         raise ManifestError(f"{root}: not a cache (no folder {MANIFEST}); make one with `actcache harvest`")
@@ -141,7 +147,11 @@ class _Rebuilding:
     """The steps of one repair, in their order."""
 
     def __init__(
-        self, expected: ExpectedCache, load_model: ModelLoader, dataset: str | Source | None, progress: Progress | None
+        self,
+        expected: ExpectedCache,
+        load_model: ModelLoader,
+        dataset: str | Source | SourceOf,
+        progress: Progress | None,
     ):
         self._expected, self._root, self._plan = expected, expected.root, expected.plan
         self._load_model, self._progress = load_model, progress

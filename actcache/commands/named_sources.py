@@ -1,0 +1,59 @@
+"""The models and datasets that this user has named to actcache, by which they are told from those of a stranger.
+
+log/origin.json of a cache says where its model and its dataset were loaded from. A cache may be anybody's, so a command
+loads these only if the user named them before, at a harvest, by --model or by --dataset. The names stand in files of
+the user's own, actcache/models.jsonl and actcache/datasets.jsonl below $XDG_STATE_HOME (XDG Base Directory
+Specification), which is ~/.local/state by default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from actcache.arguments import local_path
+from actcache.errors import ManifestError
+from actcache.files import contents, make_folder
+from actcache.machine.links import own_file
+
+Kind = Literal["model", "dataset"]
+
+
+def note_named(kind: Kind, source: str) -> None:
+    """Note that the user has named a model or a dataset. source: its hub name, or its path.
+
+    Where the file cannot be written, nothing is noted: the user will be asked to name it again.
+    """
+    if not _was_named(kind, source):
+        with suppress(OSError, ManifestError):
+            make_folder(_file(kind).parent)
+            with open(_file(kind), "ab", opener=own_file) as file:
+                file.write(_line(source) + b"\n")
+
+
+def refuse_unnamed(kind: Kind, source: str, cache: Path) -> None:
+    """Raise ManifestError unless the user has named the model or the dataset before. cache: what names it here."""
+    if not _was_named(kind, source):
+        raise ManifestError(
+            f"{cache}: names the {kind} {source}, which you have not named to actcache yet; if you trust it, "
+            f"pass --{kind} {source}"
+        )
+
+
+def _was_named(kind: Kind, source: str) -> bool:
+    try:
+        return _line(source) in contents(_file(kind)).splitlines()
+    except (OSError, ManifestError):
+        return False
+
+
+def _line(source: str) -> bytes:
+    return json.dumps(os.path.abspath(source) if os.path.exists(source) else source).encode()
+
+
+def _file(kind: Kind) -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return local_path(state) / "actcache" / f"{kind}s.jsonl"
