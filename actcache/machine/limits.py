@@ -8,6 +8,7 @@ A process that goes beyond is refused memory or threads, or is killed.
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
 import re
@@ -20,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 PROCESS = Path("/proc/self")
 SCARCE_BYTES = 64 << 20  # with less room than this, an error of any kind may be for want of memory
+NO_LIMIT = 1 << 60  # version 1 of control groups says so by a number near 2^63
 THREAD_BYTES = 16 << 20  # a thread's stack of 8 MiB, and what it takes to begin
 # What libraries say where they run out of memory or threads, in errors of many types.
 _OUT_OF = re.compile(
@@ -156,27 +158,29 @@ def _machine_room() -> MemoryRoom:
 
 def _process_rooms() -> Iterator[MemoryRoom]:
     """What `ulimit` leaves. Both count memory that is reserved, touched or not."""
-    used = _fields(PROCESS / "status")
     for number, field, limit in (
         (resource.RLIMIT_AS, "VmSize", "address space (ulimit -v)"),
         (resource.RLIMIT_DATA, "VmData", "data (ulimit -d)"),
     ):
         allowed, _ = resource.getrlimit(number)
         if allowed != resource.RLIM_INFINITY:
-            yield MemoryRoom(n_bytes=max(0, allowed - used.get(field, 0)), limit_bytes=allowed, limit=limit)
+            used = _fields(PROCESS / "status").get(field, 0)
+            yield MemoryRoom(n_bytes=max(0, allowed - used), limit_bytes=allowed, limit=limit)
 
 
 def _group_rooms() -> Iterator[MemoryRoom]:
     """What the control groups leave. Pages of files count as free, because the kernel drops them when it must."""
     for folder in _group_folders("memory"):
+        found = {name: _number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")}
+        limits = {name: allowed for name, allowed in found.items() if allowed is not None and allowed < NO_LIMIT}
+        if not limits:  # most groups: what they use, which takes longer to read, does not matter
+            continue
         usage = _number(folder / "memory.current") or _number(folder / "memory.usage_in_bytes") or 0
         pages = _fields(folder / "memory.stat")
         of_files = sum(pages.get(f"total_{name}", pages.get(name, 0)) for name in ("inactive_file", "active_file"))
-        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            allowed = _number(folder / name)
-            if allowed is not None:
-                left = max(0, min(allowed, allowed - usage + of_files))
-                yield MemoryRoom(n_bytes=left, limit_bytes=allowed, limit=f"the control group {folder} ({name})")
+        for name, allowed in limits.items():
+            left = max(0, min(allowed, allowed - usage + of_files))
+            yield MemoryRoom(n_bytes=left, limit_bytes=allowed, limit=f"the control group {folder} ({name})")
 
 
 def _core_quotas() -> Iterator[float]:
@@ -196,12 +200,19 @@ def _group_folders(controller: str) -> Iterator[Path]:
     Version 1 has a tree for each controller, version 2 one tree for all. In a container the top of the tree that is
     mounted may be the container's own group.
     """
+    yield from _folders_of(controller, _text(PROCESS / "cgroup"), _text(PROCESS / "mountinfo"))
+
+
+@functools.lru_cache(maxsize=8)
+def _folders_of(controller: str, cgroup: str, mountinfo: str) -> tuple[Path, ...]:
+    """What `_group_folders` yields, by the text of the kernel's two files."""
     groups = {
         name: path
-        for _, names, path in (line.split(":", 2) for line in _text(PROCESS / "cgroup").splitlines())
+        for _, names, path in (line.split(":", 2) for line in cgroup.splitlines())
         for name in names.split(",")
     }
-    for line in _text(PROCESS / "mountinfo").splitlines():
+    found: list[Path] = []
+    for line in mountinfo.splitlines():
         mount, _, kind = line.partition(" - ")
         is_one_tree = kind.startswith("cgroup2 ")
         path = groups.get("" if is_one_tree else controller)
@@ -210,7 +221,8 @@ def _group_folders(controller: str) -> Iterator[Path]:
         top, folder = (PurePosixPath(part) for part in mount.split()[3:5])
         inside = PurePosixPath(path).relative_to(top).parts if PurePosixPath(path).is_relative_to(top) else ()
         if ".." not in inside:
-            yield from (Path(folder, *inside[:depth]) for depth in range(len(inside), -1, -1))
+            found += [Path(folder, *inside[:depth]) for depth in range(len(inside), -1, -1)]
+    return tuple(found)
 
 
 def _fields(path: Path) -> dict[str, int]:
