@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv; constraints.txt pins every version.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-faults test-long test-browser lint docs bench clean
 
@@ -8,13 +9,13 @@ demo: .venv/.base
 	$(BIN)/actcache demo --out demo
 
 test: .venv/.dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 test-faults: .venv/.dev
-	$(BIN)/python -m pytest -m faults
+	$(PYTEST) -m faults
 
 test-long: .venv/.dev
-	$(BIN)/python -m pytest -m 'faults or long'
+	$(PYTEST) -m 'faults or long'
 
 test-browser: .venv/.dev
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update && apt-get install --yes chromium; } \
