@@ -18,7 +18,7 @@ from actcache.commands.streams import standard_streams
 from actcache.commands.terminal import (
     Commands,
     Json,
-    PlainFormatter,
+    PlainRecord,
     end_at_once_without_memory,
     print_json,
     say,
@@ -129,9 +129,9 @@ for panel, functions in COMMANDS.items():
 def main() -> None:
     """Run the command line: exit code 0 when all was done, 2 for wrong arguments, 1 for everything else."""
     with standard_streams():
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(PlainFormatter())
-        logging.basicConfig(handlers=[handler])
+        logging.setLogRecordFactory(PlainRecord)
+        logging.captureWarnings(True)
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
         logging.getLogger("actcache").setLevel(logging.INFO)
         try:
             app()

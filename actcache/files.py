@@ -85,16 +85,17 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise ManifestError if a folder below this one is a link: before any work that would come to write there.
+    """Raise ManifestError if a link below this folder leads out of it: before any work that would come to write there.
 
-    A file that is a link does no harm: it is replaced, or refused by `own_file`.
+    A link to a file does no harm: it is replaced, or refused by `own_file`. wandb makes links within its own folder.
     """
-    folders = [str(folder)]
+    folders, inside = [str(folder)], f"{os.path.realpath(folder)}/"
     while folders:
         try:
             with naming(folder), os.scandir(folders.pop()) as found:
                 for entry in found:
-                    if entry.is_symlink() and entry.is_dir():
+                    is_folder_or_none = entry.is_symlink() and not entry.is_file()
+                    if is_folder_or_none and not os.path.realpath(entry.path).startswith(inside):
                         refuse_link(Path(entry.path))
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
@@ -316,9 +317,12 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     Raises:
         CacheLocked: another process is writing `path`.
         CacheMismatch: another process has written `path` meanwhile.
+        ManifestError: `path` is a link, or reached through one.
         OSError: this user may not write there.
     """
-    path = Path(os.path.realpath(path))  # so that a link stays a link
+    path = path.absolute()
+    if path.is_symlink():
+        refuse_link(path)
     require_writable(path, path.parent, FOLDER_CANNOT_BE_MADE)
     make_folder(path.parent)
     with naming(path), _folder_aside(path) as aside:

@@ -35,7 +35,7 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from actcache.commands.named_sources import note_named
 
     folder = make_model_dir("llama", tmp_path_factory.mktemp("tiny_llama"))
-    note_named("model", str(folder))
+    note_named("model", str(folder), None)
     return folder
 
 
@@ -63,7 +63,7 @@ def tiny_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from actcache.commands.named_sources import note_named
 
     path = write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
-    note_named("dataset", str(path))
+    note_named("dataset", str(path), None)
     return path
 
 

@@ -144,14 +144,16 @@ def read_runs(runs: Path) -> list[RunFiles]:
 def read_harvests(runs: Sequence[RunFiles]) -> list[HarvestTime]:
     """Read the log of every harvest that added rows to a cache that the runs name, in the order of time.
 
-    A cache that is no longer there has no logs.
-
-    Raises:
-        ManifestError: a log is malformed.
+    A cache that is no longer there has no logs. What a run names as its cache may be anything: a log that cannot be
+    read is left out, which is logged.
     """
     caches = {path for run in runs if isinstance(path := run.about("cache", "path"), str)}
-    logs = sorted(path for cache in caches for path in _harvest_logs(cache))
-    times = [_harvest_time(path, read_json(path)) for path in logs]
+    times: list[HarvestTime] = []
+    for path in sorted(path for cache in caches for path in _harvest_logs(cache)):
+        try:
+            times.append(_harvest_time(path, read_json(path)))
+        except (ManifestError, NoFile) as error:
+            logger.warning("report: without a log of a harvest: %s", error)
     return sorted((time for time in times if time.n_tokens > 0), key=lambda time: time.finished)
 
 
@@ -389,7 +391,7 @@ def _harvest_time(path: Path, log: dict[str, Any]) -> HarvestTime:
         seconds, finished = log["seconds"], log["finished"]
         numbers = [seconds[key] for key in ("n_tokens", "total", "model_busy")]
     except (KeyError, TypeError) as error:
-        raise ManifestError(f"report: {path} must be the log of a harvest, it lacks {error}; remove it") from error
+        raise ManifestError(f"must be the log of a harvest, it lacks {error}", path=path) from error
     _require(isinstance(finished, str), path, "finished", "a time", finished)
     _require(all(finite(number) is not None for number in numbers), path, "seconds", "of numbers", seconds)
     n_tokens, total_seconds, model_seconds = numbers

@@ -187,8 +187,8 @@ def harvest(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    note_named("model", language_model.source)
-    note_named("dataset", source.path)
+    note_named("model", language_model.source, language_model.identity["revision"])
+    note_named("dataset", source.path, source.revision)
     if estimate:
         return say(estimate_line(dry_run(language_model, source, config, out)))
     with locking(out, no_lock), closing(Bar("harvest", "tok")) as progress:

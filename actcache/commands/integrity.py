@@ -122,7 +122,7 @@ def repair(
     with locking(cache, no_lock), closing(StageBar()) as progress:
         done = repaired(cache, load_model, dataset=dataset or partial(dataset_of_cache, cache), progress=progress)
     if dataset is not None:
-        note_named("dataset", dataset)
+        note_named("dataset", dataset, None)
     for problem in done.found:
         say(str(problem))
     for path in done.redone:

@@ -22,36 +22,44 @@ from actcache.machine.links import own_file
 Kind = Literal["model", "dataset"]
 
 
-def note_named(kind: Kind, source: str) -> None:
-    """Note that the user has named a model or a dataset. source: its hub name, or its path.
+def note_named(kind: Kind, source: str, revision: str | None) -> None:
+    """Note that the user has named a model or a dataset.
+
+    Args:
+        kind: which of the two.
+        source: its hub name, or its path.
+        revision: the branch, tag or commit at the hub, as a cache will remember it. Anybody may add one, by asking for
+            a change. None for the default, and for a path.
 
     Where the file cannot be written, nothing is noted: the user will be asked to name it again.
     """
-    if not _was_named(kind, source):
+    if not _was_named(kind, source, revision):
         with suppress(OSError, ManifestError):
             make_folder(_file(kind).parent)
             with open(_file(kind), "ab", opener=own_file) as file:
-                file.write(_line(source) + b"\n")
+                file.write(_line(source, revision) + b"\n")
 
 
-def refuse_unnamed(kind: Kind, source: str, cache: Path) -> None:
+def refuse_unnamed(kind: Kind, source: str, revision: str | None, cache: Path) -> None:
     """Raise ManifestError unless the user has named the model or the dataset before. cache: what names it here."""
-    if not _was_named(kind, source):
+    if not _was_named(kind, source, revision):
+        at = f" at revision {revision}" if revision else ""
         raise ManifestError(
-            f"{cache}: names the {kind} {source}, which you have not named to actcache yet; if you trust it, "
+            f"{cache}: names the {kind} {source}{at}, which you have not named to actcache yet; if you trust it, "
             f"pass --{kind} {source}"
         )
 
 
-def _was_named(kind: Kind, source: str) -> bool:
+def _was_named(kind: Kind, source: str, revision: str | None) -> bool:
     try:
-        return _line(source) in contents(_file(kind)).splitlines()
+        return _line(source, revision) in contents(_file(kind)).splitlines()
     except (OSError, ManifestError):
         return False
 
 
-def _line(source: str) -> bytes:
-    return json.dumps(os.path.abspath(source) if os.path.exists(source) else source).encode()
+def _line(source: str, revision: str | None) -> bytes:
+    name = os.path.abspath(source) if os.path.exists(source) else source
+    return json.dumps(name if revision is None else [name, revision]).encode()
 
 
 def _file(kind: Kind) -> Path:

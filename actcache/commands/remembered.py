@@ -51,7 +51,7 @@ def model_of_cache(
         origin = read_origin(cache)
         if not origin["model"]:
             raise ManifestError(f"{cache}: was harvested from a model in memory; pass --model, or load it in Python")
-        refuse_unnamed("model", origin["model"], cache)
+        refuse_unnamed("model", origin["model"], origin["revision"], cache)
     same_device = resolved_device(device).split(":")[0] == compute.get("device")
     loaded = load_model(
         origin["model"],
@@ -64,7 +64,7 @@ def model_of_cache(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    note_named("model", loaded.source)
+    note_named("model", loaded.source, loaded.identity["revision"])
     return loaded
 
 
@@ -78,5 +78,5 @@ def dataset_of_cache(cache: Path) -> DatasetSource:
     from actcache.integrity.rebuild_sequences import remembered_dataset
 
     source = remembered_dataset(cache)
-    refuse_unnamed("dataset", source.path, cache)
+    refuse_unnamed("dataset", source.path, source.revision, cache)
     return source

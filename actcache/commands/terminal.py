@@ -202,14 +202,17 @@ def plain(line: str) -> str:
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
 
 
-class PlainFormatter(logging.Formatter):
-    """The message alone, `plain`. A library's message of several lines stays one of several lines."""
+class PlainRecord(logging.LogRecord):
+    """A record of logging whose message is `plain`, whichever library writes it with whichever handler.
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The message of the record."""
-        ours = record.name.partition(".")[0] in ("actcache", "trainer")
-        message = super().format(record)
-        return plain(message) if ours else "\n".join(map(plain, message.splitlines()))
+    A library's message of several lines stays one of several lines.
+    """
+
+    def getMessage(self) -> str:
+        """The message, with its arguments."""
+        message = super().getMessage()
+        is_ours = self.name.partition(".")[0] in ("actcache", "trainer")
+        return plain(message) if is_ours else "\n".join(map(plain, message.splitlines()))
 
 
 def print_json(values: object) -> None:

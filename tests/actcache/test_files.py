@@ -73,6 +73,7 @@ def test_a_folder_that_is_a_link_is_refused_wherever_it_is(tmp_path):
     root = tmp_path / "c"
     (root / "a" / "b").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere.txt").touch()
     (root / "a" / "file").symlink_to(tmp_path / "elsewhere.txt")
     refuse_links(root)
     refuse_links(tmp_path / "missing")
@@ -195,7 +196,7 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path):
     (tmp_path / "link").symlink_to("a")
     (tmp_path / "a" / "empty").mkdir()
     (tmp_path / "a" / "link").symlink_to("empty")
-    assert written(tmp_path / "link" / "link", "third") == {"file": "third"}
+    assert written(local_path(tmp_path / "link" / "link"), "third") == {"file": "third"}
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["empty", "link", "out"]
 
 
@@ -449,3 +450,18 @@ def test_a_file_of_100_gigabytes_is_not_read(tmp_path):
         file.truncate(100 << 30)
     with pytest.raises(ManifestError, match=r"cache\.json: must have at most 268,435,456 bytes"):
         contents(tmp_path / "cache.json")
+
+
+def test_a_link_that_leads_nowhere_is_refused_and_one_within_the_folder_is_not(tmp_path):
+    """A new folder would be made where it leads. wandb links its last run within its folder."""
+    root = tmp_path / "run"
+    (root / "wandb" / "run-1").mkdir(parents=True)
+    (root / "wandb" / "latest-run").symlink_to("run-1")
+    (root / "wandb" / "debug.log").symlink_to("run-1/logs/debug.log")
+    refuse_links(root)
+    (root / "sae").symlink_to(tmp_path / "autostart")
+    with pytest.raises(ManifestError, match=f"{root}/sae: is a link to {tmp_path}/autostart"):
+        refuse_links(root)
+    with pytest.raises(ManifestError, match=f"{root}/sae: is a link to"), new_folder(root / "sae"):
+        pass
+    assert not (tmp_path / "autostart").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_runs_come_by_name_and_baselines_last(run: Path) -> None:
     assert [each.name for each in read_runs(run)] == ["b"], "one run is a folder of one"
 
 
-def test_harvests_are_read_once_a_cache_by_time(run: Path, tmp_path: Path) -> None:
+def test_harvests_are_read_once_a_cache_by_time(run: Path, tmp_path: Path, caplog) -> None:
     log = tmp_path / "cache" / "log"
     log.mkdir(parents=True)
     for number, (finished, n_tokens) in enumerate((("2026-01-02", 30), ("2026-01-01", 20), ("2026-01-03", 0))):
@@ -76,8 +77,10 @@ def test_harvests_are_read_once_a_cache_by_time(run: Path, tmp_path: Path) -> No
     assert [(time.finished, time.n_tokens) for time in found] == [("2026-01-01", 20), ("2026-01-02", 30)]
     assert (found[0].total_seconds, found[0].model_seconds) == (2.0, 1.5)
     (log / "harvest-1.json").write_text('{"finished": "2026-01-01"}')
-    with pytest.raises(ManifestError, match=r"harvest-1\.json must be the log of a harvest, it lacks 'seconds'"):
-        read_harvests(read_runs(run))
+    (log / "harvest-3.json").write_text("{")
+    assert [time.n_tokens for time in read_harvests(read_runs(run))] == [30], "a run may name any folder as its cache"
+    for message in (r"harvest-1\.json: must be the log of a harvest, it lacks 'seconds'", r"harvest-3\.json: must be"):
+        assert re.search(f"without a log of a harvest: .*{message}", caplog.text)
 
 
 @only_root
@@ -153,7 +156,7 @@ def test_a_field_of_another_type_is_named(name: str, values: object, match: str,
     assert len(str(raised.value)) < 1000
 
 
-def test_logs_of_harvests_with_other_types_are_named(run: Path, tmp_path: Path) -> None:
+def test_logs_of_harvests_with_other_types_are_named(run: Path, tmp_path: Path, caplog) -> None:
     (tmp_path / "cache" / "log").mkdir(parents=True)
     log, config = tmp_path / "cache" / "log" / "harvest-0.json", json.loads((run / "config.json").read_text())
     config["cache"]["path"] = str(tmp_path / "cache")
@@ -166,8 +169,8 @@ def test_logs_of_harvests_with_other_types_are_named(run: Path, tmp_path: Path) 
         ({"finished": "now", "seconds": [1]}, "it lacks"),
     ):
         log.write_text(json.dumps(values))
-        with pytest.raises(ManifestError, match=rf"harvest-0\.json.* {match}"):
-            read_harvests(read_runs(run))
+        assert read_harvests(read_runs(run)) == []
+        assert re.search(rf"harvest-0\.json.* {match}", caplog.text)
     for path in ("a" * 10**5, "a\0b", "\ud800"):
         config["cache"]["path"] = path
         (run / "config.json").write_text(json.dumps(config))
@@ -213,7 +216,7 @@ def test_nothing_is_written_where_a_link_leads(tmp_path: Path) -> None:
             only_writer(tmp_path / "runs", RUNS_LOCK, "trains", "no").__enter__()
         (tmp_path / link).unlink()
     (tmp_path / "runs" / RUNS_LOCK).symlink_to(tmp_path / "elsewhere" / "new")
-    with pytest.raises(ManifestError, match=f"{RUNS_LOCK}: is a link, and no link is followed"):
+    with pytest.raises(ManifestError, match=f"{RUNS_LOCK}: is a link"):
         only_writer(tmp_path / "runs", RUNS_LOCK, "trains", "no").__enter__()
     assert list((tmp_path / "elsewhere").iterdir()) == []
 

@@ -32,6 +32,18 @@ KeepSpecialTokens = Annotated[
 ]
 
 
+def cache_of(cache: Path | None, runs: Path) -> Cache:
+    """The cache that is named, or else that which a run, or the first run of a folder, remembers; that is said."""
+    from actcache.store.cache import open_cache
+    from trainer.trained_on import open_trained_on
+
+    if cache is not None:
+        return open_cache(cache)
+    remembered = open_trained_on(runs)
+    say(f"{runs}: was trained on the cache {remembered.path}")
+    return remembered
+
+
 def evaluate(
     runs: Annotated[Path, typer.Argument(metavar="RUN|RUNS", help="One run, or a folder of runs.")],
     cache: RememberedCache = None,
@@ -44,11 +56,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Evaluate on the held-out split, with the model in the loop. Writes eval.json beside each run."""
-    from actcache.store.cache import open_cache
     from trainer.commands.lines import evaluation_lines
-    from trainer.trained_on import open_trained_on
 
-    opened = open_cache(cache) if cache else open_trained_on(runs)
+    opened = cache_of(cache, runs)
     excludes = is_excluding(exclude_special_tokens, keep_special_tokens) is not False  # by default they are left out
     trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     rows = evaluated(runs, opened, model, device, exclude_special_tokens=excludes, **trusted)
@@ -100,6 +110,7 @@ def evaluated(
     from trainer.evaluation.evaluate import check_writable, evaluate_runs
 
     say_owner(runs)
+    say_owner(cache.path)  # losses are kept there
     check_writable(runs)  # before the model is loaded
     language_model = model_of_cache(
         cache.path,

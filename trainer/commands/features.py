@@ -28,7 +28,7 @@ from actcache.commands.terminal import (
     say_owner,
 )
 from actcache.errors import ConfigError
-from trainer.commands.evaluate import RememberedCache
+from trainer.commands.evaluate import RememberedCache, cache_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,13 +75,11 @@ def features(
 
     The split is read once. Later calls look it up.
     """
-    from actcache.store.cache import open_cache
     from trainer.commands.lines import feature_facts, feature_lines, features_facts, features_lines
     from trainer.features.words import Words, has_words, read_words
     from trainer.formats.saelens import load_sae
-    from trainer.trained_on import open_trained_on
 
-    opened = open_cache(cache) if cache else open_trained_on(run)
+    opened = cache_of(cache, run)
     trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     if text is not None:
         language_model = model_of_cache(opened.path, opened.compute, model=model, device=device, **trusted)
@@ -217,10 +215,7 @@ def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
 
 def _cache_of(run: Path, cache: Path | None) -> tuple[Path, Mapping[str, Any]]:
     """(folder, how the activations were computed) of the cache, or else of that which the run was trained on."""
-    from actcache.store.cache import open_cache
-    from trainer.trained_on import open_trained_on
-
-    opened = open_cache(cache) if cache else open_trained_on(run)
+    opened = cache_of(cache, run)
     return opened.path, opened.compute
 
 

@@ -6,6 +6,7 @@ with the same keys and values. The x axis is the step, and n_tokens is one of th
 
 import importlib
 import os
+import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from actcache.errors import ActcacheError, ConfigError
+from actcache.errors import ActcacheError, ConfigError, ManifestError
 from actcache.files import contents, is_file, write_atomically
 from actcache.machine.installs import no_installs
 from trainer.config.settings import SAEConfig
 
 PROJECT = "actcache"  # project in trackio, and in wandb unless WANDB_PROJECT names another
 ID_FILE = "logger_id"
+RUN_ID = re.compile(rb"[0-9a-f]{12}")
 
 Send = Callable[[Mapping[str, Any]], None]
 
@@ -185,4 +187,7 @@ def _run_id(folder: Path) -> str:
     path = folder / ID_FILE
     if not is_file(path):
         write_atomically(path, [uuid.uuid4().hex[:12].encode()])
-    return contents(path).decode()
+    held = contents(path)
+    if not RUN_ID.fullmatch(held):  # another id would add these lines to another run
+        raise ManifestError("must be 12 hex digits", path=path, way_out="remove it, and the loggers begin a new run")
+    return held.decode()

@@ -19,9 +19,9 @@ def state(tmp_path, monkeypatch):
     return tmp_path / "state" / "actcache" / "models.jsonl"
 
 
-def is_named(kind, source):
+def is_named(kind, source, revision=None):
     try:
-        refuse_unnamed(kind, source, Path("c"))
+        refuse_unnamed(kind, source, revision, Path("c"))
     except ManifestError:
         return False
     return True
@@ -30,8 +30,8 @@ def is_named(kind, source):
 def test_a_name_is_noted_once_and_is_no_other_name(state):
     assert not is_named("model", "openai-community/gpt2")
     for _ in range(2):
-        note_named("model", "openai-community/gpt2")
-    note_named("model", "a\nb")
+        note_named("model", "openai-community/gpt2", None)
+    note_named("model", "a\nb", None)
     assert len(state.read_text().splitlines()) == 2
     for name in ("openai-community/gpt2", "a\nb"):
         assert is_named("model", name)
@@ -40,22 +40,32 @@ def test_a_name_is_noted_once_and_is_no_other_name(state):
         assert not is_named("model", name)
 
 
+def test_another_revision_is_another_name():
+    """Anybody may add one at the hub."""
+    note_named("model", "openai-community/gpt2", None)
+    note_named("model", "openai-community/gpt2", "v1")
+    assert is_named("model", "openai-community/gpt2", "v1")
+    assert not is_named("model", "openai-community/gpt2", "refs/pr/13")
+    note_named("model", "owner/other", "v1")
+    assert not is_named("model", "owner/other")
+
+
 def test_a_file_is_noted_by_its_whole_path(state, tmp_path, monkeypatch):
     (tmp_path / "texts.jsonl").touch()
     monkeypatch.chdir(tmp_path)
-    note_named("dataset", "texts.jsonl")
+    note_named("dataset", "texts.jsonl", None)
     assert is_named("dataset", str(tmp_path / "texts.jsonl"))
 
 
 def test_where_nothing_can_be_noted_the_user_is_asked_again(state, tmp_path):
     state.parent.parent.touch()
-    note_named("model", "openai-community/gpt2")
+    note_named("model", "openai-community/gpt2", None)
     assert not is_named("model", "openai-community/gpt2")
     state.parent.parent.unlink()
     state.parent.mkdir(parents=True)
     (tmp_path / "victim").touch()
     os.link(tmp_path / "victim", state)
-    note_named("model", "openai-community/gpt2")
+    note_named("model", "openai-community/gpt2", None)
     assert (tmp_path / "victim").read_text() == ""
 
 

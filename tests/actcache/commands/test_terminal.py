@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import typer
@@ -21,7 +22,7 @@ from support.tiny_caches import HOOKS
 from typer.testing import CliRunner
 
 from actcache.commands.lines import cache_lines
-from actcache.commands.terminal import PlainFormatter, fail, say
+from actcache.commands.terminal import PlainRecord, fail, say
 from actcache.errors import ConfigError
 from actcache.store.cache import Cache
 
@@ -337,8 +338,7 @@ def test_what_strangers_named_cannot_move_the_cursor(tiny_cache, tmp_path, capsy
     say(*said)
     with pytest.raises(typer.Exit):
         fail(f"{HOSTILE}: is damaged", 1)
-    record = logging.LogRecord("actcache", logging.WARNING, "", 0, "%s is odd", (HOSTILE,), None)
-    print(PlainFormatter().format(record), file=sys.stderr)
+    print(PlainRecord("actcache", logging.WARNING, "", 0, "%s is odd", (HOSTILE,), None).getMessage(), file=sys.stderr)
     printed = capsys.readouterr().err
     assert len(printed.splitlines()) == len(said) + 2
     assert all(line.isprintable() for line in printed.split("\n"))
@@ -352,8 +352,24 @@ def test_what_people_write_is_said_as_it_is(capsys):
 
 
 def test_a_message_of_a_library_keeps_its_lines():
-    record = logging.LogRecord("transformers.x", logging.WARNING, "", 0, "one\n\x1b[2Jtwo", (), None)
-    assert PlainFormatter().format(record) == "one\n\\x1b[2Jtwo"
+    record = PlainRecord("transformers.x", logging.WARNING, "", 0, "one\n\x1b[2J%s", ("two",), None)
+    assert record.getMessage() == "one\n\\x1b[2Jtwo"
+
+
+def test_what_a_library_says_of_a_model_cannot_move_the_cursor(tiny_llama_dir, tiny_texts, tmp_path):
+    """transformers has a handler of its own, and quotes what config.json holds."""
+    folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"use_return_dict": "\x1b[2Jforged"}))
+    words = ("--dataset", tiny_texts, "--context-size", 16, "--tokens", 64, "--device", "cpu", "--dry-run")
+    run = subprocess.run(
+        [sys.executable, "-m", "cli", "harvest", "--model", folder, *map(str, words), "--hook", HOOKS[0], "--out", "c"],
+        capture_output=True,
+        text=True,
+        env=CHILD,
+    )
+    assert "forged" in run.stderr, run.stderr
+    assert all(line.isprintable() for line in run.stderr.replace("\r", "\n").split("\n"))
 
 
 @only_root

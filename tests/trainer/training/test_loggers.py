@@ -19,8 +19,8 @@ from support.logger_cases import CONFIGS, stopped_and_resumed
 from support.places import CHILD
 from support.sweep_cases import N_STEPS, log_lines
 
-from actcache.errors import ConfigError
-from trainer.training.loggers import check_loggers
+from actcache.errors import ConfigError, ManifestError
+from trainer.training.loggers import ID_FILE, _run_id, check_loggers
 
 
 def assert_untouched(runs: Path, tmp_path: Path) -> None:
@@ -164,3 +164,11 @@ def test_a_package_that_is_missing_is_named(name: str, module: str, monkeypatch:
 def test_an_unknown_logger_lists_the_known() -> None:
     with pytest.raises(ConfigError, match="must be one of wandb, trackio, tensorboard, got 'mlflow'"):
         check_loggers(["mlflow"])
+
+
+@pytest.mark.parametrize("held", [b"x\x1b[2J", b"\xff", b"0123456789ab0", b"mine", b""])
+def test_an_id_that_we_did_not_make_is_refused(held, tmp_path):
+    """The lines would be added to another run of the user's."""
+    (tmp_path / ID_FILE).write_bytes(held)
+    with pytest.raises(ManifestError, match="must be 12 hex digits; remove it"):
+        _run_id(tmp_path)
