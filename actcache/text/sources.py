@@ -159,11 +159,11 @@ class LoadedDataset:
     def identity(self) -> dict[str, Any]:
         """What tells this dataset from another: the column, and a sha256 of all rows.
 
-        Equal rows have equal identities.
+        Equal rows have equal identities, whatever `set_format` was told.
         """
         digest = hashlib.sha256()
         with self.errors_named():
-            for row in self.rows:
+            for row in unformatted(self.rows):
                 digest.update(repr(sorted(dict(row).items())).encode())
         return {
             "name": "in memory",
@@ -177,6 +177,16 @@ class LoadedDataset:
 
 
 Source = DatasetSource | LoadedDataset
+
+
+def unformatted(rows: datasets.Dataset | datasets.IterableDataset) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows as plain Python values, whatever `set_format` was told; what `set_transform` makes of rows stays."""
+    if isinstance(rows, datasets.IterableDataset):
+        return rows.with_format(None)
+    told = rows.format
+    if told["type"] == "custom":
+        return rows
+    return rows.with_format(None, columns=told["columns"], output_all_columns=told["output_all_columns"])
 
 
 def _data_files(path: Path) -> list[str]:

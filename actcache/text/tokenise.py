@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import DatasetError
 from actcache.machine.limits import require_memory
-from actcache.text.sources import NO_ROWS, Source
+from actcache.text.sources import NO_ROWS, Source, unformatted
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
+MASK_COLUMN = "attention_mask"  # beside a column of token ids; 0 marks padding
 DOCUMENTS_PER_BATCH = 256
 CHARACTER_BYTES = 200  # memory that a fast tokenizer takes for each character; where it gets none, it ends the process
 
@@ -28,18 +29,20 @@ CHARACTER_BYTES = 200  # memory that a fast tokenizer takes for each character; 
 def documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Int32[np.ndarray, " _"]]]:
     """(index in the dataset, int32 token ids) of every document that has tokens.
 
-    Text is tokenised without special tokens. A column of token ids is taken as it is. Raises DatasetError if there is
-    no row, if one cannot be read, or if the column is missing, holds something else, or holds ids that the tokenizer
-    lacks.
+    Text is tokenised without special tokens. A column of token ids is taken as it is, but for those that the column
+    attention_mask beside it marks as padding. Raises DatasetError if there is no row, if one cannot be read, or if the
+    column is missing, holds something else, or holds ids that the tokenizer lacks.
     """
-    rows = source.load()
+    rows = unformatted(source.load())
     with source.errors_named():
         column = _column(rows, source.column)
     encode = _ids_of(column, tokenizer)
     for batch in _batches(source, rows):
-        for (index, _), ids in zip(batch, encode([row[column] for _, row in batch]), strict=True):
-            if len(ids):
-                yield index, np.asarray(ids, dtype=np.int32)
+        for (index, row), ids in zip(batch, encode([row[column] for _, row in batch]), strict=True):
+            masked = MASK_COLUMN in row and not isinstance(row[column], str)
+            real = _unmasked(index, ids, row[MASK_COLUMN]) if masked else ids
+            if len(real):
+                yield index, np.asarray(real, dtype=np.int32)
 
 
 def _batches(source: Source, rows: Iterable[Any]) -> Iterator[list[tuple[int, Any]]]:
@@ -53,6 +56,16 @@ def _batches(source: Source, rows: Iterable[Any]) -> Iterator[list[tuple[int, An
         if not batch:
             return
         yield batch
+
+
+def _unmasked(index: int, ids: list[int], mask: object) -> list[int]:
+    """The ids of a row that its mask does not mark as padding. Raises DatasetError: the mask is none of these ids."""
+    if not isinstance(mask, list) or len(mask) != len(ids) or not {*mask} <= {0, 1}:
+        raise DatasetError(
+            f"dataset: {MASK_COLUMN} of row {index} must hold 0 or 1 for each of its {len(ids)} token ids; mend that "
+            "row, or remove the column"
+        )
+    return [token_id for token_id, is_real in zip(ids, mask, strict=True) if is_real]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -84,9 +97,10 @@ def _ids_of(column: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[A
 
 
 def _column(rows: datasets.Dataset | datasets.IterableDataset, asked: str | None) -> str:
-    names = rows.column_names
-    if names is None:  # a stream may declare no columns; then its first row has them
-        names = list(next(iter(rows), {}))
+    # a stream may declare no columns, and a format or a transform may show others: the first row has them
+    declared = rows.column_names
+    shown = list(next(iter(rows), {})) if declared is None or isinstance(rows, datasets.Dataset) else []
+    names = shown or declared or []
     for name in (asked,) if asked else ("text", *TOKEN_COLUMNS):
         if name in names:
             return name
