@@ -91,7 +91,7 @@ def encoder_threads(device: torch.device) -> int:
 
 def probe_tokens(model: LanguageModel, n_sequences: int, context_size: int) -> Tensor:
     """Token ids to measure with, [n_sequences, context_size]."""
-    ids = torch.arange(n_sequences * context_size) % len(model.tokenizer)
+    ids = torch.arange(n_sequences * context_size) % model.n_embeddings
     return ids.view(n_sequences, context_size)
 
 

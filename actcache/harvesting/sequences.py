@@ -32,9 +32,14 @@ def count_sequences(model: LanguageModel, source: Source, config: HarvestConfig)
 
 
 def packed_sequences(model: LanguageModel, source: Source, config: HarvestConfig) -> Iterator[PackedSequence]:
-    """The packed sequences of the dataset, those of both splits. Raises DatasetError."""
+    """The packed sequences of the dataset, those of both splits.
+
+    Raises DatasetError, and ModelError if the embedding lacks an id.
+    """
     texts = documents(source, model.tokenizer)
-    return pack(texts, packing(model, config), seed=config.seed, holdout=config.holdout)
+    for sequence in pack(texts, packing(model, config), seed=config.seed, holdout=config.holdout):
+        model.refuse_unknown_ids(sequence.token_ids)
+        yield sequence
 
 
 def packing(model: LanguageModel, config: HarvestConfig) -> Packing:

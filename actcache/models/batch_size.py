@@ -57,7 +57,7 @@ def _tokens_per_second(
     model: LanguageModel, n_sequences: int, context_size: int, hook_names: Sequence[str]
 ) -> float | None:
     """Rate of the fastest of N_TIMED passes, which follow one pass to warm up; None if memory is out."""
-    token_ids = (torch.arange(context_size) % len(model.tokenizer)).expand(n_sequences, -1)
+    token_ids = (torch.arange(context_size) % model.n_embeddings).expand(n_sequences, -1)
     try:
         _, *seconds = [_seconds(model, token_ids, hook_names) for _ in range(1 + N_TIMED)]
     except (MemoryError, RuntimeError) as error:  # torch raises RuntimeErrors, on CUDA a kind of its own

@@ -71,6 +71,8 @@ class BridgeModel(LanguageModel):
 
     @torch.no_grad()
     def _forward(self, token_ids: Tensor, hook_fns: dict[str, HookFn]) -> Tensor:
+        if token_ids.device.type == "cpu":  # elsewhere a look at them would wait for the device
+            self.refuse_unknown_ids(token_ids)
         token_ids = token_ids.to(self.device, non_blocking=True)
         fwd_hooks: list[tuple[str | Callable, Callable]] = [
             (hook_name, self._flat(hook_name, token_ids.shape, hook_fn)) for hook_name, hook_fn in hook_fns.items()

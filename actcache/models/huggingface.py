@@ -106,6 +106,8 @@ class HuggingFaceModel(LanguageModel):
                 f"{self.identity['name']}: sequences have at most {self.max_positions} tokens, got "
                 f"{token_ids.shape[1]}; pass a smaller --context-size, or a shorter text"
             )
+        if token_ids.device.type == "cpu":  # elsewhere a look at them would wait for the device
+            self.refuse_unknown_ids(token_ids)
         with ExitStack() as stack:
             for hook_name, hook_fn in hook_fns.items():
                 stack.callback(self._attach(hook_name, hook_fn).remove)

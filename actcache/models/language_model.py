@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import NoReturn, cast
 
+import numpy as np
 import torch
 from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
@@ -25,7 +26,8 @@ SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "h
 class LanguageModel(ABC):
     """A causal language model whose activations can be read and replaced by hook name.
 
-    It runs without gradients. Sequences are whole and unpadded. Token ids may be on any device.
+    It runs without gradients. Sequences are whole and unpadded. Token ids may be on any device. On the CPU an id that
+    the embedding lacks is a ModelError.
 
     Attributes:
         tokenizer: the model's tokenizer, unchanged.
@@ -35,6 +37,7 @@ class LanguageModel(ABC):
         dtype: of the parameters, and of most activations.
         n_layers, d_model: number of blocks, width of the residual stream.
         vocab_size: how many logits there are at each position.
+        n_embeddings: how many token ids the model can read: the rows of its embedding.
         max_positions: the most tokens that a sequence may have; None if the family has no limit.
         attention_kernel: "sdpa", "eager", "flash_attention_2" or another of transformers' names.
         compiled: whether its blocks run compiled.
@@ -57,6 +60,7 @@ class LanguageModel(ABC):
         self.n_layers: int = config.num_hidden_layers
         self.d_model: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
+        self.n_embeddings: int = getattr(embedding, "num_embeddings", config.vocab_size)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._head = cast(nn.Linear | None, model.get_output_embeddings())
         self.attention_kernel: str = cast(str, config._attn_implementation)  # never "auto" once the model is made
@@ -177,6 +181,15 @@ class LanguageModel(ABC):
         with align_module_device(self._head):  # an offloaded head is brought to the device that computes it
             W_U, b_U = self._head.weight.detach(), self._head.bias
         return measured_unembedding(seen["normed"], W_U, None if b_U is None else b_U.detach(), self.identity["name"])
+
+    def refuse_unknown_ids(self, token_ids: Int[Tensor, "*shape"] | Int[np.ndarray, "*shape"]) -> None:
+        """Raise ModelError if the embedding lacks a row for one of these ids."""
+        lowest, highest = int(token_ids.min()), int(token_ids.max())
+        if lowest < 0 or highest >= self.n_embeddings:
+            raise ModelError(
+                f"{self.identity['name']}: token ids must be in [0, {self.n_embeddings}), the rows of its embedding, "
+                f"got {lowest if lowest < 0 else highest}; pass the tokenizer of this model, or resize its embedding"
+            )
 
     @abstractmethod
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:

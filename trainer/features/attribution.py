@@ -96,6 +96,11 @@ def logit_attribution(sae: SAE, model: Model, text: str, position: int, token: s
     x, y, stream = (seen[name][0, position] for name in (sae.hook_name, *sae.output_hooks, last))
     check_width(sae, x[None])
     unembedding = model.unembedding()
+    if token_id >= (n_logits := len(unembedding.W_U)):
+        raise ConfigError(
+            f"logit_attribution: token must be one token of the model, got {token!r}, which is {token_id}; the model "
+            f"has {n_logits} logits"
+        )
     v, constant = unembedding.token_direction(token_id)
     stream = stream.double().cpu()
     v = v / unembedding.scale(stream)

@@ -64,12 +64,12 @@ def logit_lens(sae: SAE, model: Model, latents: Sequence[int], n: int = 10) -> t
         ConfigError: a latent or n is out of range, or the SAE's hook is not of the residual stream.
         ModelError: the model has no output head, or no LayerNorm or RMSNorm before it.
     """
-    n_tokens = len(model.tokenizer)
-    if not 1 <= typed("logit_lens", "n", n, int) <= n_tokens:
-        raise ConfigError(f"logit_lens: n must be in [1, {n_tokens}], got {n}")
     check_latents(sae, latents)
     check_stream(sae, "logit_lens")
     unembedding = model.unembedding()
+    n_tokens = min(len(model.tokenizer), len(unembedding.W_U))
+    if not 1 <= typed("logit_lens", "n", n, int) <= n_tokens:
+        raise ConfigError(f"logit_lens: n must be in [1, {n_tokens}], got {n}")
     lenses: list[LogitLens] = []
     for part in in_parts(latents):
         logits = _lens_logits(unembedding, directions(sae, part))[:, :n_tokens]

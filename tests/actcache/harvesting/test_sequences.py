@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 from support.tiny_caches import HOOKS, TOKENS, harvest_tiny, promised_files
+from support.tiny_models import make_tokenizer
 
-from actcache.errors import CacheMismatch, DatasetError
+from actcache.errors import CacheMismatch, DatasetError, ModelError
 from actcache.store.cache import open_cache
 
 
@@ -78,3 +79,37 @@ def test_a_kill_between_the_steps_of_growth_is_healed(tiny_model, tiny_texts, tm
                 shutil.copy(whole.path / key, root / key)
         healed = harvest_tiny(tiny_model, tiny_texts, root, tokens=tokens)
         assert promised_files(healed.path) == promised_files(old if tokens == 1111 else whole.path)
+
+
+WIDE = "<beyond>"  # a token that the tokenizer knows and the model does not
+
+
+def wide_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([WIDE])
+    return tokenizer
+
+
+@pytest.mark.parametrize("codec", ["raw", "auto"])
+def test_an_id_that_the_embedding_lacks_is_one_line_before_the_first_pass(tiny_model, codec, tmp_path):
+    """The text is packed first. Where no text has such a token, it does no harm."""
+    from datasets import Dataset
+
+    from actcache.harvesting.config import HarvestConfig
+    from actcache.harvesting.run import dry_run, harvest
+    from actcache.models.load import wrap_model
+    from actcache.text.sources import LoadedDataset
+
+    model = wrap_model(tiny_model._model, wide_tokenizer())
+    known = model.n_embeddings
+    config = HarvestConfig(hook_names=HOOKS[:1], context_size=16, holdout=0.0, codec=codec)
+    texts = ["one two three " * 9, f"four {WIDE} five " * 9]
+    source = LoadedDataset(Dataset.from_dict({"text": texts}))
+    says = rf"token ids must be in \[0, {known}\), the rows of its embedding, got {known}; pass the tokenizer of this"
+    for asked in (harvest, dry_run):
+        with pytest.raises(ModelError, match=says) as error:
+            asked(model, source, config, tmp_path / "c")
+        assert "\n" not in str(error.value)
+        assert not list((tmp_path / "c").rglob("zarr.json"))
+    fine = LoadedDataset(Dataset.from_dict({"text": texts[:1]}))
+    assert harvest(model, fine, config, tmp_path / "c").n_rows() > 0

@@ -122,3 +122,17 @@ def test_replacing_resid_mid_needs_a_block_that_adds(theirs):
 def test_no_hooks_is_the_callers_mistake(ours):
     with pytest.raises(ValueError, match="at least one hook"):
         ours("gpt2").activations(TOKENS, [])
+
+
+@pytest.mark.parametrize("backend", ["ours", "bridge"])
+@pytest.mark.parametrize("token_id", [-1, 512])
+def test_an_id_that_the_embedding_lacks_is_one_line(backend, token_id, request):
+    model = request.getfixturevalue(backend)("gpt2")
+    assert model.n_embeddings == 512
+    token_ids = torch.tensor([[3, token_id]])
+    for run in (model.logits, lambda ids: model.activations(ids, ["blocks.0.hook_resid_pre"])):
+        with pytest.raises(
+            ModelError, match=rf"must be in \[0, 512\), .*, got {token_id}; pass the tokenizer"
+        ) as error:
+            run(token_ids)
+        assert "\n" not in str(error.value)

@@ -73,6 +73,21 @@ def test_tokens_that_the_tokenizer_does_not_know_are_left_out():
     assert {token.token_id for token in lens.promoted} == set(range(512))
 
 
+def test_tokens_that_the_model_does_not_know_are_left_out():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<beyond>"])
+    model = wrap_model(make_model("gpt2", 512).double(), tokenizer, "narrow")
+    (lens,) = logit_lens(make_sae(), model, [3], 512)
+    assert {token.token_id for token in lens.promoted} == set(range(512))
+    with pytest.raises(ConfigError, match=r"n must be in \[1, 512\], got 513"):
+        logit_lens(make_sae(), model, [3], 513)
+    for token in ("<beyond>", 512):
+        with pytest.raises(
+            ConfigError, match=r"must be one token of the model, got .*, which is 512; the model has 512 logits"
+        ):
+            logit_attribution(make_sae(), model, TEXT, -1, token)
+
+
 @pytest.mark.parametrize(
     ("latents", "n", "says"),
     [([D_SAE], 1, r"a feature must be in \[0, d_sae=96\), got 96"), ([-1], 1, "got -1"), ([0], 0, r"n must be in")],
