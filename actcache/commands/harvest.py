@@ -109,6 +109,12 @@ def harvest(
     separator: Annotated[
         str, typer.Option(help="The token between two documents: bos, eos or none.", rich_help_panel=DATA)
     ] = "bos",
+    repack: Annotated[
+        bool,
+        typer.Option(
+            "--repack", help="Pack rows of token ids anew that have --context-size ids.", rich_help_panel=DATA
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the order of rows and of the holdout.", rich_help_panel=CACHE)] = 0,
     holdout: Annotated[
         float, typer.Option(help="Share of documents that go to the validation split.", rich_help_panel=DATA)
@@ -157,6 +163,7 @@ def harvest(
         batch_size=batch_size,
         prepend_bos=prepend_bos,
         separator=separator,
+        repack=repack,
         seed=seed,
         holdout=holdout,
     )

@@ -23,8 +23,8 @@ class HarvestConfig:
     the whole dataset. context_size: tokens of a sequence. codec: a profile, or "auto" for the one that a short
     measurement chooses. dtype: of the stored values. batch_size: sequences of one forward pass; None takes about 4,096
     tokens on a CPU, and a measured number on CUDA. prepend_bos: whether every sequence begins with BOS. separator: the
-    token between documents. seed: keys the scatter of rows and the choice of the validation split. holdout: share of
-    documents in the validation split.
+    token between documents. repack: pack token ids anew whose rows are sequences already. seed: keys the scatter of
+    rows and the choice of the validation split. holdout: share of documents in the validation split.
 
     Raises ConfigError for a value that is out of range.
     """
@@ -37,6 +37,7 @@ class HarvestConfig:
     batch_size: int | None = None
     prepend_bos: bool = True
     separator: str = "bos"
+    repack: bool = False
     seed: int = 0
     holdout: float = 0.01
 

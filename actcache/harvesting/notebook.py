@@ -21,7 +21,7 @@ from actcache.text.sources import DatasetSource, LoadedDataset, Source
 
 def harvest(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     dataset: str | Path | Sequence[str] | datasets.Dataset | DatasetSource,
     hook_names: str | Sequence[str],
     out: str | Path,
@@ -33,6 +33,7 @@ def harvest(
     batch_size: int | None = None,
     prepend_bos: bool = True,
     separator: str = "bos",
+    repack: bool = False,
     seed: int = 0,
     holdout: float = 0.01,
     progress: Progress | None = None,
@@ -41,7 +42,7 @@ def harvest(
 
     Args:
         model: a transformers model in evaluation mode; it is neither changed nor moved.
-        tokenizer: the tokenizer of the model.
+        tokenizer: the tokenizer of the model; None if the dataset holds token ids.
         dataset: a path or hub name, a list of texts, a `datasets.Dataset`, or a DatasetSource.
         hook_names: one hook or several.
         out: the folder of the cache.
@@ -65,6 +66,7 @@ def harvest(
         batch_size=batch_size,
         prepend_bos=prepend_bos,
         separator=separator,
+        repack=repack,
         seed=seed,
         holdout=holdout,
     )

@@ -20,6 +20,7 @@ from actcache.models.language_model import LanguageModel
 from actcache.text.sources import DatasetSource, Source
 from actcache.text.tokenise import tokenizer_hash
 
+KEPT = "kept"  # how an identity says that rows of token ids are sequences as they are
 SIZES = ("shard_rows", "chunk_rows")  # parts of an identity that are chosen when the cache is created
 
 
@@ -59,11 +60,11 @@ def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageM
         CacheMismatch: the models differ; the message lists the differences.
     """
     there = {**identity["model"], "tokenizer_sha256": identity["tokenizer_sha256"]}
-    here = {**model.identity, "tokenizer_sha256": tokenizer_hash(model.tokenizer)}
+    here = {**model.identity, "tokenizer_sha256": _tokenizer_hash(model)}
     hashes = [key for key in ("config_sha256", "weights_sha256") if there.get(key) and here.get(key)]
     code = ["code_sha256"] if there.get("code_sha256") else []  # only a model that brought code has it
     keys = [*(hashes or ("name", "revision")), *code, "tokenizer_sha256"]
-    if identity["tokenizer_sha256"] is None:
+    if identity["tokenizer_sha256"] is None and not there.get("weights_sha256"):
         keys = ["name"]
     differing = [key for key in keys if there.get(key) != here.get(key)]
     if differing:
@@ -75,22 +76,28 @@ def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageM
 
 
 def identity_of(model: LanguageModel, source: Source, config: HarvestConfig) -> dict[str, Any]:
-    """The identity of the cache of this harvest, without SIZES."""
+    """The identity of the cache of this harvest, without SIZES. config: as `as_packed` gives it."""
     identity = {
         "format_version": FORMAT_VERSION,
         "model": model.identity,
-        "tokenizer_sha256": tokenizer_hash(model.tokenizer),
-        "special_token_ids": sorted(set(model.tokenizer.all_special_ids)),
+        "tokenizer_sha256": _tokenizer_hash(model),
+        "special_token_ids": sorted(set(model.tokenizer.all_special_ids)) if model.tokenizer else [],
         "dataset": source.identity(),
         "context_size": config.context_size,
         "prepend_bos": config.prepend_bos,
         "separator": config.separator,
+        **({} if config.repack else {"rows": KEPT}),  # formerly all were packed, and no such key was written
         "dtype": config.dtype,
         "codec": config.codec,
         "seed": config.seed,
         "holdout": config.holdout,
     }
     return json.loads(json.dumps(identity))  # as it reads back, so that it compares equal
+
+
+def _tokenizer_hash(model: LanguageModel) -> str | None:
+    """The hash of a model's tokenizer; None if it has none."""
+    return None if model.tokenizer is None else tokenizer_hash(model.tokenizer)
 
 
 def compute_of(model: LanguageModel, batch_size: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from actcache.harvesting.config import AUTO, HarvestConfig
 from actcache.harvesting.estimate import Estimate, expected_bytes, free_bytes, refuse_small_disk, tokens_per_second
 from actcache.harvesting.finalise import finalise
 from actcache.harvesting.loop import Harvester, HarvestTimes, Progress
+from actcache.harvesting.packing_choice import as_packed
 from actcache.harvesting.plan import already_there, read_plan, settle_plan, warn_of_empty_splits
 from actcache.harvesting.provenance import identity_of, origin_of, refuse_other_identity
 from actcache.harvesting.sequences import count_sequences, packed_sequences
@@ -108,6 +109,7 @@ def harvest_share(
     root = local_path(out)
     widths = model.hook_widths(config.hook_names)
     refuse_foreign_folder(root)
+    config = as_packed(model, source, config, read_plan(root))
     wanted = identity_of(model, source, config)
     cache = _already_there(root, wanted, config, widths)
     if cache is not None:
@@ -157,7 +159,7 @@ def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: st
     widths = model.hook_widths(config.hook_names)
     refuse_foreign_folder(root)
     held = read_plan(root)
-    config = _with_codec(root, held, model, config)
+    config = _with_codec(root, held, model, as_packed(model, source, config, held))
     if held is not None:
         refuse_other_identity(root, held, identity_of(model, source, config))
     hooks = _specs(widths, config.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -43,14 +44,25 @@ def packed_sequences(model: LanguageModel, source: Source, config: HarvestConfig
 
 
 def packing(model: LanguageModel, config: HarvestConfig) -> Packing:
-    """How documents become sequences, with the BOS and EOS of this model's tokenizer."""
-    tokenizer = model.tokenizer
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "none": None}
+    """How documents become sequences, with the BOS and EOS of this model's tokenizer.
+
+    config: as `as_packed` gives it.
+    """
+    ids = separator_ids(model)
     return Packing(
         context_size=config.context_size,
         bos_id=ids["bos"] if config.prepend_bos else None,
         separator_id=ids[config.separator],
+        keeps_rows=not config.repack,
     )
+
+
+def separator_ids(model: LanguageModel) -> dict[str, Any]:
+    """The id of each of SEPARATORS; None for none, and if there is no tokenizer or it lacks the token."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        return {"bos": None, "eos": None, "none": None}
+    return {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "none": None}
 
 
 def write_sequences(packed: SequenceArrays, sequences: Iterable[PackedSequence], config: HarvestConfig) -> None:

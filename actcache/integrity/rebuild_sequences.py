@@ -16,6 +16,7 @@ from actcache.format.arrays import SEQUENCE_ARRAYS, sequence_arrays
 from actcache.format.codecs import codec
 from actcache.format.scatter import shard_permutation
 from actcache.harvesting.config import HarvestConfig
+from actcache.harvesting.provenance import KEPT
 from actcache.harvesting.sequences import packing
 from actcache.integrity.expected import ExpectedCache
 from actcache.integrity.problems import StoredArray, stored_arrays
@@ -142,7 +143,9 @@ class RebuiltSequences:
         identity, source = self._plan.identity, self._source()
         model = self._model(next(iter(self._expected.held.values())).compute)
         config = HarvestConfig(
-            hook_names=(self._expected.hooks[0].hook_name,), **{key: identity[key] for key in PACKING}
+            hook_names=(self._expected.hooks[0].hook_name,),
+            repack=identity.get("rows") != KEPT,
+            **{key: identity[key] for key in PACKING},
         )
         texts = documents(source, model.tokenizer)
         counts: dict[str, int] = dict.fromkeys(SPLITS, 0)

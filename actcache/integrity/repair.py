@@ -234,7 +234,7 @@ class _Rebuilding:
 
     def _model(self, compute: dict[str, Any]) -> LanguageModel:
         """The model, loaded as it ran then. Only the last one stays loaded. Raises CacheMismatch for another model."""
-        if self._plan.identity["tokenizer_sha256"] is None:
+        if self._plan.identity["model"].get("weights_sha256") is None:
             raise CacheMismatch(
                 f"{self._root}: was imported, and does not know which weights its activations are of; import it again "
                 "into another folder"

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError
 from actcache.machine.installs import no_installs
@@ -30,14 +30,16 @@ class BridgeModel(LanguageModel):
     backend = "transformer_lens"
 
     @no_installs("TransformerLens")
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, identity: dict[str, str | None]
+    ):
         super().__init__(model, tokenizer, identity)
         # Imported here: it takes seconds, and only this backend needs it.
         from transformer_lens.model_bridge import TransformerBridge
 
         # The bridge gets token ids only, but it needs a tokenizer and changes it. If that tokenizer has a BOS, the
         # bridge loads it a second time. So the bridge gets a copy without a BOS.
-        spare = copy.deepcopy(tokenizer)
+        spare = copy.deepcopy(tokenizer) if tokenizer else GPT2Tokenizer()  # one without a vocabulary
         spare.bos_token = None
         # With hf_model the bridge takes the family from the config, not from the name (a path may contain "llama"). By
         # the name it looks for a processor of pictures: the whole path, so that the hub is not asked for a folder.

@@ -39,7 +39,7 @@ class HuggingFaceModel(LanguageModel):
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         identity: dict[str, str | None],
         *,
         compiled: bool = False,

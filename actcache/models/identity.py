@@ -23,7 +23,7 @@ _REMOTE_CODE = "transformers_modules."  # transformers imports the code that mod
 
 
 def model_identity(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, name: str, revision: str | None
 ) -> dict[str, str | None]:
     """{"name", "revision", "config_sha256", "weights_sha256"} of a loaded model; name and revision are as given.
 

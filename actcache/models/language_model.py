@@ -30,7 +30,7 @@ class LanguageModel(ABC):
     the embedding lacks is a ModelError.
 
     Attributes:
-        tokenizer: the model's tokenizer, unchanged.
+        tokenizer: the model's tokenizer, unchanged; None if it has none, and takes token ids alone.
         identity: as `model_identity` gives it; plain JSON values, no absolute path.
         source: a hub name or an absolute path from which the model can be loaded again; "" if that is not known.
         device: of the embedding. With a device map, activations may be on other devices.
@@ -47,7 +47,9 @@ class LanguageModel(ABC):
     backend: str
     compiled: bool = False
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: dict[str, str | None]):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, identity: dict[str, str | None]
+    ):
         config = model.config.get_text_config()
         self.tokenizer = tokenizer
         self.identity = identity

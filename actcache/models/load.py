@@ -54,7 +54,7 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> LanguageModel:
-    """Load a causal language model and its tokenizer from a local directory or the Hugging Face hub.
+    """Load a causal language model, and its tokenizer if it has one, from a local directory or the Hugging Face hub.
 
     If the local hub cache holds the whole model, the network is not asked.
 
@@ -117,12 +117,12 @@ def load_model(
     return HuggingFaceModel(model, tokenizer, identity, compiled=compile)
 
 
-def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> LanguageModel:
+def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name: str | None = None) -> LanguageModel:
     """A LanguageModel of a transformers model that is loaded: plain, quantised, adapted or spread over devices.
 
     Args:
         model: in evaluation mode and of a supported family. It is neither changed nor moved.
-        tokenizer: the tokenizer of the model.
+        tokenizer: the tokenizer of the model; None for a model that takes token ids alone.
         name: recorded in caches; None takes the name that the model was loaded by.
 
     Raises:

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -30,7 +31,7 @@ from transformers.utils.hub import cached_file
 
 from actcache.arguments import can_only_be_a_path, local_path, missing_here, refuse_address
 from actcache.errors import ConfigError, ManifestError, ModelError
-from actcache.files import contents, file_bytes, is_allowed
+from actcache.files import contents, file_bytes, is_allowed, listed
 from actcache.models.model_files import (
     check_config,
     check_counts,
@@ -52,6 +53,7 @@ MOST_REASON = 400  # letters of an error of others
 CONVERSION_OFF = "DISABLE_SAFETENSORS_CONVERSION"  # a variable of transformers
 TOKENIZER_WRONG = "a file of its tokenizer holds what it may not"
 MODEL_WRONG = "config.json or the weights hold what they may not"
+TOKENIZER_FILE = re.compile(r"tokenizer|vocab|merges|spiece|sentencepiece|tekken|.*\.(model|tiktoken)$")
 WHOLE_MODEL = "check the name or pass a directory with a whole model"
 
 
@@ -114,9 +116,19 @@ def load_config(
     return config
 
 
-def load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises ModelError if it is missing or damaged, or brings code that is not trusted."""
-    return _loaded(AutoTokenizer.from_pretrained, source, revision, trust_remote_code, TOKENIZER_WRONG)
+def load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None if it brings no vocabulary, for which transformers may make an empty tokenizer.
+
+    Raises ModelError if it is damaged, or brings code that is not trusted.
+    """
+    try:
+        tokenizer = _loaded(AutoTokenizer.from_pretrained, source, revision, trust_remote_code, TOKENIZER_WRONG)
+    except ModelError:
+        folder = snapshot_of(source, revision)
+        if folder is None or any(TOKENIZER_FILE.match(path.name) for path in listed(folder)):
+            raise
+        return None
+    return tokenizer if {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} else None
 
 
 def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config: PretrainedConfig) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, DatasetError
 from actcache.flow import SPLITS
 
 
@@ -20,11 +20,13 @@ class Packing:
     context_size: ids of a sequence. bos_id: the first id of every sequence; None for no such id. separator_id: the id
     between two documents of a sequence; None for no such id. What a sequence cannot hold of a document goes into the
     next sequence. As in SAELens, a document that already begins with bos_id or separator_id does not get it twice.
+    keeps_rows: every document is a whole sequence already, and is taken as it is.
     """
 
     context_size: int
     bos_id: int | None
     separator_id: int | None
+    keeps_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.context_size < (1 if self.bos_id is None else 2):
@@ -80,10 +82,37 @@ def pack(
         documents: (index in the dataset, token ids) of each document.
         packing: how ids become sequences; each split is packed apart.
         seed, holdout: decide the split of each document, as for `split_of`.
+
+    Raises:
+        DatasetError: a document is kept, and has another number of ids than the sequences. The last one may have fewer;
+            it is left out, as are the ids that do not fill a sequence where documents are packed.
     """
+    if packing.keeps_rows:
+        for index, ids in _whole(documents, packing.context_size):
+            split = split_of(index, seed=seed, holdout=holdout)
+            yield PackedSequence(split, ids, np.full(len(ids), index, dtype=np.int32))
+        return
     packers = {split: Packer(packing, split) for split in SPLITS}
     for index, ids in documents:
         yield from packers[split_of(index, seed=seed, holdout=holdout)].add(index, ids)
+
+
+def _whole(
+    documents: Iterable[tuple[int, Int32[np.ndarray, " _"]]], context_size: int
+) -> Iterator[tuple[int, Int32[np.ndarray, " position"]]]:
+    """The documents, of context_size ids each. Raises DatasetError for another one, unless it is short and the last."""
+    short: tuple[int, int] | None = None
+    for index, ids in documents:
+        if short is None and len(ids) == context_size:
+            yield index, ids
+            continue
+        row, n_ids = short or (index, len(ids))
+        if short is not None or n_ids > context_size:
+            raise DatasetError(
+                f"dataset: row {row} has {n_ids} token ids, and those before it have {context_size} and are kept as "
+                "they are; pass --repack (in Python repack=True) to pack all rows anew"
+            )
+        short = row, n_ids
 
 
 def split_of(document: int, *, seed: int, holdout: float) -> str:

@@ -26,23 +26,55 @@ DOCUMENTS_PER_BATCH = 256
 CHARACTER_BYTES = 200  # memory that a fast tokenizer takes for each character; where it gets none, it ends the process
 
 
-def documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, Int32[np.ndarray, " _"]]]:
+def documents(
+    source: Source, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[tuple[int, Int32[np.ndarray, " _"]]]:
     """(index in the dataset, int32 token ids) of every document that has tokens.
 
     Text is tokenised without special tokens. A column of token ids is taken as it is, but for those that the column
     attention_mask beside it marks as padding. Raises DatasetError if there is no row, if one cannot be read, or if the
-    column is missing, holds something else, or holds ids that the tokenizer lacks.
+    column is missing, holds something else, ids that the tokenizer lacks, or text where there is no tokenizer.
     """
-    rows = unformatted(source.load())
-    with source.errors_named():
-        column = _column(rows, source.column)
+    rows, column = _opened(source)
     encode = _ids_of(column, tokenizer)
     for batch in _batches(source, rows):
-        for (index, row), ids in zip(batch, encode([row[column] for _, row in batch]), strict=True):
-            masked = MASK_COLUMN in row and not isinstance(row[column], str)
-            real = _unmasked(index, ids, row[MASK_COLUMN]) if masked else ids
-            if len(real):
-                yield index, np.asarray(real, dtype=np.int32)
+        yield from _documents_of(batch, column, encode)
+
+
+def packed_rows(
+    source: Source, tokenizer: PreTrainedTokenizerBase | None, context_size: int
+) -> list[Int32[np.ndarray, " position"]]:
+    """The first rows of a dataset of token ids that is packed already, for sequences of context_size ids.
+
+    It is packed if each of its first DOCUMENTS_PER_BATCH rows has context_size ids; of fewer rows the last may be
+    shorter. Of any other dataset, such as one of texts, there are none. Raises DatasetError as `documents` does.
+    """
+    rows, column = _opened(source)
+    batch = next(_batches(source, rows))
+    if any(isinstance(row[column], str) for _, row in batch):
+        return []
+    found = [ids for _, ids in _documents_of(batch, column, _ids_of(column, tokenizer))]
+    if len(batch) < DOCUMENTS_PER_BATCH and len(found) > 1 and len(found[-1]) < context_size:
+        found.pop()
+    return found if {len(ids) for ids in found} == {context_size} else []
+
+
+def _opened(source: Source) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
+    """The rows of a dataset as plain Python values, and the column of its texts or token ids. Raises DatasetError."""
+    rows = unformatted(source.load())
+    with source.errors_named():
+        return rows, _column(rows, source.column)
+
+
+def _documents_of(
+    batch: list[tuple[int, Any]], column: str, encode: Callable[[list[Any]], list[Any]]
+) -> Iterator[tuple[int, Int32[np.ndarray, " _"]]]:
+    """(index in the dataset, token ids) of those rows that have tokens. Raises DatasetError."""
+    for (index, row), ids in zip(batch, encode([row[column] for _, row in batch]), strict=True):
+        is_masked = MASK_COLUMN in row and not isinstance(row[column], str)
+        real = _unmasked(index, ids, row[MASK_COLUMN]) if is_masked else ids
+        if len(real):
+            yield index, np.asarray(real, dtype=np.int32)
 
 
 def _batches(source: Source, rows: Iterable[Any]) -> Iterator[list[tuple[int, Any]]]:
@@ -77,17 +109,24 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()
 
 
-def _ids_of(column: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Any]], list[Any]]:
+def _ids_of(column: str, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[list[Any]], list[Any]]:
+    n_ids = 1 << 31 if tokenizer is None else len(tokenizer)
+
     def encode(values: list[Any]) -> list[Any]:
         if all(isinstance(value, str) for value in values):
+            if tokenizer is None:
+                raise DatasetError(
+                    f"dataset: column {column!r} holds text, and the model has no tokenizer; pass a dataset of token "
+                    "ids, or a model with its tokenizer"
+                )
             require_memory(sum(map(len, values)) * CHARACTER_BYTES, f"tokenising {len(values)} documents")
             return tokenizer(values, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         if all(isinstance(value, list) and all(isinstance(v, int) for v in value) for value in values):
-            out_of_range = [v for value in values for v in value if not 0 <= v < len(tokenizer)]
+            out_of_range = [v for value in values for v in value if not 0 <= v < n_ids]
             if not out_of_range:
                 return values
             raise DatasetError(
-                f"dataset: column {column!r} holds token id {out_of_range[0]}, the tokenizer has {len(tokenizer)} ids; "
+                f"dataset: column {column!r} holds token id {out_of_range[0]}, the tokenizer has {n_ids} ids; "
                 "it was tokenised for another model"
             )
         kinds = sorted({type(value).__name__ for value in values})

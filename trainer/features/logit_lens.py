@@ -67,7 +67,8 @@ def logit_lens(sae: SAE, model: Model, latents: Sequence[int], n: int = 10) -> t
     check_latents(sae, latents)
     check_stream(sae, "logit_lens")
     unembedding = model.unembedding()
-    n_tokens = min(len(model.tokenizer), len(unembedding.W_U))
+    n_logits = len(unembedding.W_U)
+    n_tokens = n_logits if model.tokenizer is None else min(len(model.tokenizer), n_logits)
     if not 1 <= typed("logit_lens", "n", n, int) <= n_tokens:
         raise ConfigError(f"logit_lens: n must be in [1, {n_tokens}], got {n}")
     lenses: list[LogitLens] = []

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from actcache.errors import CacheMismatch, ConfigError
+from actcache.errors import CacheMismatch, ConfigError, ModelError
 from actcache.models.unembedding import Unembedding
 from trainer.features.token_strings import token_string
 from trainer.sae.sae import SAE
@@ -95,7 +95,10 @@ def prompt_ids(sae: SAE, tokenizer: Any, text: str) -> Int64[Tensor, "1 position
 
     Raises:
         ConfigError: the text has no token.
+        ModelError: the model has no tokenizer.
     """
+    if tokenizer is None:
+        raise ModelError(f"{sae.hook_name}: a text needs a tokenizer, the model has none; pass it with its tokenizer")
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     bos_id = tokenizer.bos_token_id if sae.metadata.get("prepend_bos", True) else None
     if bos_id is not None and ids[:1] != [bos_id]:

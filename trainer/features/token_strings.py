@@ -9,7 +9,12 @@ UNDECODED = "\ufffd"  # a decoder gives it for bytes that are not a whole charac
 
 
 def token_string(tokenizer: Any, token_id: int) -> str:
-    """A token as it stands in a text, with its leading space. A piece of a character becomes U+FFFD."""
+    """A token as it stands in a text, with its leading space. A piece of a character becomes U+FFFD.
+
+    tokenizer: any tokenizer of transformers; None if the model has none, and its tokens have no name but [id].
+    """
+    if tokenizer is None:
+        return f"[{token_id}]"
     text = tokenizer.decode([token_id])
     # Decoded alone, a token of a SentencePiece tokenizer loses its leading space.
     marked = str(tokenizer.convert_ids_to_tokens(token_id)).startswith("▁")
@@ -22,8 +27,10 @@ def token_strings(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     A special token keeps its name. A token that is only a piece of a character keeps the bytes that the vocabulary
     writes for it. A model may have more ids than its tokenizer knows; such an id becomes [id].
 
-    tokenizer: any tokenizer of transformers.
+    tokenizer: as for `token_string`.
     """
+    if tokenizer is None:
+        return {token_id: token_string(None, token_id) for token_id in ids}
     special, known = set(tokenizer.all_special_ids), len(tokenizer)
     strings = {}
     for token_id in ids:

@@ -172,7 +172,8 @@ def steered_logits(
     if len(sae.output_hooks) != 1:
         raise ConfigError(f"steer: {' + '.join(sae.output_hooks)} are several hooks at once; steer with an SAE of one")
     (source,), (target,) = sae.input_hooks, sae.output_hooks
-    special = torch.tensor(model.tokenizer.all_special_ids, dtype=torch.long, device=token_ids.device)
+    special_ids = model.tokenizer.all_special_ids if model.tokenizer else []
+    special = torch.tensor(special_ids, dtype=torch.long, device=token_ids.device)
     is_steered = ~torch.isin(token_ids, special)
     seen: dict[str, Tensor] = {}
 

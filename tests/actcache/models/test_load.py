@@ -1,5 +1,7 @@
 """How a model may be loaded: spread by accelerate, with a chosen attention kernel; neither changes what it is."""
 
+import shutil
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -147,3 +149,24 @@ def test_wrap_model_refuses_training_mode():
 def test_arguments_that_are_wrong_alone(setting, message, directory):
     with pytest.raises(ConfigError, match=message):
         load_model(directory("gpt2"), **setting)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        *((family, "hf") for family in ("llama", "gpt2", "gpt_neox", "gemma2", "qwen2")),
+        *((family, "transformer_lens") for family in ("llama", "gpt2")),
+    ],
+)
+def test_a_folder_without_a_tokenizer_is_a_model_of_token_ids(family, backend, directory, ours, tmp_path):
+    """transformers makes an empty tokenizer for some families, whose only tokens are special; others raise."""
+    folder = shutil.copytree(directory(family), tmp_path / "bare")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    model = load_model(folder, device="cpu", backend=backend)
+    assert model.tokenizer is None
+    assert model.logits(TOKENS).shape == ours(family).logits(TOKENS).shape
+    assert model.identity["weights_sha256"] == ours(family).identity["weights_sha256"]
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load"):
+        load_model(folder, device="cpu", backend=backend)

@@ -4,7 +4,7 @@ import torch
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from support.documents import token_lists
 
-from actcache.errors import ConfigError
+from actcache.errors import ConfigError, DatasetError
 from actcache.text.packing import Packing, pack, split_of
 
 
@@ -45,3 +45,17 @@ def test_holdout_is_a_share_of_documents_that_depends_on_the_seed():
 def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="context_size"):
         Packing(context_size=1, bos_id=0, separator_id=None)
+
+
+def test_kept_rows_are_sequences_and_only_the_last_may_be_short():
+    packing = Packing(context_size=4, bos_id=0, separator_id=0, keeps_rows=True)
+    stream = [(i, np.arange(i, i + n, dtype=np.int32)) for i, n in enumerate([4, 4, 3])]
+    found = list(pack(stream, packing, seed=0, holdout=0.5))
+    assert [s.token_ids.tolist() for s in found] == [[0, 1, 2, 3], [1, 2, 3, 4]]
+    assert [(s.split, s.documents.tolist()) for s in found] == [
+        (split_of(i, seed=0, holdout=0.5), [i] * 4) for i in (0, 1)
+    ]
+    for lengths, row in (([4, 5], "row 1 has 5"), ([3, 4], "row 0 has 3"), ([4, 3, 3], "row 1 has 3")):
+        stream = [(i, np.zeros(n, dtype=np.int32)) for i, n in enumerate(lengths)]
+        with pytest.raises(DatasetError, match=f"{row} token ids, .* pass --repack"):
+            list(pack(stream, packing, seed=0, holdout=0.0))
