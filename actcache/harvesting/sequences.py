@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
+from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import CacheMismatch, CorruptShard, DatasetError
 from actcache.flow import SPLITS
@@ -26,6 +28,9 @@ from actcache.text.packing import PackedSequence, Packing, pack
 from actcache.text.sources import Source
 from actcache.text.tokenise import documents
 
+logger = logging.getLogger("actcache")
+BEGINNING = 8  # ids of a document among which a BOS of its own is looked for
+
 
 def count_sequences(model: LanguageModel, source: Source, config: HarvestConfig) -> int:
     """How many sequences the whole dataset fills. The dataset is packed to count them."""
@@ -35,12 +40,51 @@ def count_sequences(model: LanguageModel, source: Source, config: HarvestConfig)
 def packed_sequences(model: LanguageModel, source: Source, config: HarvestConfig) -> Iterator[PackedSequence]:
     """The packed sequences of the dataset, those of both splits.
 
-    Raises DatasetError, and ModelError if the embedding lacks an id.
+    The first document that makes the model read BOS twice is named in a warning. Raises DatasetError, and ModelError if
+    the embedding lacks an id.
     """
+    how = packing(model, config)
     texts = documents(source, model.tokenizer)
-    for sequence in pack(texts, packing(model, config), seed=config.seed, holdout=config.holdout):
+    if model.tokenizer is not None:
+        texts = _watched(texts, model.tokenizer, how)
+    for sequence in pack(texts, how, seed=config.seed, holdout=config.holdout):
         model.refuse_unknown_ids(sequence.token_ids)
         yield sequence
+
+
+def _watched(
+    texts: Iterable[tuple[int, Int32[np.ndarray, " _"]]], tokenizer: PreTrainedTokenizerBase, how: Packing
+) -> Iterator[tuple[int, Int32[np.ndarray, " _"]]]:
+    """The documents as they are. Of the first that begins with one BOS too many a warning is logged."""
+    stream = iter(texts)
+    for index, ids in stream:
+        yield index, ids
+        if beginning := _second_bos(ids, tokenizer, how):
+            logger.warning(
+                "dataset: row %d begins with %s, so the model reads %s twice there; remove it from the texts: packing "
+                "puts it in",
+                index,
+                repr(beginning),
+                tokenizer.bos_token,
+            )
+            break
+    yield from stream
+
+
+def _second_bos(ids: Int32[np.ndarray, " _"], tokenizer: PreTrainedTokenizerBase, how: Packing) -> str:
+    """How a document begins whose BOS is one too many; "" for any other document.
+
+    Chat templates write BOS. It is one too many behind another one, and behind blank text where packing puts one before
+    that text.
+    """
+    bos_id: Any = tokenizer.bos_token_id
+    (places,) = np.nonzero(ids[:BEGINNING] == bos_id)
+    is_put = bos_id in (how.bos_id, how.separator_id) and not how.keeps_rows
+    if bos_id is None or not len(places) or (len(places) == 1 and (places[0] == 0 or not is_put)):
+        return ""
+    before = ids[: places[-1]]
+    blank = str(tokenizer.decode(before[before != bos_id])).strip() == ""
+    return str(tokenizer.decode(ids[: places[-1] + 1])) if blank else ""
 
 
 def packing(model: LanguageModel, config: HarvestConfig) -> Packing:

@@ -113,3 +113,33 @@ def test_an_id_that_the_embedding_lacks_is_one_line_before_the_first_pass(tiny_m
         assert not list((tmp_path / "c").rglob("zarr.json"))
     fine = LoadedDataset(Dataset.from_dict({"text": texts[:1]}))
     assert harvest(model, fine, config, tmp_path / "c").n_rows() > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "asked", "row"),
+    [
+        (["<bos>one two", "<bos>three <bos> four"], {}, None),
+        (["one two", "three<bos>four", "five<bos>"], {}, None),
+        (["one", "\n<bos>two", " <bos>three"], {}, 1),
+        (["one", "two", "<bos><bos>three"], {}, 2),
+        (["one", "two", "<bos>\n<bos>three"], {"prepend_bos": False, "separator": "eos"}, 2),
+        ([" <bos>one"], {"prepend_bos": False, "separator": "eos"}, None),
+        ([" <bos>one"], {"prepend_bos": False, "separator": "bos"}, 0),
+        ([[0, 5, 6], [5, 0, 6], [0, 0, 5]], {}, 2),
+        ([[0, 0, *[5] * 14], [0, 0, *[5] * 14]], {"repack": False}, 0),
+        ([[6, 0, *[5] * 14], [0, 6, *[5] * 14]], {"repack": False}, None),
+    ],
+)
+def test_a_text_that_makes_bos_come_twice_is_named_once(rows, asked, row, tiny_model, caplog):
+    from datasets import Dataset
+
+    from actcache.harvesting.config import HarvestConfig
+    from actcache.harvesting.sequences import packed_sequences
+    from actcache.text.sources import LoadedDataset
+
+    column = "text" if isinstance(rows[0], str) else "input_ids"
+    source = LoadedDataset(Dataset.from_dict({column: [*rows, *[rows[-1]] * 40]}))
+    config = HarvestConfig(hook_names=HOOKS[:1], context_size=16, holdout=0.0, **{"repack": True, **asked})
+    assert list(packed_sequences(tiny_model, source, config))
+    lines = [record.getMessage() for record in caplog.records if "twice there" in record.getMessage()]
+    assert [line.split(" begins with ")[0] for line in lines] == ([] if row is None else [f"dataset: row {row}"])
