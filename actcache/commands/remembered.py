@@ -50,7 +50,10 @@ def model_of_cache(
         assert cache is not None, "the caller names a model or a cache"
         origin = read_origin(cache)
         if not origin["model"]:
-            raise ManifestError(f"{cache}: was harvested from a model in memory; pass --model, or load it in Python")
+            raise ManifestError(
+                f"{cache}: was harvested from a model in memory; save that model and its tokenizer by save_pretrained, "
+                "and pass the folder as --model"
+            )
         refuse_unnamed("model", origin["model"], origin["revision"], cache)
     same_device = resolved_device(device).split(":")[0] == compute.get("device")
     loaded = load_model(

@@ -60,8 +60,12 @@ WHOLE_MODEL = "check the name or pass a directory with a whole model"
 def source_of(name_or_path: str) -> str:
     """The hub name, or the path of the directory.
 
-    Raises ConfigError for an address, ModelError for a directory that is missing or has no config.json.
+    Raises ConfigError for an address, ModelError for no name and for a directory that is missing or has no config.json.
     """
+    if not name_or_path:  # the path "" is this folder
+        raise ModelError(
+            "load_model: a model must be named, got ''; pass a directory with a model, or a hub name owner/model"
+        )
     refuse_address(name_or_path, "a directory or a hub name owner/model")
     path = local_path(name_or_path)
     if path.is_dir():
