@@ -212,8 +212,14 @@ def make_folder(folder: Path) -> None:
                 return
         except FileNotFoundError:
             make_folder(folder.parent)
-        with folder_of(folder) as (above, name), suppress(FileExistsError):  # another process may be as far
-            os.mkdir(name, dir_fd=above)
+        with folder_of(folder) as (above, name):
+            try:
+                os.mkdir(name, dir_fd=above)
+            except FileExistsError:  # another process was as far
+                pass
+            except OSError as error:
+                error.filename = str(folder)
+                raise
         sync_folder(folder.parent)
         with _open_folder(folder):  # it is a folder, and no link
             pass
@@ -414,8 +420,12 @@ def _name_aside(path: Path) -> Path:
 @contextmanager
 def _open_folder(folder: Path) -> Iterator[int]:
     """A descriptor of a folder. Raises ManifestError if it is a link, or reached through one."""
-    with folder_of(f"{folder}/.") as (above, _):
-        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=above)
+    try:
+        with folder_of(f"{folder}/.") as (itself, _):
+            descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=itself)
+    except OSError as error:
+        error.filename = str(folder)
+        raise
     try:
         yield descriptor
     finally:

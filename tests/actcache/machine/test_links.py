@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.strangers import as_another_user, only_root
 
 from actcache.arguments import local_path
 from actcache.errors import ManifestError
@@ -98,3 +99,12 @@ def test_the_error_of_a_missing_folder_names_the_file(tmp_path, path):
     (tmp_path / "file").touch()
     with pytest.raises((FileNotFoundError, NotADirectoryError), match=f"'{tmp_path / path}'$"):
         open(tmp_path / path, "rb", opener=open_unlinked).close()
+
+
+@only_root
+def test_the_error_of_a_closed_folder_names_it(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o700)
+    with as_another_user(tmp_path):
+        for use in (lambda: sync_folder(tmp_path / "closed"), lambda: make_folder(tmp_path / "new")):
+            with pytest.raises(PermissionError, match=rf"'{tmp_path}/(closed|new)'$"):
+                use()
