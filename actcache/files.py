@@ -212,14 +212,8 @@ def make_folder(folder: Path) -> None:
                 return
         except FileNotFoundError:
             make_folder(folder.parent)
-        with folder_of(folder) as (above, name):
-            try:
-                os.mkdir(name, dir_fd=above)
-            except FileExistsError:  # another process was as far
-                pass
-            except OSError as error:
-                error.filename = str(folder)
-                raise
+        with suppress(FileExistsError), folder_of(folder) as (above, name):  # another process may be as far
+            os.mkdir(name, dir_fd=above)
         sync_folder(folder.parent)
         with _open_folder(folder):  # it is a folder, and no link
             pass
@@ -420,12 +414,8 @@ def _name_aside(path: Path) -> Path:
 @contextmanager
 def _open_folder(folder: Path) -> Iterator[int]:
     """A descriptor of a folder. Raises ManifestError if it is a link, or reached through one."""
-    try:
-        with folder_of(f"{folder}/.") as (itself, _):
-            descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=itself)
-    except OSError as error:
-        error.filename = str(folder)
-        raise
+    with folder_of(f"{folder}/.") as (itself, _):
+        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=itself)
     try:
         yield descriptor
     finally:

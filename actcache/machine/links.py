@@ -25,31 +25,31 @@ _ON_THE_WAY = getattr(os, "O_PATH", os.O_RDONLY) | _FOLDER  # O_PATH asks for no
 def folder_of(path: str | Path) -> Iterator[tuple[int, str]]:
     """(a descriptor of the folder that holds `path`, the name of `path` in it), for calls that take a `dir_fd`.
 
-    A relative path begins at the working folder.
+    A relative path begins at the working folder. An OSError that is raised meanwhile is named after the whole path.
 
     Raises ManifestError if a folder on the way is a link, OSError if it cannot be opened.
     """
     *folders, name = os.fspath(path).split("/")
-    descriptor = os.open("/" if folders and not folders[0] else ".", _ON_THE_WAY)
     try:
-        for number, folder in enumerate(folders):
-            if folder not in ("", "."):
-                below = _below(descriptor, folder, "/".join(folders[: number + 1]))
-                os.close(descriptor)
-                descriptor = below
-        yield descriptor, name
-    finally:
-        os.close(descriptor)
+        descriptor = os.open("/" if folders and not folders[0] else ".", _ON_THE_WAY)
+        try:
+            for number, folder in enumerate(folders):
+                if folder not in ("", "."):
+                    below = _below(descriptor, folder, "/".join(folders[: number + 1]))
+                    os.close(descriptor)
+                    descriptor = below
+            yield descriptor, name
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        error.filename = os.fspath(path).removesuffix("/.")
+        raise
 
 
 def open_unlinked(path: str, flags: int) -> int:
     """An opener for `open`: of what is reached through no link. Raises OSError with ELOOP if it is a link itself."""
-    try:
-        with folder_of(path) as (folder, name):
-            return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=folder)
-    except OSError as error:
-        error.filename = path
-        raise
+    with folder_of(path) as (folder, name):
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666, dir_fd=folder)
 
 
 def own_file(path: str, flags: int) -> int:
