@@ -21,7 +21,11 @@ from actcache.errors import ManifestError
 from actcache.files import NoFile, contents_of_any_size
 from actcache.machine.limits import lacked
 
-MOST_PICKLE_BYTES = 1 << 20  # that of an SAE takes 1 kB
+# That of an SAE takes 1 kB. Python's hash() of a tuple within a tuple, 250,000 deep, ends the process.
+MOST_PICKLE_BYTES = 1 << 15
+# Tensors, tuples or lists that stand in a pickle once more by reference; an SAE has none. 60 tuples, each of which
+# holds the one before twice, would be hashed or printed for ever.
+MOST_REPEATED = 8
 # All that a pickle of tensors names. Of what else torch lets it name, some takes memory that the file does not hold.
 TENSOR_PARTS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch\._utils _rebuild_parameter|torch \w+Storage"
@@ -88,12 +92,20 @@ def _plain_zip(data: bytes) -> io.BytesIO:
 
 
 def _check_pickle(content: bytes) -> None:
-    """Raise UnpicklingError if a pickle names anything but TENSOR_PARTS, and ValueError if it is long."""
+    """Raise UnpicklingError if a pickle names anything but TENSOR_PARTS, and ValueError if it is long or repeats."""
     if len(content) > MOST_PICKLE_BYTES:
         raise ValueError(f"a pickle of {len(content):,} bytes")
+    last, is_name, n_repeated = "", dict[object, bool](), 0  # is_name: of each slot of the pickle's memo
     for opcode, argument, _ in pickletools.genops(content):
         if "GLOBAL" in opcode.name and not TENSOR_PARTS.fullmatch(str(argument)):
             raise pickle.UnpicklingError(str(argument))
+        if "PUT" in opcode.name:
+            is_name[argument] = last in ("GLOBAL", "BINUNICODE", "SHORT_BINSTRING")
+            continue
+        n_repeated += "GET" in opcode.name and not is_name.get(argument, False)
+        last = opcode.name
+    if n_repeated > MOST_REPEATED:
+        raise ValueError(f"a pickle that repeats its parts {n_repeated:,} times")
 
 
 def _check_size(name: str, tensor: Tensor) -> None:

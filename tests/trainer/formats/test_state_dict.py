@@ -43,6 +43,15 @@ def pickled(call: bytes) -> bytes:
     return b"\x80\x02}X\x01\x00\x00\x00a" + call + b"s."
 
 
+def doubled(part: bytes, opens: bytes, closes: bytes) -> bytes:
+    """The opcodes for a dict with a part, and above it one that holds the part twice, and so on 60 times.
+
+    `opens` and `closes` stand around the two. The last one is left above the dict.
+    """
+    twice = (b"%sh%ch%c%sq%c" % (opens, i, i, closes, i + 1) for i in range(60))
+    return b"}K\x05(" + part + b"q\x00" + b"".join(twice) + b"tsh\x3c"
+
+
 def test_what_torch_saves_is_read_bit_for_bit(tmp_path: Path) -> None:
     whole = torch.arange(12.0)
     tensors = {
@@ -105,9 +114,12 @@ def test_parts_that_lie_on_each_other_are_refused(tmp_path: Path) -> None:
         ),
         "a quantised tensor of nothing": (b"ctorch._utils\n_rebuild_qtensor\n)R", "a pickle that holds more"),
         "a program": (b"cos\nsystem\nX\x04\x00\x00\x00true\x85R", "a pickle that holds more, and could run any code"),
-        "long": (b"]" * (MOST_PICKLE_BYTES + 1), "a pickle of 1,048,"),
+        "long": (b"]" * (MOST_PICKLE_BYTES + 1), "a pickle of 32,7"),
+        "deep": (b"}K\x01" + b"\x85" * (1 << 18) + b"K\x01s", "a pickle of 262,1"),
+        "a key that is hashed for ever": (doubled(b")", b"", b"\x86") + b"K\x01s", "repeats its parts 121 t"),
+        "lists that are printed for ever": (doubled(b"]", b"](", b"e") + b")R", "repeats its parts 121 times"),
     }.values(),
-    ids=["bytearray", "storage", "quantised", "program", "long"],
+    ids=["bytearray", "storage", "quantised", "program", "long", "deep", "hashed", "printed"],
 )
 def test_what_is_no_tensor_of_the_file_is_refused(call: bytes, match: str, tmp_path: Path) -> None:
     refuses(written(tmp_path / "ae.pt", data=pickled(call)), match)
