@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actcache.arguments import shown
 from actcache.files import opened
 from actcache.format.seal import MALFORMED
 from actcache.machine.limits import require_memory_for_array
@@ -24,6 +25,8 @@ from trainer.checksums import MappedFile
 
 LENGTH_BYTES = 8  # of the header's length, at the start of the file
 MOST_HEADER_BYTES = 100_000_000
+MOST_DIMENSIONS = 64  # as numpy has them
+MOST_ELEMENTS = 1 << 63
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
@@ -133,7 +136,10 @@ def _layout(header: bytes, size: int) -> tuple[dict[str, _Place], dict[str, Any]
 
 def _place(about: dict[str, Any], first: int) -> _Place:
     start, stop = about["data_offsets"]
+    shape = about["shape"]
+    if len(shape) > MOST_DIMENSIONS or not all(type(size) is int and 0 <= size < MOST_ELEMENTS for size in shape):
+        raise ValueError(f"shape {shown(shape)}")
     place = _Place(dtype=about["dtype"], shape=tuple(about["shape"]), start=first + start, stop=first + stop)
-    if min(place.shape, default=0) < 0 or stop - start != math.prod(place.shape) * DTYPES[place.dtype].itemsize:
+    if stop - start != math.prod(place.shape) * DTYPES[place.dtype].itemsize:
         raise ValueError(f"{stop - start} bytes for {place.dtype} {list(place.shape)}")
     return place

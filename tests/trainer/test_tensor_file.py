@@ -74,6 +74,13 @@ MALFORMED = {
     "unknown dtype": file_of({"x": {**PLACE, "dtype": "F31"}}, bytes(8)),
     "another shape": file_of({"x": {**PLACE, "shape": [3]}}, bytes(8)),
     "a negative shape": file_of({"x": {**PLACE, "shape": [-2, -1]}}, bytes(8)),
+    **{
+        f"the shape {name}": file_of({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}, b"")
+        for name, shape in {
+            **{"of more than memory": [0, 2**64], "of a truth": [True, 0], "of a float": [0.0], "of a text": "0"},
+            **{"of a million sizes": [9] * 10**6, "of a hundred sizes": [0] * 100},
+        }.items()
+    },
     "a gap": file_of({"x": PLACE, "y": {**PLACE, "data_offsets": [12, 20]}}, bytes(20)),
     "an overlap": file_of({"x": PLACE, "y": {**PLACE, "data_offsets": [4, 12]}}, bytes(12)),
     "cut off": file_of({"x": PLACE}, bytes(7)),
