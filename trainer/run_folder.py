@@ -62,7 +62,7 @@ MOST_LEVELS = 64
 TOO_DEEP = f"lists and objects nested more than {MOST_LEVELS} deep"
 RUNS_LOCK = ".lock"  # no run can have this name
 # These settings may differ between two calls on one folder, because they change no result.
-_MAY_DIFFER = ("cache.path", "train.checkpoint_every", "train.keep_checkpoints")
+_MAY_DIFFER = {("cache", "path"), ("train", "checkpoint_every"), ("train", "keep_checkpoints")}
 
 logger = logging.getLogger("actcache")
 
@@ -201,13 +201,13 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
             raise CacheMismatch(f"{folder}: must be a run or absent, it has no {CONFIG_FILE}; pass another --out")
         return
     held, wanted = _flat(read_run_json(folder, CONFIG_FILE)), _flat(description)
-    differences = [
-        f"{key} is {held.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in sorted({*held, *wanted} - set(_MAY_DIFFER))
-        if held.get(key) != wanted.get(key)
-    ]
-    if differences:
-        raise CacheMismatch(f"{folder}: holds another run: {'; '.join(differences)}; pass another --out or name")
+    keys = [key for key in sorted({*held, *wanted} - _MAY_DIFFER) if held.get(key) != wanted.get(key)]
+    if keys:
+        differences = [
+            f"{'.'.join(key)[:200]} is {shown(held.get(key))} there, {shown(wanted.get(key))} here" for key in keys[:5]
+        ]
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        raise CacheMismatch(f"{folder}: holds another run: {'; '.join(differences)}{more}; pass another --out or name")
 
 
 def is_over(folder: Path) -> bool:
@@ -419,9 +419,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [_json_object(path, lambda line=line: line, where=f"line {i}") for i, line in enumerate(lines, 1)]
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"sae": {"lr": 1}} -> {"sae.lr": 1}."""
-    flat: dict[str, Any] = {}
+def _flat(nested: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """{"sae": {"lr": 1}} -> {("sae", "lr"): 1}."""
+    flat: dict[tuple[str, ...], Any] = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flat(value, (*above, key)) if isinstance(value, dict) else {(*above, key): value}
     return flat

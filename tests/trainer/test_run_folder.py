@@ -9,6 +9,7 @@ import pytest
 from support.faults import renames_that_stop
 from support.hostile_json import TEXTS, nested
 from support.strangers import NOBODY, as_another_user, copy_of_another_user, only_root
+from support.surroundings import address_space
 from support.tiny_reports import add_baseline, add_logs, evaluation
 from support.tiny_saes import make_config, make_run
 
@@ -175,6 +176,18 @@ def test_logs_of_harvests_with_other_types_are_named(run: Path, tmp_path: Path, 
         config["cache"]["path"] = path
         (run / "config.json").write_text(json.dumps(config))
         assert read_harvests(read_runs(run)) == []
+
+
+def test_a_config_of_a_stranger_is_compared_in_little_memory_and_one_line(run: Path) -> None:
+    """Its one key of 60 kB stands above 7,500 others, and a text is long."""
+    config = {"k" * 60_000: {str(i): 0 for i in range(7500)}, "text": "x" * 10**6}
+    (run / "config.json").write_text(json.dumps(config))
+    with (
+        address_space(96 << 20),
+        pytest.raises(CacheMismatch, match=r"holds another run: .* and 7497 more; pass") as raised,
+    ):
+        check_folder(run, {"sae": 1})
+    assert len(str(raised.value)) < 2000
 
 
 def test_runs_go_into_an_empty_folder_or_beside_other_runs(run: Path, tmp_path: Path) -> None:
