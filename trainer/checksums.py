@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
 
+from actcache.arguments import shown
 from actcache.errors import ManifestError
 from actcache.files import NoFile, contents, contents_of_any_size, file_bytes, opened, write_atomically
 from actcache.format.codecs import crc32c
@@ -62,10 +63,19 @@ def read_checksums(path: Path, *, warns: bool = False) -> Checksums:
             _warn_of_none(path)
         return {}
     try:
-        files = unseal(held, path)["files"]
-        return {str(name): {"n_bytes": int(of["n_bytes"]), "crc32c": list(of["crc32c"])} for name, of in files.items()}
+        return {name: _entry(name, of) for name, of in unseal(held, path)["files"].items()}
     except (ManifestError, *MALFORMED) as error:
         raise _damaged_checksums(path) from error
+
+
+def _entry(name: str, of: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of a file. Raises ValueError unless it lies beside its checksums and has one for each block."""
+    n_bytes, blocks = of["n_bytes"], of["crc32c"]
+    is_beside = name == Path(name).name and name not in ("", "..") and "\0" not in name
+    is_size = type(n_bytes) is int and n_bytes >= 0
+    if not is_beside or not is_size or not isinstance(blocks, list) or len(blocks) != -(-n_bytes // BLOCK_BYTES):
+        raise ValueError(f"{shown(name)} of {shown(n_bytes)} bytes with checksums {shown(blocks)}")
+    return {"n_bytes": n_bytes, "crc32c": blocks}
 
 
 def add_checksums(path: Path, checksums: Checksums) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from actcache.errors import ManifestError
 from actcache.format.codecs import crc32c
 
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError)  # what malformed JSON values raise
+# what malformed JSON values raise
+MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
 SEAL = re.compile(rb'(\{.*),"crc32c":"([0-9a-f]{8})"\}\n', re.DOTALL)
 
 

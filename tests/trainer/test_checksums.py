@@ -96,6 +96,29 @@ def test_damaged_checksums_are_named(damage, path: Path) -> None:
         read_checksums(beside)
 
 
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("file", '{"n_bytes": 1e999, "crc32c": []}'),
+        ("file", '{"n_bytes": -1, "crc32c": []}'),
+        ("file", '{"n_bytes": 3, "crc32c": []}'),
+        ("file", '{"n_bytes": 0, "crc32c": [0, 0]}'),
+        ("file", '{"n_bytes": 3, "crc32c": {"0": 1}}'),
+        ("file", "[]"),
+        *(
+            (name, '{"n_bytes": 1, "crc32c": [0]}')
+            for name in ("../file", "/etc/passwd", "sae/file", "..", "", "a\\u0000")
+        ),
+    ],
+)
+def test_checksums_that_nothing_wrote_are_damaged(name: str, entry: str, path: Path) -> None:
+    """Their seal fits: they are a stranger's. No file elsewhere is opened, and no block is looked for in vain."""
+    beside, body = path.with_name("crc32c.json"), f'{{"files":{{"{name}":{entry}}}'.encode()
+    beside.write_bytes(body + f',"crc32c":"{crc32c(body):08x}"}}\n'.encode())
+    with pytest.raises(ManifestError, match=r"crc32c\.json: is damaged, .* remove it to use them unchecked"):
+        read_checksums(beside)
+
+
 def test_what_is_no_file_is_damage(path: Path) -> None:
     held = checksums(path)
     path.unlink()

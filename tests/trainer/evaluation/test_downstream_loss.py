@@ -17,6 +17,7 @@ from support.tiny_models import make_model_dir
 from torch import Tensor
 
 from actcache.errors import DatasetError, ManifestError
+from actcache.format.seal import seal, unseal
 from actcache.integrity.verify import verify
 from actcache.models.language_model import LanguageModel
 from actcache.models.load import load_model
@@ -198,12 +199,14 @@ def test_losses_of_something_else_are_not_taken(cache, model, tmp_path):
 WRONG = ["", "{", "[]", '{"ce": [1.0], "kl": 0.0}', '{"ce": "no", "kl": null}']
 
 
-@pytest.mark.parametrize("damage", [*WRONG, "other key", "digit"])
+@pytest.mark.parametrize("damage", [*WRONG, "other key", "digit", "larger than a float"])
 def test_damaged_losses_are_made_anew(damage, cache, model):
     rows, _ = counted([make_sae()], cache, model)
     (path,) = (cache.path / LOSSES).glob(f"{HOOK}-*")
     sound = path.read_text()
     other = {"other key": sound.replace('"tiny"', '"tony"'), "digit": re.sub(r'("kl":\d+\.)\d', r"\g<1>7", sound)}
+    values = unseal(sound.encode(), path)
+    other["larger than a float"] = seal({"ce": [10**400], "kl": 0, "key": values["key"]}).decode()
     assert sound not in other.values()
     path.write_text(other.get(damage, damage))
     again, passes = counted([make_sae()], cache, model)
