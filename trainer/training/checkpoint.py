@@ -126,7 +126,7 @@ def config_sha256(config: SAEConfig) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in listed(folder) if _FILE_NAME.fullmatch(path.name)]
+    return [path for path in listed(folder) if _FILE_NAME.fullmatch(path.name) and is_file(path)]
 
 
 def _checksums_file(path: Path) -> Path:

@@ -159,6 +159,13 @@ def test_of_two_the_newest_counts_and_leftovers_do_not(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_is_no_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001.safetensors").mkdir()
+    (tmp_path / "step-00000009.safetensors").mkdir()
+    path = save_checkpoint(trained("topk"), tmp_path)
+    assert latest_checkpoint(tmp_path) == path
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = trained("topk")
     path = save_checkpoint(state, tmp_path)
@@ -195,6 +202,18 @@ def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) 
         ManifestError, match=r"step-00000004\.safetensors: cannot be read .*it is of step 3\); remove it"
     ):
         load_checkpoint(state.config, other)
+
+
+def test_a_step_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    """JSON has numbers that are infinite as a float, and no int."""
+    state = trained("topk")
+    path = save_checkpoint(state, tmp_path)
+    (tmp_path / "step-00000003.crc32c.json").unlink()
+    with opened_tensors(path) as file:
+        tensors, said = {name: file.read(name) for name in file.names}, file.metadata["state"]
+    path.write_bytes(save(tensors, {"state": said.replace('"step": 3', '"step": 1e999')}))
+    with pytest.raises(ManifestError, match=r"cannot be read as a checkpoint \(OverflowError: .* remove it"):
+        load_checkpoint(state.config, path)
 
 
 def test_what_cannot_be_read_is_no_damage(tmp_path: Path) -> None:
