@@ -17,6 +17,7 @@ MIN_CHUNK_ROWS = 32
 MAX_WIDTH = 1 << 18  # of a hook: the widest of today's models has 65,536 channels
 MAX_CONTEXT_SIZE = 1 << 22  # a sequence is never cut, so a chunk of the sequences has at least one
 MIN_SHARDS = 16
+MAX_SHARDS = 1 << 19  # of both splits: the lines of more make a manifest that is too long to be read
 WINDOW_BYTES = 8 << 30  # two windows of every hook fit in this much memory
 TOKEN_CHUNK_ROWS = 4096
 TOKEN_ARRAYS = ("tokens/id", "tokens/sequence", "tokens/position")

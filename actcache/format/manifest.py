@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from actcache.arguments import one_of
+from actcache.arguments import one_of, shown
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.flow import SPLITS
 from actcache.format.arrays import (
     LARGEST_CHUNK_BYTES,
+    MAX_SHARDS,
     MAX_WIDTH,
     MIN_CHUNK_ROWS,
     ArraySpec,
@@ -93,6 +95,9 @@ class Plan:
                 whole = len(shards) == -(-record.n_sequences // array.chunk_rows)
                 if not whole or any(len(shard.checksums) != 1 for shard in shards):
                     raise ManifestError(f"plan: {split} lacks {array.path} or some of its shards, of one chunk each")
+        if (n_shards := sum(map(plan.n_shards, SPLITS))) > MAX_SHARDS:
+            raise ManifestError(f"plan: must make at most {MAX_SHARDS:,} shards, it makes {n_shards:,}")
+        check_hooks(plan, hooks)
         return plan
 
 
@@ -150,7 +155,9 @@ class Manifest:
                 hooks=tuple(hook_spec(hook) for hook in values["hooks"]),
                 shards={split: tuple(shard_record(line) for line in values["shards"][split]) for split in SPLITS},
             )
-            _check_hooks(manifest)
+            if not manifest.hooks:
+                raise ManifestError("manifest: must hold at least one hook")
+            check_hooks(manifest.plan, manifest.hooks)
             for split in SPLITS:
                 _check_shards(manifest, split)
         except MALFORMED as error:
@@ -245,17 +252,19 @@ def rows_fingerprint(manifest: Manifest, split: str, hook_name: str, n_shards: i
     return digest.hexdigest()[:16]
 
 
-def _check_hooks(manifest: Manifest) -> None:
-    if not 0 < len({hook.hook_name for hook in manifest.hooks}) == len(manifest.hooks):
-        raise ManifestError("manifest: must hold at least one hook, and each once")
-    for hook in manifest.hooks:
-        row_bytes = hook.d_in * TORCH_DTYPE[manifest.identity["dtype"]].itemsize
-        if hook.dtype != manifest.identity["dtype"] or hook.d_in > MAX_WIDTH:
-            raise ManifestError(f"manifest: {hook.hook_name} has an impossible dtype or width: {hook}")
-        if manifest.chunk_rows > MIN_CHUNK_ROWS and row_bytes * manifest.chunk_rows > LARGEST_CHUNK_BYTES:
+def check_hooks(plan: Plan, hooks: Sequence[HookSpec]) -> None:
+    """Raise ManifestError unless each hook stands once, and is one that a cache of this plan can hold."""
+    if len({hook.hook_name for hook in hooks}) != len(hooks):
+        raise ManifestError("manifest: must hold each hook once")
+    dtype, chunk_rows = plan.identity["dtype"], plan.identity["chunk_rows"]
+    for hook in hooks:
+        row_bytes = hook.d_in * TORCH_DTYPE[dtype].itemsize
+        if hook.dtype != dtype or hook.d_in > MAX_WIDTH:
+            raise ManifestError(f"manifest: {hook.hook_name} has an impossible dtype or width: {shown(hook)}")
+        if chunk_rows > MIN_CHUNK_ROWS and row_bytes * chunk_rows > LARGEST_CHUNK_BYTES:
             raise ManifestError(
                 f"manifest: a chunk must be of at most {MIN_CHUNK_ROWS} rows or {LARGEST_CHUNK_BYTES} bytes, those of "
-                f"{hook.hook_name} are of {manifest.chunk_rows} rows of {row_bytes} bytes"
+                f"{hook.hook_name} are of {chunk_rows} rows of {row_bytes} bytes"
             )
 
 

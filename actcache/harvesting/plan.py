@@ -147,10 +147,11 @@ def warn_of_empty_splits(root: Path, plan: Plan) -> None:
 
 
 def _write_plan(root: Path, plan: Plan) -> Plan:
-    """Write the plan and read it back, so that it equals the plan of a resumed run down to the order of its keys."""
+    """Write the plan, once it reads back: so it equals the plan of a resumed run down to the order of its keys."""
     sealed = seal(plan.to_json())
+    read_back = Plan.from_json(unseal(sealed, root / PLAN))
     write_atomically(root / PLAN, [sealed])
-    return Plan.from_json(unseal(sealed, root / PLAN))
+    return read_back
 
 
 def _settled(root: Path, plan: Plan) -> Plan:

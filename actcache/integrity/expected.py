@@ -17,16 +17,18 @@ from actcache.files import NoFile, contents, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import hook_arrays, token_arrays
 from actcache.format.codecs import codec
-from actcache.format.manifest import Manifest, Plan, aligned_arrays
+from actcache.format.manifest import Manifest, Plan, aligned_arrays, check_hooks
 from actcache.format.paths import CACHE_MANIFEST, PLAN, STORE, partials_key, shard_key
 from actcache.format.records import ArrayRecord, HookSpec, ShardRecord, merge_records
 from actcache.format.seal import unseal
 from actcache.integrity.problems import Problem, stored_arrays
 from actcache.integrity.verify import agrees
+from actcache.machine.limits import require_memory_for_array
 from actcache.store.cache import Cache, read_manifest
 from actcache.store.journal import Journal, hook_computes, read_journals
 
 Key = tuple[str, int]  # split and index of a shard
+SHARD_BYTES, CHUNK_BYTES = 1 << 11, 16  # of memory, for what is known of an array's shard or chunk, and wrong with it
 UNKNOWN = -1  # size and checksum of an array that no line describes; no file has them
 
 logger = logging.getLogger("actcache")
@@ -103,6 +105,21 @@ def _unknown(plan: Plan, key: Key, hooks: Sequence[HookSpec], compute: dict[str,
         partials={partials_key(split, index, hook.hook_name): UNKNOWN for hook in hooks},
         compute=compute,
     )
+
+
+def _fits(line: ShardRecord, shard: ShardRecord) -> bool:
+    """Whether a line of a journal describes a shard of as many rows, and chunks of each array, as it must have."""
+    pairs = [(line.arrays[path], array) for path, array in shard.arrays.items() if path in line.arrays]
+    return line.n_rows == shard.n_rows and all(len(a.checksums) == len(b.checksums) for a, b in pairs)
+
+
+def _require_memory(root: Path, plan: Plan, n_hooks: int) -> None:
+    """Raise MemoryError if there is no room for the records of all shards: a short plan may ask for many."""
+    chunk_rows = plan.identity["chunk_rows"]
+    n_bytes = sum(
+        plan.n_shards(split) * SHARD_BYTES + plan.n_rows(split) // chunk_rows * CHUNK_BYTES for split in SPLITS
+    )
+    require_memory_for_array((n_hooks + 1) * n_bytes, f"what {root} should hold")
 
 
 class ExpectedCache:
@@ -211,18 +228,22 @@ class ExpectedCache:
         """Every hook that any line or the plan names, so that a lost line does not lose a hook."""
         if not self._lines:
             raise ManifestError(f"{self.root}: no finished shard is recorded; run the same `actcache harvest` again")
-        hooks = {*self.plan.hooks, *(hook for line in self._lines.values() for hook in line.hooks)}
-        return tuple(sorted(hooks, key=lambda hook: hook.hook_name))
+        named = {*self.plan.hooks, *(hook for line in self._lines.values() for hook in line.hooks)}
+        hooks = tuple(sorted(named, key=lambda hook: hook.hook_name))
+        check_hooks(self.plan, hooks)
+        _require_memory(self.root, self.plan, len(hooks))
+        return hooks
 
     def _first_held(self, key: Key) -> ShardRecord:
         """The first held record of a shard: that of manifest/cache.json if it is believed, else of the journals."""
         line = self._lines.get(key)
-        fits = line is not None and line.n_rows == self.plan.rows_of(*key)
         if self.believed is None:
             unknown = _unknown(self.plan, key, self.hooks, next(iter(self._lines.values())).compute)
-            return unknown.merge(line) if line and fits else unknown
+            return unknown.merge(line) if line and _fits(line, unknown) else unknown
         believed = self.believed.shards[key[0]][key[1]]
-        return self._truer(believed, line) if line and fits and not agrees(line, believed) else believed
+        return (
+            self._truer(believed, line) if line and _fits(line, believed) and not agrees(line, believed) else believed
+        )
 
     def _truer(self, believed: ShardRecord, line: ShardRecord) -> ShardRecord:
         """The record that fits the files better.

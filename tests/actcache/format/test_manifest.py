@@ -4,8 +4,8 @@ import json
 import pytest
 
 from actcache.errors import CacheMismatch, ManifestError
-from actcache.format.arrays import LARGEST_CHUNK_BYTES, MAX_WIDTH, MIN_CHUNK_ROWS, chunk_rows, shard_rows
-from actcache.format.manifest import Manifest
+from actcache.format.arrays import LARGEST_CHUNK_BYTES, MAX_SHARDS, MAX_WIDTH, MIN_CHUNK_ROWS, chunk_rows, shard_rows
+from actcache.format.manifest import Manifest, Plan
 
 
 def test_json_round_trip(tiny_cache):
@@ -96,3 +96,24 @@ def test_what_a_writer_chooses_is_accepted(d_in, itemsize):
     chunk = chunk_rows(d_in, itemsize, rows)
     assert chunk <= MIN_CHUNK_ROWS or chunk * d_in * itemsize <= LARGEST_CHUNK_BYTES
     assert d_in <= MAX_WIDTH
+
+
+def test_a_plan_makes_no_more_shards_than_a_manifest_can_hold(tiny_cache):
+    """A plan of 1.2 kB made three million."""
+    values = json.loads(json.dumps(tiny_cache.manifest.plan.to_json()))
+    values["identity"] |= {"shard_rows": 1, "chunk_rows": 1, "context_size": 1}
+    record = {"n_bytes": 1, "checksums": [0]}
+    for split, n_shards in (("train", 2), ("validation", 0)):
+        arrays = {name: [record] * n_shards for name in ("sequences/id", "sequences/document")}
+        values["sequences"][split] = {"n_sequences": n_shards << 18, "arrays": arrays}
+    assert Plan.from_json(values).n_shards("train") == MAX_SHARDS
+    values["sequences"]["validation"] = {"n_sequences": 1, "arrays": {name: [record] for name in arrays}}
+    with pytest.raises(ManifestError, match="must make at most 524,288 shards, it makes 524,289"):
+        Plan.from_json(values)
+
+
+def test_a_plan_names_no_impossible_hook(tiny_cache):
+    values = json.loads(json.dumps(tiny_cache.manifest.plan.to_json()))
+    values["hooks"] = [{"hook_name": "a", "d_in": 1 << 40, "dtype": tiny_cache.identity["dtype"]}]
+    with pytest.raises(ManifestError, match="a has an impossible dtype or width"):
+        Plan.from_json(values)

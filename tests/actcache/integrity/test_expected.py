@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 from support.damages import CACHE, JOURNAL, PLAN, cut, drop, flip, lose_a_line
+from support.hostile_caches import changed as with_lie
+from support.hostile_caches import sealed, unsealed
 from support.repairs import SETTINGS, changed, no_model, repaired, stamps
+from support.surroundings import address_space
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 
 from actcache.errors import CacheMismatch, ManifestError
@@ -79,3 +82,57 @@ def test_a_manifest_from_before_the_cache_grew_is_outdated(tiny_model, tiny_text
     repaired(root)
     assert promised_files(root) == promised_files(sound["lossless"])
     assert changed(before, stamps(root)) == {root / outdated}
+
+
+ARRAY = "arrays.tokens/id"
+
+
+@pytest.mark.parametrize(
+    ("place", "lie", "message"),
+    [
+        ("hooks", [{"hook_name": "a", "d_in": 1 << 40, "dtype": "bfloat16"}], "a has an impossible dtype or width"),
+        ("hooks", [{"hook_name": "a", "d_in": 32, "dtype": "float64"}], "a has an impossible dtype or width"),
+        ("hooks.0.d_in", 16, "must hold each hook once"),
+    ],
+)
+def test_a_line_that_names_an_impossible_hook_is_told(copied, place, lie, message):
+    from actcache.integrity.repair import repair
+
+    drop(copied / CACHE)
+    lines = (copied / JOURNAL).read_bytes().splitlines(keepends=True)
+    (copied / "line").write_bytes(lines[0])
+    lines[0] = sealed(with_lie(unsealed(copied / "line"), place, lie))
+    (copied / JOURNAL).write_bytes(b"".join(lines))
+    with pytest.raises(ManifestError, match=message):
+        repair(copied, no_model)
+
+
+@pytest.mark.parametrize("lie", [[], [0] * 3, [0] * 1000])
+@pytest.mark.parametrize("lost", [[CACHE], []])
+def test_a_line_of_another_number_of_chunks_counts_as_lost(tiny_model, sound, copied, lie, lost):
+    for file in lost:
+        drop(copied / file)
+    lines = (copied / JOURNAL).read_bytes().splitlines(keepends=True)
+    (copied / "line").write_bytes(lines[0])
+    lines[0] = sealed(with_lie(unsealed(copied / "line"), f"{ARRAY}.checksums", lie))
+    (copied / JOURNAL).write_bytes(b"".join(lines))
+    repaired(copied, lambda compute: tiny_model)
+    assert promised_files(copied) == promised_files(sound["lossless"])
+
+
+def test_a_short_plan_of_many_shards_asks_for_their_memory_first(copied):
+    """A line of a journal and a plan of less than a kilobyte took more than a gigabyte."""
+    from actcache.integrity.repair import repair
+
+    plan = unsealed(copied / PLAN)
+    for split, n_arrays in (("train", 1024), ("validation", 0)):
+        arrays = {
+            name: [{"n_bytes": 1, "checksums": [0]}] * n_arrays for name in ("sequences/id", "sequences/document")
+        }
+        plan["sequences"][split] = {"n_sequences": 256 * n_arrays, "arrays": arrays}
+    for size in ("shard_rows", "chunk_rows", "context_size"):
+        plan["identity"][size] = 1
+    (copied / PLAN).write_bytes(sealed(plan))
+    drop(copied / CACHE)
+    with address_space(256 << 20), pytest.raises(MemoryError, match=rf"^what {copied} should hold may take \d"):
+        repair(copied, no_model)
