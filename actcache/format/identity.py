@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from actcache.arguments import shown
 from actcache.errors import ManifestError
 from actcache.format.arrays import MAX_CONTEXT_SIZE, MAX_SHARD_ROWS
 from actcache.format.codecs import CODECS
@@ -17,20 +18,36 @@ def check_identity(identity: dict[str, Any]) -> None:
     """Raise unless this program can read a cache of this identity.
 
     Raises:
-        ManifestError: the format version, codec, dtype or a size is not one that this program reads.
+        ManifestError: the format version, codec, dtype or a size is not one that this program reads, or another value
+            has another type.
         KeyError, TypeError, ValueError, AttributeError: the values are malformed (see seal.MALFORMED).
     """
     version = identity.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise ManifestError(f"cache: this program reads format version {FORMAT_VERSION}, got {version!r}")
+        raise ManifestError(f"cache: this program reads format version {FORMAT_VERSION}, got {shown(version)}")
     if identity.get("codec") not in CODECS:
-        raise ManifestError(f"cache: codec must be one of {', '.join(CODECS)}, got {identity.get('codec')!r}")
+        raise ManifestError(f"cache: codec must be one of {', '.join(CODECS)}, got {shown(identity.get('codec'))}")
     if identity.get("dtype") not in ACTIVATION_DTYPES:
-        raise ManifestError(f"cache: dtype must be one of {ACTIVATION_DTYPES}, got {identity.get('dtype')!r}")
+        raise ManifestError(f"cache: dtype must be one of {ACTIVATION_DTYPES}, got {shown(identity.get('dtype'))}")
     shard_rows = whole_number("shard_rows", identity.get("shard_rows"), 1, MAX_SHARD_ROWS)
     chunk_rows = whole_number("chunk_rows", identity.get("chunk_rows"), 1, shard_rows)
     if shard_rows.bit_count() != 1 or shard_rows % chunk_rows:
         raise ManifestError(f"cache: {shard_rows=} must be a power of two, and {chunk_rows=} must divide it")
     whole_number("context_size", identity.get("context_size"), 1, MAX_CONTEXT_SIZE)
+    _require(isinstance(identity["special_token_ids"], list), identity, "special_token_ids", "a list")
     for token_id in identity["special_token_ids"]:
         whole_number("special_token_ids", token_id, highest=(1 << 31) - 1)
+    for key in ("model", "dataset"):
+        texts = isinstance(identity[key], dict) and all(isinstance(each, str | None) for each in identity[key].values())
+        _require(texts and isinstance(identity[key]["name"], str), identity, key, "a name, and texts or nulls")
+    for key in ("tokenizer_sha256", "separator"):
+        _require(isinstance(identity[key], str | None), identity, key, "a text or null")
+    seed, holdout = identity["seed"], identity["holdout"]
+    _require(isinstance(identity["prepend_bos"], bool | None), identity, "prepend_bos", "true, false or null")
+    _require(type(seed) is int and seed >= 0, identity, "seed", "a whole number of at least 0")
+    _require(type(holdout) in (int, float) and 0 <= holdout < 1, identity, "holdout", "a number in [0, 1)")
+
+
+def _require(is_so: bool, identity: dict[str, Any], key: str, must: str) -> None:
+    if not is_so:
+        raise ManifestError(f"cache: {key} must be {must}, got {shown(identity[key])}")

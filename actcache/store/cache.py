@@ -226,10 +226,13 @@ def read_origin(root: Path) -> dict[str, Any]:
     """
     try:
         origin = json.loads(contents(root / ORIGIN))
-        for name, kind in (("model", str), ("revision", str), ("dataset", dict)):
-            if not isinstance(origin[name], kind | None):
-                raise ValueError(f"{name} is of another type")
-        return origin
+        kinds = {"model": str | None, "revision": str | None, "dataset": dict | None}
+        fields = (origin["dataset"] or {}).values()
+        if not all(isinstance(origin[name], kind) for name, kind in kinds.items()) or not all(
+            isinstance(field, str | bool | None) for field in fields
+        ):
+            raise ValueError("a value is of another type")
+        return {name: origin[name] for name in kinds}
     except (NoFile, *MALFORMED) as error:
         what = f"unreadable ({type(error).__name__})"
         raise ManifestError(what, path=root / ORIGIN, way_out="pass --model") from error

@@ -143,7 +143,10 @@ def test_parts_of_two_caches_are_told_apart(root, tiny_model, tiny_texts, tmp_pa
 WRONG_ORIGINS = [None, [], 3, "x", {}, *({n: v} for n in ("model", "revision") for v in ([], 3, True, {"a": 1}))]
 
 
-@pytest.mark.parametrize("wrong", [*WRONG_ORIGINS, {"dataset": "x"}, {"dataset": []}], ids=str)
+WRONG_DATASETS = ["x", [], {"path": float("inf")}, {"path": ["x"]}, {"path": "x", "more": 1e300}]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_ORIGINS, *({"dataset": each} for each in WRONG_DATASETS)], ids=str)
 def test_an_origin_of_other_types_is_asked_for(root, wrong):
     path = root / "log" / "origin.json"
     sound = json.loads(path.read_text()) if wrong else None
