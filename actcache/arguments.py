@@ -63,7 +63,10 @@ def typed(who: str, name: str, value: object, kind: Any) -> Any:
         if accepted is int and isinstance(value, Integral):
             return int(value)
         if accepted is float and isinstance(value, Real):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError(f"{who}: {name} must be at most 1.8e308, got {shown(value)}") from None
         if accepted is str and isinstance(value, str | os.PathLike):
             return os.fspath(value)
         if isinstance(value, accepted):
@@ -97,7 +100,7 @@ def one_of(who: str, name: str, value: object, allowed: Iterable[str]) -> str:
     """`value` as one of the allowed words. Raises ConfigError."""
     words = tuple(allowed)
     if not isinstance(value, str) or value not in words:
-        raise ConfigError(f"{who}: {name} must be one of {', '.join(words)}, got {value!r}")
+        raise ConfigError(f"{who}: {name} must be one of {', '.join(words)}, got {shown(value)}")
     return value
 
 

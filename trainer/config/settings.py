@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from actcache.arguments import type_fields_
+from actcache.arguments import shown, type_fields_
 from actcache.errors import ConfigError
 
 Architecture = Literal[
@@ -213,7 +213,7 @@ class _Rule:
 
     def check(self, who: str, setting: str, value: object) -> None:
         if value is not None and not self.holds(value):
-            raise ConfigError(f"{who}: {setting} must be {self.text}, got {setting}={value!r}")
+            raise ConfigError(f"{who}: {setting} must be {self.text}, got {setting}={shown(value)}")
 
 
 def check_settings(who: str, settings: Mapping[str, Any]) -> None:

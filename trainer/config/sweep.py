@@ -27,7 +27,7 @@ from trainer.config.settings import (
 )
 from trainer.config.yaml_file import read_yaml
 
-MAX_RUNS = 10_000  # the largest sweeps have hundreds
+MAX_RUNS, MAX_VALUES = 10_000, 1_000_000  # the largest sweeps have hundreds of runs, each of tens of values
 
 _FROM_CACHE = (
     *("d_in", "d_out", "hook_widths", "input_scale", "output_scale", "hook_scales"),
@@ -225,7 +225,7 @@ def _checked_run(run: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ConfigError for an unknown key, a value of a wrong type, or a setting that the architecture ignores.
     """
-    who = str(run.get("name", "run"))
+    who = str(run.get("name", "run"))[:200]  # a name may be no longer
     settable = {key: kind for key, kind in field_types(SAEConfig).items() if key not in _FROM_CACHE}
     settable["preset"] = str | None
     _check_keys(who, run, settable)
@@ -239,7 +239,7 @@ def _checked_run(run: Mapping[str, Any]) -> dict[str, Any]:
     for key, users in _USED_BY.items():
         if given.get(key) is not None and given["architecture"] not in users:
             raise ConfigError(
-                f"{who}: {key} is a setting of {', '.join(users)}, got {key}={given[key]} for "
+                f"{who}: {key} is a setting of {', '.join(users)}, got {key}={shown(given[key])} for "
                 f"{given['architecture']}; take it out or give it to those runs only"
             )
     return given
@@ -342,6 +342,7 @@ def _expanded(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise ConfigError("sweep: give grid or runs, not both")
     if "runs" in sweep:
         runs = _sequence("runs", sweep["runs"])
+        _check_size(len(runs) * _n_values(base))
         return [base | _mapping(f"runs[{i}]", run) for i, run in enumerate(runs)]
     if "grid" in sweep:
         grid = {key: _sequence(f"grid.{key}", values) for key, values in _mapping("grid", sweep["grid"]).items()}
@@ -350,8 +351,20 @@ def _expanded(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
         n_runs = math.prod(map(len, grid.values()))
         if n_runs > MAX_RUNS:
             raise ConfigError(f"sweep: grid must make at most {MAX_RUNS:,} runs, it makes {n_runs:,}")
+        _check_size(n_runs * _n_values(base) + sum(n_runs // len(each) * _n_values(each) for each in grid.values()))
         return [base | dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())]
     return [base] if base else []
+
+
+def _n_values(value: object) -> int:
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return 1 + sum(map(_n_values, inside))
+
+
+def _check_size(n_values: int) -> None:
+    """Raise ConfigError if the runs that a sweep is to make hold more values than anybody waits for."""
+    if n_values > MAX_VALUES:
+        raise ConfigError(f"sweep: its runs must hold at most {MAX_VALUES:,} values, they hold {n_values:,}")
 
 
 def _named(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -392,7 +405,7 @@ def _check_keys(who: str, given: Mapping[str, Any], known: Iterable[str]) -> Non
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=3, cutoff=0.7)
             hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-            raise ConfigError(f"{who}: unknown setting {key!r}; {hint}")
+            raise ConfigError(f"{who}: unknown setting {shown(key)}; {hint}")
 
 
 def _mapping(who: str, value: object) -> dict[str, Any]:

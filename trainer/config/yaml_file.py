@@ -13,7 +13,7 @@ from actcache.arguments import shown
 from actcache.errors import ConfigError
 from actcache.files import NoFile, opened
 
-MAX_BYTES, MAX_NODES = 1 << 20, 100_000
+MAX_BYTES, MAX_NODES, MAX_NUMBER = 1 << 20, 100_000, 1 << 63
 
 
 def read_yaml(path: Path) -> object:
@@ -40,8 +40,28 @@ def read_yaml(path: Path) -> object:
 class _Loader(yaml.SafeLoader):
     """A loader with the floats of YAML 1.2, in which `3e-4` is a number.
 
-    It refuses a key that stands twice, and a small file whose aliases make it large.
+    It refuses a key that stands twice, a small file whose aliases make it large, whole numbers beyond 64 bits, and
+    tags, which make a value of another kind of a text. What has a colon is a text, and no number of base 60.
     """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"tag {shown(event.tag)}: leave it out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def resolve(self, kind: type[yaml.Node], value: str | None, implicit: Any) -> str:
+        is_text = kind is yaml.ScalarNode and ":" in (value or "")
+        return self.DEFAULT_SCALAR_TAG if is_text else super().resolve(kind, value, implicit)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = super().construct_yaml_int(node)
+        if not -MAX_NUMBER <= number < MAX_NUMBER:
+            said = f"a whole number must be in [-2**63, 2**63), got {shown(node.value)}"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+        return number
 
     def get_single_node(self) -> yaml.Node | None:
         root = super().get_single_node()
@@ -79,3 +99,4 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),
 )
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
