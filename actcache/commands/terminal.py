@@ -35,6 +35,7 @@ tqdm.monitor_interval = 0  # no thread that watches the bars
 SLURM_SPECIAL_STEPS = 0xFFFFFFF0  # step ids from here on are of batch scripts, interactive shells and the like
 SLURM_BATCH = re.compile(r"slurmstepd: \[\S+\.batch\]")  # the title of the process that starts a batch script
 ARGUMENTS_WRONG, FAILED, INTERRUPTED = 2, 1, 130
+MOST_OF_AN_ERROR = 8000  # letters, more than a screen
 LIBRARY_BYTES = {"torch": 160 << 20, "transformers": 190 << 20}  # with what it imports, and what we import with it
 RESERVE_BYTES = 4 << 20  # given back when memory is out, so that the last line can be made
 DATA, MODEL, CACHE, TRAINING, OUTPUT = "Data", "Model", "Cache", "Training", "Output"  # the panels of --help
@@ -183,8 +184,14 @@ def _local(value: Any) -> Any:
 
 
 def fail(line: str, code: int) -> NoReturn:
-    """Print an error as one line, and exit with `code`."""
-    say(f"error: {' '.join(line.split())}")
+    """Print an error as one line, and exit with `code`. What is too long to be read is cut in its middle."""
+    line = " ".join(line.split())
+    line = (
+        line
+        if len(line) <= MOST_OF_AN_ERROR
+        else f"{line[: MOST_OF_AN_ERROR // 2]} ... {line[-MOST_OF_AN_ERROR // 2 :]}"
+    )
+    say(f"error: {line}")
     raise typer.Exit(code)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from actcache.arguments import shown
 from actcache.errors import ManifestError
 from actcache.flow import SPLITS
 
@@ -84,7 +84,7 @@ class SequencesRecord:
 def shard_record(values: dict[str, Any]) -> ShardRecord:
     """The record in one line of a journal. Raises ManifestError or one of MALFORMED for malformed values."""
     if values["split"] not in SPLITS:
-        raise ValueError(f"split must be one of {SPLITS}, got {values['split']!r}")
+        raise ValueError(f"split must be one of {SPLITS}, got {shown(values['split'])}")
     arrays = {path: _array_record(array) for path, array in values["arrays"].items()}
     for name in (*arrays, *values["partials"]):
         _check_path(name)
@@ -113,8 +113,7 @@ def whole_number(name: str, value: object, lowest: int = 0, highest: int = (1 <<
         ManifestError: `value` is another kind of value, or out of range.
     """
     if type(value) is not int or not lowest <= value <= highest:
-        got = reprlib.repr(value)  # cut short: it may be long or nested
-        raise ManifestError(f"manifest: {name} must be a whole number in [{lowest}, {highest}], got {got}")
+        raise ManifestError(f"manifest: {name} must be a whole number in [{lowest}, {highest}], got {shown(value)}")
     return value
 
 
@@ -122,7 +121,7 @@ def hook_spec(values: dict[str, Any]) -> HookSpec:
     """The checked spec of a hook. Raises ManifestError or one of MALFORMED for malformed values."""
     hook = HookSpec(**values)
     if not HOOK_NAME.fullmatch(hook.hook_name):
-        raise ManifestError(f"manifest: hook_name must be dotted words, got {hook.hook_name!r}")
+        raise ManifestError(f"manifest: hook_name must be dotted words, got {shown(hook.hook_name)}")
     whole_number("d_in", hook.d_in, lowest=1)
     return hook
 
@@ -140,7 +139,7 @@ def _compute(values: dict[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         short = isinstance(value, bool | int | None) or (isinstance(value, str) and len(value) <= MAX_COMPUTE_TEXT)
         if not short or len(key) > MAX_COMPUTE_TEXT:
-            raise ManifestError(f"manifest: compute must hold short texts and numbers, got {reprlib.repr(value)}")
+            raise ManifestError(f"manifest: compute must hold short texts and numbers, got {shown(value)}")
     return dict(values)
 
 
@@ -166,4 +165,4 @@ def _array_record(values: dict[str, Any]) -> ArrayRecord:
 def _check_path(path: str) -> None:
     parts = path.split("/")
     if not all(re.fullmatch(r"[A-Za-z0-9_.\-]+", part) and part.strip(".") for part in parts):
-        raise ValueError(f"a path must stay below the cache's folder, got {path!r}")
+        raise ValueError(f"a path must stay below the cache's folder, got {shown(path)}")

@@ -12,6 +12,7 @@ import numpy as np
 import zarr
 from zarr.buffer import cpu
 
+from actcache.arguments import shown
 from actcache.errors import CorruptShard, LocksMissing, ManifestError
 from actcache.files import PARTIAL_SUFFIX, NoFile, contents, files_below, naming
 from actcache.flow import SPLITS
@@ -186,7 +187,7 @@ def _wrong_metadata(cache: Cache, node: str, files: dict[str, Any], native: Call
     form = native() if said.get("data_type") == "bfloat16" else files
     wanted = _node_metadata(form, node)
     wrong = {key: said.get(key) for key in {**wanted, **said} if said.get(key) != wanted.get(key)}
-    return f"must describe what the manifest says is stored, says {wrong}" if wrong else None
+    return f"must describe what the manifest says is stored, says {shown(wrong)}" if wrong else None
 
 
 def _node_metadata(files: dict[str, Any], node: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from trainer.training.plan import SweepPlan
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
 FEATURE_COLUMNS = ("feature", "density", "max_act", "top_token")
+WIDEST_CELL = 256
 MOST_DIGITS = 1e10  # a larger number, as a diverged SAE has, is written with an exponent
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -47,6 +48,7 @@ def _evaluation_cell(row: Mapping[str, Any], column: str) -> str:
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    cells = [[text[:WIDEST_CELL] for text in line] for line in cells]  # a stranger's name may be of any length
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
 

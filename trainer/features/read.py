@@ -275,7 +275,9 @@ def sae_checksums(run: Path) -> list[int]:
 def check_source(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise CacheMismatch unless source.json, which holds `held`, says what is wanted."""
     differing = [
-        f"{name} is {held.get(name)} there, {value} here" for name, value in wanted.items() if held.get(name) != value
+        f"{name} is {shown(held.get(name))} there, {shown(value)} here"
+        for name, value in wanted.items()
+        if held.get(name) != value
     ]
     if differing:
         raise CacheMismatch(

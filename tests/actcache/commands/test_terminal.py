@@ -22,7 +22,7 @@ from support.tiny_caches import HOOKS
 from typer.testing import CliRunner
 
 from actcache.commands.lines import cache_lines
-from actcache.commands.terminal import PlainRecord, fail, say
+from actcache.commands.terminal import MOST_OF_AN_ERROR, PlainRecord, fail, say
 from actcache.errors import ConfigError
 from actcache.store.cache import Cache
 
@@ -386,3 +386,13 @@ def test_a_command_that_writes_says_first_whose_folder_it_is(tiny_cache, tmp_pat
     assert actcache(*trains, "--dry-run", "--out", runs).stderr.startswith(f"{runs}: belongs to user ")
     mine = shutil.copytree(tiny_cache.path, tmp_path / "mine")
     assert "belongs to" not in actcache("repair", mine, "--device", "cpu").stderr
+
+
+@pytest.mark.parametrize("n_letters", [10, MOST_OF_AN_ERROR, MOST_OF_AN_ERROR + 1, 5_000_000])
+def test_an_error_that_quotes_a_stranger_is_no_longer_than_a_page(capsys, n_letters):
+    with pytest.raises(typer.Exit):
+        fail(f"a{'x' * (n_letters - 2)}z", 1)
+    said = capsys.readouterr().err
+    assert len(said) < MOST_OF_AN_ERROR + 20
+    assert (said.startswith("error: ax"), said.endswith("xz\n")) == (True, True), "the way out stands at the end"
+    assert (" ... " in said) == (n_letters > MOST_OF_AN_ERROR)

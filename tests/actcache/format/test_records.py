@@ -103,3 +103,15 @@ def test_hooks_and_sequences_are_checked():
     assert (found.n_sequences, len(found.arrays["sequences/id"])) == (3, 2)
     with pytest.raises(ManifestError, match="n_sequences"):
         sequences_record({"n_sequences": -1, "arrays": {}})
+
+
+@pytest.mark.parametrize("place", ["split", "hook", "path"])
+def test_what_is_quoted_of_a_line_is_short(place):
+    values, long = line(A).to_json(), "x " * 10**6
+    if place == "hook":
+        values["hooks"] = [{"hook_name": long, "d_in": 1, "dtype": "bfloat16"}]
+    else:
+        values |= {"split": long} if place == "split" else {"partials": {long: 1}}
+    with pytest.raises((ManifestError, ValueError)) as raised:
+        shard_record(json.loads(json.dumps(values)))
+    assert len(str(raised.value)) < 500

@@ -75,6 +75,11 @@ def test_evaluations_stand_in_columns_with_a_dash_for_what_is_not_there() -> Non
     assert {line.index(cell) for line, cell in zip(lines, ("architecture", "topk", "-     "), strict=True)} == {13}
 
 
+def test_a_long_name_does_not_widen_every_line() -> None:
+    lines = evaluation_lines([{"name": "x" * 10**6, "architecture": "y" * 10**6}, {"name": "short"}])
+    assert max(map(len, lines)) < 1000
+
+
 def test_an_sae_that_diverged_says_so() -> None:
     row = {"name": "wild", "architecture": "standard", "l0": 4.0}
     row |= {"explained_variance": -2.4e32, "worse_than_zeros": True}
