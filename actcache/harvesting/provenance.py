@@ -75,11 +75,22 @@ def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageM
         )
 
 
-def identity_of(model: LanguageModel, source: Source, config: HarvestConfig) -> dict[str, Any]:
-    """The identity of the cache of this harvest, without SIZES. config: as `as_packed` gives it."""
+def identity_of(
+    model: LanguageModel, source: Source, config: HarvestConfig, held: Plan | None = None
+) -> dict[str, Any]:
+    """The identity of the cache of this harvest, without SIZES.
+
+    Args:
+        model, source: what is harvested.
+        config: as `as_packed` gives it.
+        held: the plan of the cache, if it was begun. The revision of the model stays as it says, if the model has the
+            same hashes: a commit may change other files, and the commit was not always known.
+    """
+    begun = {} if held is None else held.identity["model"]
+    same = {**begun, "revision": None} == {**model.identity, "revision": None}
     identity = {
         "format_version": FORMAT_VERSION,
-        "model": model.identity,
+        "model": begun if same else model.identity,
         "tokenizer_sha256": _tokenizer_hash(model),
         "special_token_ids": sorted(set(model.tokenizer.all_special_ids)) if model.tokenizer else [],
         "dataset": source.identity(),

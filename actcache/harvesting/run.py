@@ -109,8 +109,9 @@ def harvest_share(
     root = local_path(out)
     widths = model.hook_widths(config.hook_names)
     refuse_foreign_folder(root)
-    config = as_packed(model, source, config, read_plan(root))
-    wanted = identity_of(model, source, config)
+    held = read_plan(root)
+    config = as_packed(model, source, config, held)
+    wanted = identity_of(model, source, config, held)
     cache = _already_there(root, wanted, config, widths)
     if cache is not None:
         remove_abandoned(root)
@@ -161,7 +162,7 @@ def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: st
     held = read_plan(root)
     config = _with_codec(root, held, model, as_packed(model, source, config, held))
     if held is not None:
-        refuse_other_identity(root, held, identity_of(model, source, config))
+        refuse_other_identity(root, held, identity_of(model, source, config, held))
     hooks = _specs(widths, config.dtype)
     n_sequences = (
         count_sequences(model, source, config) if config.tokens is None else config.tokens // config.context_size

@@ -24,13 +24,13 @@ from actcache.models.identity import model_identity
 from actcache.models.language_model import LanguageModel
 from actcache.models.pretrained import (
     check_flash_attention,
+    commit_of,
     dtype_of,
     load_config,
     load_tokenizer,
     load_weights,
     missing_bytes,
     name_of,
-    revision_of,
     source_of,
     weights_bytes,
 )
@@ -60,7 +60,8 @@ def load_model(
 
     Args:
         name_or_path: directory with config.json, weights and tokenizer; or a hub name such as "openai-community/gpt2".
-        revision: branch, tag or commit on the hub.
+        revision: branch, tag or commit on the hub. Config, tokenizer and weights are all of the commit that it is, and
+            the model's identity says which.
         device: "auto" (cuda if there is one, else cpu) or a torch device.
         device_map: how accelerate spreads the model over all devices: "auto", "balanced", "balanced_low_0",
             "sequential". Each activation is then on the device of its block. None for one device.
@@ -83,6 +84,7 @@ def load_model(
     where = device_of("load_model", device)
     source = source_of(str(name_or_path))
     kernel = "eager" if backend == "transformer_lens" else attention
+    revision = commit_of(source, revision, trust_remote_code)
     config = load_config(source, revision, trust_remote_code, kernel)
     name = name_of(source)
     if backend == "hf":
@@ -111,7 +113,7 @@ def load_model(
     )
     if device_map is None:
         model.to(where)  # pyright: ignore[reportArgumentType]: transformers' stub loses `self`
-    identity = model_identity(model, tokenizer, name, revision_of(config, revision))
+    identity = model_identity(model, tokenizer, name, revision)
     if backend == "transformer_lens":
         return BridgeModel(model, tokenizer, identity)
     return HuggingFaceModel(model, tokenizer, identity, compiled=compile)
@@ -132,7 +134,7 @@ def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name
     name = name or name_of(cast(str, model.config.name_or_path)) or type(model).__name__
     if model.training:
         raise ModelError(f"wrap_model: {name} must be in evaluation mode, got training mode; call model.eval() first")
-    identity = model_identity(model, tokenizer, name, revision_of(model.config, None))
+    identity = model_identity(model, tokenizer, name, getattr(model.config, "_commit_hash", None))
     return HuggingFaceModel(model, tokenizer, identity)
 
 

@@ -18,6 +18,7 @@ from actcache.files import MOST_BYTES, NoFile, contents, file_bytes, is_file, li
 
 READ_WHOLE = (".json", ".jinja", ".txt", ".model")  # the files of config and tokenizer
 SAFE = ".safetensors"
+COMMIT = re.compile("[0-9a-f]{40}")
 GET_AGAIN = "get the model again"
 MOST_OF = {re.compile(r"(num|n)_.*(layers?|experts?)|n_layer"): 2_000, re.compile(r"num_labels"): 50_000}
 # of transformers and torch alone; all others are, or are replaced by, packages of the hub
@@ -84,6 +85,15 @@ def snapshot_of(source: str, revision: str | None) -> Path | None:
     """The folder on this machine that holds the files of a model, if there is one."""
     config = _here(source, revision, "config.json")
     return Path(source) if os.path.isdir(source) else None if config is None else config.parent
+
+
+def commit_here(source: str, revision: str | None) -> str | None:
+    """The commit of a hub name whose config.json this machine holds for a revision; None if there is none.
+
+    The cache of the hub keeps the files of each commit in a folder of that name.
+    """
+    folder = None if os.path.isdir(source) else snapshot_of(source, revision)
+    return None if folder is None or not COMMIT.fullmatch(folder.name) else folder.name
 
 
 def check_config(config: PretrainedConfig, name: str, attention: str) -> None:

@@ -37,6 +37,7 @@ from actcache.models.model_files import (
     check_counts,
     check_sizes,
     check_weight_names,
+    commit_here,
     faulty_json,
     pickle_refused,
     snapshot_of,
@@ -82,9 +83,23 @@ def name_of(source: str) -> str:
     return Path(source).resolve().name if os.path.isdir(source) else source
 
 
-def revision_of(config: PretrainedConfig, revision: str | None) -> str | None:
-    """The commit that the hub told, because a branch moves; else the revision as given."""
-    return getattr(config, "_commit_hash", None) or revision  # only a config from the hub has it
+def commit_of(source: str, revision: str | None, trust_remote_code: bool) -> str | None:
+    """The commit that a revision of a hub name is, because a branch moves; of a directory, the revision as given.
+
+    If config.json is here, it is the commit of that. All files of a model are then loaded from this commit: some may be
+    here, while the branch has moved on.
+
+    Args:
+        source, revision, trust_remote_code: as for `load_weights`.
+
+    Raises:
+        ModelError: config.json is neither here nor on the hub.
+    """
+    commit = commit_here(source, revision)
+    if commit is None and not os.path.isdir(source):
+        _loaded(PretrainedConfig.get_config_dict, source, revision, trust_remote_code)  # fetches it
+        commit = commit_here(source, revision)
+    return commit or revision
 
 
 def dtype_of(dtype: str, device: torch.device) -> torch.dtype | str:

@@ -41,3 +41,20 @@ def test_a_model_that_runs_other_code_is_another_model(tiny_model, tiny_cache):
     with pytest.raises(CacheMismatch, match=r"code_sha256 is abc there, None here; .* with --trust-remote-code"):
         refuse_other_model(tiny_cache.path, {**tiny_cache.identity, "model": brought}, tiny_model)
     refuse_other_model(tiny_cache.path, tiny_cache.identity, tiny_model)
+
+
+def test_a_cache_of_another_revision_of_the_same_model_grows(tiny_llama_dir, tiny_texts, tmp_path, monkeypatch):
+    """Formerly no commit was recorded; and a commit may change a README alone."""
+    from actcache.models.load import load_model
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(tiny_llama_dir, repository / "snapshots" / commit)
+        (repository / "refs" / "main").write_text(commit)
+        model = load_model("owner/model", device="cpu")
+        assert model.identity["revision"] == commit
+        cache = harvest_tiny(model, tiny_texts, tmp_path / "c", tokens=320 if commit < "b" else 640)
+        assert cache.identity["model"]["revision"] == "a" * 40
+    assert cache.n_rows("train") + cache.n_rows("validation") == 640

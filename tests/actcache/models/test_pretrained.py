@@ -1,5 +1,6 @@
 """A model that is missing, damaged or half there is one clear line."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
+from typing import ClassVar
 from zlib import crc32
 
 import pytest
@@ -18,7 +20,7 @@ from support.model_cases import TOKENS, hook_names, one_line
 from support.places import CHILD
 from support.remote_code import RemoteCode
 from support.strangers import as_another_user, only_root
-from support.tiny_models import D_MODEL, make_tokenizer
+from support.tiny_models import D_MODEL, make_model, make_tokenizer
 from transformers import AutoModel
 
 from actcache.errors import ModelError
@@ -249,3 +251,82 @@ print(weights_bytes("owner/large", None, config, config.dtype, allow_pickle=True
     assert (done.stdout, done.returncode) == ("5000000000000\n", 0), done.stderr
     fetched = {path.name for path in (tmp_path / "home").glob("hub/*/snapshots/*/*")}
     assert fetched == {"config.json", "model.safetensors.index.json"}
+
+
+OTHER = "89abcdef0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """The folder where the hub's files are kept, and nothing in it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def kept(hub_cache: Path, model: Path, commit: str, revision: str | None = "main") -> Path:
+    """Keep the files of a model as a download of `owner/model` does; returns their folder."""
+    repository = hub_cache / "models--owner--model"
+    if revision is not None:
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    return Path(shutil.copytree(model, repository / "snapshots" / commit))
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1", COMMIT])
+def test_the_commit_of_a_hub_name_is_recorded(revision, tiny_llama_dir, hub_cache):
+    kept(hub_cache, tiny_llama_dir, COMMIT, revision if revision in ("v1", None) else "main")
+    if revision is None:
+        kept(hub_cache, tiny_llama_dir, OTHER, "main")
+    model = load_model("owner/model", revision=revision, device="cpu")
+    assert model.identity["revision"] == (OTHER if revision is None else COMMIT)
+    assert model.source == "owner/model"
+
+
+def test_a_directory_has_no_commit(tiny_llama_dir):
+    assert load_model(tiny_llama_dir, device="cpu").identity["revision"] is None
+
+
+class TwoCommits(Hub):
+    """A hub whose branch has moved to OTHER since config.json was fetched; `served` notes what it was asked for."""
+
+    served: ClassVar[list[str]] = []
+
+    def translate_path(self, path: str) -> str:
+        *_, revision, name = path.partition("?")[0].split("/")
+        self.commit = COMMIT if revision == COMMIT else OTHER
+        self.served.append(f"{self.commit}/{name}")
+        return str(Path(self.directory) / self.commit / name)
+
+    def end_headers(self) -> None:
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{crc32((self.commit + self.path).encode())}"')
+        SimpleHTTPRequestHandler.end_headers(self)
+
+
+def test_config_tokenizer_and_weights_are_of_one_commit(tiny_llama_dir, hub_cache, tmp_path):
+    """config.json is here, and the weights are not; meanwhile the branch has other weights."""
+    for commit, seed in ((COMMIT, 0), (OTHER, 1)):
+        shutil.copytree(tiny_llama_dir, tmp_path / "served" / commit)
+        make_model("llama", 512, seed=seed).save_pretrained(tmp_path / "served" / commit)
+    begun = kept(tmp_path / "home" / "hub", tiny_llama_dir, COMMIT)
+    for path in begun.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    code = """
+import json
+from actcache.models.load import load_model
+print(json.dumps(load_model("owner/model", device="cpu").identity))
+"""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(TwoCommits, directory=tmp_path / "served")) as server:
+        Thread(target=server.serve_forever).start()
+        here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        online = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        asked = [sys.executable, "-c", code]
+        done = subprocess.run(asked, env={**CHILD, **here, **online}, capture_output=True, text=True)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    expected = load_model(tmp_path / "served" / COMMIT, device="cpu").identity
+    assert json.loads(done.stdout) == {**expected, "name": "owner/model", "revision": COMMIT}
+    assert {line.partition("/")[0] for line in TwoCommits.served if line.endswith((".safetensors", ".json"))} == {
+        COMMIT
+    }
