@@ -13,11 +13,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import cached_file
 
 from actcache.arguments import local_path, shown
-from actcache.errors import ModelError
+from actcache.errors import ManifestError, ModelError
 from actcache.files import MOST_BYTES, NoFile, contents, file_bytes, is_file, listed
 
 READ_WHOLE = (".json", ".jinja", ".txt", ".model")  # the files of config and tokenizer
 SAFE = ".safetensors"
+ADAPTER = "adapter_config.json"
 COMMIT = re.compile("[0-9a-f]{40}")
 GET_AGAIN = "get the model again"
 MOST_OF = {re.compile(r"(num|n)_.*(layers?|experts?)|n_layer"): 2_000, re.compile(r"num_labels"): 50_000}
@@ -37,6 +38,33 @@ def pickle_refused(source: str) -> ModelError:
         f"load_model: {source!r} must hold its weights as safetensors, and does not; if they are a pickle, save them "
         "again by save_pretrained of transformers, or pass --allow-pickle (in Python allow_pickle=True)"
     )
+
+
+def adapter_refused(source: str, path: Path) -> ModelError:
+    """The error of a folder or a hub name that holds an adapter. path: of its adapter_config.json.
+
+    transformers would load the base model, wherever the adapter says that it is, if peft is installed; without peft it
+    leaves the adapter out.
+    """
+    try:
+        base = json.loads(contents(local_path(path))).get("base_model_name_or_path")
+    except (OSError, ManifestError, AttributeError, ValueError, RecursionError):
+        base = None
+    return ModelError(
+        f"load_model: {source!r} holds an adapter of {shown(base) if base else 'another model'}, not a whole model; "
+        "merge them by peft (merge_and_unload), save the result and the tokenizer by save_pretrained, and pass that "
+        "folder, or pass the adapted model to actcache.harvest in Python"
+    )
+
+
+def refuse_adapter(source: str, revision: str | None) -> None:
+    """Raise ModelError if a model that is on this machine has an adapter beside it, or is nothing but one.
+
+    source, revision: as for `load_weights`.
+    """
+    path = Path(source) / ADAPTER if os.path.isdir(source) else _here(source, revision, ADAPTER)
+    if path is not None and is_file(local_path(path)):
+        raise adapter_refused(source, path)
 
 
 def check_sizes(source: str) -> None:

@@ -33,6 +33,8 @@ from actcache.arguments import can_only_be_a_path, local_path, missing_here, ref
 from actcache.errors import ConfigError, ManifestError, ModelError
 from actcache.files import contents, file_bytes, is_allowed, listed
 from actcache.models.model_files import (
+    ADAPTER,
+    adapter_refused,
     check_config,
     check_counts,
     check_sizes,
@@ -40,6 +42,7 @@ from actcache.models.model_files import (
     commit_here,
     faulty_json,
     pickle_refused,
+    refuse_adapter,
     snapshot_of,
 )
 
@@ -61,7 +64,8 @@ WHOLE_MODEL = "check the name or pass a directory with a whole model"
 def source_of(name_or_path: str) -> str:
     """The hub name, or the path of the directory.
 
-    Raises ConfigError for an address, ModelError for no name and for a directory that is missing or has no config.json.
+    Raises ConfigError for an address. Raises ModelError for no name, and for a directory that is missing, has no
+    config.json or has an adapter.
     """
     if not name_or_path:  # the path "" is this folder
         raise ModelError(
@@ -70,6 +74,7 @@ def source_of(name_or_path: str) -> str:
     refuse_address(name_or_path, "a directory or a hub name owner/model")
     path = local_path(name_or_path)
     if path.is_dir():
+        refuse_adapter(str(path), None)
         if not (path / "config.json").is_file():
             raise ModelError(f"load_model: {path} has no config.json; pass a directory with config, weights, tokenizer")
         return str(path)
@@ -93,12 +98,18 @@ def commit_of(source: str, revision: str | None, trust_remote_code: bool) -> str
         source, revision, trust_remote_code: as for `load_weights`.
 
     Raises:
-        ModelError: config.json is neither here nor on the hub.
+        ModelError: config.json is neither here nor on the hub, or there is an adapter.
     """
     commit = commit_here(source, revision)
     if commit is None and not os.path.isdir(source):
-        _loaded(PretrainedConfig.get_config_dict, source, revision, trust_remote_code)  # fetches it
+        try:
+            _loaded(PretrainedConfig.get_config_dict, source, revision, trust_remote_code)  # fetches it
+        except ModelError:
+            if adapter := _first_file(source, revision, [ADAPTER], here=False):
+                raise adapter_refused(source, adapter) from None
+            raise
         commit = commit_here(source, revision)
+    refuse_adapter(source, commit)
     return commit or revision
 
 

@@ -330,3 +330,32 @@ print(json.dumps(load_model("owner/model", device="cpu").identity))
     assert {line.partition("/")[0] for line in TwoCommits.served if line.endswith((".safetensors", ".json"))} == {
         COMMIT
     }
+
+
+ADAPTER = '{"base_model_name_or_path": "stranger/base", "peft_type": "LORA"}'
+ADAPTS = r"holds an adapter of .?stranger/base.?, not a whole model; merge them by peft"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_folder_with_an_adapter_is_said_to_be_one(alone, tiny_llama_dir, tmp_path):
+    """With a whole model beside it the adapter would be left out, or, with peft, another model be loaded."""
+    folder = tmp_path / "adapter"
+    folder.mkdir() if alone else shutil.copytree(tiny_llama_dir, folder)
+    (folder / "adapter_config.json").write_text(ADAPTER)
+    with pytest.raises(ModelError, match=ADAPTS) as error:
+        load_model(folder, device="cpu")
+    assert one_line(error)
+    for damaged in ("{", "[]", "{}"):
+        (folder / "adapter_config.json").write_text(damaged)
+        with pytest.raises(ModelError, match="holds an adapter of another model"):
+            load_model(folder, device="cpu")
+
+
+def test_a_hub_name_with_an_adapter_is_said_to_be_one(tiny_llama_dir, hub_cache, tmp_path):
+    adapted = Path(shutil.copytree(tiny_llama_dir, tmp_path / "adapted"))
+    (adapted / "adapter_config.json").write_text(ADAPTER)
+    config = kept(hub_cache, adapted, COMMIT) / "config.json"
+    for _ in range(2):
+        with pytest.raises(ModelError, match=ADAPTS):
+            load_model("owner/model", device="cpu")
+        config.unlink(missing_ok=True)  # then there is nothing but the adapter
