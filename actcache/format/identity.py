@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from actcache.arguments import shown
@@ -22,6 +24,7 @@ def check_identity(identity: dict[str, Any]) -> None:
             has another type.
         KeyError, TypeError, ValueError, AttributeError: the values are malformed (see seal.MALFORMED).
     """
+    _check_model(identity["model"])
     version = identity.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ManifestError(f"cache: this program reads format version {FORMAT_VERSION}, got {shown(version)}")
@@ -37,9 +40,10 @@ def check_identity(identity: dict[str, Any]) -> None:
     _require(isinstance(identity["special_token_ids"], list), identity, "special_token_ids", "a list")
     for token_id in identity["special_token_ids"]:
         whole_number("special_token_ids", token_id, highest=(1 << 31) - 1)
-    for key in ("model", "dataset"):
-        texts = isinstance(identity[key], dict) and all(isinstance(each, str | None) for each in identity[key].values())
-        _require(texts and isinstance(identity[key]["name"], str), identity, key, "a name, and texts or nulls")
+    texts = isinstance(identity["dataset"], dict) and all(
+        isinstance(each, str | None) for each in identity["dataset"].values()
+    )
+    _require(texts and isinstance(identity["dataset"]["name"], str), identity, "dataset", "a name, and texts or nulls")
     for key in ("tokenizer_sha256", "separator"):
         _require(isinstance(identity[key], str | None), identity, key, "a text or null")
     seed, holdout = identity["seed"], identity["holdout"]
@@ -51,3 +55,23 @@ def check_identity(identity: dict[str, Any]) -> None:
 def _require(is_so: bool, identity: dict[str, Any], key: str, must: str) -> None:
     if not is_so:
         raise ManifestError(f"cache: {key} must be {must}, got {shown(identity[key])}")
+
+
+def is_imported(model: Mapping[str, Any]) -> bool:
+    """Whether nothing but the name of a cache's model is known. model: of its identity."""
+    return not (model.get("content_sha256") or model.get("weights_sha256"))
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    """Raise one of seal.MALFORMED unless a model can be compared with this identity of one."""
+    if not isinstance(model["name"], str):
+        raise ValueError(f"the name of its model must be a str, got {shown(model['name'])}")
+    for key in ("config_sha256", "weights_sha256", "content_sha256", "code_sha256"):
+        if not isinstance(model.get(key), str | None):
+            raise ValueError(f"{key} must be a str, got {shown(model[key])}")
+    if model.get("content_sha256") and not isinstance(model["config"], dict):
+        raise ValueError(f"the config of its model must be an object, got {shown(model['config'])}")
+    for part in ("stream", "logits"):
+        for row in model.get("probe", {}).get(part) or ():
+            if row is not None and not (row and all(map(math.isfinite, row))):
+                raise ValueError(f"{part} of the probe must be finite, got {shown(row)}")

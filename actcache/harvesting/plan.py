@@ -19,7 +19,7 @@ from actcache.format.paths import CACHE_MANIFEST, PLAN, STORE, shard_key
 from actcache.format.records import HookSpec, SequencesRecord
 from actcache.format.seal import seal, unseal
 from actcache.harvesting.config import HarvestConfig
-from actcache.harvesting.provenance import SIZES, refuse_other_identity
+from actcache.harvesting.provenance import refuse_other_identity
 from actcache.harvesting.sequences import SequenceArrays, write_sequences
 from actcache.harvesting.tasks import finished_cache
 from actcache.store.cache import Cache, read_manifest, sequence_reader
@@ -121,8 +121,8 @@ def settle_plan(
         keep(root, finished.fingerprint, replaced_by_growth(finished.manifest))
     hooks = finished.manifest.hooks if finished else held.hooks if held else ()
     stored = packed.commit()
-    sizes = _sizes(config, widest, stored) if held is None else {size: held.identity[size] for size in SIZES}
-    plan = Plan(identity={**wanted, **sizes}, tokens=config.tokens, sequences=stored, hooks=hooks)
+    identity = {**wanted, **_sizes(config, widest, stored)} if held is None else held.identity
+    plan = Plan(identity=identity, tokens=config.tokens, sequences=stored, hooks=hooks)
     return _settled(root, _write_plan(root, plan))
 
 

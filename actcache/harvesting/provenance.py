@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from actcache.errors import CacheMismatch
-from actcache.format.identity import FORMAT_VERSION
+from actcache.format.identity import FORMAT_VERSION, is_imported
 from actcache.format.manifest import Plan
 from actcache.harvesting.config import HarvestConfig
 from actcache.models.language_model import LanguageModel
+from actcache.models.names import same_name
 from actcache.text.sources import DatasetSource, Source
 from actcache.text.tokenise import tokenizer_hash
 
@@ -36,6 +37,8 @@ def refuse_other_identity(root: Path, held: Plan, wanted: Mapping[str, Any]) -> 
         CacheMismatch: the identities differ; the message lists the differences.
     """
     wanted = {**wanted, **{size: held.identity[size] for size in SIZES}}
+    if same_name(held.identity["model"]["name"], wanted["model"]["name"]):
+        wanted["model"] = {**wanted["model"], "name": held.identity["model"]["name"]}
     differences = [
         f"{key} is {held.identity.get(key)!r} there, {wanted.get(key)!r} here"
         for key in sorted({*held.identity, *wanted})
@@ -48,8 +51,7 @@ def refuse_other_identity(root: Path, held: Plan, wanted: Mapping[str, Any]) -> 
 def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageModel) -> None:
     """Raise CacheMismatch unless `model` is the model of a cache, wherever its files lie, with the same tokenizer.
 
-    Hashes are compared if both have them, else name and revision. An imported cache has no hashes, so only the name is
-    compared.
+    An imported cache has no hashes, so only the name is compared.
 
     Args:
         root: the folder of the cache, for the message.
@@ -59,38 +61,23 @@ def refuse_other_model(root: Path, identity: Mapping[str, Any], model: LanguageM
     Raises:
         CacheMismatch: the models differ; the message lists the differences.
     """
-    there = {**identity["model"], "tokenizer_sha256": identity["tokenizer_sha256"]}
-    here = {**model.identity, "tokenizer_sha256": _tokenizer_hash(model)}
-    hashes = [key for key in ("config_sha256", "weights_sha256") if there.get(key) and here.get(key)]
-    code = ["code_sha256"] if there.get("code_sha256") else []  # only a model that brought code has it
-    keys = [*(hashes or ("name", "revision")), *code, "tokenizer_sha256"]
-    if identity["tokenizer_sha256"] is None and not there.get("weights_sha256"):
-        keys = ["name"]
-    differing = [key for key in keys if there.get(key) != here.get(key)]
-    if differing:
-        differences = "; ".join(f"{key} is {there.get(key)} there, {here.get(key)} here" for key in differing)
+    there = identity["model"]
+    differences = model.differences(there)
+    if not is_imported(there) and identity["tokenizer_sha256"] != _tokenizer_hash(model):
+        differences.append("its tokenizer is another")
+    if differences:
+        code = " and with --trust-remote-code" if there.get("code_sha256") else ""
         raise CacheMismatch(
-            f"{root}: was harvested from {there['name']!r}, the model is {here['name']!r}: {differences}; pass that "
-            f"model, loaded in the same dtype{' and with --trust-remote-code' if code else ''}"
+            f"{root}: was harvested from {there['name']!r}, the model is {model.identity['name']!r}: "
+            f"{'; '.join(differences)}; pass that model, loaded in the same dtype{code}"
         )
 
 
-def identity_of(
-    model: LanguageModel, source: Source, config: HarvestConfig, held: Plan | None = None
-) -> dict[str, Any]:
-    """The identity of the cache of this harvest, without SIZES.
-
-    Args:
-        model, source: what is harvested.
-        config: as `as_packed` gives it.
-        held: the plan of the cache, if it was begun. The revision of the model stays as it says, if the model has the
-            same hashes: a commit may change other files, and the commit was not always known.
-    """
-    begun = {} if held is None else held.identity["model"]
-    same = {**begun, "revision": None} == {**model.identity, "revision": None}
+def identity_of(model: LanguageModel, source: Source, config: HarvestConfig) -> dict[str, Any]:
+    """The identity of the cache of this harvest, without SIZES. config: as `as_packed` gives it."""
     identity = {
         "format_version": FORMAT_VERSION,
-        "model": begun if same else model.identity,
+        "model": {**model.identity, "probe": model.probe()},
         "tokenizer_sha256": _tokenizer_hash(model),
         "special_token_ids": sorted(set(model.tokenizer.all_special_ids)) if model.tokenizer else [],
         "dataset": source.identity(),
@@ -109,6 +96,29 @@ def identity_of(
 def _tokenizer_hash(model: LanguageModel) -> str | None:
     """The hash of a model's tokenizer; None if it has none."""
     return None if model.tokenizer is None else tokenizer_hash(model.tokenizer)
+
+
+def worded_as_held(root: Path, held: Plan | None, wanted: Mapping[str, Any], model: LanguageModel) -> Mapping[str, Any]:
+    """The identity with its model in the words of the cache, which another version or device may have written.
+
+    Args:
+        root: the folder of the cache, for the message.
+        held: its plan; None if there is none yet.
+        wanted: what `identity_of` gives of the model.
+        model: the loaded model.
+
+    Raises:
+        CacheMismatch: it is another model; the message says what differs.
+    """
+    if held is None:
+        return wanted
+    there = held.identity["model"]
+    if differences := model.differences(there):
+        raise CacheMismatch(
+            f"{root}: holds another cache: its model is {there['name']!r} there, {model.identity['name']!r} here: "
+            f"{'; '.join(differences)}; pass another --out"
+        )
+    return {**wanted, "model": there}
 
 
 def compute_of(model: LanguageModel, batch_size: int) -> dict[str, Any]:

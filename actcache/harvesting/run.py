@@ -28,7 +28,7 @@ from actcache.harvesting.finalise import finalise
 from actcache.harvesting.loop import Harvester, HarvestTimes, Progress
 from actcache.harvesting.packing_choice import as_packed
 from actcache.harvesting.plan import already_there, read_plan, settle_plan, warn_of_empty_splits
-from actcache.harvesting.provenance import identity_of, origin_of, refuse_other_identity
+from actcache.harvesting.provenance import identity_of, origin_of, refuse_other_identity, worded_as_held
 from actcache.harvesting.sequences import count_sequences, packed_sequences
 from actcache.harvesting.tasks import (
     Worker,
@@ -109,10 +109,9 @@ def harvest_share(
     root = local_path(out)
     widths = model.hook_widths(config.hook_names)
     refuse_foreign_folder(root)
-    held = read_plan(root)
-    config = as_packed(model, source, config, held)
-    wanted = identity_of(model, source, config, held)
-    cache = _already_there(root, wanted, config, widths)
+    config = as_packed(model, source, config, read_plan(root))
+    wanted = identity_of(model, source, config)
+    cache = _already_there(root, wanted, model, config, widths)
     if cache is not None:
         remove_abandoned(root)
         return cache
@@ -162,7 +161,8 @@ def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: st
     held = read_plan(root)
     config = _with_codec(root, held, model, as_packed(model, source, config, held))
     if held is not None:
-        refuse_other_identity(root, held, identity_of(model, source, config, held))
+        wanted = identity_of(model, source, config)
+        refuse_other_identity(root, held, worded_as_held(root, held, wanted, model))
     hooks = _specs(widths, config.dtype)
     n_sequences = (
         count_sequences(model, source, config) if config.tokens is None else config.tokens // config.context_size
@@ -178,10 +178,11 @@ def dry_run(model: LanguageModel, source: Source, config: HarvestConfig, out: st
 
 
 def _already_there(
-    root: Path, wanted: Mapping[str, Any], config: HarvestConfig, widths: dict[str, int]
+    root: Path, wanted: Mapping[str, Any], model: LanguageModel, config: HarvestConfig, widths: dict[str, int]
 ) -> Cache | None:
     """The cache, if it is finished and holds what is asked for. This writes nothing and needs no lock."""
     held = read_plan(root)
+    wanted = worded_as_held(root, held, wanted, model)
     if held is not None and config.codec == AUTO:
         wanted = {**wanted, "codec": held.identity["codec"]}
     return already_there(root, wanted, config.tokens, _specs(widths, config.dtype))
@@ -204,6 +205,7 @@ def _begun(
             "--worker i/n"
         )
     held = read_plan(root)
+    wanted = worded_as_held(root, held, wanted, model)
     config = _with_codec(root, held, model, config)
     if held is None and config.tokens is not None:
         refuse_small_disk(root, expected_bytes(config.tokens, _specs(widths, config.dtype), config.codec))

@@ -25,6 +25,7 @@ from actcache.files import naming, write_atomically
 from actcache.flow import SPLITS
 from actcache.format.arrays import token_arrays
 from actcache.format.codecs import codec, crc32c
+from actcache.format.identity import is_imported
 from actcache.format.manifest import Manifest, store_arrays
 from actcache.format.paths import CACHE_MANIFEST, MANIFEST, PLAN, STORE, partials_key, statistics_key
 from actcache.format.records import HookSpec
@@ -234,7 +235,7 @@ class _Rebuilding:
 
     def _model(self, compute: dict[str, Any]) -> LanguageModel:
         """The model, loaded as it ran then. Only the last one stays loaded. Raises CacheMismatch for another model."""
-        if self._plan.identity["model"].get("weights_sha256") is None:
+        if is_imported(self._plan.identity["model"]):
             raise CacheMismatch(
                 f"{self._root}: was imported, and does not know which weights its activations are of; import it again "
                 "into another folder"

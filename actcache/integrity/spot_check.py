@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from actcache.format.records import HookSpec
 from actcache.harvesting.provenance import compute_of, other_compute, refuse_other_model
 from actcache.integrity.problems import Problem
 from actcache.models.language_model import LanguageModel
+from actcache.models.probe import unit_roundoff
 from actcache.store.cache import Cache
 from actcache.store.journal import hook_computes
 from actcache.store.reader import HookReader
@@ -48,7 +48,8 @@ def sample_model(cache: Cache, model: LanguageModel, n_sequences: int, *, seed: 
     """Run a random sample of sequences through the model, in the forward batches of the harvest, and compare.
 
     If the model runs as it ran at the harvest (device kind, torch, dtype, attention kernel, ...), the stored rows must
-    be equal to the bit. Otherwise they may differ by `tolerance` and by the rounding of their storage; a note says so.
+    be equal to the bit. Otherwise they may differ by the model's `tolerance` and by the rounding of their storage; a
+    note says so.
 
     Args:
         cache: the opened cache.
@@ -73,29 +74,13 @@ def sample_model(cache: Cache, model: LanguageModel, n_sequences: int, *, seed: 
         other = other_compute(compute, compute_of(model, compute["batch_size"]))
         if other:
             notes[
-                f"the model was run with another {other}; rows may lie {tolerance(model):.1e} of their norm apart"
+                f"the model was run with another {other}; rows may lie {model.tolerance():.1e} of their norm apart"
             ] = None
         for hook in shard.hooks:
             n_rows += len(row)
-            problems += _compared(cache, shard, hook, row, x[hook.hook_name], tolerance(model) if other else None)
+            problems += _compared(cache, shard, hook, row, x[hook.hook_name], model.tolerance() if other else None)
     n_chosen = sum(len(numbers) for numbers in chosen.values())
     return SampleReport(n_sequences=n_chosen, n_rows=n_rows, problems=tuple(problems), notes=tuple(notes))
-
-
-def tolerance(model: LanguageModel) -> float:
-    """How far apart two computations of a row may be, as a fraction of its norm, if they round differently.
-
-    A product of the model adds at most 4 * d_model terms in float32 and rounds the sum to its dtype. The rounding
-    errors of n terms grow as sqrt(n) times the unit roundoff (Higham and Mary 2019, "A New Approach to Probabilistic
-    Rounding Error Analysis"). Each of n_layers blocks adds two such products to the stream. A factor of two is for the
-    errors of both computations, and a factor of four for the operations between the products.
-    """
-    product = _unit_roundoff(model.dtype) + math.sqrt(4 * model.d_model) * _unit_roundoff(torch.float32)
-    return 2 * 4 * math.sqrt(2 * model.n_layers) * product
-
-
-def _unit_roundoff(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
 
 
 def _chosen(cache: Cache, n_sequences: int, seed: int) -> dict[str, list[int]]:
@@ -223,7 +208,7 @@ def _rounded_off(
     reader: HookReader, stored: Sequence[np.ndarray], norm: Float64[np.ndarray, " row"]
 ) -> Float64[np.ndarray, " row"]:
     """How far storage moved each row at most: by rounding to its dtype, and by half a step of a quantised channel."""
-    moved = _unit_roundoff(TORCH_DTYPE[reader.hook.dtype]) * norm
+    moved = unit_roundoff(TORCH_DTYPE[reader.hook.dtype]) * norm
     if len(stored) == 1:
         return moved
     steps = reader.tensors(stored)[1].double().repeat_interleave(BLOCK_CHANNELS, dim=1)[:, : reader.hook.d_in]

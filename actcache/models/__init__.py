@@ -10,7 +10,9 @@ Public:
     language_model.LanguageModel: what every other room needs of a model
     huggingface.HuggingFaceModel: a transformers module with forward hooks
     bridge.BridgeModel: a model with every TransformerLens hook
-    identity.model_identity: names and hashes of a model
+    identity.model_identity: name, architecture and hash of a model
+    names.same_name: whether two names mean one model
+    probe.rounding_bound: how far apart rounding may bring rows
     unembedding.Unembedding: final norm and output head as numbers
     batch_size.largest_batch: sequences per forward pass, measured
     hook_names.hooks_of: hook names of a transformers submodule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,9 +30,7 @@ class BridgeModel(LanguageModel):
     backend = "transformer_lens"
 
     @no_installs("TransformerLens")
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, identity: dict[str, str | None]
-    ):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, identity: dict[str, Any]):
         super().__init__(model, tokenizer, identity)
         # Imported here: it takes seconds, and only this backend needs it.
         from transformer_lens.model_bridge import TransformerBridge

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from actcache.errors import ModelError
 from actcache.models.compiled import compile_blocks_
 from actcache.models.families import blocks_of, family_of
+from actcache.models.former_identity import former_hashes
+from actcache.models.identity import CONTENT, content_sha256, state_of
 from actcache.models.language_model import SITES, HookFn, LanguageModel, unknown_hook
 
 
@@ -38,15 +40,15 @@ class HuggingFaceModel(LanguageModel):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase | None,
-        identity: dict[str, str | None],
+        identity: dict[str, Any],
         *,
         compiled: bool = False,
     ):
+        self._model, self._state = model, state_of(model)
         super().__init__(model, tokenizer, identity)
-        config = model.config.get_text_config()
-        self._model = model
+        config = cast(PreTrainedModel, model).config.get_text_config()
         self._family = family_of(config, identity["name"])
         self._blocks = blocks_of(model, self._family, self.n_layers, identity["name"])
         sites = [site for site in SITES if site != "hook_resid_mid" or self._family.resid_mid is not None]
@@ -54,6 +56,20 @@ class HuggingFaceModel(LanguageModel):
         self.compiled = compiled
         if compiled:
             compile_blocks_(self._blocks, identity["name"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """As `model_identity` gives it, of the module as it is now: adapters are switched, weights are changed."""
+        state = state_of(self._model)
+        if state != self._state:
+            self._state = state
+            self._identity = self._identity | {CONTENT: content_sha256(self._model)}
+            self.former = former_hashes(self._model)
+        return self._identity
+
+    @identity.setter
+    def identity(self, identity: dict[str, Any]) -> None:
+        self._identity = identity
 
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
         """d_in of each hook.

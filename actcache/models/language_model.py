@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError
+from actcache.models.former_identity import former_hashes
+from actcache.models.identity import CONTENT, former_differences, identity_differences
+from actcache.models.probe import probe_differences, probe_rows, probe_tokens, rounding_bound
 from actcache.models.unembedding import Unembedding, measured_unembedding, norm_probes
 
 HookFn = Callable[[Tensor], Tensor | None]  # gets an activation; returns its replacement, or None to leave it as it is
@@ -32,6 +35,7 @@ class LanguageModel(ABC):
     Attributes:
         tokenizer: the model's tokenizer, unchanged; None if it has none, and takes token ids alone.
         identity: as `model_identity` gives it; plain JSON values, no absolute path.
+        former: the hashes by which older versions knew the model, as `former_hashes` gives them.
         source: a hub name or an absolute path from which the model can be loaded again; "" if that is not known.
         device: of the embedding. With a device map, activations may be on other devices.
         dtype: of the parameters, and of most activations.
@@ -47,12 +51,12 @@ class LanguageModel(ABC):
     backend: str
     compiled: bool = False
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, identity: dict[str, str | None]
-    ):
+    def __init__(self, module: nn.Module, tokenizer: PreTrainedTokenizerBase | None, identity: dict[str, Any]):
+        model = cast(PreTrainedModel, module)  # or an adapter's wrapper that passes attributes on
         config = model.config.get_text_config()
         self.tokenizer = tokenizer
         self.identity = identity
+        self.former = former_hashes(model)
         path = cast(str, model.config.name_or_path)
         self.source = os.path.abspath(path) if os.path.isdir(path) else path
         embedding = model.get_input_embeddings()
@@ -192,6 +196,40 @@ class LanguageModel(ABC):
                 f"{self.identity['name']}: token ids must be in [0, {self.n_embeddings}), the rows of its embedding, "
                 f"got {lowest if lowest < 0 else highest}; pass the tokenizer of this model, or resize its embedding"
             )
+
+    def probe(self) -> dict[str, Any]:
+        """{"stream", "logits"}: the last residual stream and the logits of a forward pass over fixed tokens.
+
+        Each is what `probe_rows` gives, plain JSON values; "logits" is None if the model has no output head.
+        """
+        token_ids = probe_tokens(self.n_embeddings, self.max_positions)
+        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
+        if self._head is None:
+            return {"stream": probe_rows(self.activations(token_ids, [last])[last][0]), "logits": None}
+        # a compiled model runs uncompiled where a hook is inside each block; to compile for this pass would take longer
+        inside = {f"blocks.{i}.hook_mlp_out": lambda x: None for i in range(self.n_layers if self.compiled else 0)}
+        seen: dict[str, Any] = {}
+        logits = self.logits(token_ids, hook_fns={**inside, last: lambda x: seen.update(stream=probe_rows(x[0]))})
+        return {**seen, "logits": probe_rows(logits[0])}
+
+    def tolerance(self) -> float:
+        """How far apart two computations of a row may be, as a fraction of its norm, if they round differently."""
+        return rounding_bound(self.dtype, self.d_model, self.n_layers)
+
+    def differences(self, there: Mapping[str, Any]) -> list[str]:
+        """What makes the model of a cache another model than this one, in words; [] if they are the same.
+
+        Names and places do not count, unless nothing else is known.
+
+        Args:
+            there: `model` of the cache's identity, of any version.
+        """
+        if not there.get(CONTENT):
+            return former_differences(there, self.identity, self.former)
+        found = identity_differences(there, self.identity)
+        if not found and there.get("probe"):
+            found = probe_differences(there["probe"], self.probe(), self.tolerance())
+        return found
 
     @abstractmethod
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:

@@ -130,11 +130,11 @@ def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name
     Raises:
         ModelError: the model is in training mode (dropout would change the activations) or of an unknown family.
     """
-    model = cast(PreTrainedModel, model)  # or an adapter's wrapper that passes attributes on
-    name = name or name_of(cast(str, model.config.name_or_path)) or type(model).__name__
+    config = cast(PreTrainedModel, model).config  # or that which an adapter's wrapper passes on
+    name = name or name_of(cast(str, config.name_or_path)) or type(model).__name__
     if model.training:
         raise ModelError(f"wrap_model: {name} must be in evaluation mode, got training mode; call model.eval() first")
-    identity = model_identity(model, tokenizer, name, getattr(model.config, "_commit_hash", None))
+    identity = model_identity(model, tokenizer, name, getattr(config, "_commit_hash", None))
     return HuggingFaceModel(model, tokenizer, identity)
 
 

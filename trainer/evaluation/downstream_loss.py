@@ -65,6 +65,14 @@ class Model(Protocol):
     compiled: bool
     vocab_size: int
 
+    def differences(self, there: Mapping[str, Any]) -> list[str]:
+        """What makes the model of a cache another one than this, in words. there: `model` of its identity."""
+        ...
+
+    def probe(self) -> dict[str, Any]:
+        """A few values of one forward pass over fixed tokens, as JSON values."""
+        ...
+
     def logits(
         self,
         token_ids: Int[Tensor, "sequence position"],
@@ -353,7 +361,7 @@ def _key(
     return {
         "version": KEY_VERSION,
         "cache_fingerprint": cache.fingerprint,
-        "model": model.identity,
+        "model": {**model.identity, "probe": model.probe()},
         "device": model.device.type,
         "torch": torch.__version__,
         "backend": model.backend,

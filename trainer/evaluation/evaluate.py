@@ -22,7 +22,9 @@ from actcache.arguments import local_path, typed, whole_number
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
 from actcache.files import is_file, is_folder, refuse_links, require_writable
 from actcache.flow import HOLD_OUT_MORE, Batch
+from actcache.format.identity import is_imported
 from actcache.loading.loader import Loader
+from actcache.models.names import same_name
 from actcache.store.cache import Cache
 from trainer.evaluation.downstream_loss import (
     BATCH_TOKENS,
@@ -341,38 +343,29 @@ def _check_fit(saes: Sequence[SAE | PCA], cache: Cache, model: Model | None) -> 
             f"{HOLD_OUT_MORE}"
         )
     if model is not None:
-        _check_model(model.identity, cache)
+        _check_model(model, cache)
 
 
-def _check_model(got: Mapping[str, Any], cache: Cache) -> None:
+def _check_model(model: Model, cache: Cache) -> None:
     """Raise CacheMismatch unless the model is the one that was harvested.
 
-    Hashes must be equal where both have them, else name and revision. An imported cache knows nothing but the name that
-    it was given.
+    An imported cache knows nothing but the name that it was given.
     """
-    wanted = cache.identity["model"]
-    is_imported = wanted.get("weights_sha256") is None
-    if is_imported and got.get("name") != wanted["name"]:
+    wanted, name = cache.identity["model"], model.identity["name"]
+    differences = model.differences(wanted)
+    if not differences:
+        return
+    if is_imported(wanted):
         raise CacheMismatch(
             f"evaluate: {cache.path} was imported and knows no weights and no tokenizer of its model, only the name "
-            f"{wanted['name']!r}, the model is {got.get('name')!r}; pass the model that it was made with, or import "
-            f"the cache again with --model {got.get('name')}"
+            f"{wanted['name']!r}, the model is {name!r}; pass the model that it was made with, or import the cache "
+            f"again with --model {name}"
         )
-    hashes = [key for key in ("config_sha256", "weights_sha256") if got.get(key) and wanted.get(key)]
-    code = ["code_sha256"] if wanted.get("code_sha256") else []  # only a model that brought code has it
-    keys = [*hashes, *code] if hashes else ["name"] if is_imported else ["name", "revision"]
-    differing = [key for key in keys if got.get(key) != wanted.get(key)]
-    if differing:
-        raise CacheMismatch(
-            f"evaluate: {cache.path} was harvested from {_described(wanted, differing)}, the model is "
-            f"{_described(got, differing)}; pass that model, loaded in the same dtype"
-            f"{' and with --trust-remote-code' if code else ''}"
-        )
-
-
-def _described(model: Mapping[str, Any], differing: Sequence[str]) -> str:
-    parts = [f"{key} {str(model.get(key))[:12]}" for key in differing if key != "name"]
-    return f"{model.get('name')!r}" + (f" ({', '.join(parts)})" if parts else "")
+    code = " and with --trust-remote-code" if wanted.get("code_sha256") else ""
+    raise CacheMismatch(
+        f"evaluate: {cache.path} was harvested from {wanted['name']!r}, the model is {name!r}: "
+        f"{'; '.join(differences)}; pass that model, loaded in the same dtype{code}"
+    )
 
 
 def _check_run(run: Path, cache: Cache) -> dict[str, Any]:
@@ -389,7 +382,7 @@ def _check_run(run: Path, cache: Cache) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise ManifestError(f"evaluate: {run}/config.json is not that of a run, it lacks {error}") from error
     revisions = {config["model"]["revision"], cache.identity["model"]["revision"]}
-    if trained != cached or (len(revisions) > 1 and "imported" not in config):
+    if not same_name(trained, cached) or (len(revisions) > 1 and "imported" not in config):
         way_out = f"import it again with --model-name {cached} if that is it, or " if "imported" in config else ""
         raise CacheMismatch(
             f"evaluate: {run} was trained on activations of {trained!r}, {cache.path} holds those of {cached!r}; "

@@ -23,6 +23,7 @@ from actcache.files import contents, is_file, remove_leftovers, write_atomically
 from actcache.flow import HOLD_OUT_MORE
 from actcache.format.manifest import rows_fingerprint
 from actcache.loading.filters import RowFilter
+from actcache.models.names import same_name
 from actcache.store.cache import Cache
 from actcache.store.reader import HookReader
 from trainer.checksums import CHECKSUMS_FILE, add_checksums, checksums_of, read_checksums, sealed
@@ -124,7 +125,7 @@ def _check_cache(run: Path, config: Mapping[str, Any], sae: SAE, cache: Cache) -
     if not isinstance(trained, dict) or "name" not in trained:
         raise ManifestError(f"features: {run / CONFIG_FILE} must name the model of the run; is it that of a run?")
     revisions = {trained.get("revision"), cached["revision"]} - {None}  # an imported SAE knows no revision
-    if trained["name"] != cached["name"] or len(revisions) > 1:
+    if not same_name(trained["name"], cached["name"]) or len(revisions) > 1:
         raise CacheMismatch(
             f"features: {run} was trained on activations of {trained['name']!r} ({trained.get('revision')}), "
             f"{cache.path} holds those of {cached['name']!r} ({cached['revision']}); pass a cache of the same model"

@@ -21,6 +21,7 @@ import numpy as np
 from actcache.arguments import local_path
 from actcache.errors import ManifestError
 from actcache.files import FOLDER_CANNOT_BE_MADE, require_writable, write_atomically
+from actcache.models.names import short_name
 from trainer.features.read import Context, Features, open_features
 from trainer.features.words import TokenWeight, Words, read_words
 from trainer.formats.saelens import load_sae
@@ -88,7 +89,7 @@ def _source(run: Path, sae: SAE) -> _Source:
     layer = re.match(r"blocks\.(\d+)\.", sae.hook_name)
     if layer is None:
         raise ManifestError(f"export: a source of Neuronpedia belongs to a layer, {run} reads {sae.hook_name}, of none")
-    model = str(sae.metadata.get("model_name", "model")).rstrip("/").rpartition("/")[2]
+    model = short_name(str(sae.metadata.get("model_name", "model")))
     return _Source(model=_id(model), set_name=_id(run.name), layer=int(layer[1]))
 
 

@@ -3,6 +3,7 @@ import pytest
 from actcache.errors import ManifestError
 from actcache.format.identity import FORMAT_VERSION, check_identity
 from actcache.format.manifest import Manifest
+from actcache.format.seal import MALFORMED
 
 
 def test_the_identity_of_a_real_cache_is_readable(tiny_cache):
@@ -59,3 +60,16 @@ def test_what_is_quoted_is_short(tiny_cache, got):
     with pytest.raises(ManifestError) as raised:
         check_identity({**tiny_cache.identity, **got})
     assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *[{"name": 3}, {"content_sha256": 3}, {"config": []}, {"probe": 3}, {"probe": {"stream": 3}}],
+        *[{"probe": {"stream": [3]}}, {"probe": {"stream": [["x"]]}}, {"probe": {"logits": [[float("nan")]]}}],
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_be_compared_is_malformed(tiny_cache, changed):
+    with pytest.raises(MALFORMED):
+        check_identity({**tiny_cache.identity, "model": {**tiny_cache.identity["model"], **changed}})

@@ -73,7 +73,7 @@ def test_a_finished_cache_is_reused_without_running_the_model(tiny_model, tiny_t
     def run(*args: object) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr(HuggingFaceModel, "_forward", run)
+    monkeypatch.setattr(HuggingFaceModel, "run_until", run)  # the sixteen tokens of its probe run otherwise
     before = promised_files(tiny_cache.path)
     assert harvest_tiny(tiny_model, tiny_texts, tiny_cache.path).fingerprint == tiny_cache.fingerprint
     harvest_tiny(tiny_model, tiny_texts, tiny_cache.path, hook_names=HOOKS[:1])

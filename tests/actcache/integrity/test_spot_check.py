@@ -12,7 +12,7 @@ from support.tiny_models import D_MODEL
 from actcache.errors import CacheMismatch, ConfigError
 from actcache.format.codecs import codec
 from actcache.format.seal import seal, unseal
-from actcache.integrity.spot_check import sample_model, tolerance
+from actcache.integrity.spot_check import sample_model
 from actcache.integrity.verify import verify
 from actcache.store.cache import open_cache
 
@@ -116,7 +116,7 @@ def test_another_kernel_is_noted_and_allowed_for(eager_model, sound, name):
     assert report.problems == ()
     (note,) = report.notes
     assert note.startswith("the model was run with another attention (sdpa; now eager)")
-    assert f"{tolerance(eager_model):.1e} of their norm" in note
+    assert f"{eager_model.tolerance():.1e} of their norm" in note
 
 
 def test_the_tolerance_lies_between_rounding_and_another_token(tiny_model, tiny_llama_dir, sound):
@@ -129,9 +129,9 @@ def test_the_tolerance_lies_between_rounding_and_another_token(tiny_model, tiny_
         wanted = exact(sequences.long(), output_hidden_states=True).hidden_states[1]
     x = tiny_model.activations(sequences, [HOOK])[HOOK].double()
     norm = wanted.norm(dim=-1)
-    assert ((x - wanted).norm(dim=-1) / norm).max() < tolerance(tiny_model)
+    assert ((x - wanted).norm(dim=-1) / norm).max() < tiny_model.tolerance()
     beside = (wanted[:, 1:] - wanted[:, :-1]).norm(dim=-1) / norm[:, 1:]
-    assert beside.min() > 100 * tolerance(tiny_model)
+    assert beside.min() > 100 * tiny_model.tolerance()
 
 
 def test_hooks_are_run_in_the_batches_of_each(tiny_model, tiny_texts, tmp_path):

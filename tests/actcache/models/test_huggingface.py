@@ -228,8 +228,8 @@ def test_adapted_model_inside_a_wrapper():
     with torch.no_grad():
         assert torch.equal(x, model(TOKENS, output_hidden_states=True).hidden_states[1])
     assert not torch.equal(x, plain_x)
-    assert adapted.identity["weights_sha256"] != plain.identity["weights_sha256"]
-    assert adapted.identity["config_sha256"] == plain.identity["config_sha256"]
+    assert adapted.identity["content_sha256"] != plain.identity["content_sha256"]
+    assert adapted.identity["config"] == plain.identity["config"]
 
 
 def test_text_model_inside_a_multimodal_gemma3():

@@ -48,7 +48,7 @@ def test_what_it_says_of_itself(tiny_cache, tiny_model, tiny_texts):
     assert cache.hook_names == tuple(sorted(HOOKS))
     assert (cache.context_size, cache.identity["codec"], cache.identity["dtype"]) == (16, "lossless", "bfloat16")
     assert set(cache.special_token_ids) == set(tiny_model.tokenizer.all_special_ids)
-    assert cache.identity["model"] == tiny_model.identity
+    assert cache.identity["model"] == {**tiny_model.identity, "probe": tiny_model.probe()}
     assert (cache.compute["device"], cache.compute["batch_size"]) == ("cpu", 8)
     assert (cache.origin["model"], cache.origin["dataset"]["path"]) == (tiny_model.source, str(tiny_texts))
     with pytest.raises(CacheMismatch, match=r"got hook_name='blocks\.0\.hook_mlp_out'"):

@@ -133,7 +133,7 @@ class Counted:
     def __init__(self, model: LanguageModel):
         self.model, self.identity, self.device, self.passes = model, model.identity, model.device, Counter[str]()
         self.backend, self.attention_kernel, self.compiled = model.backend, model.attention_kernel, model.compiled
-        self.vocab_size = model.vocab_size
+        self.vocab_size, self.differences, self.probe = model.vocab_size, model.differences, model.probe
 
     def logits(self, token_ids: Tensor, **options: object) -> Tensor:
         self.passes["whole"] += 1

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.adapters import activated, with_adapters
 from support.evaluation_cases import D_IN, HOOK, OTHER_HOOK, ROUNDING, make_sae, new_cache, validation_rows
 from support.places import CHILD, SUPPORT
 from support.strangers import as_another_user, only_root
@@ -154,7 +155,7 @@ def test_a_path_or_the_loaded_sae_are_the_same(cache, model, tmp_path):
 def test_a_cache_of_another_model_says_both_sides(cache, model, tmp_path):
     tokenizer = make_tokenizer()
     other = wrap_model(make_model("gpt2", len(tokenizer), seed=1).double(), tokenizer, "other")
-    with pytest.raises(CacheMismatch, match=r"harvested from 'tiny' \(weights_sha256 .*the model is 'other' \(weights"):
+    with pytest.raises(CacheMismatch, match=r"harvested from 'tiny', the model is 'other': its weights are others"):
         evaluate(make_sae(), cache, other)
     renamed = wrap_model(make_model("gpt2", len(tokenizer)).double(), tokenizer, "a copy of tiny")
     assert evaluate_all([make_sae()], cache, renamed, model_tokens=32)[0]["ce_loss_score"] is not None
@@ -167,8 +168,31 @@ def test_a_model_that_runs_other_code_is_another_model(cache, model):
     identity = {**cache.identity, "model": {**cache.identity["model"], "code_sha256": "abc"}}
     plan = dataclasses.replace(cache.manifest.plan, identity=identity)
     brought = Cache(cache.path, dataclasses.replace(cache.manifest, plan=plan), cache.fingerprint)
-    with pytest.raises(CacheMismatch, match=r"'tiny' \(code_sha256 abc\).* \(code_sha256 None\).* --trust-remote-code"):
+    with pytest.raises(
+        CacheMismatch, match=r"'tiny': it runs other code \(code_sha256 abc there, None here\).* --trust-remote-code"
+    ):
         evaluate(make_sae(), brought, model)
+
+
+def test_a_run_and_a_cache_under_two_names_of_one_model(cache, tmp_path):
+    plan = dataclasses.replace(
+        cache.manifest.plan, identity={**cache.identity, "model": {**cache.identity["model"], "name": "gpt2"}}
+    )
+    named = Cache(cache.path, dataclasses.replace(cache.manifest, plan=plan), cache.fingerprint)
+    run = make_run(tmp_path, config_of("run"), {"name": "gpt2-small", "revision": None})
+    assert evaluate(run, named)["model"] == "gpt2"
+
+
+def test_an_adapter_that_is_switched_is_another_model(tmp_path):
+    module = with_adapters().double()
+    model = wrap_model(module, make_tokenizer(), "adapted")
+    cache = new_cache(tmp_path / "c", model)
+    expected = evaluate_all([make_sae()], cache, model, model_tokens=64)
+    activated(module, "second")
+    with pytest.raises(CacheMismatch, match="the model is 'adapted': its weights are others"):
+        evaluate_all([make_sae()], cache, model, model_tokens=64)
+    activated(module, "first")
+    assert evaluate_all([make_sae()], cache, model, model_tokens=64) == expected
 
 
 def test_a_wrong_hook_or_width_says_both_sides(cache):
