@@ -14,8 +14,9 @@ import pytest
 
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[variable] = "1"  # before transformers and datasets are imported: they read these once
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="actcache-state-")  # this user has named no model yet
-atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):  # this user has named no model and no dataset yet
+    os.environ[variable] = tempfile.mkdtemp(prefix="actcache-user-")
+    atexit.register(shutil.rmtree, os.environ[variable], ignore_errors=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands it down as ignored
 
 

@@ -40,7 +40,8 @@ def harvest(
     dataset: Annotated[
         str,
         typer.Option(
-            help="The texts: a hub name, a folder, or a text, jsonl, parquet or arrow file.", rich_help_panel=DATA
+            help="The texts: a hub name, a folder, or a text, JSON, CSV, parquet or arrow file, also compressed.",
+            rich_help_panel=DATA,
         ),
     ],
     out: Out,
@@ -86,12 +87,12 @@ def harvest(
         str | None, typer.Option(help="Revision of the model on the hub.", rich_help_panel=MODEL)
     ] = None,
     dataset_config: Annotated[
-        str | None, typer.Option(help="Configuration of a hub dataset.", rich_help_panel=DATA)
+        str | None, typer.Option(help="Configuration of a hub dataset or of its copy here.", rich_help_panel=DATA)
     ] = None,
     dataset_revision: Annotated[
         str | None, typer.Option(help="Revision of a hub dataset.", rich_help_panel=DATA)
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of a hub dataset.", rich_help_panel=DATA)] = "train",
+    split: Annotated[str, typer.Option(help="Split of a hub dataset or of a folder.", rich_help_panel=DATA)] = "train",
     column: Annotated[
         str | None,
         typer.Option(
@@ -105,6 +106,12 @@ def harvest(
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Read a hub dataset without downloading it first.", rich_help_panel=DATA)
     ] = False,
+    on_bad_row: Annotated[
+        str,
+        typer.Option(
+            help="At a row that holds no text or token ids: fail, or skip it and count it.", rich_help_panel=DATA
+        ),
+    ] = "fail",
     prepend_bos: Annotated[bool, typer.Option(help="Begin every sequence with BOS.", rich_help_panel=DATA)] = True,
     separator: Annotated[
         str, typer.Option(help="The token between two documents: bos, eos or none.", rich_help_panel=DATA)
@@ -175,6 +182,7 @@ def harvest(
         column=column,
         sample_by=sample_by,
         streaming=streaming,
+        on_bad_row=on_bad_row,
     )
     share = this_worker(worker)
     if no_lock and share.count > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import datasets
@@ -73,6 +73,14 @@ def harvest(
     return run_harvest(wrap_model(model, tokenizer), _source(dataset), config, out, progress=progress)
 
 
+_WHY_NOT = {
+    "IterableDataset": "nothing identifies before it is read to its end; pass DatasetSource(path=..., streaming=True), "
+    "or datasets.Dataset.from_list(list(stream.take(n)))",
+    "DatasetDict": "holds several splits; pass one of them",
+    "IterableDatasetDict": "holds several splits; pass one of them",
+}
+
+
 def _source(dataset: str | Path | Sequence[str] | datasets.Dataset | DatasetSource) -> Source:
     if isinstance(dataset, DatasetSource):
         return dataset
@@ -80,6 +88,11 @@ def _source(dataset: str | Path | Sequence[str] | datasets.Dataset | DatasetSour
         return DatasetSource(path=str(dataset))
     if isinstance(dataset, datasets.Dataset):
         return LoadedDataset(dataset)
+    if isinstance(dataset, Mapping | Set) or not hasattr(dataset, "__len__"):
+        raise DatasetError(
+            f"dataset: must be a path, a list of texts or a datasets.Dataset, got {type(dataset).__name__}, which "
+            f"{_WHY_NOT.get(type(dataset).__name__, 'has no order of texts that is known before it is read')}"
+        )
     try:
         return LoadedDataset(datasets.Dataset.from_dict({"text": list(dataset)}))
     except (ValueError, TypeError) as error:

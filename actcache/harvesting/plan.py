@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,12 @@ def already_there(root: Path, wanted: Mapping[str, Any], tokens: int | None, hoo
 
 
 def settle_plan(
-    root: Path, wanted: Mapping[str, Any], sequences: Iterable[PackedSequence], config: HarvestConfig, widest: int
+    root: Path,
+    wanted: Mapping[str, Any],
+    sequences: Iterable[PackedSequence],
+    config: HarvestConfig,
+    widest: int,
+    check: Callable[[], None] = lambda: None,
 ) -> Plan:
     """The plan on disk, if it has enough tokens; else a new or a grown plan, for which the dataset is packed.
 
@@ -92,6 +97,7 @@ def settle_plan(
         sequences: the packed sequences of the dataset; read only if they are needed.
         config: the settings of the harvest; its codec is a profile, not "auto".
         widest: the largest d_in of the hooks.
+        check: called after the sequences were read, before the plan changes; what it raises ends the harvest.
 
     Raises:
         CacheMismatch: the folder holds another cache (the message lists the differences), an unfinished harvest of
@@ -113,6 +119,7 @@ def settle_plan(
     try:
         write_sequences(packed, sequences, config)
         packed.finish()
+        check()
     except BaseException:
         packed.abandon()
         raise

@@ -210,7 +210,8 @@ def _begun(
     if held is None and config.tokens is not None:
         refuse_small_disk(root, expected_bytes(config.tokens, _specs(widths, config.dtype), config.codec))
     sequences = packed_sequences(model, source, config)
-    plan = settle_plan(root, {**wanted, "codec": config.codec}, sequences, config, max(widths.values()))
+    check = partial(source.refuse_change, wanted["dataset"])
+    plan = settle_plan(root, {**wanted, "codec": config.codec}, sequences, config, max(widths.values()), check)
     warn_of_empty_splits(root, plan)
     return plan
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from actcache.arguments import local_path
 from actcache.errors import CacheMismatch, CorruptShard, DatasetError
 from actcache.flow import SPLITS
 from actcache.format.arrays import SEQUENCE_ARRAYS, sequence_arrays
@@ -33,7 +34,8 @@ ModelOf = Callable[[dict[str, Any]], LanguageModel]  # gives the model; its argu
 SequenceShard = tuple[str, str, int]  # split, path of the sequence array, shard
 IDS, DOCUMENTS = SEQUENCE_ARRAYS
 PACKING = ("context_size", "prepend_bos", "separator", "seed", "holdout")
-DATASET = ("config", "split", "revision", "column", "sample_by")
+OF_FILE = ("column", "sample_by", "on_bad_row")
+DATASET = ("config", "split", "revision", *OF_FILE)
 
 
 def remembered_dataset(root: Path) -> DatasetSource:
@@ -159,7 +161,10 @@ class RebuiltSequences:
     def _source(self) -> Source:
         """The dataset to pack again. Raises DatasetError if the cache does not remember where it is."""
         if isinstance(self._dataset, str):
-            known = {key: self._plan.identity["dataset"].get(key) for key in DATASET}
+            keys = (
+                OF_FILE if local_path(self._dataset).is_file() else DATASET
+            )  # a file has neither splits nor revisions
+            known = {key: self._plan.identity["dataset"].get(key) for key in keys}
             return DatasetSource(
                 path=self._dataset, **{key: value for key, value in known.items() if value is not None}
             )

@@ -7,18 +7,18 @@ again when a cache grows, and when a repair needs documents that no other file h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
-import datasets
 import numpy as np
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import DatasetError
 from actcache.machine.limits import require_memory
-from actcache.text.sources import NO_ROWS, Source, unformatted
+from actcache.text.sound_rows import sound_rows
+from actcache.text.sources import NO_ROWS, Rows, Source, unformatted
 
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
 MASK_COLUMN = "attention_mask"  # beside a column of token ids; 0 marks padding
@@ -37,7 +37,7 @@ def documents(
     """
     rows, column = _opened(source)
     encode = _ids_of(column, tokenizer)
-    for batch in _batches(source, rows):
+    for batch in _batches(source, sound_rows(source, rows, column)):
         yield from _documents_of(batch, column, encode)
 
 
@@ -50,7 +50,7 @@ def packed_rows(
     shorter. Of any other dataset, such as one of texts, there are none. Raises DatasetError as `documents` does.
     """
     rows, column = _opened(source)
-    batch = next(_batches(source, rows))
+    batch = next(_batches(source, sound_rows(source, rows, column, is_told=False)))
     if any(isinstance(row[column], str) for _, row in batch):
         return []
     found = [ids for _, ids in _documents_of(batch, column, _ids_of(column, tokenizer))]
@@ -59,7 +59,7 @@ def packed_rows(
     return found if {len(ids) for ids in found} == {context_size} else []
 
 
-def _opened(source: Source) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
+def _opened(source: Source) -> tuple[Rows, str]:
     """The rows of a dataset as plain Python values, and the column of its texts or token ids. Raises DatasetError."""
     rows = unformatted(source.load())
     with source.errors_named():
@@ -77,9 +77,8 @@ def _documents_of(
             yield index, np.asarray(real, dtype=np.int32)
 
 
-def _batches(source: Source, rows: Iterable[Any]) -> Iterator[list[tuple[int, Any]]]:
+def _batches(source: Source, stream: Iterator[tuple[int, Any]]) -> Iterator[list[tuple[int, Any]]]:
     """Every row with its number, DOCUMENTS_PER_BATCH at a time. Raises DatasetError, also if there is no row."""
-    stream = enumerate(rows)
     for number in count():
         with source.errors_named():
             batch = list(islice(stream, DOCUMENTS_PER_BATCH))
@@ -135,7 +134,7 @@ def _ids_of(column: str, tokenizer: PreTrainedTokenizerBase | None) -> Callable[
     return encode
 
 
-def _column(rows: datasets.Dataset | datasets.IterableDataset, asked: str | None) -> str:
+def _column(rows: Rows, asked: str | None) -> str:
     # a stream may declare no columns, and a format or a transform may show others: the first row has them
     declared = rows.column_names
     shown = list(next(iter(rows), {})) if declared is None or isinstance(rows, datasets.Dataset) else []

@@ -70,7 +70,7 @@ HOMES = {
     "numcodecs": {"actcache.format"},
     "crc32c": {"actcache.format"},
     "datasets": {"actcache.text", "actcache.harvesting", "actcache.interop", "benchmarks"},
-    "pyarrow": {"actcache.interop"},
+    "pyarrow": {"actcache.text", "actcache.interop"},
     "transformers": {"actcache.models", "actcache.text", "actcache.harvesting", "benchmarks"},
     "accelerate": {"actcache.models"},
     "transformer_lens": {"actcache.models"},

@@ -1,5 +1,7 @@
+import itertools
 import json
 
+import datasets
 import jaxtyping
 import numpy as np
 import pytest
@@ -33,4 +35,23 @@ def test_a_list_that_holds_no_texts_is_one_line(tiny_model, texts, tmp_path, mon
     with pytest.raises(DatasetError, match=r"whole Unicode|holds no rows|must hold text") as error:
         harvest(model, tokenizer, texts, HOOKS, tmp_path / "c", context_size=16)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("kind", ["stream", "splits", "streams", "dict", "set", "generator"])
+def test_what_is_no_list_of_texts_is_refused_before_it_is_read(tiny_model, kind, tmp_path, monkeypatch):
+    """An endless stream too; of a dictionary the keys would be texts."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    endless = datasets.IterableDataset.from_generator(lambda: ({"text": str(i)} for i in itertools.count()))
+    rows = datasets.Dataset.from_dict({"text": ["a" * 100]})
+    dataset, says = {
+        "stream": (endless, "got IterableDataset, which nothing identifies before it is read to its end"),
+        "splits": (datasets.DatasetDict(train=rows), "got DatasetDict, which holds several splits"),
+        "streams": (datasets.IterableDatasetDict(train=endless), "got IterableDatasetDict, which holds several splits"),
+        "dict": ({"text": ["a" * 100]}, "got dict, which has no order of texts"),
+        "set": ({"a" * 100}, "got set, which has no order of texts"),
+        "generator": ((str(i) for i in itertools.count()), "got generator, which has no order of texts"),
+    }[kind]
+    with pytest.raises(DatasetError, match=says):
+        harvest(tiny_model._model, tiny_model.tokenizer, dataset, HOOKS, tmp_path / "c", context_size=16)
     assert not (tmp_path / "c").exists()

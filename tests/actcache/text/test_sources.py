@@ -1,6 +1,7 @@
 import codecs
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -118,7 +119,9 @@ FAULTS = [  # file, its bytes, the line at fault, and what is said of it
 def test_a_line_that_cannot_be_read_is_named(tmp_path, name, content, line, says, how):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(DatasetError, match=rf"\(line {line} of {path} is not {says}.*\); mend that line, or") as error:
+    with pytest.raises(
+        DatasetError, match=rf"\(line {line} of {path} is not {says}.*\); mend that (line|row), or"
+    ) as error:
         texts_of(path, **how)
     assert "\n" not in str(error.value)
 
@@ -133,9 +136,9 @@ def test_the_file_of_a_folder_is_named(tmp_path):
 @pytest.mark.parametrize("how", [{}, {"streaming": True}], ids=str)
 def test_a_packed_file_is_what_its_name_says(tmp_path, how):
     (tmp_path / "texts.v2.jsonl.gz").write_bytes(gzip.compress(LINE.encode() * 2))
-    (tmp_path / "plain.gz").write_bytes(gzip.compress(LINE.encode()))
+    (tmp_path / "plain.gz").write_bytes(gzip.compress(b"{plain}"))
     assert texts_of(tmp_path / "texts.v2.jsonl.gz", **how) == texts_of(tmp_path, **how) == ["Größe"] * 2
-    assert texts_of(tmp_path / "plain.gz", **how) == [LINE]
+    assert texts_of(tmp_path / "plain.gz", **how) == ["{plain}"]
 
 
 @pytest.mark.parametrize("how", [{}, {"streaming": True}, {"sample_by": "line"}], ids=str)
@@ -168,7 +171,65 @@ def test_a_loading_script_is_refused_in_one_line():
     assert "\n" not in str(error.value)
 
 
+def saved_splits(folder: Path) -> Path:
+    splits = {split: datasets.Dataset.from_dict({"text": [f"{split} {i}" for i in range(3)]}) for split in ("a", "b")}
+    datasets.DatasetDict(splits).save_to_disk(folder)
+    return folder
+
+
+def test_a_saved_dictionary_of_splits_gives_the_split_that_is_asked_for(tmp_path):
+    folder = saved_splits(tmp_path / "saved")
+    assert texts_of(folder, split="b") == ["b 0", "b 1", "b 2"]
+    assert texts_of(folder / "a") == ["a 0", "a 1", "a 2"]
+    with pytest.raises(DatasetError, match=r"it has no split 'train', it has 'a', 'b'\); pass one of them as --split"):
+        texts_of(folder)
+    with pytest.raises(DatasetError, match="it has no configuration 'de'"):
+        texts_of(folder, split="b", config="de")
+
+
+def test_a_split_of_a_folder_or_a_file_is_not_ignored(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"text": split}))
+    assert texts_of(tmp_path) == ["train"]
+    assert texts_of(tmp_path, split="test") == ["test"]
+    for path, how in ((tmp_path, {"split": "dev"}), (tmp_path / "train.jsonl", {"split": "test"})):
+        with pytest.raises(DatasetError, match="it has no split"):
+            texts_of(path, **how)
+    with pytest.raises(DatasetError, match="it has no configuration 'de', it has none"):
+        texts_of(tmp_path / "train.jsonl", config="de")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.parquet", "a.jsonl.gz"])
+def test_a_file_that_is_replaced_with_the_same_size_and_time_is_read_anew(tmp_path, name):
+    """`datasets` would answer from its own cache, by path and time."""
+    path = tmp_path / name
+    for text in ("old text", "new text"):
+        rows = datasets.Dataset.from_dict({"text": [text]})
+        if name == "a.parquet":
+            rows.to_parquet(path)
+        else:
+            written = {"a.txt": text, "a.csv": f"text\n{text}\n"}.get(name, json.dumps({"text": text})).encode()
+            path.write_bytes(gzip.compress(written, mtime=0) if name.endswith(".gz") else written)
+        os.utime(path, ns=(10**18, 10**18))
+        source = DatasetSource(path=str(path))
+        identity = source.identity()
+        assert texts_of(path)[0].strip() == text
+        source.refuse_change(identity)
+    path.write_bytes(b"other")
+    with pytest.raises(DatasetError, match="was changed while it was read"):
+        source.refuse_change(identity)
+
+
+def test_the_identity_tells_that_bad_rows_are_left_out(tmp_path):
+    (tmp_path / "a.jsonl").write_text(LINE)
+    plain, skipping = (DatasetSource(path=str(tmp_path / "a.jsonl"), on_bad_row=how) for how in ("fail", "skip"))
+    assert skipping.identity() == {**plain.identity(), "on_bad_row": "skip"}
+    assert "on_bad_row" not in plain.identity(), "caches of another day lack it"
+
+
 def test_bad_settings_are_refused():
+    with pytest.raises(ConfigError, match="on_bad_row must be one of fail, skip"):
+        DatasetSource(path="x", on_bad_row="drop")
     with pytest.raises(ConfigError, match="sample_by"):
         DatasetSource(path="x", sample_by="word")
 
