@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
+import datasets
 import numpy as np
 from jaxtyping import Int32
 from transformers import PreTrainedTokenizerBase

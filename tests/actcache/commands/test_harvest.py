@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from support.command_line import actcache
@@ -6,6 +7,8 @@ from support.no_locks import forbid_locks
 from support.remote_code import RemoteCode
 from support.strangers import as_another_user, only_root
 from support.tiny_caches import HOOKS, promised_files
+
+from actcache.store.cache import open_cache
 
 
 @pytest.fixture
@@ -86,3 +89,28 @@ def test_a_model_with_code_of_its_own_has_to_be_trusted(tiny_llama_dir, tiny_tex
     assert not out.exists()
     actcache(*command, "--trust-remote-code")
     assert "code_sha256" in json.loads(actcache("info", out, "--json").stdout)["model"]
+
+
+def test_the_split_of_a_folder_is_taken_and_told_and_a_bad_row_is_named_or_left_out(
+    command, tiny_texts, tmp_path, caplog
+):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "README.md").write_text("# No data\n" * 100)
+    shutil.copy(tiny_texts, folder / "test.jsonl")
+    (folder / "train.jsonl").write_text(tiny_texts.read_text() + '{"text": null}\n')
+    given = [*command, "--dataset", folder, "--out"]
+    actcache(*given, tmp_path / "a", "--split", "test")
+    assert f"dataset: column 'text' of split 'test' of 1 json file: '{folder}/test.jsonl'; left out: " in caplog.text
+    assert "dataset: 60 rows were read" in caplog.text
+    (line,) = actcache(*given, tmp_path / "b", "--split", "dev", code=1).stderr.splitlines()
+    assert "it has no split 'dev', it has 'train', 'test'); pass one of them as --split" in line
+    line = actcache(*given, tmp_path / "b", code=1).stderr.splitlines()[-1]
+    assert f"(line 61 of {folder}/train.jsonl holds null: " in line
+    assert line.endswith("mend that row, or pass --on-bad-row skip")
+    caplog.clear()
+    actcache(*given, tmp_path / "b", "--on-bad-row", "skip")
+    assert "dataset: 61 rows were read" in caplog.text
+    assert f"1 of them were left out, the first: line 61 of {folder}/train.jsonl holds null" in caplog.text
+    tokens = [open_cache(tmp_path / out).sequences("train").tolist() for out in ("a", "b")]
+    assert tokens[0] == tokens[1]

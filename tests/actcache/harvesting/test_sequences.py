@@ -1,13 +1,18 @@
 """Packed sequences as they are written, kept and compared when a cache is begun, grows, or is asked for again."""
 
+import json
+import shutil
+import time
 from pathlib import Path
 
 import pytest
+from support.io_counts import bytes_read_and_written
 from support.tiny_caches import HOOKS, TOKENS, harvest_tiny, promised_files
 from support.tiny_models import make_tokenizer
 
 from actcache.errors import CacheMismatch, DatasetError, ModelError
 from actcache.store.cache import open_cache
+from actcache.text.content_hash import SETTLED_SECONDS
 
 
 def test_more_tokens_than_there_are_says_how_many(tiny_model, tiny_texts, tiny_cache, tmp_path):
@@ -143,3 +148,41 @@ def test_a_text_that_makes_bos_come_twice_is_named_once(rows, asked, row, tiny_m
     assert list(packed_sequences(tiny_model, source, config))
     lines = [record.getMessage() for record in caplog.records if "twice there" in record.getMessage()]
     assert [line.split(" begins with ")[0] for line in lines] == ([] if row is None else [f"dataset: row {row}"])
+
+
+def test_few_tokens_of_a_large_file_read_it_once_and_copy_nothing(tiny_model, tmp_path, monkeypatch):
+    """Its hash needs all bytes, and is remembered: another worker, or the same call again, reads a few rows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text((json.dumps({"text": "Some words of a long text. " * 40}) + "\n") * 20_000)
+    while texts.stat().st_ctime > time.time() - SETTLED_SECONDS:
+        time.sleep(0.1)
+    size = texts.stat().st_size
+    for n_hashed, out in ((1, tmp_path / "a"), (0, tmp_path / "b")):
+        n_read, n_written = bytes_read_and_written(
+            lambda out=out: harvest_tiny(tiny_model, texts, out, tokens=1280, codec="raw")
+        )
+        assert n_hashed * size <= n_read < (n_hashed + 0.25) * size
+        assert n_written < size / 4
+
+
+def test_a_dataset_that_changes_while_it_is_read_is_not_stored(tiny_model, tiny_texts, tmp_path):
+    from actcache.harvesting.config import HarvestConfig
+    from actcache.harvesting.run import harvest
+    from actcache.text.sources import DatasetSource
+
+    class Changing(DatasetSource):
+        """A file that another program goes on writing."""
+
+        def load(self):
+            with open(self.path, "ab") as file:
+                file.write(tiny_texts.read_bytes())
+            return super().load()
+
+    texts = shutil.copy(tiny_texts, tmp_path / "texts.jsonl")
+    config = HarvestConfig(hook_names=HOOKS, context_size=16)
+    with pytest.raises(DatasetError, match="was changed while it was read; run the same again"):
+        harvest(tiny_model, Changing(path=str(texts)), config, tmp_path / "c")
+    assert not list((tmp_path / "c").rglob("plan.json"))
+    assert not list((tmp_path / "c").rglob("acts.zarr/*"))
+    harvest(tiny_model, DatasetSource(path=str(texts)), config, tmp_path / "c")
