@@ -104,6 +104,7 @@ class Maker:
         trouble = self.trouble_for(kind)
         is_ids = trouble == "ids as text" or (kind in OF_IDS and rng.random() < 0.3)
         self.column = self.column_of(kind, is_ids)
+        self.is_padded = is_ids and kind in OF_IDS and trouble is None and rng.random() < 0.5
         self.packing = "" if kind.startswith("saved") else rng.choice([*PACKERS])
         if trouble == "cut off":
             self.packing = rng.choice([*PACKERS][1:])
@@ -153,6 +154,15 @@ class Maker:
         if texts and rng.random() < 0.05:
             texts[rng.randrange(n)] = "long " * 10_000
         return texts
+
+    def columns(self, values: list[Any]) -> dict[str, list[Any]]:
+        """The columns of a table with these values; with padding on either side, which a mask marks, or without."""
+        if not self.is_padded:
+            return {"id": [*range(len(values))], self.column: values}
+        pads = [(self.rng.randrange(3), self.rng.randrange(3)) for _ in values]
+        ids = [[3] * a + value + [2] * b for value, (a, b) in zip(values, pads, strict=True)]
+        masks = [[0] * a + [1] * len(value) + [0] * b for value, (a, b) in zip(values, pads, strict=True)]
+        return {self.column: ids, "attention_mask": masks}
 
     def fill(self, found: Folder, is_ids: bool, trouble: str | None) -> None:
         """Files, in splits or not; or one file."""
@@ -263,7 +273,10 @@ class Maker:
             return self.table(kind, values), values
         if kind in ("parquet", "arrow"):
             return self.arrow(kind, values), values
-        rows = [{"id": i, self.column: value, "meta": {"x": [i]}} for i, value in enumerate(values)]
+        columns = self.columns(values)
+        rows = [
+            dict(zip(columns, row, strict=True)) | {"meta": {"x": [1]}} for row in zip(*columns.values(), strict=True)
+        ]
         plain = self.rng.random() < 0.5 or self.encoding in ("utf-16", "latin-1")
         ascii_ = not plain or any(value == "\ud800" for value in values)
         lines = [json.dumps(row, ensure_ascii=ascii_) for row in rows]
@@ -292,7 +305,7 @@ class Maker:
         return text.getvalue().encode(self.encoding, "replace")
 
     def arrow(self, kind: str, values: list[Any]) -> bytes:
-        table = pa.table({"id": range(len(values)), self.column: values})
+        table = pa.table(self.columns(values))
         target = io.BytesIO()
         if kind == "parquet":
             pq.write_table(table, target, row_group_size=3, compression=self.rng.choice(["none", "snappy", "zstd"]))
@@ -309,7 +322,7 @@ class Maker:
         for split in ("train", "test"):
             values = self.values(is_ids, self.rng.choice([1, 2, 8]))
             bad = self.put_bad_row(values, is_ids, "saved") if trouble == "bad row" and split == asked else None
-            splits[split] = datasets.Dataset.from_dict({"id": [*range(len(values))], self.column: values})
+            splits[split] = datasets.Dataset.from_dict(self.columns(values))
             if split == asked:
                 found.expected = [(i, value) for i, value in enumerate(values) if bad is None or i != bad[0]]
                 if bad is not None:
