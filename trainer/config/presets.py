@@ -37,6 +37,14 @@ class HookFacts:
             return 1 / math.sqrt(self.mean_square_norm)
         return 1.0
 
+    @property
+    def is_scalable(self) -> bool:
+        """Whether each scale and the variance of the scaled rows are positive and finite."""
+        if not (self.mean_norm > 0 and self.mean_square_norm > 0):
+            return False
+        scales = (self.scale("expected_average_only_in"), self.scale("unit_mean_square"), 1.0)
+        return all(0 < self.total_variance * (scale * scale) < math.inf for scale in scales)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:

@@ -154,12 +154,18 @@ class SweepConfig:
                 f"{hook_name}: training rows must differ from each other, got variance {statistics.total_variance} "
                 f"over the rows of filter {self.train.row_filter!r}; harvest more text or keep special tokens"
             )
-        return HookFacts(
+        facts = HookFacts(
             d_in=cache.hook(hook_name).d_in,
             mean_norm=statistics.mean_norm,
             mean_square_norm=statistics.mean_square_norm,
             total_variance=statistics.total_variance,
         )
+        if not facts.is_scalable:
+            raise CacheMismatch(
+                f"{hook_name}: training rows must have lengths that can be scaled to 1, got a mean norm of "
+                f"{facts.mean_norm} and a mean squared norm of {facts.mean_square_norm}; verify the cache"
+            )
+        return facts
 
 
 def _run_hooks(run: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,8 +10,10 @@ from support.config_cases import BASE, HOOK, OUT, OUT_WIDTH, Hooks, TwoHooks, pe
 from support.surroundings import descriptors
 
 from actcache.errors import CacheMismatch, ConfigError
+from trainer.config.presets import HookFacts
 from trainer.config.settings import SAEConfig, TrainConfig
 from trainer.config.sweep import SweepConfig
+from trainer.trained_on import FrozenHooks
 
 
 def test_a_jumprelu_penalty_has_its_own_settings() -> None:
@@ -285,6 +287,17 @@ def test_a_wrong_sweep_is_an_error(sweep: dict, message: str) -> None:
 def test_a_hook_that_the_cache_lacks_is_the_caches_error() -> None:
     with pytest.raises(CacheMismatch, match=r"no blocks\.9"):
         SweepConfig.from_dict({"base": BASE | {"hook_name": "blocks.9"}}).expand(Hooks(), 4096)
+
+
+@pytest.mark.parametrize(
+    ("norm", "square"), [(0.0, 1.0), (-1.0, 1.0), (1.0, 0.0), (1.0, -1.0), (1e-300, 1.0), (1e200, 1e300)]
+)
+def test_rows_whose_lengths_cannot_be_scaled_are_refused(norm: float, square: float) -> None:
+    facts = HookFacts(d_in=64, mean_norm=norm, mean_square_norm=square, total_variance=1.0)
+    with pytest.raises(
+        CacheMismatch, match=r"must have lengths that can be scaled to 1, got a mean norm of .*; verify"
+    ):
+        SweepConfig.from_dict({"base": BASE}).expand(FrozenHooks(hooks={BASE["hook_name"]: facts}), 4096)
 
 
 def test_rows_without_variance_are_refused() -> None:
