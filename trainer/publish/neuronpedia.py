@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from actcache.arguments import local_path
+from actcache.arguments import local_path, shown
 from actcache.errors import ManifestError
 from actcache.files import FOLDER_CANNOT_BE_MADE, require_writable, write_atomically
 from actcache.models.names import short_name
@@ -86,9 +86,9 @@ def export_neuronpedia(run: Path | str, out: Path | str) -> Path:
 
 
 def _source(run: Path, sae: SAE) -> _Source:
-    layer = re.match(r"blocks\.(\d+)\.", sae.hook_name)
+    layer = re.match(r"blocks\.(\d{1,9})\.", sae.hook_name)
     if layer is None:
-        raise ManifestError(f"export: a source of Neuronpedia belongs to a layer, {run} reads {sae.hook_name}, of none")
+        raise ManifestError(f"export: a source of Neuronpedia belongs to a layer, {run} reads {shown(sae.hook_name)}")
     model = short_name(str(sae.metadata.get("model_name", "model")))
     return _Source(model=_id(model), set_name=_id(run.name), layer=int(layer[1]))
 
@@ -227,4 +227,5 @@ def _compressed(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace") + b"\n"  # half a character; in JSON it is an escape

@@ -157,6 +157,23 @@ def test_what_cannot_be_exported_says_why(tiny_cache, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_half_a_character_is_an_escape(run, tmp_path, monkeypatch):
+    """A token's text stands in tokens.json, which may be a stranger's."""
+    words = read_words(run)
+    halves = replace(words, tokens=dict.fromkeys(words.tokens, "\ud800"))
+    monkeypatch.setattr("trainer.publish.neuronpedia.read_words", lambda _: halves)
+    folder = export_neuronpedia(run, tmp_path)
+    assert {token for row in rows(folder, "activations") for token in row["tokens"]} == {"\ud800"}
+
+
+def test_a_layer_of_many_digits_is_none(run, tmp_path, monkeypatch):
+    named = replace(load_sae(run), hook_name="blocks." + "9" * 5000 + ".hook_resid_post")
+    monkeypatch.setattr("trainer.publish.neuronpedia.load_sae", lambda _: named)
+    with pytest.raises(ManifestError, match="belongs to a layer") as raised:
+        export_neuronpedia(run, tmp_path / "out")
+    assert len(str(raised.value)) < 1000
+
+
 @pytest.mark.parametrize("model", ["x/..", "..", ".", "/", "...", ".ssh", ""])
 def test_a_name_of_the_model_leads_to_no_other_folder(run, tmp_path, monkeypatch, model):
     """The name stands in cfg.json, which may be a stranger's."""
