@@ -18,6 +18,7 @@ there yet is empty, and a damaged one is an error.
 import fcntl
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ from trainer.checksums import (
 )
 
 Number = int | float
+LARGE = 1 << 63
 CONFIG_FILE, METRICS_FILE, TIMING_FILE, FAILED_FILE = "config.json", "metrics.jsonl", "timing.jsonl", "failed.json"
 EVALUATION_FILE = "eval.json"
 CHECKPOINTS, SAE_FOLDER = "checkpoint", "sae"
@@ -120,7 +122,7 @@ class HarvestTime:
     """
 
     finished: str
-    n_tokens: int
+    n_tokens: Number
     total_seconds: float
     model_seconds: float
 
@@ -158,27 +160,30 @@ def read_harvests(runs: Sequence[RunFiles]) -> list[HarvestTime]:
 
 
 def finite(value: object) -> Number | None:
-    """The value if it is a finite number, else None."""
+    """The value if it is a finite number, else None. A large whole number is a float, as sums of it are."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return None  # math.isfinite fails where an int is larger than any float
-    return value
+    return value if abs(value) < LARGE else float(value)
 
 
 def json_values(text: bytes) -> Any:
     """What JSON of anybody says; NaN and infinity are null.
 
-    Raises ValueError if it is none, or if lists and objects are nested so deeply that printing them could fail.
+    Raises ValueError if it is none, if a number is larger than any float, or if lists and objects are nested so deeply
+    that printing them could fail.
     """
     try:
         values = json.loads(text, parse_constant=lambda _: None)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
-    level = [values] if isinstance(values, dict | list) else []
-    for _ in range(MOST_LEVELS):
-        inside = (each for outer in level for each in (outer.values() if isinstance(outer, dict) else outer))
+    inside = [values]
+    for _ in range(MOST_LEVELS + 1):
+        if math.inf in inside or -math.inf in inside:  # 1e999
+            raise ValueError("a number that is larger than any float")
         level = [each for each in inside if isinstance(each, dict | list)]
         if not level:
             return values
+        inside = [each for outer in level for each in (outer.values() if isinstance(outer, dict) else outer)]
     raise ValueError(TOO_DEEP)
 
 
@@ -389,12 +394,12 @@ def _harvest_logs(cache: str) -> list[Path]:
 def _harvest_time(path: Path, log: dict[str, Any]) -> HarvestTime:
     try:
         seconds, finished = log["seconds"], log["finished"]
-        numbers = [seconds[key] for key in ("n_tokens", "total", "model_busy")]
+        numbers = [finite(seconds[key]) for key in ("n_tokens", "total", "model_busy")]
     except (KeyError, TypeError) as error:
         raise ManifestError(f"must be the log of a harvest, it lacks {error}", path=path) from error
     _require(isinstance(finished, str), path, "finished", "a time", finished)
-    _require(all(finite(number) is not None for number in numbers), path, "seconds", "of numbers", seconds)
-    n_tokens, total_seconds, model_seconds = numbers
+    _require(None not in numbers, path, "seconds", "of numbers", seconds)
+    n_tokens, total_seconds, model_seconds = (number for number in numbers if number is not None)
     return HarvestTime(finished=finished, n_tokens=n_tokens, total_seconds=total_seconds, model_seconds=model_seconds)
 
 

@@ -102,10 +102,14 @@ def test_what_is_a_finite_number() -> None:
     assert [finite(value) for value in (3, -0.5, 0)] == [3, -0.5, 0]
     for value in (True, None, "3", [3], float("nan"), float("inf"), 10**400, -(10**400)):
         assert finite(value) is None
+    assert [type(finite(value)) for value in ((1 << 63) - 1, 1 << 63, -(10**300))] == [int, float, float]
 
 
 def test_json_is_parsed_up_to_a_depth_that_can_be_printed() -> None:
     assert json_values(b'{"a": [NaN, -Infinity, 1.5]}') == {"a": [None, None, 1.5]}
+    for number in (b"1e999", b"-1e999", b"[[2.5, 1" + b"0" * 400 + b".5]]"):
+        with pytest.raises(ValueError, match="a number that is larger than any float"):
+            json_values(b'{"a": [1, "b"], "c": {"d": %s}}' % number)
     deepest = nested(MOST_LEVELS)
     assert json_values(json.dumps(deepest).encode()) == deepest
     with pytest.raises(ValueError, match="lists and objects nested more than 64 deep"):

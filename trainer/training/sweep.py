@@ -33,6 +33,7 @@ from trainer.run_folder import (
     CONFIG_FILE,
     RUNS_LOCK,
     check_out,
+    finite,
     is_over,
     only_writer,
     write_run_json,
@@ -437,7 +438,7 @@ def _divergence(state: TrainState, record: RunRecord, train_config: TrainConfig,
     b_dec. So an SAE that learnt little has not. A batch is looked at only if the last line of the log gives cause.
     """
     config, device = state.config, state.weights["b_dec"].device
-    if record.metrics.get("metrics/explained_variance", 0.0) > 0:  # that of a last batch of one row is 0
+    if (finite(record.metrics.get("metrics/explained_variance")) or 0.0) > 0:  # that of a last batch of one row is 0
         return None
     began = initial_state(config, torch.zeros(config.d_out, device=device))
     with training_loader(cache, _hook_names([config]), train_config, device=device) as loader:

@@ -48,6 +48,17 @@ def test_throughput_is_that_of_the_logs_with_its_share_of_the_bound(runs, tmp_pa
     assert len(page.tables[1]) == 2, "a log that says nothing is left out"
 
 
+def test_numbers_near_the_largest_float_are_drawn_or_left_out(runs, tmp_path):
+    largest = 17 * 10**307
+    lines = [{"step": step, "n_tokens": n_tokens} for step, n_tokens in enumerate((-largest, largest, 1000))]
+    times = [{"step": step, "step_seconds": float(step)} for step in range(3)]
+    for name, values in (("metrics.jsonl", lines), ("timing.jsonl", times)):
+        (runs / "b-done" / name).write_text("".join(json.dumps(line) + "\n" for line in values))
+    (runs / "b-done" / "crc32c.json").unlink(missing_ok=True)
+    _, page = page_of(runs, tmp_path)
+    assert figures(page)[1]["curves"]["tokens"] == [-1.7e308, 1.7e308, 1000]
+
+
 def test_long_logs_are_thinned_and_keep_their_end(runs, tmp_path):
     add_logs(runs / "b-done", n=3 * MOST_POINTS + 1)
     _, page = page_of(runs, tmp_path)
