@@ -295,6 +295,15 @@ def read_run_json(folder: Path, name: str) -> dict[str, Any]:
     return _json_object(path, lambda: checked_bytes(path, read_checksums(held), unless_changed(held)))
 
 
+def model_of_run(folder: Path, config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(name, revision) of the model that the config.json of a run names. Raises ManifestError if it names none."""
+    block = config.get("model")
+    name, revision = (block.get("name"), block.get("revision")) if isinstance(block, dict) else (None, None)
+    is_named = isinstance(name, str) and isinstance(revision, str | None)
+    _require(is_named, folder / CONFIG_FILE, "model", "an object with the name and the revision of a model", block)
+    return str(name), revision
+
+
 def write_run_json(folder: Path, name: str, values: Mapping[str, Any]) -> None:
     """Write a JSON file of a run, whole or not at all, and then its checksum."""
     held, data = folder / CHECKSUMS_FILE, json_bytes(values)

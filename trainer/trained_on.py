@@ -24,6 +24,7 @@ from actcache.arguments import shown
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.flow import SPLITS
 from actcache.format.manifest import rows_fingerprint
+from actcache.format.seal import MALFORMED
 from actcache.store.cache import Cache, earlier_caches, open_cache
 from trainer.config.presets import HookFacts
 from trainer.config.settings import RowFilter, SAEConfig
@@ -256,10 +257,10 @@ def _has_the_statistics(config: Mapping[str, Any], cache: Cache) -> bool:
     try:
         sae = SAEConfig(**config["sae"])
         row_filter = "no_special_tokens" if config["train"]["exclude_special_tokens"] else "all"
-    except (KeyError, TypeError, ValueError):  # of a program that is neither this one nor an older one
+        hooks = (*sae.inputs, *sae.outputs)
+        facts = {hook.hook_name: _facts(cache, hook.hook_name, row_filter) for hook in hooks}
+        scales = [facts[hook.hook_name].scale(sae.normalize_activations) for hook in hooks]
+        variance = sum(facts[hook.hook_name].total_variance * hook.scale**2 for hook in sae.outputs)
+    except MALFORMED:  # of a program that is neither this one nor an older one, or numbers that are too large
         return False
-
-    facts = {hook.hook_name: _facts(cache, hook.hook_name, row_filter) for hook in (*sae.inputs, *sae.outputs)}
-    scales = [facts[hook.hook_name].scale(sae.normalize_activations) for hook in (*sae.inputs, *sae.outputs)]
-    variance = sum(facts[hook.hook_name].total_variance * hook.scale**2 for hook in sae.outputs)
-    return scales == [hook.scale for hook in (*sae.inputs, *sae.outputs)] and variance == sae.total_variance
+    return scales == [hook.scale for hook in hooks] and variance == sae.total_variance

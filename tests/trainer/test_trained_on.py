@@ -88,6 +88,19 @@ def test_a_block_that_is_none_is_named(begun: Path, field, lie, tmp_path: Path) 
         train(open_cache(copy / "cache"), sweep, copy / "runs")
 
 
+def test_settings_that_are_none_are_of_other_rows(begun: Path, tmp_path: Path) -> None:
+    """A run of an older program is compared by its settings; these are a stranger's."""
+    copy = Path(shutil.copytree(begun, tmp_path / "copy"))
+    path = copy / "runs" / "topk" / "config.json"
+    config = json.loads(path.read_text())
+    (path.parent / "crc32c.json").unlink()
+    config["cache"] = {"path": str(copy / "cache"), "fingerprint": "0" * 16}
+    for lie in ({"output_scale": 1e300}, {"normalize_activations": []}, {"lr": 10**400}):
+        path.write_text(json.dumps(config | {"sae": config["sae"] | lie}))
+        with pytest.raises(CacheMismatch, match="was trained on other rows"):
+            open_trained_on(copy / "runs")
+
+
 def test_another_cache_at_its_path_is_refused(folder: Path, tiny_model, tiny_texts) -> None:
     """Of the same model and hook, with other rows."""
     shutil.rmtree(folder / "cache")

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from actcache.arguments import local_path, typed, whole_number
+from actcache.arguments import local_path, shown, typed, whole_number
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
 from actcache.files import is_file, is_folder, refuse_links, require_writable
 from actcache.flow import HOLD_OUT_MORE, Batch
@@ -41,6 +41,7 @@ from trainer.run_folder import (
     EVALUATION_FILE,
     FAILED_FILE,
     SAE_FOLDER,
+    model_of_run,
     read_run_json,
     run_folders,
     write_run_json,
@@ -305,7 +306,7 @@ def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch
     """
     wanted: dict[str, set[int]] = {}
     for sae in (config["sae"] for config in configs):
-        if sae["k"] is not None and sae["k"] <= cache.hook(sae["hook_name"]).d_in:
+        if sae.get("k") is not None and sae["k"] <= cache.hook(sae["hook_name"]).d_in:
             wanted.setdefault(sae["hook_name"], set()).add(sae["k"])
     baselines = []
     for hook_name, counts in sorted(wanted.items()):
@@ -376,12 +377,14 @@ def _check_run(run: Path, cache: Cache) -> dict[str, Any]:
     if not is_file(run / CONFIG_FILE):
         return {}
     config = read_run_json(run, CONFIG_FILE)
-    try:
-        trained, cached = config["model"]["name"], cache.identity["model"]["name"]
-        _ = config["sae"]["k"], config["sae"]["hook_name"]
-    except (KeyError, TypeError) as error:
-        raise ManifestError(f"evaluate: {run}/config.json is not that of a run, it lacks {error}") from error
-    revisions = {config["model"]["revision"], cache.identity["model"]["revision"]}
+    trained, revision = model_of_run(run, config)
+    k, hook_name = (sae.get("k"), sae.get("hook_name")) if isinstance(sae := config.get("sae"), dict) else (None, None)
+    if not isinstance(hook_name, str) or not (k is None or (type(k) is int and k > 0)):
+        raise ManifestError(
+            f"evaluate: {run}/config.json is not that of a run, it says hook_name={shown(hook_name)} and k={shown(k)}"
+        )
+    cached = cache.identity["model"]["name"]
+    revisions = {revision, cache.identity["model"]["revision"]}
     if not same_name(trained, cached) or (len(revisions) > 1 and "imported" not in config):
         way_out = f"import it again with --model-name {cached} if that is it, or " if "imported" in config else ""
         raise CacheMismatch(

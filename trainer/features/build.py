@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Float32, Int32, Int64, Shaped
 from torch import Tensor
 
-from actcache.arguments import local_path, typed
+from actcache.arguments import local_path, shown, typed
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
 from actcache.files import contents, is_file, remove_leftovers, write_atomically
 from actcache.flow import HOLD_OUT_MORE
@@ -45,7 +45,7 @@ from trainer.features.read import (
     sae_checksums,
 )
 from trainer.formats.saelens import load_sae
-from trainer.run_folder import CONFIG_FILE, FAILED_FILE, json_bytes, read_run_json
+from trainer.run_folder import CONFIG_FILE, FAILED_FILE, json_bytes, model_of_run, read_run_json
 from trainer.sae.sae import SAE
 
 FILE_ENTRIES = 1 << 22  # entries after which a file ends before its shard does; to sort so many takes 250 MB
@@ -121,13 +121,11 @@ def _run_config(run: Path) -> dict[str, Any]:
 
 def _check_cache(run: Path, config: Mapping[str, Any], sae: SAE, cache: Cache) -> None:
     """Raise CacheMismatch unless the cache holds the SAE's hooks, of the model that the run names."""
-    trained, cached = config.get("model"), cache.identity["model"]
-    if not isinstance(trained, dict) or "name" not in trained:
-        raise ManifestError(f"features: {run / CONFIG_FILE} must name the model of the run; is it that of a run?")
-    revisions = {trained.get("revision"), cached["revision"]} - {None}  # an imported SAE knows no revision
-    if not same_name(trained["name"], cached["name"]) or len(revisions) > 1:
+    (trained, revision), cached = model_of_run(run, config), cache.identity["model"]
+    revisions = {revision, cached["revision"]} - {None}  # an imported SAE knows no revision
+    if not same_name(trained, cached["name"]) or len(revisions) > 1:
         raise CacheMismatch(
-            f"features: {run} was trained on activations of {trained['name']!r} ({trained.get('revision')}), "
+            f"features: {run} was trained on activations of {shown(trained)} ({shown(revision)}), "
             f"{cache.path} holds those of {cached['name']!r} ({cached['revision']}); pass a cache of the same model"
         )
     held = sum(cache.hook(name).d_in for name in sae.input_hooks)

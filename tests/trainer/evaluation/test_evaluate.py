@@ -219,10 +219,32 @@ def test_runs_that_are_not_there_or_not_finished(cache, model, tmp_path):
         evaluate_runs(tmp_path, cache)
     (tmp_path / "half" / "config.json").write_text('{"sae": {}}')
     (tmp_path / "half" / "sae").mkdir()
-    with pytest.raises(ManifestError, match=r"half/config\.json is not that of a run"):
+    with pytest.raises(
+        ManifestError, match=r"half/config\.json: model must be an object with the name and the revision"
+    ):
         evaluate_runs(tmp_path, cache)
     (tmp_path / "half" / "config.json").write_text("{")
     with pytest.raises(ManifestError, match="must be readable JSON"):
+        evaluate_runs(tmp_path, cache)
+
+
+@pytest.mark.parametrize(
+    ("block", "lie"),
+    [
+        *(("model", lie) for lie in (None, "x", {"name": 3}, {"name": "tiny", "revision": []})),
+        *(("sae", lie) for lie in (None, "x", {"k": 1}, {"k": 1, "hook_name": []})),
+        *(("sae", {"k": lie, "hook_name": HOOK}) for lie in ("x", True, 0, 1.5, [])),
+    ],
+    ids=str,
+)
+def test_a_config_of_a_stranger_is_named(block, lie, cache, model, tmp_path):
+    make_run(tmp_path, config_of("done"), model.identity)
+    path = tmp_path / "done" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {block: lie}))
+    (tmp_path / "done" / "crc32c.json").unlink(missing_ok=True)
+    with pytest.raises(
+        ManifestError, match=r"done/config\.json(: model must be|.* is not that of a run, it says hook_name)"
+    ):
         evaluate_runs(tmp_path, cache)
 
 

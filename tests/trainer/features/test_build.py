@@ -238,9 +238,10 @@ def test_what_is_no_finished_run_is_named(planted_cache, tmp_path):
     with pytest.raises(ManifestError, match=r"planted diverged: the loss became NaN; pass another run"):
         build_features(run, planted_cache)
     (run / "failed.json").unlink()
-    (run / "config.json").write_text("{}")
-    with pytest.raises(ManifestError, match=r"config.json must name the model of the run"):
-        build_features(run, planted_cache)
+    for model in (None, "planted", {"revision": None}, {"name": []}, {"name": "planted", "revision": []}):
+        (run / "config.json").write_text(json.dumps({"model": model}))
+        with pytest.raises(ManifestError, match=r"config.json: model must be an object with the name and the revision"):
+            build_features(run, planted_cache)
     shutil.rmtree(run / "sae")
     with pytest.raises(ManifestError, match=r"finish the training of that run"):
         build_features(run, planted_cache)
