@@ -22,6 +22,7 @@ from torch import Tensor
 from actcache.arguments import device_of, local_path, shown
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.files import NoFile, contents, contents_of_any_size, is_file, listed, new_folder, write_atomically
+from actcache.machine.limits import require_memory_for_array
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed, unless_changed
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
 from trainer.run_folder import CONFIG_FILE as RUN_CONFIG
@@ -303,7 +304,7 @@ def _checked_config(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
 def _check_version(path: Path, cfg: dict[str, Any]) -> None:
     version = cfg.get("sae_lens_version") or cfg["metadata"].get("sae_lens_version")
     major = str(version).partition(".")[0]
-    if not major.isdecimal() or int(major) < 6:
+    if not major.isdecimal() or len(major) > 9 or int(major) < 6:
         raise ManifestError(
             f"load_sae: {path} must be written by SAELens 6.0.0 or later, got sae_lens_version={shown(version)}; "
             "load it with sae_lens and save it again with save_model"
@@ -397,9 +398,12 @@ def _checked_tensors(
     if got != shapes:
         raise ManifestError(f"load_sae: {path} of a {cfg['architecture']} SAE must hold {shapes}, got {str(got)[:500]}")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not math.isfinite(float(tensor.double().abs().max())):
+        if not tensor.is_floating_point() or not all(math.isfinite(end) for end in torch.aminmax(tensor)):
             raise ManifestError(f"load_sae: {path}: {name} must be finite floats, got NaN, infinity or {tensor.dtype}")
-    return {name: tensor.to(device, DTYPES[_dtype_name(cfg)]) for name, tensor in tensors.items()}
+    dtype = DTYPES[_dtype_name(cfg)]
+    n_converted = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype != dtype)
+    require_memory_for_array(n_converted * dtype.itemsize, f"the weights of {path} in {dtype}")
+    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
 
 
 def write_directory(out: Path, files: Mapping[str, bytes], *, replace: bool = False) -> Path:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.hostile_json import TEXTS
 from support.saelens_cases import D_IN, D_SAE, SCALE, K, raw_activations, save
-from support.surroundings import FailingCalls, descriptors
+from support.surroundings import FailingCalls, address_space, descriptors
 from support.tiny_saes import (
     ARCHITECTURES,
     BATCH_FAMILY,
@@ -338,6 +338,34 @@ def test_a_value_of_a_stranger_is_refused_in_a_short_line(key, tmp_path):
         with pytest.raises(ManifestError, match=key) as raised:
             load_sae(folder)
         assert len(str(raised.value)) < 1000
+
+
+def test_weights_take_the_memory_that_they_are_read_into(tmp_path):
+    """They are looked at in place. In a wider dtype they take more, which is asked for."""
+    d_in, d_sae = 1024, 16384
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
+    save_file({n: torch.ones(s, dtype=torch.bfloat16) for n, s in shapes.items()}, tmp_path / "sae_weights.safetensors")
+    metadata = {"hook_name": "blocks.0.hook_resid_post", "sae_lens_version": "6.0.0"}
+    cfg = {"architecture": "topk", "d_in": d_in, "d_sae": d_sae, "k": 1, "dtype": "bfloat16", "metadata": metadata}
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg))
+    with address_space(160 << 20):
+        assert load_sae(tmp_path).W_enc.shape == (d_in, d_sae)
+    (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"dtype": "float64"}))
+    with (
+        address_space(160 << 20),
+        pytest.raises(MemoryError, match=r"weights of .* in torch\.float64 may take 0\."),
+    ):
+        load_sae(tmp_path)
+
+
+def test_a_version_of_many_digits_is_refused(tmp_path):
+    folder = save(tmp_path, "topk")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"sae_lens_version": "9" * 5000}))
+    (folder.parent / "sae.crc32c.json").unlink(missing_ok=True)
+    with pytest.raises(ManifestError, match=r"must be written by SAELens 6\.0\.0 or later") as raised:
+        load_sae(folder)
+    assert len(str(raised.value)) < 1000
 
 
 def test_wrong_weights_are_not_saved(tmp_path):

@@ -137,6 +137,13 @@ def test_a_scale_that_is_no_number_is_refused(said, tmp_path):
     assert len(str(raised.value)) < 1000
 
 
+def test_a_scale_that_no_float32_holds_leaves_no_finite_weights(tmp_path):
+    training_sae("topk", normalize_activations="expected_average_only_in").save_model(tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 10**300}))
+    with pytest.raises(ManifestError, match="must be finite floats"):
+        import_sae(tmp_path / "checkpoint", tmp_path / "run")
+
+
 def test_tensors_that_would_broadcast_are_refused(tmp_path):
     """Of 800 kB, the product of W_enc and the decoder's norms would be one of 40 GB."""
     n, one = 100_000, torch.zeros(1)
