@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from actcache.errors import CacheLocked, CacheMismatch, ManifestError
+from actcache.machine.limits import require_memory_for_array
 from actcache.machine.links import NOT_FOLLOWED, folder_of, open_unlinked, refuse_link
 
 MOST_BYTES = 1 << 28  # the journals of a cache of 45 TB have as many
@@ -122,8 +123,9 @@ def contents(path: Path) -> bytes:
 
 
 def contents_of_any_size(path: Path) -> bytes:
-    """As `contents`, without a bound: of weights, and of logs, which may be long."""
+    """As `contents`, without a bound: of weights, and of logs, which may be long. MemoryError: it does not fit."""
     with opened(path) as file:
+        require_memory_for_array(os.fstat(file.fileno()).st_size, f"reading {path}")
         return file.read()
 
 

@@ -22,12 +22,11 @@ from actcache.arguments import shown
 from actcache.errors import ManifestError
 from actcache.files import NoFile, contents, contents_of_any_size, file_bytes, opened, write_atomically
 from actcache.format.codecs import crc32c
-from actcache.format.seal import MALFORMED, seal, unseal
+from actcache.format.seal import MALFORMED, json_memory, seal, unseal
 from actcache.machine.limits import require_memory_for_array
 
 CHECKSUMS_FILE = "crc32c.json"
 MOST_LOG_BYTES = 1 << 33  # 20 million lines of metrics
-BYTES_A_BYTE = 8  # what a log takes, once its lines are values
 BLOCK_BYTES = 1 << 18
 
 logger = logging.getLogger("actcache")
@@ -134,13 +133,14 @@ def checked_bytes(path: Path, checksums: Checksums, way_out: str, *, grows: bool
     if n_bytes > MOST_LOG_BYTES:
         what = f"must have at most {MOST_LOG_BYTES:,} bytes, has {n_bytes:,}"
         raise ManifestError(what, path=path, way_out=way_out)
-    require_memory_for_array(n_bytes * BYTES_A_BYTE, f"reading {path}")
     try:
         data = contents_of_any_size(path) if grows else contents(path)
     except NoFile as error:
         if path.name not in checksums:
             raise
         raise ManifestError("is missing, or no file", path=path, way_out=way_out) from error
+    if grows:
+        require_memory_for_array(json_memory(data), f"reading {path}")
     if path.name in checksums:
         n_bytes = checksums[path.name]["n_bytes"]
         _check_length(path, min(len(data), n_bytes) if grows else len(data), checksums, way_out)

@@ -43,6 +43,8 @@ from actcache.files import (
     require_writable,
     write_atomically,
 )
+from actcache.format.seal import json_memory
+from actcache.machine.limits import require_memory_for_array
 from actcache.machine.links import own_file
 from actcache.store.locks import is_at, try_lock
 from trainer.checksums import (
@@ -170,8 +172,9 @@ def json_values(text: bytes) -> Any:
     """What JSON of anybody says; NaN and infinity are null.
 
     Raises ValueError if it is none, if a number is larger than any float, or if lists and objects are nested so deeply
-    that printing them could fail.
+    that printing them could fail; MemoryError if there is no room for its values.
     """
+    require_memory_for_array(json_memory(text), "reading JSON")
     try:
         values = json.loads(text, parse_constant=lambda _: None)
     except RecursionError:

@@ -11,6 +11,7 @@ from typing import Any
 
 from actcache.errors import ManifestError
 from actcache.format.codecs import crc32c
+from actcache.machine.limits import require_memory_for_array
 
 # what malformed JSON values raise
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
@@ -23,15 +24,23 @@ def seal(values: Mapping[str, Any]) -> bytes:
     return body + f',"crc32c":"{crc32c(body):08x}"}}\n'.encode()
 
 
+def json_memory(text: bytes) -> int:
+    """Bytes that the values of a JSON text take at most, by what it opens and parts: `{},` is three, and takes 72."""
+    sizes = {b"[": 96, b"{": 248, b",": 80, b":": 160}
+    return 2 * len(text) + sum(size * text.count(mark) for mark, size in sizes.items())
+
+
 def unseal(sealed: bytes, source: Path) -> dict[str, Any]:
     """The values of a sealed line or file.
 
-    Raises ManifestError, naming `source`, if the checksum does not match or the JSON cannot be read.
+    Raises ManifestError, naming `source`, if the checksum does not match or the JSON cannot be read, MemoryError if
+    there is no room for the values.
     """
     match = SEAL.fullmatch(sealed)
     if match is None or crc32c(match[1]) != int(match[2], 16):
         what, way_out = "its checksum does not match its bytes", "restore the file or harvest again"
         raise ManifestError(what, path=source, way_out=way_out)
+    require_memory_for_array(json_memory(sealed), f"reading {source}")
     try:
         return json.loads(match[1] + b"}")
     except (ValueError, RecursionError) as error:  # the checksum is right, but this is no JSON or is nested too deeply

@@ -11,7 +11,7 @@ import pytest
 from support.no_locks import forbid_locks
 from support.places import CHILD
 from support.strangers import as_another_user, copy_of_another_user, given, only_root
-from support.surroundings import ERRNOS, FailingCalls, descriptors
+from support.surroundings import ERRNOS, FailingCalls, address_space, descriptors
 
 from actcache.arguments import can_only_be_a_path, local_path
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
@@ -465,3 +465,11 @@ def test_a_link_that_leads_nowhere_is_refused_and_one_within_the_folder_is_not(t
     with pytest.raises(ManifestError, match=f"{root}/sae: is a link to"), new_folder(root / "sae"):
         pass
     assert not (tmp_path / "autostart").exists()
+
+
+def test_a_file_that_does_not_fit_is_not_read(tmp_path: Path) -> None:
+    """A hole of any size is small on disk."""
+    with open(tmp_path / "hole", "wb") as file:
+        file.truncate(1 << 29)
+    with address_space(128 << 20), pytest.raises(MemoryError, match=rf"^reading {tmp_path}/hole may take 0\.60 GB$"):
+        contents_of_any_size(tmp_path / "hole")

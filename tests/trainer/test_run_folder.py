@@ -116,6 +116,20 @@ def test_json_is_parsed_up_to_a_depth_that_can_be_printed() -> None:
         json_values(json.dumps([deepest]).encode())
 
 
+def test_json_that_does_not_fit_is_not_read(run: Path) -> None:
+    """Eight megabytes took 210, and a file may have 256."""
+    dense = b'{"x":[' + b"{}," * 1_000_000 + b"{}]}"
+    (run / "config.json").write_bytes(dense)
+    (run / "metrics.jsonl").write_bytes((b'{"step":1,"x":[' + b"{}," * 10_000 + b"{}]}\n") * 100)
+    for read in (
+        lambda: json_values(dense),
+        lambda: read_json(run / "config.json"),
+        lambda: whole_lines(run / "metrics.jsonl"),
+    ):
+        with address_space(128 << 20), pytest.raises(MemoryError, match=r"^reading .* may take 0\.4"):
+            read()
+
+
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_json_of_a_stranger_is_one_line(text: bytes, run: Path) -> None:
     for name in ("config.json", "eval.json", "failed.json", "metrics.jsonl"):
