@@ -214,8 +214,8 @@ def check_folder(folder: Path, description: Mapping[str, Any]) -> None:
         differences = [
             f"{'.'.join(key)[:200]} is {shown(held.get(key))} there, {shown(wanted.get(key))} here" for key in keys[:5]
         ]
-        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-        raise CacheMismatch(f"{folder}: holds another run: {'; '.join(differences)}{more}; pass another --out or name")
+        differences += [f"{len(keys) - 5} more"] if len(keys) > 5 else []
+        raise CacheMismatch(f"{folder}: holds another run: {'; '.join(differences)}; pass another --out or name")
 
 
 def is_over(folder: Path) -> bool:
