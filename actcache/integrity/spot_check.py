@@ -23,6 +23,7 @@ from actcache.format.paths import STORE, shard_key
 from actcache.format.records import HookSpec
 from actcache.harvesting.provenance import compute_of, other_compute, refuse_other_model
 from actcache.integrity.problems import Problem
+from actcache.machine.limits import require_memory_for_array
 from actcache.models.language_model import LanguageModel
 from actcache.models.probe import unit_roundoff
 from actcache.store.cache import Cache
@@ -85,13 +86,15 @@ def sample_model(cache: Cache, model: LanguageModel, n_sequences: int, *, seed: 
 
 def _chosen(cache: Cache, n_sequences: int, seed: int) -> dict[str, list[int]]:
     """Split -> numbers of the sampled sequences, ascending."""
-    sequences = [(split, i) for split in SPLITS for i in range(cache.manifest.plan.sequences[split].n_sequences)]
-    picked = np.random.default_rng(seed).permutation(len(sequences))[:n_sequences]
-    chosen: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for index in np.sort(picked).tolist():
-        split, number = sequences[index]
-        chosen[split].append(number)
-    return chosen
+    counts = [cache.manifest.plan.sequences[split].n_sequences for split in SPLITS]
+    ends = np.cumsum(counts)
+    require_memory_for_array(8 * int(ends[-1]), f"a choice among the sequences of {cache.path}")
+    picked = np.sort(np.random.default_rng(seed).permutation(int(ends[-1]))[:n_sequences])
+    parts = np.split(picked, np.searchsorted(picked, ends[:-1]))
+    return {
+        split: (part - (end - count)).tolist()
+        for split, part, end, count in zip(SPLITS, parts, ends, counts, strict=True)
+    }
 
 
 def _shards(cache: Cache, chosen: dict[str, list[int]]) -> Iterator[tuple[Shard, list[int], dict[str, Any]]]:

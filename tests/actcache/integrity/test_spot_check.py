@@ -1,6 +1,8 @@
 """Stored rows against the model that made them: to the bit where it runs as it ran, else within what rounding does."""
 
 import shutil
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +14,9 @@ from support.tiny_models import D_MODEL
 from actcache.errors import CacheMismatch, ConfigError
 from actcache.format.codecs import codec
 from actcache.format.seal import seal, unseal
-from actcache.integrity.spot_check import sample_model
+from actcache.integrity.spot_check import _chosen, sample_model
 from actcache.integrity.verify import verify
-from actcache.store.cache import open_cache
+from actcache.store.cache import Cache, open_cache
 
 CHUNK_ROWS = 32
 SETTINGS = {"tokens": 30 * 24, "context_size": 24, "holdout": 0.3, "hook_names": HOOKS[:2]}  # 24 does not divide 128
@@ -154,3 +156,19 @@ def test_another_model_is_refused(tiny_gpt2_dir, sound):
 def test_no_sequence_is_no_sample(tiny_model, sound):
     with pytest.raises(ConfigError, match="at least 1 sequence to sample, got 0"):
         sample_model(sound["raw"], tiny_model, 0)
+
+
+def test_a_choice_among_many_sequences_takes_a_number_for_each(sound):
+    """Ten million took a gigabyte."""
+    manifest = sound["raw"].manifest
+    counts = {"train": 900_000, "validation": 100_000}
+    sequences = {split: replace(manifest.plan.sequences[split], n_sequences=n) for split, n in counts.items()}
+    many = Cache(sound["raw"].path, replace(manifest, plan=replace(manifest.plan, sequences=sequences)), "")
+    tracemalloc.start()
+    chosen = _chosen(many, 1000, 7)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 * sum(counts.values())
+    picked = np.random.default_rng(7).permutation(1_000_000)[:1000]
+    assert chosen["train"] == sorted(i for i in picked.tolist() if i < 900_000)
+    assert chosen["validation"] == sorted(i - 900_000 for i in picked.tolist() if i >= 900_000)
