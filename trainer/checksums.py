@@ -22,8 +22,8 @@ from actcache.arguments import shown
 from actcache.errors import ManifestError
 from actcache.files import NoFile, contents, contents_of_any_size, file_bytes, opened, write_atomically
 from actcache.format.codecs import crc32c
-from actcache.format.seal import MALFORMED, json_memory, seal, unseal
-from actcache.machine.limits import require_memory_for_array
+from actcache.format.seal import MALFORMED, seal, unseal
+from actcache.machine.limits import json_memory, require_memory_for_array
 
 CHECKSUMS_FILE = "crc32c.json"
 MOST_LOG_BYTES = 1 << 33  # 20 million lines of metrics

@@ -43,8 +43,7 @@ from actcache.files import (
     require_writable,
     write_atomically,
 )
-from actcache.format.seal import json_memory
-from actcache.machine.limits import require_memory_for_array
+from actcache.machine.limits import json_memory, require_memory_for_array
 from actcache.machine.links import own_file
 from actcache.store.locks import is_at, try_lock
 from trainer.checksums import (

@@ -11,7 +11,7 @@ from typing import Any
 
 from actcache.errors import ManifestError
 from actcache.format.codecs import crc32c
-from actcache.machine.limits import require_memory_for_array
+from actcache.machine.limits import json_memory, require_memory_for_array
 
 # what malformed JSON values raise
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
@@ -22,12 +22,6 @@ def seal(values: Mapping[str, Any]) -> bytes:
     """Canonical JSON (sorted keys, no spaces) with its own CRC-32C as the last key, and a newline."""
     body = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)[:-1].encode()
     return body + f',"crc32c":"{crc32c(body):08x}"}}\n'.encode()
-
-
-def json_memory(text: bytes) -> int:
-    """Bytes that the values of a JSON text take at most, by what it opens and parts: `{},` is three, and takes 72."""
-    sizes = {b"[": 96, b"{": 248, b",": 80, b":": 160}
-    return 2 * len(text) + sum(size * text.count(mark) for mark, size in sizes.items())
 
 
 def unseal(sealed: bytes, source: Path) -> dict[str, Any]:

@@ -103,6 +103,12 @@ def require_memory_for_array(n_bytes: int, what: str) -> None:
         require_memory(n_bytes, what)
 
 
+def json_memory(text: bytes) -> int:
+    """Bytes that the values of a JSON text take at most, by what it opens and parts: `{},` is three, and takes 72."""
+    sizes = {b"[": 96, b"{": 248, b",": 80, b":": 160}
+    return 2 * len(text) + sum(size * text.count(mark) for mark, size in sizes.items())
+
+
 def threads_that_fit(n_threads: int) -> int:
     """`n_threads`, or fewer where memory is short. Raises MemoryError if there is no room for one.
 

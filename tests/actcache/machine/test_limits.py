@@ -1,11 +1,13 @@
 """Cores and memory under real limits of this process, and under control groups as the kernel describes them."""
 
+import json
 import mmap
 import os
 import resource
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -243,3 +245,28 @@ def test_errors_of_every_library_are_known(what: str):
 def test_other_errors_are_no_lack(error: Exception):
     error.__context__ = error  # a circle ends
     assert lacked(error) is None
+
+
+DENSE = [
+    "{},",
+    "[],",
+    '{"":{}},',
+    '{"a":{"b":1}},',
+    "[[[[]]]],",
+    "[0],",
+    "1e9,",
+    "1234567890,",
+    '"ab",',
+    '"a\\u1234bc",',
+]
+
+
+@pytest.mark.parametrize("values", [*DENSE, '{"a":1,"b":2,"cdefgh":0.5},'])
+def test_the_values_of_a_text_take_no_more_than_is_said(values):
+    text = f"[{values * 10_000}0]".encode()
+    tracemalloc.start()
+    held = json.loads(text)
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(held) == 10_001
+    assert taken <= machine.json_memory(text) < 8 * taken
