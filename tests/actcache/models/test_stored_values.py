@@ -1,3 +1,4 @@
+import pytest
 import torch
 from support.adapters import activated, disabled, scaled, with_adapters
 from support.tiny_models import make_model
@@ -31,6 +32,7 @@ def test_the_scaling_of_an_adapter_is_a_number():
     assert numbers == {repr(3 * 8 / 2)}, "three times lora_alpha / r"
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_a_quantised_tensor_is_its_integers_and_their_scale():
     module = torch.nn.Module()
     module.register_buffer(
