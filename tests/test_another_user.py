@@ -147,7 +147,8 @@ def test_what_has_to_write_there_is_refused_before_any_work(line, words, named, 
 def test_features_without_words_are_shown_as_they_are(theirs):
     before = state(theirs["root"])
     with as_another_user(theirs["root"], theirs["model"]):
-        first, second, *_ = call("features {wordless} --model /none", theirs).splitlines()
+        remembered, first, second, *_ = call("features {wordless} --model /none", theirs).splitlines()
+    assert remembered == f"{theirs['wordless']}: was trained on the cache {theirs['cache']}"
     assert first.startswith(f"{theirs['wordless']}: a report cannot show its features, for this user may not write")
     assert second.startswith("32 features on ")
     assert state(theirs["root"]) == before

@@ -269,7 +269,8 @@ def test_features_are_found_once_and_looked_up(work):
     assert best["act"] == facts["max_act"] >= second["act"]
     assert best["tokens"][best["peak"]] == often["top_token"]
     assert sum(facts["histogram"]["counts"]) == facts["n_fired"]
-    lines = actcache(*asked).stderr.splitlines()
+    remembered, *lines = actcache(*asked).stderr.splitlines()
+    assert remembered == f"{work / 'runs' / 'topk'}: was trained on the cache {work / 'cache'}"
     assert lines[0].startswith(f"feature {often['feature']}: density ")
     assert f"[{often['top_token']}]".replace("\n", "⏎") in lines[1]
     together, promoted, suppressed = lines[-3:]

@@ -24,6 +24,8 @@ def check_identity(identity: dict[str, Any]) -> None:
             has another type.
         KeyError, TypeError, ValueError, AttributeError: the values are malformed (see seal.MALFORMED).
     """
+    named = isinstance(identity["model"], dict) and isinstance(identity["model"].get("name"), str)
+    _require(named, identity, "model", "a name, and what tells it from others")
     _check_model(identity["model"])
     version = identity.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -64,8 +66,6 @@ def is_imported(model: Mapping[str, Any]) -> bool:
 
 def _check_model(model: dict[str, Any]) -> None:
     """Raise one of seal.MALFORMED unless a model can be compared with this identity of one."""
-    if not isinstance(model["name"], str):
-        raise ValueError(f"the name of its model must be a str, got {shown(model['name'])}")
     for key in ("config_sha256", "weights_sha256", "content_sha256", "code_sha256"):
         if not isinstance(model.get(key), str | None):
             raise ValueError(f"{key} must be a str, got {shown(model[key])}")

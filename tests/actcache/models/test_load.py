@@ -166,7 +166,7 @@ def test_a_folder_without_a_tokenizer_is_a_model_of_token_ids(family, backend, d
     model = load_model(folder, device="cpu", backend=backend)
     assert model.tokenizer is None
     assert model.logits(TOKENS).shape == ours(family).logits(TOKENS).shape
-    assert model.identity["weights_sha256"] == ours(family).identity["weights_sha256"]
+    assert model.identity["content_sha256"] == ours(family).identity["content_sha256"]
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="cannot load"):
         load_model(folder, device="cpu", backend=backend)
