@@ -43,9 +43,9 @@ base: {{hook_name: {HOOKS[2]}, architecture: topk, d_sae: 32, lr: 1.0e-3}}
 SWEEP = BASE + "runs:\n  - {name: topk, k: 2}\n  - {name: begun, k: 3}\n"
 GRID = BASE + "grid: {k: [2, 3], seed: [0, 1]}\n"
 PROGRESS = re.compile(r"\rGenerating train split: [\w ?:.,/\[\]]*")  # of the library that reads the dataset
-TIMED = re.compile(
-    r"/log/|/kept/|/timing\.jsonl$|lock$|runs/[^/]+/crc32c\.json$"
-)  # what is another each time, or a copy of what was attacked
+# what is another each time, or a copy of what was attacked; and a plan that is made again, which names the hooks of the
+# cache in place of those that its last harvest was asked for
+TIMED = re.compile(r"/log/|/kept/|/manifest/plan\.json$|/timing\.jsonl$|lock$|runs/[^/]+/crc32c\.json$")
 
 
 @dataclass(frozen=True, kw_only=True)
