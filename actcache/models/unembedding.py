@@ -45,8 +45,11 @@ class Unembedding:
 
         The mean is subtracted because the softmax does not depend on it. v is float64 on the CPU.
         """
-        parts = [part.sum(0, dtype=torch.float64) for part in self.W_U.split(VOCAB_AT_ONCE)]
-        w = (self.W_U[token_id].double() - torch.stack(parts).sum(0) / len(self.W_U)).cpu()
+        copied = self.W_U.new_empty((VOCAB_AT_ONCE, self.W_U.shape[1]), dtype=torch.float64)  # one, for all parts
+        total = copied.new_zeros(self.W_U.shape[1])
+        for part in self.W_U.split(VOCAB_AT_ONCE):
+            total += copied[: len(part)].copy_(part).sum(0)
+        w = (self.W_U[token_id].double() - total / len(self.W_U)).cpu()
         b = 0.0 if self.b_U is None else float(self.b_U[token_id].double() - self.b_U.mean(dtype=torch.float64))
         return self.centred(self.gain * w), float(w @ self.bias) + b
 
