@@ -368,7 +368,8 @@ def _aside(path: Path, folder: int) -> Iterator[BinaryIO]:
             try:
                 is_ours = _is_locked(file.fileno()) is not False and os.fstat(file.fileno()).st_nlink > 0
             except OSError:
-                os.unlink(aside.name, dir_fd=folder)
+                with suppress(FileNotFoundError):
+                    os.unlink(aside.name, dir_fd=folder)
                 raise
             if is_ours:
                 yield file

@@ -33,7 +33,6 @@ from trainer.run_folder import (
     CONFIG_FILE,
     RUNS_LOCK,
     check_out,
-    finite,
     is_over,
     only_writer,
     write_run_json,
@@ -435,10 +434,10 @@ def _divergence(state: TrainState, record: RunRecord, train_config: TrainConfig,
     """Why an SAE has diverged though its weights are finite; None if it has not.
 
     It has if it ends farther from the activations than zeros are, and than it was before its first step with zeros for
-    b_dec. So an SAE that learnt little has not. A batch is looked at only if the last line of the log gives cause.
+    b_dec. So an SAE that learnt little has not. A batch is looked at if the log's last line gives cause (0: one row).
     """
     config, device = state.config, state.weights["b_dec"].device
-    if (finite(record.metrics.get("metrics/explained_variance")) or 0.0) > 0:  # that of a last batch of one row is 0
+    if isinstance(explained := record.metrics.get("metrics/explained_variance"), float) and explained > 0:
         return None
     began = initial_state(config, torch.zeros(config.d_out, device=device))
     with training_loader(cache, _hook_names([config]), train_config, device=device) as loader:
