@@ -76,11 +76,11 @@ def _digests(model: nn.Module) -> Iterator[str]:
     shared: dict[tuple[Any, ...], Future[str]] = {}  # a tied weight is read once
     lines: list[tuple[str, Future[str]]] = []
     with ThreadPoolExecutor(min(HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
-        for name, part in used_state(model):
+        for name, part, is_kept in used_state(model):
             place = ".".join(step for step in name.split(".") if step.isdecimal())
             if isinstance(part, str):
                 yield f"{place} {part}"
-            elif part.is_meta:  # fetched one at a time
+            elif part.is_meta or not is_kept:  # fetched or made one at a time
                 yield f"{place} {_sha256(values_of(model, name, part))}"
             else:
                 key = (part.data_ptr(), part.device, part.dtype, part.shape, part.stride())
@@ -97,13 +97,20 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def state_of(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Another value whenever weights, buffers or active adapters may have changed; nothing is read for it."""
-    return [
-        (name, part)
-        if isinstance(part, str)
-        else (name, part.data_ptr(), None if part.is_inference() else part._version)
-        for name, part in used_state(model)
-    ]
+    """Another value whenever weights, buffers or active adapters may have changed.
+
+    Of what the model keeps, nothing is read for it. What the model makes for who asks, such as the integers of a
+    quantised weight, is hashed.
+    """
+    return [(name, *_state(value, is_kept)) for name, value, is_kept in used_state(model)]
+
+
+def _state(value: Tensor | str, is_kept: bool) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not is_kept:
+        return (_sha256(value.detach()),)
+    return (value.data_ptr(), None if value.is_inference() else value._version)
 
 
 def identity_differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from actcache.errors import ModelError
+
+
+class Part(NamedTuple):
+    """A tensor, or a number as text, that a forward pass may use.
+
+    Attributes:
+        name: of what it is a part, within the model.
+        value: on the "meta" device if accelerate has offloaded it.
+        is_kept: whether the model itself keeps it. Another one is made for who asks: its address says nothing, because
+            a later one may have the same.
+    """
+
+    name: str
+    value: Tensor | str
+    is_kept: bool
 
 
 def values_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
@@ -34,22 +50,23 @@ def values_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return values
 
 
-def used_state(model: nn.Module) -> Iterator[tuple[str, Tensor | str]]:
-    """(name, tensor or number as text) of all that a forward pass may use.
+def used_state(model: nn.Module) -> Iterator[Part]:
+    """All that a forward pass may use.
 
     It is what the modules themselves save: parameters, persistent buffers, packed weights of quantised layers. A tied
     weight comes once for each place. Adapters of peft that are not active, that are merged into the weights or disabled
-    are left out, with what they replace; the scaling of an active one is a number of its own. Offloaded tensors are on
-    the "meta" device.
+    are left out, with what they replace; the scaling of an active one is a number of its own.
     """
     idle: list[str] = []
     for path, module in model.named_modules():
         if hasattr(module, "adapter_layer_names"):  # a layer of peft
             idle += [f"{path}.{part}." for part in _idle_parts(module)]
-            yield from ((f"{path}.scaling", repr(value)) for value in _scalings(module))
+            yield from (Part(f"{path}.scaling", repr(value), True) for value in _scalings(module))
+    kept = {id(tensor) for tensor in chain(model.parameters(), model.buffers())}
     for name, value in model.state_dict(keep_vars=True).items():
         if not f"{name}.".startswith(tuple(idle)):
-            yield from ((name, part) for part in _parts(value))
+            is_kept = id(value) in kept and not value.is_quantized
+            yield from (Part(name, part, is_kept) for part in _parts(value))
 
 
 def _active(layer: Any) -> list[str]:

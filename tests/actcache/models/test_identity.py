@@ -10,7 +10,7 @@ from support.remote_code import RemoteCode
 from support.tiny_models import FAMILIES, make_model, make_tokenizer
 
 from actcache.errors import ModelError
-from actcache.models.identity import CONTENT, content_sha256
+from actcache.models.identity import CONTENT, content_sha256, state_of
 from actcache.models.load import load_model, wrap_model
 
 TOKENS = torch.arange(24).reshape(2, 12) * 17 % 512
@@ -175,6 +175,23 @@ def test_an_adapter_that_is_switched_later_counts():
     with torch.no_grad():
         module.get_parameter("base_model.model.model.norm.weight")[0] += 1
     assert model.differences(known)
+
+
+def test_the_hash_of_a_quantised_model_is_one():
+    """Its integers are made for the asking, each of them perhaps where one lay that is gone."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch points to another package
+        model = torch.ao.quantization.quantize_dynamic(
+            torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(64))), {torch.nn.Linear}, dtype=torch.qint8
+        )
+    assert len({content_sha256(model) for _ in range(20)}) == 1
+    known = state_of(model)
+    assert known == state_of(model)
+    packed = model[40]._packed_params
+    weight, bias = packed._weight_bias()
+    packed.set_weight_bias(torch._make_per_tensor_quantized_tensor(-weight.int_repr(), weight.q_scale(), 0), bias)
+    assert known != state_of(model)
 
 
 def test_of_an_imported_cache_only_the_name_is_known():

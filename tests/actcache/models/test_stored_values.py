@@ -7,7 +7,7 @@ from actcache.models.stored_values import used_state
 
 
 def names(model):
-    return [name for name, _ in used_state(model)]
+    return [part.name for part in used_state(model)]
 
 
 def test_a_plain_model_uses_all_that_it_saves():
@@ -28,7 +28,7 @@ def test_adapters_that_are_not_active_are_left_out():
 
 
 def test_the_scaling_of_an_adapter_is_a_number():
-    numbers = {part for _, part in used_state(scaled(with_adapters(), 3)) if isinstance(part, str)}
+    numbers = {part.value for part in used_state(scaled(with_adapters(), 3)) if isinstance(part.value, str)}
     assert numbers == {repr(3 * 8 / 2)}, "three times lora_alpha / r"
 
 
@@ -38,6 +38,6 @@ def test_a_quantised_tensor_is_its_integers_and_their_scale():
     module.register_buffer(
         "q", torch._make_per_tensor_quantized_tensor(torch.tensor([1, -2], dtype=torch.int8), 0.5, 3)
     )
-    (_, found), (_, scale) = used_state(module)
-    assert torch.equal(found, torch.tensor([1, -2], dtype=torch.int8))
-    assert scale == "torch.per_tensor_affine 0.5 3"
+    found, scale = used_state(module)
+    assert torch.equal(found.value, torch.tensor([1, -2], dtype=torch.int8)) and not found.is_kept
+    assert scale.value == "torch.per_tensor_affine 0.5 3"
