@@ -51,7 +51,9 @@ from actcache.store.journal import active_writers, read_journals, writers
 from actcache.store.kept import CacheFiles
 from actcache.store.locks import exclusive, remove_abandoned
 from actcache.store.shard import Shard
+from actcache.text.data_files import DataFault
 from actcache.text.packing import PackedSequence, split_of
+from actcache.text.saved import load_saved
 from actcache.text.sources import DatasetSource
 
 TOKEN_IDS = "token_ids"
@@ -133,6 +135,13 @@ def import_cache(
     return open_cache(root)
 
 
+def _is_of_activations(feature: object) -> bool:
+    """Whether a column may hold activations, of [context_size, d_in] in each row. A stranger says what it holds."""
+    if not isinstance(feature, datasets.Array2D) or not isinstance(feature.dtype, str):
+        return False
+    return len(feature.shape) == 2 and all(type(size) is int and 0 <= size < 1 << 31 for size in feature.shape)
+
+
 class ArrowRows:
     """An opened Arrow cache. Rows are read when they are asked for."""
 
@@ -144,14 +153,14 @@ class ArrowRows:
         self.path = path
         require_memory(0, f"reading {path} with pyarrow")  # whose threads end the process where they get none
         try:
-            dataset: Any = datasets.load_from_disk(str(path))
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+            dataset = load_saved(path)
+        except (OSError, DataFault) as error:
             if isinstance(error, OSError) and error.errno is not None and error.errno not in NOT_THERE:
                 name_(error, path)  # the system does not let us read it, which says nothing about what it holds
                 raise
             raise DatasetError(f"import-cache: {path} must be a folder that datasets saved, got {error}") from error
         found = dict(dataset.features) if isinstance(dataset, datasets.Dataset) else {}
-        columns = {name: each for name, each in found.items() if isinstance(each, datasets.Array2D)}
+        columns = {name: each for name, each in found.items() if _is_of_activations(each)}
         kinds = {(each.shape[0], each.dtype) for each in columns.values()}
         if TOKEN_IDS not in found or len(kinds) != 1 or not all(size and dtype in DTYPES for size, dtype in kinds):
             said = "; ".join(f"{name} {each}" for name, each in found.items())

@@ -30,6 +30,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 FILE_SUFFIXES = {*KINDS, *COMPRESSED}  # no name on the hub ends in one of them
 DEFAULT_SPLIT = "train"
 SHOWN = 6  # names in a message
+NO_ROWS = "it holds no rows"
 _NEVER_DATA = {*(name.lower() for name in FILES_TO_IGNORE), "state.json"}
 _ABOUT_DATA = re.compile(r"(readme|licen[cs]e|notice|copying|changelog|contributing|citation|authors)([-._ ].*)?")
 _SHARDED = re.compile(r"data/(.+)-\d{5}-of-\d{5}.*\..*")

@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actcache.text.data_files import KINDS, DataFault, DataFiles, listed, suffix_of
+from actcache.text.data_files import COMPRESSED, KINDS, DataFault, DataFiles, listed, suffix_of
 
 ROWS_FOR_COLUMNS = 256  # rows whose columns are looked at
 ROWS_PER_BATCH = 256  # of a parquet file
@@ -135,9 +135,15 @@ def kind_of(file: Path) -> str:
 
 @contextmanager
 def opened_data(file: Path) -> Iterator[io.BufferedReader]:
-    """The bytes of a file, unpacked if it begins as a compressed file does, whatever its name is."""
+    """The bytes of a file, unpacked if it begins as a compressed file does, whatever its name is.
+
+    Raises ValueError if its name says that it is compressed and its bytes do not.
+    """
     with open(file, "rb") as stream:
-        unpacked = _unpacked(stream, stream.peek(10)[:10])
+        start = stream.peek(10)[:10]
+        unpacked = _unpacked(stream, start)
+        if unpacked is None and start and file.suffix.lower() in COMPRESSED:
+            raise ValueError(f"it is named {file.suffix}, and does not begin as such a file")
         with stream if unpacked is None else io.BufferedReader(unpacked) as plain:
             yield plain
 

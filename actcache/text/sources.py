@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from actcache.text.content_hash import content_hash
 from actcache.text.data_files import (
     DEFAULT_SPLIT,
     FILE_SUFFIXES,
+    NO_ROWS,
     DataFault,
     DataFiles,
     data_files,
@@ -29,16 +29,14 @@ from actcache.text.data_files import (
     require_split,
 )
 from actcache.text.file_rows import FileRows, kind_of
+from actcache.text.saved import SPLITS, STATE, load_saved, saved_json
 
 SAMPLE_BY = ("line", "paragraph", "document")
 ON_BAD_ROW = ("fail", "skip")
 Rows = datasets.Dataset | datasets.IterableDataset | FileRows
 _load_dataset: Callable[..., Any] = datasets.load_dataset  # its overloads know no `streaming: bool`
-# What `datasets` raises where it cannot read. RuntimeError: a loading script. IndexError: what it saved itself has no
-# rows. Other LookupErrors, TypeError: what it saved itself is damaged.
+# What `datasets` raises where it cannot read. RuntimeError: a loading script.
 _READING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, DatasetGenerationError)
-_SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
-NO_ROWS = "it holds no rows"
 _SAID_WITHOUT_ROWS = (  # what it says of another dataset without rows
     "corresponds to no data",
     "Please pass `features` or at least one example",
@@ -113,7 +111,7 @@ class DatasetSource:
             return _load_dataset(
                 self.path, self.config, split=self.split, revision=self.revision, streaming=self.streaming
             )
-        if path.is_dir() and any((path / name).exists() for name in (_SAVED, _SAVED_SPLITS)):
+        if path.is_dir() and any((path / name).exists() for name in (STATE, SPLITS)):
             return self._load_saved(path)
         if path.is_dir():
             data = data_files(path, self.split, self.config)
@@ -128,10 +126,11 @@ class DatasetSource:
     def _load_saved(self, path: Path) -> Any:
         """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
         require_config(self.config)
-        if not (path / _SAVED).exists():
-            require_split(self.split, json.loads((path / _SAVED_SPLITS).read_bytes())["splits"])
-            return datasets.load_from_disk(str(path / self.split))
-        saved = datasets.load_from_disk(str(path))
+        if not (path / STATE).exists():
+            splits = saved_json(path / SPLITS).get("splits")
+            require_split(self.split, splits if isinstance(splits, list) else [])
+            return load_saved(path / self.split)
+        saved = load_saved(path)
         require_split(self.split, {DEFAULT_SPLIT, str(getattr(saved, "split", None) or DEFAULT_SPLIT)})
         return saved
 
@@ -224,5 +223,4 @@ def _reason(error: Exception) -> str:
     """What went wrong, in one line."""
     cause = error.__cause__ or error
     said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    empty = isinstance(cause, IndexError) or any(words in said for words in _SAID_WITHOUT_ROWS)
-    return NO_ROWS if empty else said
+    return NO_ROWS if any(words in said for words in _SAID_WITHOUT_ROWS) else said

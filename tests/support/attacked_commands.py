@@ -43,9 +43,12 @@ base: {{hook_name: {HOOKS[2]}, architecture: topk, d_sae: 32, lr: 1.0e-3}}
 SWEEP = BASE + "runs:\n  - {name: topk, k: 2}\n  - {name: begun, k: 3}\n"
 GRID = BASE + "grid: {k: [2, 3], seed: [0, 1]}\n"
 PROGRESS = re.compile(r"\rGenerating train split: [\w ?:.,/\[\]]*")  # of the library that reads the dataset
-# what is another each time, or a copy of what was attacked; and a plan that is made again, which names the hooks of the
-# cache in place of those that its last harvest was asked for
-TIMED = re.compile(r"/log/|/kept/|/manifest/plan\.json$|/timing\.jsonl$|lock$|runs/[^/]+/crc32c\.json$")
+# what is another each time, or a copy of what was attacked; and what of the manifest is made again if it was lost: a
+# plan then names the hooks of the cache in place of those that its last harvest was asked for, and a journal has the
+# lines in the order in which they were written
+TIMED = re.compile(
+    r"/log/|/kept/|/manifest/(plan\.json|writer-\d+\.jsonl)$|/timing\.jsonl$|lock$|runs/[^/]+/crc32c\.json$"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,12 +208,18 @@ class AttackedCommands:
         attacked = "cache" if tree == "begun" else tree
         changes = Attack(self.places[attacked], self.world, rng)(rng.choice([1, 1, 1, 2, 3, 6]))
         self._changed |= {attacked}
+        names_a_link = self._names_a_link(use)
         used = self._used(use)
         wrong = used.wrongs(use)
-        if used.code == 0 and tree in SEALED and all(change.split(":")[0] in TRUTHFUL for change in changes):
+        truthful = all(change.split(":")[0] in TRUTHFUL for change in changes) and not names_a_link
+        if used.code == 0 and tree in SEALED and truthful:
             wrong += used.untruths(self._used_on_sound(tree, name))
         case = f"{name} after {'; '.join(changes)}: {used.code}"
         return [f"{case}: {each}: {used.said[-600:]}" for each in wrong], used.code
+
+    def _names_a_link(self, use: Use) -> bool:
+        """Whether a command names a link, which it follows: the path that it leads to is what a result may say."""
+        return any(os.path.islink(word.format(**self.places)) for each in use.commands for word in each.split())
 
     def _used(self, use: Use) -> Used:
         code, said, before = 0, "", self._states()

@@ -394,7 +394,8 @@ def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as made:
         here = os.open(path.parent, os.O_RDONLY)
         try:
-            made.bind(f"/proc/self/fd/{here}/{path.name}")  # a whole path may be too long for a socket
+            made.bind(f"/proc/self/fd/{here}/.s")  # a whole path, or a long name, may be too long for a socket
+            os.rename(".s", path.name, src_dir_fd=here, dst_dir_fd=here)
         finally:
             os.close(here)
 

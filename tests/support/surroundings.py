@@ -94,7 +94,13 @@ class FailingCalls:
     def __init__(self, folder: Path, number: int | None = None, error: int = errno.EIO):
         """number: from 0, of the call that fails; None lets every call do. error: its errno."""
         self._folder, self._number, self._error = str(folder), number, error
-        self.n_calls, self.failed = 0, ""
+        self.names: list[str] = []
+        self.failed = ""
+
+    @property
+    def n_calls(self) -> int:
+        """How many there were. names: what each was."""
+        return len(self.names)
 
     @contextmanager
     def __call__(self) -> Iterator[FailingCalls]:
@@ -144,7 +150,7 @@ class FailingCalls:
         """Always True; raises OSError if this is the call that fails. As the kernel does it, without a name."""
         path = self.path_of(target)
         if path.startswith(self._folder):
-            self.n_calls += 1
+            self.names.append(name)
             if self.n_calls - 1 == self._number:
                 self.failed = f"{name} {path}"
                 raise OSError(self._error, os.strerror(self._error))

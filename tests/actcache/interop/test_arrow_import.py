@@ -1,5 +1,6 @@
 """SAELens' Arrow caches as its runner writes them: every value arrives, to the last bit."""
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -263,3 +264,15 @@ def test_training_from_an_imported_cache(imported, tmp_path):
     )
     (record,) = train(imported, sweep, tmp_path / "runs")
     assert record.error is None
+
+
+@pytest.mark.parametrize("size", [{"dtype": "int32", "_type": "Value"}, "2", -1, 1 << 62, None])
+def test_a_shape_that_a_stranger_says_is_one_line(tmp_path, size):
+    features = Features({HOOK: Array2D(shape=(1, 2), dtype="float32"), "token_ids": Sequence(Value("int32"), length=1)})
+    rows = {HOOK: [[[0.0, 1.0]]], "token_ids": [[1]]}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "arrow")
+    info = json.loads((tmp_path / "arrow" / "dataset_info.json").read_text())
+    info["features"][HOOK]["shape"][0] = size
+    (tmp_path / "arrow" / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(DatasetError, match=r"must (have a column|be a folder)"):
+        import_cache(tmp_path / "arrow", config(), tmp_path / "c")

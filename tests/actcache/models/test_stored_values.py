@@ -39,5 +39,6 @@ def test_a_quantised_tensor_is_its_integers_and_their_scale():
         "q", torch._make_per_tensor_quantized_tensor(torch.tensor([1, -2], dtype=torch.int8), 0.5, 3)
     )
     found, scale = used_state(module)
-    assert torch.equal(found.value, torch.tensor([1, -2], dtype=torch.int8)) and not found.is_kept
+    assert torch.equal(found.value, torch.tensor([1, -2], dtype=torch.int8))
+    assert not found.is_kept
     assert scale.value == "torch.per_tensor_affine 0.5 3"

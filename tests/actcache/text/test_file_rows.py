@@ -156,6 +156,10 @@ FAULTS = [
     ("a.zip", zipped(b"x", ("a", "b")), r"a\.zip cannot be read: the archive holds 2 files"),
     ("a.json", b'[{"text": "a"},\n {"text": "b"', r"line 2 of .*a\.json is not JSON: "),
     *(
+        (f"a.txt{packing}", b"(", rf"a\.txt{packing} cannot be read: it is named {packing}, and does not begin as such")
+        for packing in filter(None, PACKERS)
+    ),
+    *(
         (f"a.jsonl{packing}", pack(CONTENTS[".jsonl"])[:-40], rf"a\.jsonl{packing} cannot be read: ")
         for packing, pack in PACKERS.items()
         if packing
