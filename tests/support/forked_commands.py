@@ -39,6 +39,7 @@ class Forked:
 
     process: Any
     said_path: Path
+    exit_code: int | None = None
 
     @property
     def pid(self) -> int:
@@ -49,18 +50,22 @@ class Forked:
         return self.said_path.read_bytes().decode()  # each carriage return is one
 
     def is_alive(self) -> bool:
-        return self.process.is_alive()
+        return self.exit_code is None and self.process.is_alive()
 
     def kill(self) -> bool:
         """SIGKILL; whether it was alive until then."""
-        self.process.kill()
+        if self.exit_code is None:
+            self.process.kill()
         return self.wait() == -signal.SIGKILL
 
     def wait(self, seconds: float = STUCK_SECONDS) -> int:
         """Its exit code; a signal's number is negative. After so many seconds it is stuck."""
-        self.process.join(seconds)
-        assert self.process.exitcode is not None, f"stuck: {self.said}"
-        return self.process.exitcode
+        if self.exit_code is None:
+            self.process.join(seconds)
+            assert self.process.exitcode is not None, f"stuck: {self.said}"
+            self.exit_code = self.process.exitcode
+            self.process.close()  # else its pipes stay open until it is collected
+        return self.exit_code
 
 
 def server() -> Any:
@@ -118,8 +123,7 @@ class Commands:
         try:
             return forked.wait(60), forked.said
         finally:
-            process.kill()
-            process.join()
+            forked.kill()
 
 
 def _call_after(
