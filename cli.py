@@ -14,6 +14,7 @@ import actcache
 from actcache.commands.exchange import export_cache, import_cache
 from actcache.commands.harvest import harvest
 from actcache.commands.integrity import info, relabel, repair, verify
+from actcache.commands.remembered import ModelOfCache
 from actcache.commands.streams import standard_streams
 from actcache.commands.terminal import (
     Commands,
@@ -100,10 +101,10 @@ def demo(out: Annotated[Path, typer.Option(help="The folder to write.")] = Path(
     )
     train(cache=out / "cache", sweep=DEMO_SWEEP, out=out / "runs", device="cpu")
     cache = actcache.open_cache(out / "cache")
-    rows = evaluated(out / "runs", cache, model=None, device="cpu")
+    rows = evaluated(out / "runs", cache, ModelOfCache(device="cpu"))
     for run in sorted(path.parent for path in (out / "runs").glob("*/sae")):
         built_features(run, cache, device="cpu")
-        describe(run, cache, model=None, device="cpu")
+        describe(run, cache, ModelOfCache(device="cpu"))
     say(*evaluation_lines(rows))
     report(out / "runs", out / "report.html")
 

@@ -15,7 +15,7 @@ Public:
     lines.cache_facts: a cache as JSON values
     lines.cache_lines: a cache as lines for a person
     named_sources.refuse_unnamed: models and datasets the user never named
-    remembered.model_of_cache: the model that a cache remembers
+    remembered.ModelOfCache: the model that a cache remembers
     terminal.Commands: turns errors into exit codes
     terminal.say: prints a line for a person
     terminal.with_local_paths: refuses an address among a command's paths

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from actcache.commands.named_sources import note_named
+from actcache.commands.named_sources import note_model, note_named
 from actcache.commands.terminal import (
     CACHE,
     DATA,
     MODEL,
+    Adapter,
     AllowPickle,
     Bar,
     Device,
@@ -86,6 +87,7 @@ def harvest(
     revision: Annotated[
         str | None, typer.Option(help="Revision of the model on the hub.", rich_help_panel=MODEL)
     ] = None,
+    adapter: Adapter = None,
     dataset_config: Annotated[
         str | None, typer.Option(help="Configuration of a hub dataset or of its copy here.", rich_help_panel=DATA)
     ] = None,
@@ -193,6 +195,7 @@ def harvest(
     language_model = load_model(
         model,
         revision=revision,
+        adapter=adapter,
         device=local_device(device, device_map),
         device_map=device_map,
         dtype=model_dtype,
@@ -202,7 +205,7 @@ def harvest(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
-    note_named("model", language_model.source, language_model.identity["revision"])
+    note_model(language_model)
     note_named("dataset", source.path, source.revision)
     if estimate:
         return say(estimate_line(dry_run(language_model, source, config, out)))

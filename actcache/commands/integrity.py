@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from actcache.commands.named_sources import note_named
-from actcache.commands.remembered import dataset_of_cache, model_of_cache
+from actcache.commands.remembered import ModelOfCache, dataset_of_cache
 from actcache.commands.terminal import (
     DATA,
     MODEL,
+    Adapter,
     AllowPickle,
     Bar,
     CachePath,
     Device,
     Json,
+    Model,
     NoLock,
     StageBar,
     TrustRemoteCode,
@@ -30,19 +32,7 @@ from actcache.commands.terminal import (
 from actcache.errors import ManifestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from actcache.integrity.spot_check import SampleReport
-    from actcache.models.language_model import LanguageModel
-
-RememberedModel = Annotated[
-    str | None,
-    typer.Option(
-        help="The model: a Hugging Face name or a local directory.",
-        show_default="as the cache remembers",
-        rich_help_panel=MODEL,
-    ),
-]
 
 
 def info(cache: CachePath, as_json: Json = False) -> None:
@@ -64,7 +54,8 @@ def verify(
         bool,
         typer.Option("--sample-model", help="Also run some sequences through the model again.", rich_help_panel=MODEL),
     ] = False,
-    model: RememberedModel = None,
+    model: Model = None,
+    adapter: Adapter = None,
     sequences: Annotated[
         int, typer.Option(help="How many sequences to run through the model.", rich_help_panel=MODEL)
     ] = 16,
@@ -77,9 +68,10 @@ def verify(
 
     with closing(Bar("verify", "chunk")) as progress:
         found = checked(cache, progress=progress)
-    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    load_model = partial(model_of_cache, model=model, device=device, **trusted)
-    sample = _sample(cache, load_model, sequences) if sampled and not found.problems else None
+    remembered = ModelOfCache(
+        model=model, adapter=adapter, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
+    sample = _sample(cache, remembered, sequences) if sampled and not found.problems else None
     if as_json:
         print_json({**asdict(found), "sample": asdict(sample) if sample else None})
     if sampled and sample is None:
@@ -94,17 +86,18 @@ def verify(
         say(f"{cache}: {sample.n_rows} rows of {sample.n_sequences} sequences are what the model gives")
 
 
-def _sample(root: Path, load_model: Callable[..., LanguageModel], sequences: int) -> SampleReport:
+def _sample(root: Path, model: ModelOfCache, sequences: int) -> SampleReport:
     from actcache.integrity.spot_check import sample_model
     from actcache.store.cache import open_cache
 
     opened = open_cache(root)
-    return sample_model(opened, load_model(root, opened.compute), sequences)
+    return sample_model(opened, model.load(root, opened.compute), sequences)
 
 
 def repair(
     cache: CachePath,
-    model: RememberedModel = None,
+    model: Model = None,
+    adapter: Adapter = None,
     dataset: Annotated[
         str | None,
         typer.Option(help="Where the dataset is now.", show_default="as the cache remembers", rich_help_panel=DATA),
@@ -117,9 +110,11 @@ def repair(
     """Rebuild what is damaged and nothing else. The model is loaded only if activations are damaged."""
     from actcache.integrity.repair import repair as repaired
 
-    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    load_model = partial(model_of_cache, cache, model=model, device=device, **trusted)
+    remembered = ModelOfCache(
+        model=model, adapter=adapter, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
     with locking(cache, no_lock), closing(StageBar()) as progress:
+        load_model = partial(remembered.load, cache)
         done = repaired(cache, load_model, dataset=dataset or partial(dataset_of_cache, cache), progress=progress)
     if dataset is not None:
         note_named("dataset", dataset, None)

@@ -1,9 +1,9 @@
-"""The models and datasets that this user has named to actcache, by which they are told from those of a stranger.
+"""The models, adapters and datasets that this user has named to actcache, to tell them from those of a stranger.
 
 log/origin.json of a cache says where its model and its dataset were loaded from. A cache may be anybody's, so a command
-loads these only if the user named them before, at a harvest, by --model or by --dataset. The names stand in files of
-the user's own, actcache/models.jsonl and actcache/datasets.jsonl below $XDG_STATE_HOME (XDG Base Directory
-Specification), which is ~/.local/state by default.
+loads these only if the user named them before, at a harvest, by --model, --adapter or --dataset. The names stand in
+files of the user's own, such as actcache/models.jsonl below $XDG_STATE_HOME (XDG Base Directory Specification), which
+is ~/.local/state by default.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from actcache.arguments import local_path
 from actcache.errors import ManifestError
 from actcache.files import contents, make_folder
 from actcache.machine.links import own_file
 
-Kind = Literal["model", "dataset"]
+if TYPE_CHECKING:
+    from actcache.models.language_model import LanguageModel
+
+Kind = Literal["model", "adapter", "dataset"]
 
 
 def note_named(kind: Kind, source: str, revision: str | None) -> None:
-    """Note that the user has named a model or a dataset.
+    """Note that the user has named a model, an adapter or a dataset.
 
     Args:
-        kind: which of the two.
+        kind: which of the three.
         source: its hub name, or its path.
         revision: the branch, tag or commit at the hub, as a cache will remember it. Anybody may add one, by asking for
             a change. None for the default, and for a path.
@@ -40,8 +43,15 @@ def note_named(kind: Kind, source: str, revision: str | None) -> None:
                 file.write(_line(source, revision) + b"\n")
 
 
+def note_model(model: LanguageModel) -> None:
+    """Note that the user has named a model that was loaded, and its adapter."""
+    note_named("model", model.source, model.identity["revision"])
+    if model.adapter is not None:
+        note_named("adapter", model.adapter.source, model.adapter.revision)
+
+
 def refuse_unnamed(kind: Kind, source: str, revision: str | None, cache: Path) -> None:
-    """Raise ManifestError unless the user has named the model or the dataset before. cache: what names it here."""
+    """Raise ManifestError unless the user has named this source before. cache: what names it here."""
     if not _was_named(kind, source, revision):
         at = f" at revision {revision}" if revision else ""
         raise ManifestError(

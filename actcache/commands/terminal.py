@@ -74,6 +74,18 @@ Device = Annotated[
     ),
 ]
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="The model: a Hugging Face name or a local directory.",
+        show_default="as the cache remembers",
+        rich_help_panel=MODEL,
+    ),
+]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="A LoRA adapter of the model, named likewise.", rich_help_panel=MODEL),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let the model run Python code that it brings.", rich_help_panel=MODEL),

@@ -149,4 +149,10 @@ def origin_of(model: LanguageModel, source: Source) -> dict[str, Any]:
     if isinstance(source, DatasetSource):
         path = os.path.abspath(source.path) if os.path.exists(source.path) else source.path
         dataset = asdict(replace(source, path=path))
-    return {"model": model.source, "revision": model.identity["revision"], "dataset": dataset}
+    return {
+        "model": model.source,
+        "revision": model.identity["revision"],
+        "adapter": model.adapter and model.adapter.source,
+        "adapter_revision": model.adapter and model.adapter.revision,
+        "dataset": dataset,
+    }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError
+from actcache.models.adapters import Adapter
 from actcache.models.former_identity import former_hashes
 from actcache.models.identity import CONTENT, former_differences, identity_differences
 from actcache.models.probe import probe_differences, probe_rows, probe_tokens, rounding_bound
@@ -37,6 +38,7 @@ class LanguageModel(ABC):
         identity: as `model_identity` gives it; plain JSON values, no absolute path.
         former: the hashes by which older versions knew the model, as `former_hashes` gives them.
         source: a hub name or an absolute path from which the model can be loaded again; "" if that is not known.
+        adapter: what `load_model` has put on the model that is there; None if nothing.
         device: of the embedding. With a device map, activations may be on other devices.
         dtype: of the parameters, and of most activations.
         n_layers, d_model: number of blocks, width of the residual stream.
@@ -50,6 +52,7 @@ class LanguageModel(ABC):
 
     backend: str
     compiled: bool = False
+    adapter: Adapter | None = None
 
     def __init__(self, module: nn.Module, tokenizer: PreTrainedTokenizerBase | None, identity: dict[str, Any]):
         model = cast(PreTrainedModel, module)  # or an adapter's wrapper that passes attributes on

@@ -17,6 +17,7 @@ from actcache.arguments import device_of, one_of, typed
 from actcache.errors import ConfigError, ModelError
 from actcache.machine.installs import no_installs
 from actcache.machine.limits import require_memory
+from actcache.models.adapters import adapted, find_adapter
 from actcache.models.bridge import BridgeModel
 from actcache.models.families import family_of
 from actcache.models.huggingface import HuggingFaceModel
@@ -45,6 +46,8 @@ def load_model(
     name_or_path: str | Path,
     *,
     revision: str | None = None,
+    adapter: str | Path | None = None,
+    adapter_revision: str | None = None,
     device: str = "auto",
     device_map: str | None = None,
     dtype: str = "auto",
@@ -62,6 +65,8 @@ def load_model(
         name_or_path: directory with config.json, weights and tokenizer; or a hub name such as "openai-community/gpt2".
         revision: branch, tag or commit on the hub. Config, tokenizer and weights are all of the commit that it is, and
             the model's identity says which.
+        adapter: directory or hub name of a LoRA adapter of peft, which computes beside the model's own weights.
+        adapter_revision: branch, tag or commit of the adapter on the hub.
         device: "auto" (cuda if there is one, else cpu) or a torch device.
         device_map: how accelerate spreads the model over all devices: "auto", "balanced", "balanced_low_0",
             "sequential". Each activation is then on the device of its block. None for one device.
@@ -80,13 +85,14 @@ def load_model(
             available.
         MemoryError: the weights go onto a CPU, and take more memory than there is.
     """
-    _check_settings(device, device_map, backend, attention, compile)
+    _check_settings(device, device_map, backend, attention, compile, adapter)
     where = device_of("load_model", device)
     source = source_of(str(name_or_path))
     kernel = "eager" if backend == "transformer_lens" else attention
     revision = commit_of(source, revision, trust_remote_code)
     config = load_config(source, revision, trust_remote_code, kernel)
     name = name_of(source)
+    found = None if adapter is None else find_adapter(str(adapter), adapter_revision)
     if backend == "hf":
         family_of(config.get_text_config(), name)  # refuse an unknown family before loading the weights
     torch_dtype = dtype_of(dtype, where)
@@ -111,12 +117,17 @@ def load_model(
         device_map=device_map,
         allow_pickle=allow_pickle,
     )
+    whole: nn.Module = model
+    if found is not None:
+        whole, name = adapted(model, found, name), f"{name}+{found.name}"
     if device_map is None:
-        model.to(where)  # pyright: ignore[reportArgumentType]: transformers' stub loses `self`
-    identity = model_identity(model, tokenizer, name, revision)
+        whole.to(where)
+    identity = model_identity(whole, tokenizer, name, revision)
     if backend == "transformer_lens":
         return BridgeModel(model, tokenizer, identity)
-    return HuggingFaceModel(model, tokenizer, identity, compiled=compile)
+    loaded = HuggingFaceModel(whole, tokenizer, identity, compiled=compile)
+    loaded.adapter = found
+    return loaded
 
 
 def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name: str | None = None) -> LanguageModel:
@@ -138,7 +149,9 @@ def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name
     return HuggingFaceModel(model, tokenizer, identity)
 
 
-def _check_settings(device: str, device_map: str | None, backend: str, attention: str, compile: bool) -> None:
+def _check_settings(
+    device: str, device_map: str | None, backend: str, attention: str, compile: bool, adapter: str | Path | None
+) -> None:
     """Raise ConfigError for an unknown word, or for settings that exclude each other.
 
     The arguments are load_model's.
@@ -156,6 +169,11 @@ def _check_settings(device: str, device_map: str | None, backend: str, attention
     if device_map is not None and compile:
         raise ConfigError(
             f"load_model: compile needs the model on one device, got device_map {device_map!r}; leave one of them out"
+        )
+    if backend == "transformer_lens" and adapter is not None:
+        raise ConfigError(
+            f"load_model: backend transformer_lens runs no adapter, got {str(adapter)!r}; merge it into its model by "
+            "peft, or use backend hf"
         )
     if backend == "transformer_lens" and (device_map is not None or compile or attention not in ("auto", "eager")):
         raise ConfigError(

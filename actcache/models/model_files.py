@@ -52,8 +52,7 @@ def adapter_refused(source: str, path: Path) -> ModelError:
         base = None
     return ModelError(
         f"load_model: {source!r} holds an adapter of {shown(base) if base else 'another model'}, not a whole model; "
-        "merge them by peft (merge_and_unload), save the result and the tokenizer by save_pretrained, and pass that "
-        "folder, or pass the adapted model to actcache.harvest in Python"
+        "pass that model, and the adapter as --adapter (in Python adapter=)"
     )
 
 

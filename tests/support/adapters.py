@@ -1,10 +1,13 @@
-"""A tiny Llama with adapters of peft, and what can be done to them."""
+"""Adapters of peft on tiny models, and what can be done to them."""
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from support.tiny_models import make_model
 
@@ -45,3 +48,21 @@ def disabled(model: PeftModel) -> PeftModel:
     """The model with all adapters off."""
     model.base_model.disable_adapter_layers()
     return model
+
+
+def save_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """Save a random adapter of the model in a folder as users of peft do, and return where.
+
+    settings: of LoraConfig.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        config = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "v_proj"]} | settings)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) / 4)
+        model.save_pretrained(folder)
+    return folder

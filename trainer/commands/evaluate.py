@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from actcache.commands.integrity import RememberedModel
-from actcache.commands.remembered import model_of_cache
-from actcache.commands.terminal import DATA, AllowPickle, Bar, Device, Json, TrustRemoteCode, print_json, say, say_owner
+from actcache.commands.remembered import ModelOfCache
+from actcache.commands.terminal import (
+    DATA,
+    Adapter,
+    AllowPickle,
+    Bar,
+    Device,
+    Json,
+    Model,
+    TrustRemoteCode,
+    print_json,
+    say,
+    say_owner,
+)
 from actcache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +58,8 @@ def cache_of(cache: Path | None, runs: Path) -> Cache:
 def evaluate(
     runs: Annotated[Path, typer.Argument(metavar="RUN|RUNS", help="One run, or a folder of runs.")],
     cache: RememberedCache = None,
-    model: RememberedModel = None,
+    model: Model = None,
+    adapter: Adapter = None,
     exclude_special_tokens: ExcludeSpecialTokens = False,
     keep_special_tokens: KeepSpecialTokens = False,
     device: Device = "auto",
@@ -60,8 +72,10 @@ def evaluate(
 
     opened = cache_of(cache, runs)
     excludes = is_excluding(exclude_special_tokens, keep_special_tokens) is not False  # by default they are left out
-    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    rows = evaluated(runs, opened, model, device, exclude_special_tokens=excludes, **trusted)
+    remembered = ModelOfCache(
+        model=model, adapter=adapter, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
+    rows = evaluated(runs, opened, remembered, exclude_special_tokens=excludes)
     if as_json:
         print_json({"runs": rows})
     else:
@@ -87,24 +101,14 @@ def is_excluding(exclude: bool, keep: bool) -> bool | None:
 
 
 def evaluated(
-    runs: Path,
-    cache: Cache,
-    model: str | None,
-    device: str,
-    *,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    exclude_special_tokens: bool = True,
+    runs: Path, cache: Cache, model: ModelOfCache, *, exclude_special_tokens: bool = True
 ) -> list[dict[str, Any]]:
     """Evaluate runs with a progress bar. Returns what each eval.json says.
 
     Args:
         runs: one run, or a folder of runs.
         cache: the cache to evaluate on.
-        model: the language model; None for the one that the cache remembers.
-        device: where the model and the SAEs run.
-        trust_remote_code: let the model run code that it brings.
-        allow_pickle: take weights that are a pickle, if there are no safetensors.
+        model: the language model; the SAEs run on its device.
         exclude_special_tokens: leave the rows of special tokens out.
     """
     from trainer.evaluation.evaluate import check_writable, evaluate_runs
@@ -112,14 +116,7 @@ def evaluated(
     say_owner(runs)
     say_owner(cache.path)  # losses are kept there
     check_writable(runs)  # before the model is loaded
-    language_model = model_of_cache(
-        cache.path,
-        cache.compute,
-        model=model,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
+    language_model = model.load(cache.path, cache.compute)
     with closing(Bar("evaluate", "tok")) as progress:
         return evaluate_runs(
             runs, cache, language_model, exclude_special_tokens=exclude_special_tokens, progress=progress

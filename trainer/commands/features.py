@@ -5,22 +5,22 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from actcache.arguments import one_of
-from actcache.commands.integrity import RememberedModel
-from actcache.commands.remembered import model_of_cache
+from actcache.commands.remembered import ModelOfCache
 from actcache.commands.terminal import (
     MODEL,
     OUTPUT,
+    Adapter,
     AllowPickle,
     Bar,
     Device,
     Json,
+    Model,
     TrustRemoteCode,
     print_json,
     resolved_device,
@@ -65,7 +65,8 @@ def features(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
-    model: RememberedModel = None,
+    model: Model = None,
+    adapter: Adapter = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -80,16 +81,18 @@ def features(
     from trainer.formats.saelens import load_sae
 
     opened = cache_of(cache, run)
-    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    remembered = ModelOfCache(
+        model=model, adapter=adapter, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
     if text is not None:
-        language_model = model_of_cache(opened.path, opened.compute, model=model, device=device, **trusted)
+        language_model = remembered.load(opened.path, opened.compute)
         facts, lines = _of_text(load_sae(run, device=resolved_device(device)), language_model, text, predict, top)
         return print_json(facts) if as_json else say(*lines)
     if predict is not None:
         raise ConfigError("features: --predict says what --text adds to a logit; give --text too")
     say_owner(run)
     built, rate = built_features(run, opened, device)
-    describe(run, opened, model, device, **trusted)
+    describe(run, opened, remembered)
     words = read_words(run) if has_words(run) else Words(tokens={}, lens=None)  # without a model there are no words
     if feature is not None:
         facts, described = feature_facts(built, feature, top, words), feature_lines
@@ -117,15 +120,7 @@ def built_features(run: Path, cache: Cache, device: str) -> tuple[Features, floa
     return built, (done[-1] - done[0]) / (time.perf_counter() - started) if done else None
 
 
-def describe(
-    run: Path,
-    cache: Cache,
-    model: str | None,
-    device: str,
-    *,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> None:
+def describe(run: Path, cache: Cache, model: ModelOfCache) -> None:
     """Write the words of a run's features, which a report shows, if they can be written and are not there yet."""
     from trainer.features.words import has_words, may_write_words, write_words
 
@@ -133,10 +128,9 @@ def describe(
         return
     if not may_write_words(run):
         return say(f"{run}: a report cannot show its features, for this user may not write there; ask its owner")
-    if not (model or cache.origin["model"]):
+    if not (model.model or cache.origin["model"]):
         return say(f"{run}: a report cannot show its features, for nobody knows the model; pass --model")
-    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    write_words(run, cache, model_of_cache(cache.path, cache.compute, model=model, device=device, **trusted))
+    write_words(run, cache, model.load(cache.path, cache.compute))
 
 
 def _of_text(
@@ -171,7 +165,8 @@ def steer(
     keep_error: Annotated[
         bool, typer.Option("--keep-error/--drop-error", help="Keep or drop what the SAE does not reconstruct.")
     ] = True,
-    model: RememberedModel = None,
+    model: Model = None,
+    adapter: Adapter = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
@@ -183,10 +178,11 @@ def steer(
 
     change = _change(mode, strength)
     sae = load_sae(run, device=resolved_device(device))
-    trusted = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    load = partial(model_of_cache, model=model, device=device, **trusted)
+    remembered = ModelOfCache(
+        model=model, adapter=adapter, device=device, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
     # a named model needs no cache: an SAE of others has none
-    language_model = load(None, {}) if model and cache is None else load(*_cache_of(run, cache))
+    language_model = remembered.load(*((None, {}) if model and cache is None else _cache_of(run, cache)))
     steered = steered_texts(
         language_model,
         sae,

@@ -46,3 +46,39 @@ def test_a_model_in_memory_is_saved_and_named(tiny_texts, tmp_path):
     tokenizer.save_pretrained(tmp_path / "saved")
     report = json.loads(actcache(*sampled, "--json", "--model", tmp_path / "saved").stdout)
     assert (report["problems"], report["sample"]["problems"]) == ([], [])
+
+
+def test_the_adapter_of_a_cache_is_found_or_asked_for(tiny_llama_dir, tiny_texts, tmp_path, monkeypatch):
+    import json
+    import shutil
+
+    from support.adapters import save_adapter
+    from support.command_line import actcache
+    from support.tiny_caches import HOOKS
+    from support.tiny_saes import make_config, make_run
+
+    from actcache.store.cache import open_cache
+
+    adapter = save_adapter(tiny_llama_dir, tmp_path / "lora")
+    asked = ("harvest", "--model", tiny_llama_dir, "--hook", HOOKS[2], "--dataset", tiny_texts, "--device", "cpu")
+    asked = (*asked, "--context-size", 16, "--holdout", 0.2, "--out", tmp_path / "c")
+    actcache(*asked, "--adapter", adapter)
+    cache = open_cache(tmp_path / "c")
+    assert cache.origin["adapter"] == str(adapter)
+    assert cache.identity["model"]["name"] == f"{tiny_llama_dir.name}+lora"
+    assert "its weights are others" in actcache(*asked, code=1).stderr
+    actcache(*asked, "--adapter", adapter)
+
+    sampled = ("verify", tmp_path / "c", "--sample-model", "--device", "cpu")
+    assert "are what the model gives" in actcache(*sampled).stderr
+    run = make_run(tmp_path, make_config("topk", d_in=32, hook_name=HOOKS[2]), cache.identity["model"])
+    said = json.loads(actcache("eval", run, "--cache", cache.path, "--device", "cpu", "--json").stdout)
+    assert said["runs"][0]["ce_loss_with_ablation"] is not None
+
+    moved = shutil.move(adapter, tmp_path / "moved")
+    assert "the adapter" in actcache(*sampled, code=1).stderr
+    actcache(*sampled, "--adapter", moved)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another user"))
+    stranger = actcache(*sampled, "--model", tiny_llama_dir, code=1).stderr
+    assert f"names the adapter {adapter}, which you have not named to actcache yet" in stranger
+    assert f"pass --adapter {adapter}" in stranger

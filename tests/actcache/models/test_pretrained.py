@@ -333,7 +333,7 @@ print(json.dumps(load_model("owner/model", device="cpu").identity))
 
 
 ADAPTER = '{"base_model_name_or_path": "stranger/base", "peft_type": "LORA"}'
-ADAPTS = r"holds an adapter of .?stranger/base.?, not a whole model; merge them by peft"
+ADAPTS = r"holds an adapter of .?stranger/base.?, not a whole model; pass that model, and the adapter as --adapter"
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -9,6 +9,7 @@ from support.command_line import actcache
 from support.tiny_caches import HOOKS
 from support.tiny_saes import make_config, make_run
 
+from actcache.commands.remembered import ModelOfCache
 from actcache.errors import ConfigError
 from actcache.store.cache import open_cache
 from trainer.commands.features import STEERINGS, _change, built_features, describe
@@ -45,21 +46,21 @@ def test_a_rate_is_of_what_was_encoded_in_this_call(run: Path, tiny_cache) -> No
 
 def test_words_are_written_once(run: Path, tiny_cache, monkeypatch: pytest.MonkeyPatch) -> None:
     built_features(run, tiny_cache, "cpu")
-    describe(run, tiny_cache, None, "cpu")
+    describe(run, tiny_cache, ModelOfCache(device="cpu"))
     assert has_words(run)
 
     def none_is_loaded(*_: object, **__: object) -> None:
         raise AssertionError("a model is loaded for words that are there")
 
-    monkeypatch.setattr("trainer.commands.features.model_of_cache", none_is_loaded)
-    describe(run, tiny_cache, None, "cpu")
+    monkeypatch.setattr(ModelOfCache, "load", none_is_loaded)
+    describe(run, tiny_cache, ModelOfCache(device="cpu"))
 
 
 def test_the_features_of_a_cache_that_forgot_its_model_have_no_words(run: Path, tiny_cache, tmp_path, capsys) -> None:
     forgetful = open_cache(shutil.copytree(tiny_cache.path, tmp_path / "cache"))
     origin = forgetful.path / "log" / "origin.json"
     origin.write_text(json.dumps({**forgetful.origin, "model": None}))  # as of a model that was in memory
-    describe(run, forgetful, None, "cpu")
+    describe(run, forgetful, ModelOfCache(device="cpu"))
     assert capsys.readouterr().err == (
         f"{run}: a report cannot show its features, for nobody knows the model; pass --model\n"
     )
