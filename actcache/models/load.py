@@ -117,7 +117,7 @@ def load_model(
         device_map=device_map,
         allow_pickle=allow_pickle,
     )
-    whole: nn.Module = model
+    whole = cast(nn.Module, model)
     if found is not None:
         whole, name = adapted(model, found, name), f"{name}+{found.name}"
     if device_map is None:
