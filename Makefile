@@ -14,7 +14,7 @@ test: .venv/.dev lint
 test-faults: .venv/.dev
 	$(PYTEST) -m faults
 
-test-long: .venv/.dev
+test-long: .venv/.dev .venv/.former
 	$(PYTEST) -m 'faults or long'
 
 test-browser: .venv/.dev
@@ -42,6 +42,12 @@ bench: .venv/.dev
 
 .venv/.dev: .venv/.base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# older versions of transformers, with what they need in other versions, each in a folder
+.venv/.former: .venv/.dev
+	for version in 5.0.0 5.12.1; do $(BIN)/python -m pip install --quiet --no-deps --target .venv/former/$$version \
+		transformers==$$version tokenizers==0.22.2 huggingface_hub==1.33.0 || exit 1; done
 	touch $@
 
 clean:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -97,8 +97,17 @@ class HuggingFaceModel(LanguageModel):
                 f"logits_from: start must have shape {(*token_ids.shape, self.d_model)}, got {tuple(start.shape)}; "
                 f"pass what {self.stream_before(hook_name)} was for the same tokens"
             )
-        with skip_blocks(start, self._blocks[: int(hook_name.split(".")[1])]):
+        skipped = self._blocks[: int(hook_name.split(".")[1])]
+        with skip_blocks((start,) if skipped and self._is_in_tuples else start, skipped):
             return self.logits_with(token_ids, hook_name, replace)
+
+    @cached_property
+    def _is_in_tuples(self) -> bool:
+        """Whether blocks return the stream in a tuple, as those of GPT-NeoX do in older versions of transformers."""
+        returned: list[object] = []
+        with self._blocks[0].register_forward_hook(lambda _, __, output: returned.append(output)):
+            self.activations(torch.zeros((1, 1), dtype=torch.int64), ["blocks.0.hook_resid_post"])
+        return isinstance(returned[0], tuple)
 
     def stream_before(self, hook_name: str) -> str:
         """hook_resid_pre of the hook's block. Raises ModelError if the hook does not exist."""
@@ -168,7 +177,7 @@ def _on_output(hook_fn: HookFn, module: nn.Module, args: tuple[Any, ...], output
 
 
 @contextmanager
-def skip_blocks(x: Tensor, blocks: Iterable[nn.Module]) -> Iterator[None]:
+def skip_blocks(x: Tensor | tuple[Tensor], blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the `with`, every block returns x and does not run. Afterwards each has its own `forward` again."""
     forwards = [(block, block.__dict__.get("forward")) for block in blocks]
     try:

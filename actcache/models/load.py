@@ -24,6 +24,7 @@ from actcache.models.huggingface import HuggingFaceModel
 from actcache.models.identity import model_identity
 from actcache.models.language_model import LanguageModel
 from actcache.models.pretrained import (
+    capping_kernel,
     check_flash_attention,
     commit_of,
     dtype_of,
@@ -92,6 +93,7 @@ def load_model(
     revision = commit_of(source, revision, trust_remote_code)
     config = load_config(source, revision, trust_remote_code, kernel)
     name = name_of(source)
+    kernel = capping_kernel(kernel, config, name)
     found = None if adapter is None else find_adapter(str(adapter), adapter_revision)
     if backend == "hf":
         family_of(config.get_text_config(), name)  # refuse an unknown family before loading the weights

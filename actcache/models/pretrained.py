@@ -161,6 +161,26 @@ def load_tokenizer(source: str, revision: str | None, trust_remote_code: bool) -
     return tokenizer if {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} else None
 
 
+def capping_kernel(kernel: str, config: PretrainedConfig, name: str) -> str:
+    """The attention kernel, or "eager" in the place of "auto" for a model that caps its attention logits (Gemma 2).
+
+    Older versions of transformers take sdpa for it, which leaves the cap out.
+
+    Args:
+        kernel: as asked for.
+        config: of the model.
+        name: the model's, for messages.
+
+    Raises:
+        ModelError: sdpa is asked for by name.
+    """
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is None:
+        return kernel
+    if kernel == "sdpa":
+        raise ModelError(f"load_model: {name} caps its attention logits, which sdpa does not; pass --attention eager")
+    return "eager" if kernel == "auto" else kernel
+
+
 def check_flash_attention(device: torch.device, dtype: torch.dtype | str, config: PretrainedConfig) -> None:
     """Raise ModelError if flash attention cannot run.
 

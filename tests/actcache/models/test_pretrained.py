@@ -118,8 +118,10 @@ def test_loading_prints_nothing_whatever_the_path_says(backend, directory, tmp_p
     assert model.hook_widths(["blocks.0.hook_resid_mid"]) == {"blocks.0.hook_resid_mid": D_MODEL}
 
 
-def test_sdpa_where_the_model_has_none(directory):
-    with pytest.raises(ModelError, match=r"Gemma2.* does not support .*scaled_dot.*; pass --attention auto") as error:
+def test_sdpa_does_not_cap_attention_logits(directory):
+    with pytest.raises(
+        ModelError, match="gemma2 caps its attention logits, which sdpa does not; pass --attention"
+    ) as error:
         load_model(directory("gemma2"), device="cpu", attention="sdpa")
     assert one_line(error)
 
