@@ -72,6 +72,21 @@ class RemoteCode:
         _change(path / "tokenizer_config.json", {"tokenizer_class": "OwnTokenizer", "auto_map": auto})
         return path
 
+    def elsewhere(self, name: str) -> Path:
+        """A plain model with code in the files that loading a model does not need: of generation, of a processor."""
+        code = f"{MARKER.format(folder=str(self._marks))}\nleave('elsewhere')\n"
+        path = self._copy(name, {"own.py": code})
+        (path / "custom_generate").mkdir()
+        (path / "custom_generate" / "generate.py").write_text(
+            f"{code}\ndef generate(model, *_, **__): leave('called')\n"
+        )
+        auto = {
+            key: "own.Own" for key in ("AutoProcessor", "AutoGenerationConfig", "AutoImageProcessor", "AutoTokenizer")
+        }
+        for file in ("generation_config.json", "processor_config.json", "preprocessor_config.json"):
+            (path / file).write_text(json.dumps({"auto_map": auto, "custom_generate": "own"}))
+        return path
+
     def _copy(self, name: str, files: dict[str, str]) -> Path:
         path = Path(shutil.copytree(self._plain, self._folder / name))
         for file, code in {**files, "marker.py": MARKER.format(folder=str(self._marks))}.items():

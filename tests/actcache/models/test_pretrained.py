@@ -157,6 +157,12 @@ def test_code_of_a_model_is_refused_in_one_line_and_nobody_is_asked(part, backen
     assert remote_code.ran == set()
 
 
+def test_code_that_loading_does_not_need_does_not_run(remote_code, ours):
+    model = load_model(remote_code.elsewhere("own"), device="cpu")
+    assert torch.equal(model.logits(TOKENS), ours("llama").logits(TOKENS))
+    assert remote_code.ran == set()
+
+
 def test_code_of_a_model_runs_for_those_who_trust_it(remote_code, bridge):
     model = load_model(remote_code.model("own"), device="cpu", backend="transformer_lens", trust_remote_code=True)
     assert remote_code.ran == {"config"}
