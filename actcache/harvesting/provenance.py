@@ -144,15 +144,12 @@ def other_compute(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | No
 
 
 def origin_of(model: LanguageModel, source: Source) -> dict[str, Any]:
-    """Where model and dataset can be loaded from again. "dataset" is None if the dataset was in memory."""
+    """Where model and dataset can be loaded from again, as `read_origin` gives it."""
     dataset = None
     if isinstance(source, DatasetSource):
         path = os.path.abspath(source.path) if os.path.exists(source.path) else source.path
         dataset = asdict(replace(source, path=path))
-    return {
-        "model": model.source,
-        "revision": model.identity["revision"],
-        "adapter": model.adapter and model.adapter.source,
-        "adapter_revision": model.adapter and model.adapter.revision,
-        "dataset": dataset,
-    }
+    origin = {"model": model.source, "revision": model.identity["revision"], "dataset": dataset}
+    if model.adapter is not None:
+        origin |= {"adapter": model.adapter.source, "adapter_revision": model.adapter.revision}
+    return origin

@@ -219,16 +219,16 @@ def _of_manifest(root: Path, path: Path, sealed: bytes) -> Cache:
 
 
 def read_origin(root: Path) -> dict[str, Any]:
-    """{"model", "revision", "adapter", "adapter_revision", "dataset"}: where model and dataset were loaded from.
+    """{"model", "revision", "dataset"}: where the model and the dataset were loaded from.
 
     Two equal caches may have different origins. "dataset" holds the fields of a DatasetSource, or is None if the
-    dataset was in memory. Raises ManifestError if the file is missing or malformed, OSError if it cannot be read.
+    dataset was in memory. There are "adapter" and "adapter_revision" too if the model had one. Raises ManifestError if the file is missing or malformed, OSError if it cannot be read.
     """
     try:
         origin = json.loads(contents(root / ORIGIN))
-        origin = {"adapter": None, "adapter_revision": None} | origin  # which older versions did not know
-        names = ("model", "revision", "adapter", "adapter_revision")
-        kinds = {**dict.fromkeys(names, str | None), "dataset": dict | None}
+        kinds = {"model": str | None, "revision": str | None, "dataset": dict | None}
+        if "adapter" in origin:
+            kinds |= {"adapter": str, "adapter_revision": str | None}
         fields = (origin["dataset"] or {}).values()
         if not all(isinstance(origin[name], kind) for name, kind in kinds.items()) or not all(
             isinstance(field, str | bool | None) for field in fields
