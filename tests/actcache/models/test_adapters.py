@@ -85,7 +85,7 @@ STRANGE = {
         {"megatron_config": {"a": 1}, "megatron_core": "this"},
         "plain LoRA, has 'megatron_config'",
     ),
-    "layers many times": ({"layer_replication": [[0, 3]] * 10**6}, "must be plain LoRA, has 'layer_replication'"),
+    "layers many times": ({"layer_replication": [[0, 3]] * 10**4}, "must be plain LoRA, has 'layer_replication'"),
     "only after some tokens": ({"alora_invocation_tokens": [5]}, "has 'alora_invocation_tokens'; merge it"),
     "what nobody knows yet": ({"use_something": True}, "must be plain LoRA, has 'use_something'"),
     "another rank": ({"r": 3}, "does not fit tiny-llama: .*size mismatch"),
