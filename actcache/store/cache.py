@@ -222,7 +222,8 @@ def read_origin(root: Path) -> dict[str, Any]:
     """{"model", "revision", "dataset"}: where the model and the dataset were loaded from.
 
     Two equal caches may have different origins. "dataset" holds the fields of a DatasetSource, or is None if the
-    dataset was in memory. There are "adapter" and "adapter_revision" too if the model had one. Raises ManifestError if the file is missing or malformed, OSError if it cannot be read.
+    dataset was in memory. There are "adapter" and "adapter_revision" too if the model had one. Raises ManifestError if
+    the file is missing or malformed, OSError if it cannot be read.
     """
     try:
         origin = json.loads(contents(root / ORIGIN))
