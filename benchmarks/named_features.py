@@ -43,7 +43,8 @@ from trainer.features.read import open_features
 from trainer.features.token_strings import token_strings
 from trainer.features.words import read_words
 from trainer.formats.saelens import load_sae
-from trainer.interventions.steering import Add, steer
+from trainer.interventions.splice import Add
+from trainer.interventions.steering import steer
 from trainer.sae.sae import SAE
 
 RUN = "topk-8"

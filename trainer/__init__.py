@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from trainer.formats.foreign import Names
     from trainer.formats.imports import import_release, import_sae
     from trainer.formats.saelens import export_sae, load_sae
-    from trainer.interventions.steering import Add, Clamp, Scale, steer
+    from trainer.interventions.feature_attribution import attribution
+    from trainer.interventions.splice import Add, Clamp, Patch, Scale, Splice, spliced
+    from trainer.interventions.steering import steer
     from trainer.publish.neuronpedia import export_neuronpedia
     from trainer.report.report import write_report
     from trainer.sae.sae import SAE
@@ -34,12 +36,15 @@ __all__ = [
     "Add",
     "Clamp",
     "Names",
+    "Patch",
     "RunRecord",
     "SAEConfig",
     "Scale",
+    "Splice",
     "SweepConfig",
     "SweepProgress",
     "TrainConfig",
+    "attribution",
     "build_features",
     "encode_text",
     "evaluate",
@@ -54,6 +59,7 @@ __all__ = [
     "open_features",
     "plan",
     "similar_features",
+    "spliced",
     "stability",
     "steer",
     "train",
@@ -75,7 +81,9 @@ __getattr__ = lazily(
         "Names": "trainer.formats.foreign",
         **dict.fromkeys(("import_release", "import_sae"), "trainer.formats.imports"),
         **dict.fromkeys(("export_sae", "load_sae"), "trainer.formats.saelens"),
-        **dict.fromkeys(("Add", "Clamp", "Scale", "steer"), "trainer.interventions.steering"),
+        "attribution": "trainer.interventions.feature_attribution",
+        **dict.fromkeys(("Add", "Clamp", "Patch", "Scale", "Splice", "spliced"), "trainer.interventions.splice"),
+        "steer": "trainer.interventions.steering",
         "export_neuronpedia": "trainer.publish.neuronpedia",
         "write_report": "trainer.report.report",
         "SAE": "trainer.sae.sae",

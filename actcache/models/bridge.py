@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ class BridgeModel(LanguageModel):
     """
 
     backend = "transformer_lens"
+    _shape: torch.Size | None = None  # of the token ids, during a pass of this class
 
     @no_installs("TransformerLens")
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, identity: dict[str, Any]):
@@ -69,27 +71,25 @@ class BridgeModel(LanguageModel):
             reason = str(error).partition(". ")[0]
             raise ModelError(f"{self.identity['name']}: {reason}; choose another hook") from None
 
-    @torch.no_grad()
-    def _forward(self, token_ids: Tensor, hook_fns: dict[str, HookFn]) -> Tensor:
-        if token_ids.device.type == "cpu":  # elsewhere a look at them would wait for the device
-            self.refuse_unknown_ids(token_ids)
-        token_ids = token_ids.to(self.device, non_blocking=True)
-        fwd_hooks: list[tuple[str | Callable, Callable]] = [
-            (hook_name, self._flat(hook_name, token_ids.shape, hook_fn)) for hook_name, hook_fn in hook_fns.items()
-        ]
-        return self._bridge.run_with_hooks(token_ids, fwd_hooks=fwd_hooks, return_type="logits")
+    def _hooked(self, hook_name: str, hook_fn: HookFn) -> AbstractContextManager[object]:
+        return self._bridge.hooks(fwd_hooks=[(hook_name, self._flat(hook_name, hook_fn))])
 
-    def _flat(self, hook_name: str, shape: torch.Size, hook_fn: HookFn) -> Callable[..., Tensor | None]:
-        """A hook of the bridge that shows `hook_fn` the activation as [sequence, position, d_in].
+    def _logits(self, token_ids: Tensor) -> Tensor:
+        self._shape = token_ids.shape
+        try:
+            return self._bridge(token_ids.to(self.device, non_blocking=True), return_type="logits")
+        finally:
+            self._shape = None
 
-        shape: of the token ids.
-        """
+    def _flat(self, hook_name: str, hook_fn: HookFn) -> Callable[..., Tensor | None]:
+        """A hook of the bridge that shows `hook_fn` the activation as [sequence, position, d_in]."""
 
         def flat_hook_fn(x: Tensor, hook: object) -> Tensor | None:
-            if x.ndim < 3 or x.shape[:2] != shape:
+            if x.ndim < 3 or self._shape not in (None, x.shape[:2]):
+                tokens = "token" if self._shape is None else f"of {tuple(self._shape)} tokens"
                 raise ModelError(
-                    f"{self.identity['name']}: {hook_name} must have a vector for each of {tuple(shape)} tokens, "
-                    f"got shape {tuple(x.shape)}; choose another hook"
+                    f"{self.identity['name']}: {hook_name} must have a vector for each {tokens}, got shape "
+                    f"{tuple(x.shape)}; choose another hook"
                 )
             replaced = hook_fn(x.flatten(2))
             return None if replaced is None else replaced.view_as(x)

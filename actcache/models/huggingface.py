@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -125,26 +125,40 @@ class HuggingFaceModel(LanguageModel):
         unknown_hook(self, hook_name, self._hook_names, "load with --backend transformer_lens for other sites")
 
     @torch.no_grad()
-    def _forward(self, token_ids: Tensor, hook_fns: dict[str, HookFn]) -> Tensor:
-        if self.max_positions is not None and token_ids.shape[1] > self.max_positions:
+    def logits_after(
+        self, past: Any, token_ids: Int[Tensor, "sequence position"]
+    ) -> tuple[Float[Tensor, "sequence position vocab"], Any]:
+        """As `LanguageModel.logits_after`; the past is a cache of keys and values."""
+        if self.compiled:  # the blocks would be compiled for each length
+            return super().logits_after(past, token_ids)
+        n_before = 0 if past is None else past.get_seq_length()
+        self._check_ids(token_ids, n_before)
+        output = self._run(token_ids, n_before, use_cache=True, past_key_values=past)
+        return output["logits"], output["past_key_values"]
+
+    def _check_ids(self, token_ids: Tensor, n_before: int = 0) -> None:
+        n_tokens = n_before + token_ids.shape[1]
+        if self.max_positions is not None and n_tokens > self.max_positions:
             raise ModelError(
-                f"{self.identity['name']}: sequences have at most {self.max_positions} tokens, got "
-                f"{token_ids.shape[1]}; pass a smaller --context-size, or a shorter text"
+                f"{self.identity['name']}: sequences have at most {self.max_positions} tokens, got {n_tokens}; pass a "
+                "smaller --context-size, or a shorter text"
             )
-        if token_ids.device.type == "cpu":  # elsewhere a look at them would wait for the device
-            self.refuse_unknown_ids(token_ids)
-        with ExitStack() as stack:
-            for hook_name, hook_fn in hook_fns.items():
-                stack.callback(self._attach(hook_name, hook_fn).remove)
-            token_ids = token_ids.to(self.device, non_blocking=True)
-            # A mask of ones changes nothing; without it GPT-2 warns about padding when BOS is also the pad token.
-            output = self._model(input_ids=token_ids, attention_mask=torch.ones_like(token_ids), use_cache=False)
+        super()._check_ids(token_ids)
+
+    def _logits(self, token_ids: Tensor) -> Tensor:
+        return self._run(token_ids, 0, use_cache=False)["logits"]
+
+    def _run(self, token_ids: Tensor, n_before: int, **settings: Any) -> Any:
+        """What the module gives for tokens after `n_before` others; "logits" is in it."""
+        token_ids = token_ids.to(self.device, non_blocking=True)
+        # A mask of ones changes nothing; without it GPT-2 warns about padding when BOS is also the pad token.
+        mask = token_ids.new_ones((len(token_ids), n_before + token_ids.shape[1]))
+        output = self._model(input_ids=token_ids, attention_mask=mask, **settings)
         if "logits" not in output:
             raise ModelError(f"{self.identity['name']}: the checkpoint has no output head, so no logits; use one with")
-        return output["logits"]
+        return output
 
-    def _attach(self, hook_name: str, hook_fn: HookFn) -> RemovableHandle:
-        """Call `hook_fn` with the activation whenever its submodule runs, until the handle is removed."""
+    def _hooked(self, hook_name: str, hook_fn: HookFn) -> RemovableHandle:
         _, layer, site = hook_name.split(".")
         block = self._blocks[int(layer)]
         family = self._family

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -141,6 +142,34 @@ class LanguageModel(ABC):
             self._check(name)
         return self._forward(token_ids, dict(hook_fns or {}))
 
+    @contextmanager
+    def replacing(self, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Inside the `with`, activations of every pass of the module are replaced, whoever calls it.
+
+        Gradients flow where torch records them. At hook_resid_mid as `logits_with` says.
+
+        Args:
+            replace: hook name -> a function that gets [sequence, position, d_in] and returns the same shape.
+
+        Raises:
+            ModelError: a hook does not exist. ValueError, from the pass: a function returned another shape.
+        """
+        for hook_name in replace:
+            self._check(hook_name)
+        with ExitStack() as stack:
+            for hook_name, function in replace.items():
+                for name, hook_fn in _replacing(hook_name, _same_shape(function)).items():
+                    stack.enter_context(self._hooked(name, hook_fn))
+            yield
+
+    def logits_with_gradients(
+        self, token_ids: Int[Tensor, "sequence position"]
+    ) -> Float[Tensor, "sequence position vocab"]:
+        """As `logits`, and torch records what gradients need, such as those of replaced activations."""
+        self._check_ids(token_ids)
+        with torch.enable_grad():
+            return self._logits(token_ids)
+
     def logits_with(
         self,
         token_ids: Int[Tensor, "sequence position"],
@@ -234,6 +263,21 @@ class LanguageModel(ABC):
             found = probe_differences(there["probe"], self.probe(), self.tolerance())
         return found
 
+    def logits_after(
+        self, past: Any, token_ids: Int[Tensor, "sequence position"]
+    ) -> tuple[Float[Tensor, "sequence position vocab"], Any]:
+        """(logits of these tokens, the past with them): a text that grows is not run again.
+
+        Args:
+            past: what the call before gave; None at the start of a text. If a call gives None, the backend keeps no
+                past: pass None and the whole text again.
+            token_ids: the tokens after those of the past.
+
+        Raises:
+            ModelError: the model has no output head, or not so many positions.
+        """
+        return self.logits(token_ids), None
+
     @abstractmethod
     def hook_widths(self, hook_names: Sequence[str]) -> dict[str, int]:
         """hook name -> d_in. Raises ModelError for an unknown hook; the message lists similar names."""
@@ -270,9 +314,27 @@ class LanguageModel(ABC):
     def _check(self, hook_name: str) -> None:
         """Raise ModelError if the model has no such hook."""
 
-    @abstractmethod
+    @torch.no_grad()
     def _forward(self, token_ids: Tensor, hook_fns: dict[str, HookFn]) -> Tensor:
         """Run the model without gradients and call each hook_fn with its activation; returns logits."""
+        self._check_ids(token_ids)
+        with ExitStack() as stack:
+            for hook_name, hook_fn in hook_fns.items():
+                stack.enter_context(self._hooked(hook_name, hook_fn))
+            return self._logits(token_ids)
+
+    def _check_ids(self, token_ids: Tensor) -> None:
+        """Raise ModelError for ids or a length that the model cannot take."""
+        if token_ids.device.type == "cpu":  # elsewhere a look at them would wait for the device
+            self.refuse_unknown_ids(token_ids)
+
+    @abstractmethod
+    def _hooked(self, hook_name: str, hook_fn: HookFn) -> AbstractContextManager[object]:
+        """Inside the `with`, `hook_fn` is called with the activation in every pass of the module."""
+
+    @abstractmethod
+    def _logits(self, token_ids: Tensor) -> Tensor:
+        """Run the module; returns logits."""
 
 
 def unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str], way_out: str) -> NoReturn:

@@ -108,7 +108,7 @@ def configs() -> dict[str, tuple[Callable[..., object], dict[str, Any]]]:
     from trainer.config.settings import SAEConfig, TrainConfig
     from trainer.config.sweep import SweepConfig
     from trainer.formats.foreign import Names
-    from trainer.interventions.steering import Add, Clamp, Scale
+    from trainer.interventions.splice import Add, Clamp, Scale
 
     sae = dataclasses.asdict(make_config("topk"))
     stream = {"hook_names": ("a",), "split": "train", "seed": 0, "epochs": 1, "exclude_special_tokens": True}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from actcache.models.language_model import LanguageModel
     from actcache.store.cache import Cache
     from trainer.features.read import Features
-    from trainer.interventions.steering import Add, Clamp, Scale
+    from trainer.interventions.splice import Add, Clamp, Scale
     from trainer.sae.sae import SAE
 
 STEERINGS = ("add", "scale", "clamp", "ablate")
@@ -201,7 +201,7 @@ def steer(
 
 def _change(mode: str, strength: float | None) -> Add | Clamp | Scale:
     """The change of the feature's activation that --mode and --strength ask for."""
-    from trainer.interventions.steering import Add, Clamp, Scale
+    from trainer.interventions.splice import Add, Clamp, Scale
 
     one_of("steer", "--mode", mode, STEERINGS)
     if (strength is None) != (mode == "ablate"):

@@ -1,14 +1,18 @@
 """SAEs that change a language model while it runs.
 
-A language model, an SAE, a text and the changes to its latents come in.
-The model's logits under those changes go out, or the text that it then writes.
-Nothing here may change the model's weights, or an activation at a special token.
+A language model, SAEs, a text and the changes to their latents come in.
+What the model then gives goes out: logits, text, or how much each latent matters to them.
+Nothing here may change the model's weights.
 
 Public:
+    splice.spliced: SAEs in every pass of a model
+    splice.Splice: an SAE, and what its latents become
+    splice.Scale: multiplies the activation of a latent
+    splice.Clamp: sets the activation of a latent
+    splice.Add: adds to the activation of a latent
+    splice.Patch: the activation of a latent from elsewhere
+    feature_attribution.attribution: how much latents matter to a metric
     steering.steer: continues a text with and without changes
     steering.steered_logits: the logits under changed latents
-    steering.Scale: multiplies the activation of a latent
-    steering.Clamp: sets the activation of a latent
-    steering.Add: adds to the activation of a latent
     steering.Steered: both continuations of a prompt
 """

@@ -8,44 +8,11 @@ import torch
 from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from actcache.arguments import type_fields_, typed, whole_number
+from actcache.arguments import typed, whole_number
 from actcache.errors import ConfigError
-from trainer.features.logit_lens import check_latents, directions
-from trainer.features.text import check_width, prompt_ids
+from trainer.features.text import prompt_ids
+from trainer.interventions.splice import Change, Splice, spliced
 from trainer.sae.sae import SAE
-
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """The activation becomes `factor` times itself. 1 changes nothing, and an inactive latent stays inactive."""
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        type_fields_("steer: Scale", self)
-
-
-@dataclass(frozen=True, slots=True)
-class Clamp:
-    """The activation becomes `value` at every token, whatever it was (Templeton et al. 2024). 0 ablates the latent."""
-
-    value: float
-
-    def __post_init__(self) -> None:
-        type_fields_("steer: Clamp", self)
-
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    """The activation grows by `amount` at every token. With the error term, x becomes x + amount d_i."""
-
-    amount: float
-
-    def __post_init__(self) -> None:
-        type_fields_("steer: Add", self)
-
-
-Change = Scale | Clamp | Add
 
 
 @runtime_checkable
@@ -60,18 +27,14 @@ class Model(Protocol):
         """Logits of the whole model."""
         ...
 
-    def logits_with(
-        self,
-        token_ids: Int[Tensor, "sequence position"],
-        hook_name: str,
-        replace: Callable[[Tensor], Tensor],
-        *,
-        hook_fns: Mapping[str, Callable[[Tensor], None]] | None = None,
-    ) -> Float[Tensor, "sequence position vocab"]:
-        """Logits when the hook's activation is replaced by `replace` of it.
+    def logits_after(
+        self, past: Any, token_ids: Int[Tensor, "sequence position"]
+    ) -> tuple[Float[Tensor, "sequence position vocab"], Any]:
+        """Logits of the tokens after a past, and the past with them; a past of None is the start of the text."""
+        ...
 
-        hook_fns: for a hook name, a function that is called with its activation in the same pass.
-        """
+    def replacing(self, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> Any:
+        """A context in which activations at hooks are replaced in every pass."""
         ...
 
 
@@ -103,14 +66,15 @@ def steer(
 ) -> Steered:
     """Let the model continue `text` twice: without a change, and with `features` changed as in `steered_logits`.
 
-    The whole context runs through the model for every token. So the text that was written under the change is also read
-    under it. Both continuations draw with the same random numbers. Each ends at a special token.
+    The text that was written under the change is also read under it: keys and values are those of the changed pass. A
+    model that keeps none runs the whole text for every token. Both continuations draw with the same random numbers.
+    Each ends at a special token.
 
     Args:
         model: the language model.
         sae: its latents are changed at its hook.
         text: the prompt.
-        features: latent -> Scale, Clamp or Add.
+        features: latent -> a change, such as Clamp(0.0).
         n_tokens: how many tokens to write, at most.
         temperature: the logits are divided by it; 0 takes the likeliest token each time.
         seed: of the random numbers.
@@ -132,17 +96,17 @@ def steer(
             f"{prompt.shape[1]} do not fit; take a shorter text or fewer tokens"
         )
 
-    def logits_with(token_ids: Tensor) -> Tensor:
-        return steered_logits(model, sae, token_ids, features, keep_error=keep_error)
+    def steered_after(past: Any, token_ids: Tensor) -> tuple[Tensor, Any]:
+        with spliced(model, [_splice(model, sae, token_ids, features, keep_error=keep_error)]):
+            return model.logits_after(past, token_ids)
 
     before, after = (
-        _continuation(logits, prompt, model.tokenizer, n_tokens=n_tokens, temperature=temperature, seed=seed)
-        for logits in (model.logits, logits_with)
+        _continuation(logits_after, prompt, model.tokenizer, n_tokens=n_tokens, temperature=temperature, seed=seed)
+        for logits_after in (model.logits_after, steered_after)
     )
     return Steered(prompt=text, before=before, after=after)
 
 
-@torch.no_grad()
 def steered_logits(
     model: Model,
     sae: SAE,
@@ -153,71 +117,31 @@ def steered_logits(
 ) -> Float[Tensor, "sequence position vocab"]:
     """The model's logits when the latents `features` are changed at every token that is not special.
 
-    Let f be the latents' activations and f' the changed ones. The hook's activation x becomes decode(f') + error, where
-    error = x - decode(f). It is computed as x + sum_i (f'_i - f_i) d_i over the changed latents, so x keeps every bit
-    where nothing changes. Without the error term it becomes decode(f'). A transcoder changes the activation that it
-    predicts.
+    See `Splice` for what becomes of the hook's activation.
 
     Args:
         model: the language model.
         sae: its latents are changed.
         token_ids: the sequences to run.
-        features: latent -> Scale, Clamp or Add.
+        features: latent -> a change, such as Clamp(0.0).
         keep_error: whether the error term is added.
 
     Raises:
         ConfigError, CacheMismatch, ModelError: as `steer`.
     """
-    check_latents(sae, list(features))
-    if len(sae.output_hooks) != 1:
-        raise ConfigError(f"steer: {' + '.join(sae.output_hooks)} are several hooks at once; steer with an SAE of one")
-    (source,), (target,) = sae.input_hooks, sae.output_hooks
+    with spliced(model, [_splice(model, sae, token_ids, features, keep_error=keep_error)]):
+        return model.logits(token_ids)
+
+
+def _splice(model: Model, sae: SAE, token_ids: Tensor, features: Mapping[int, Change], *, keep_error: bool) -> Splice:
+    """The change of the latents at the tokens of a pass that are not special."""
     special_ids = model.tokenizer.all_special_ids if model.tokenizer else []
     special = torch.tensor(special_ids, dtype=torch.long, device=token_ids.device)
-    is_steered = ~torch.isin(token_ids, special)
-    seen: dict[str, Tensor] = {}
-
-    def replace(y: Tensor) -> Tensor:
-        here = is_steered.to(y.device)
-        x = seen.get("x", y).to(y.device)
-        steered = y.clone()
-        steered[here] = _steered_rows(sae, x[here], y[here], features, keep_error=keep_error).to(y)
-        return steered
-
-    hook_fns = None if source == target else {source: lambda x: seen.update(x=x)}
-    return model.logits_with(token_ids, target, replace, hook_fns=hook_fns)
-
-
-def _steered_rows(
-    sae: SAE,
-    x: Float[Tensor, "row d_in"],
-    y: Float[Tensor, "row d_out"],
-    features: Mapping[int, Change],
-    *,
-    keep_error: bool,
-) -> Float[Tensor, "row d_out"]:
-    """The rows that replace y. The SAE reconstructs y from x."""
-    check_width(sae, x)
-    feature_acts, x_hat = sae.reconstruct(x.to(sae.device))
-    latents = list(features)
-    differences = [_difference(features[latent], feature_acts[:, latent]) for latent in latents]
-    base = y.to(sae.device) if keep_error else x_hat
-    return base + torch.stack(differences, dim=1) @ directions(sae, latents) if latents else base
-
-
-def _difference(change: Change, acts: Float[Tensor, " row"]) -> Float[Tensor, " row"]:
-    """f' - f, the change of a latent's activation at each token."""
-    match change:
-        case Scale(factor):
-            return (factor - 1) * acts
-        case Clamp(value):
-            return value - acts
-        case Add(amount):
-            return torch.full_like(acts, amount)
+    return Splice(sae=sae, features=features, keep_error=keep_error, where=~torch.isin(token_ids, special))
 
 
 def _continuation(
-    logits: Callable[[Tensor], Tensor],
+    logits_after: Callable[[Any, Tensor], tuple[Tensor, Any]],
     prompt: Int64[Tensor, "1 position"],
     tokenizer: Any,
     *,
@@ -227,11 +151,14 @@ def _continuation(
 ) -> str:
     """The text that the model writes after the prompt."""
     generator, token_ids = torch.Generator().manual_seed(seed), prompt
+    past, new = None, prompt
     for _ in range(n_tokens):
-        token_id = _drawn(logits(token_ids)[0, -1], temperature, generator)
+        logits, past = logits_after(past, new)
+        token_id = _drawn(logits[0, -1], temperature, generator)
         if token_id in tokenizer.all_special_ids:
             break
         token_ids = torch.cat([token_ids, torch.tensor([[token_id]])], dim=1)
+        new = token_ids if past is None else token_ids[:, -1:]
     # Decoded with the prompt, because a first token may lose its space and a character may span several tokens.
     whole, start = (_decoded(tokenizer, ids[0].tolist()) for ids in (token_ids, prompt))
     return whole[len(start) :]

@@ -15,7 +15,7 @@ from actcache.store.cache import open_cache
 from trainer.commands.features import STEERINGS, _change, built_features, describe
 from trainer.features.read import open_features
 from trainer.features.words import has_words
-from trainer.interventions.steering import Add, Clamp, Scale
+from trainer.interventions.splice import Add, Clamp, Scale
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from actcache.errors import CacheMismatch, ConfigError
 from actcache.models.bridge import BridgeModel
 from actcache.models.language_model import LanguageModel
 from actcache.models.load import load_model, wrap_model
-from trainer.interventions.steering import Add, Change, Clamp, Scale, steer, steered_logits
+from trainer.interventions.splice import Add, Change, Clamp, Scale, Splice, spliced
+from trainer.interventions.steering import steer, steered_logits
 from trainer.sae.sae import SAE
 
 TOKENS = torch.tensor([token_ids()[:12], token_ids("the cat, the cat, the sea and the lamp")[:12]])
@@ -301,9 +302,36 @@ def test_the_last_position_can_be_read_and_no_more():
         steer(model_of("gpt2"), make_sae(), text, n_tokens=room + 1, **arguments)
 
 
+@pytest.mark.parametrize("keep_error", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_that_grows_is_steered_as_the_whole_text(family, keep_error):
+    """Keys and values are kept; the last tokens come one by one, and their logits are those of the whole."""
+    model, sae = model_of(family), make_sae()
+    acts = sae.encode(model.activations(TOKENS, [HOOK])[HOOK][:, 1:].flatten(0, 1))
+    features = {int(acts.sum(0).argmax()): Add(2.0), 5: Clamp(0.0)}
+    expected = steered_logits(model, sae, TOKENS, features, keep_error=keep_error)
+    got, past = [], None
+    for part in TOKENS.split([9, 1, 2], dim=1):
+        where = part > 1  # 0 and 1 are <bos> and <eos>
+        splice = Splice(sae=sae, features=features, keep_error=keep_error, where=where)
+        with spliced(model, [splice]):
+            logits, past = model.logits_after(past, part)
+        assert past is not None
+        got.append(logits)
+    torch.testing.assert_close(torch.cat(got, dim=1), expected, rtol=1e-5, atol=1e-5)  # some norms are of float32
+
+
+def test_a_backend_that_keeps_no_past_writes_the_same_text():
+    sae = make_sae()
+    features, asked = {3: Add(4.0)}, {"n_tokens": 12, "temperature": 0.0}
+    kept, anew = (steer(make("llama"), sae, TEXT, features=features, **asked) for make in (model_of, bridge_of))
+    assert (kept.before, kept.after) == (anew.before, anew.after)
+    assert kept.before != kept.after
+
+
 def test_saes_that_cannot_steer():
     crosscoder = make_sae(architecture="crosscoder", hook_names=("blocks.0.hook_resid_post", HOOK))
-    with pytest.raises(ConfigError, match="are several hooks at once; steer with an SAE of one"):
+    with pytest.raises(ConfigError, match="are several hooks at once; take an SAE of one"):
         steered_logits(model_of("gpt2"), crosscoder, TOKENS, {})
     narrow = make_sae(W_enc=torch.zeros(8, 96, dtype=torch.float64))
     with pytest.raises(CacheMismatch, match="takes activations of width 8, the model gives 32"):
