@@ -13,12 +13,13 @@ added. The last line on stdout is one JSON object.
 """
 
 import argparse
+import copy
 import json
 import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -163,9 +164,9 @@ def written(model: LanguageModel, sae: SAE, latent: int, amount: float) -> tuple
 def with_random_row(sae: SAE, latent: int, seed: int) -> SAE:
     """The SAE with a random direction of the same norm in the place of a latent's."""
     row = torch.randn(sae.W_dec.shape[1], generator=torch.Generator().manual_seed(seed))
-    W_dec = sae.W_dec.clone()
-    W_dec[latent] = row * (W_dec[latent].norm() / row.norm())
-    return replace(sae, W_dec=W_dec)
+    other = copy.deepcopy(sae)
+    other.W_dec[latent] = row * (sae.W_dec[latent].norm() / row.norm())
+    return other
 
 
 def run(demo: Path, say: Say) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 
 import torch
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from actcache.models.language_model import LanguageModel
 from actcache.models.load import wrap_model
 from support.tiny_models import D_MODEL, LAYER_NORMED, N_LAYERS, make_model, make_tokenizer, norm_by_hand
+from support.tiny_saes import changed
 from trainer.sae.sae import SAE
 
 HOOK, LAST = "blocks.1.hook_resid_post", f"blocks.{N_LAYERS - 1}.hook_resid_post"
@@ -53,7 +53,7 @@ def make_sae(architecture: str = "standard", **changes: object) -> SAE:
         subtracts_b_dec=architecture in ("topk", "abstopk"),
         metadata={"prepend_bos": True},
     )
-    return dataclasses.replace(sae, **changes)
+    return changed(sae, **changes)
 
 
 def token_ids(text: str = TEXT) -> list[int]:

@@ -1,6 +1,7 @@
 """Small SAEs and run folders, made on the spot and seeded: what training leaves behind, without training."""
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -103,6 +104,12 @@ def make_weights(
     if architecture in BATCH_FAMILY:
         weights["threshold"] = torch.tensor(0.8)
     return weights
+
+
+def changed(sae, **changes: object):
+    """Another SAE, with the weights and settings of this one but for the changes."""
+    given = {name: getattr(sae, name) for name in inspect.signature(type(sae)).parameters}
+    return type(sae)(**{**given, **changes})
 
 
 def make_run(

@@ -27,7 +27,7 @@ from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_che
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
 from trainer.run_folder import CONFIG_FILE as RUN_CONFIG
 from trainer.run_folder import SAE_FOLDER, json_bytes, json_values
-from trainer.sae.sae import PURSUIT, SAE
+from trainer.sae.sae import PURSUIT, RANKED, RESCALED, SAE, is_transcoder
 from trainer.tensor_file import read_tensors
 
 SAE_LENS_VERSION = "6.54.12"  # the version whose format is written; readers drop the metadata of versions below 6.0.0
@@ -38,8 +38,6 @@ SAELENS_ARCHITECTURES = (
 )
 # SAELens cannot read the last three, though they are stored in the same two files
 ARCHITECTURES = (*SAELENS_ARCHITECTURES, "crosscoder", "topk_transcoder", "topk_skip_transcoder")
-RESCALED = ("topk", "abstopk")  # their cfg.json has rescale_acts_by_decoder_norm
-RANKED = (*RESCALED, "topk_transcoder", "topk_skip_transcoder")  # their cfg.json has k
 PURSUIT_THRESHOLD = 1e-2  # SAELens' default of residual_threshold
 MOST = 1 << 40  # of any width or count: no file holds more
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -100,29 +98,8 @@ def inference_sae(config: SAEConfig, weights: Mapping[str, Tensor], *, metadata:
 
 def sae_files(sae: SAE) -> dict[str, bytes]:
     """Name -> bytes of the two files of a SAELens directory. Tensors keep their dtype."""
-    hook_out = {} if sae.hook_name_out is None else {"hook_name_out": sae.hook_name_out}
-    cfg: dict[str, Any] = {
-        "architecture": sae.architecture,
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
-        "device": "cpu",
-        "apply_b_dec_to_input": sae.subtracts_b_dec,
-        "normalize_activations": "none",
-        # the activation of hook_z is [..., head, d_head]; SAELens flattens it only if it is told to
-        "reshape_activations": "hook_z" if sae.hook_name.endswith("hook_z") and not hook_out else "none",
-        "metadata": {**sae.metadata, "sae_lens_version": SAE_LENS_VERSION, "hook_name": sae.hook_name, **hook_out},
-    }
-    if sae.architecture in RANKED:
-        cfg |= {"k": sae.k}
-    if sae.architecture in RESCALED:
-        cfg |= {"rescale_acts_by_decoder_norm": sae.rescale_acts_by_decoder_norm}
-    if sae.architecture == "matching_pursuit":
-        cfg |= {name: getattr(sae, name) for name in PURSUIT}
-    if _is_transcoder(sae.architecture):
-        cfg |= {"d_out": sae.d_out}
-    if sae.hook_names is not None:
-        cfg |= {"hook_names": list(sae.hook_names), "hook_widths": list(sae.hook_widths or ())}
+    cfg = sae.cfg.to_dict()
+    cfg |= {"device": "cpu", "metadata": {**cfg["metadata"], "sae_lens_version": SAE_LENS_VERSION}}
     names = _shapes(sae.architecture, sae.d_in, sae.d_sae, sae.d_out)
     tensors = {name: getattr(sae, name).detach().cpu().contiguous() for name in names}
     return {CONFIG_FILE: json_bytes(cfg), WEIGHTS_FILE: save(tensors)}
@@ -180,16 +157,16 @@ def sae_of(
     architecture, metadata = cfg["architecture"], cfg["metadata"]
     known: dict[str, Any] = {**_checked_tensors(folder / WEIGHTS_FILE, cfg, tensors, device)}
     if architecture == "matching_pursuit":
-        known |= {"W_enc": known["W_dec"].T, **{name: cfg[name] for name in PURSUIT}}
+        known |= {name: cfg[name] for name in PURSUIT}
     return SAE(
         architecture=architecture,
         hook_name=metadata["hook_name"],
-        hook_name_out=metadata["hook_name_out"] if _is_transcoder(architecture) else None,
+        hook_name_out=metadata["hook_name_out"] if is_transcoder(architecture) else None,
         hook_names=tuple(cfg["hook_names"]) if architecture == "crosscoder" else None,
         hook_widths=tuple(cfg["hook_widths"]) if architecture == "crosscoder" else None,
         k=cfg["k"] if architecture in RANKED else None,
         rescale_acts_by_decoder_norm=architecture in RESCALED and cfg.get("rescale_acts_by_decoder_norm", False),
-        subtracts_b_dec=cfg.get("apply_b_dec_to_input", not _is_transcoder(architecture)),
+        subtracts_b_dec=cfg.get("apply_b_dec_to_input", not is_transcoder(architecture)),
         metadata=metadata,
         **known,
     )
@@ -242,10 +219,6 @@ def _per_channel(hooks: Sequence[ScaledHook], config: SAEConfig) -> Float[Tensor
     widths = config.hook_widths or (1,)
     scales = torch.tensor([hook.scale for hook in hooks], dtype=torch.float64)
     return scales.repeat_interleave(torch.tensor(widths))
-
-
-def _is_transcoder(architecture: str) -> bool:
-    return architecture.endswith("transcoder")
 
 
 def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int) -> dict[str, tuple[int, ...]]:
@@ -317,7 +290,7 @@ def _check_fields(path: Path, cfg: dict[str, Any]) -> None:
         raise ManifestError(f"load_sae: {path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {got}")
     names = ["d_in", "d_sae"]
     names += ["k"] if cfg["architecture"] in RANKED else []
-    names += ["d_out"] if _is_transcoder(cfg["architecture"]) else []
+    names += ["d_out"] if is_transcoder(cfg["architecture"]) else []
     names += ["max_iterations"] if cfg.get("max_iterations") is not None else []
     for name in names:
         if type(cfg.get(name)) is not int or not 1 <= cfg[name] <= MOST:
@@ -348,7 +321,7 @@ def _check_fields(path: Path, cfg: dict[str, Any]) -> None:
 
 
 def _check_hooks(path: Path, cfg: dict[str, Any]) -> None:
-    if _is_transcoder(cfg["architecture"]) and not isinstance(cfg["metadata"].get("hook_name_out"), str):
+    if is_transcoder(cfg["architecture"]) and not isinstance(cfg["metadata"].get("hook_name_out"), str):
         raise ManifestError(f"load_sae: {path}: metadata.hook_name_out must say what x_hat is of, got none")
     names, widths = cfg.get("hook_names"), cfg.get("hook_widths")
     if cfg["architecture"] == "crosscoder" and not (
@@ -392,7 +365,7 @@ def _checked_tensors(
     path: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str
 ) -> dict[str, Tensor]:
     """The tensors in cfg's dtype. Raises ManifestError if their names or shapes are wrong, or one is not finite."""
-    d_out = cfg["d_out"] if _is_transcoder(cfg["architecture"]) else cfg["d_in"]
+    d_out = cfg["d_out"] if is_transcoder(cfg["architecture"]) else cfg["d_in"]
     shapes = _shapes(cfg["architecture"], cfg["d_in"], cfg["d_sae"], d_out)
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if got != shapes:

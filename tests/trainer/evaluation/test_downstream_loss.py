@@ -1,6 +1,5 @@
 """Losses with an SAE in the model, against a loop by hand; what is kept of them below the cache, and what is not."""
 
-import dataclasses
 import json
 import math
 import re
@@ -14,6 +13,7 @@ import torch
 from support.evaluation_cases import D_IN, HOOK, OTHER_HOOK, ROUNDING, filled, make_sae, new_cache, new_model
 from support.tiny_caches import promised_files
 from support.tiny_models import make_model_dir
+from support.tiny_saes import changed
 from torch import Tensor
 
 from actcache.errors import DatasetError, ManifestError
@@ -36,7 +36,7 @@ def cache(model: LanguageModel, tmp_path: Path) -> Cache:
 def identity_sae() -> SAE:
     """ReLU(x) - ReLU(-x) = x, exactly."""
     eye = torch.eye(D_IN, dtype=torch.float64)
-    return dataclasses.replace(
+    return changed(
         make_sae("standard"),
         W_enc=torch.cat([eye, -eye], 1),
         W_dec=torch.cat([eye, -eye]),

@@ -12,7 +12,7 @@ from support.evaluation_cases import D_IN, HOOK, OTHER_HOOK, ROUNDING, make_sae,
 from support.places import CHILD, SUPPORT
 from support.strangers import as_another_user, only_root
 from support.tiny_models import make_model, make_tokenizer
-from support.tiny_saes import make_config, make_run
+from support.tiny_saes import changed, make_config, make_run
 from torch import Tensor
 
 from actcache.errors import CacheMismatch, DatasetError, ManifestError
@@ -258,7 +258,7 @@ def make_transcoder() -> SAE:
     """From the MLP of block 0 to the stream after block 1, with a skip."""
     sae = make_sae("standard", hook_name=OTHER_HOOK)
     W_skip = torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 10
-    return dataclasses.replace(sae, architecture="skip_transcoder", hook_name_out=HOOK, W_skip=W_skip)
+    return changed(sae, architecture="skip_transcoder", hook_name_out=HOOK, W_skip=W_skip)
 
 
 def test_a_transcoder_is_measured_on_what_it_predicts(cache: Cache, model: LanguageModel) -> None:
@@ -283,7 +283,7 @@ def test_a_transcoder_is_measured_on_what_it_predicts(cache: Cache, model: Langu
 
 def test_a_crosscoder_is_measured_on_all_of_its_hooks(cache: Cache, model: LanguageModel) -> None:
     eye = torch.eye(2 * D_IN, dtype=torch.float64)
-    sae = dataclasses.replace(
+    sae = changed(
         make_sae("standard"),
         architecture="crosscoder",
         hook_names=(HOOK, OTHER_HOOK),
@@ -304,8 +304,8 @@ def test_a_crosscoder_is_measured_on_all_of_its_hooks(cache: Cache, model: Langu
 
 def test_an_sae_that_is_worse_than_none_says_so(cache, tmp_path):
     sae = make_sae("standard")
-    calm = dataclasses.replace(sae, W_dec=sae.W_dec * 0, b_dec=sae.b_dec * 0)
-    wild = dataclasses.replace(sae, W_dec=sae.W_dec * 1e16)
+    calm = changed(sae, W_dec=sae.W_dec * 0, b_dec=sae.b_dec * 0)
+    wild = changed(sae, W_dec=sae.W_dec * 1e16)
     found = evaluate_all([calm, wild], cache)
     assert [row.get("worse_than_zeros", False) for row in found] == [False, True]
 

@@ -1,12 +1,11 @@
 """The parts of a logit, against definitions written out in float64 and against a planted feature."""
 
-import dataclasses
-
 import pytest
 import torch
 from support.planted import LAST, TEXT, folded_by_hand, make_sae, model_of, module_of, planted, token_ids
 from support.reference import unit_roundoff
 from support.tiny_models import D_MODEL, FAMILIES, LAYER_NORMED, make_tokenizer, norm_by_hand
+from support.tiny_saes import changed
 
 from actcache.errors import ConfigError
 from trainer.features.attribution import logit_attribution
@@ -81,7 +80,7 @@ def test_a_planted_feature_has_the_largest_part():
     latent = plain.features[2].latent
     W_dec = sae.W_dec.clone()
     W_dec[latent] = 50 * d
-    got = logit_attribution(dataclasses.replace(sae, W_dec=W_dec), model_of("llama"), TEXT, 5, token_id)
+    got = logit_attribution(changed(sae, W_dec=W_dec), model_of("llama"), TEXT, 5, token_id)
     assert max(got.features, key=lambda feature: feature.logit).latent == latent
     assert got.logit == plain.logit, "the model is the same"
     assert got.direct == pytest.approx(plain.direct, rel=1e-9), "what the feature adds, the error takes off"

@@ -1,6 +1,5 @@
 """Similar features and their stability, against cosines in float64 and a permuted copy."""
 
-import dataclasses
 import math
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from support.planted import D_SAE, make_sae
 from support.surroundings import address_space
 from support.tiny_models import D_MODEL
+from support.tiny_saes import changed
 
 from actcache.errors import CacheMismatch, ConfigError
 from trainer.features.similarity import similar_features, stability
@@ -43,7 +43,7 @@ def test_a_decoder_that_does_not_fit_twice_is_refused():
 def test_a_permuted_copy_is_found_whole():
     a = random_sae(3)
     order = torch.randperm(D_SAE, generator=torch.Generator().manual_seed(4))
-    b = dataclasses.replace(a, W_dec=7 * a.W_dec[order])
+    b = changed(a, W_dec=7 * a.W_dec[order])
     got = similar_features(a, b)
     assert torch.equal(order[got.latents[:, 0]], torch.arange(D_SAE))
     torch.testing.assert_close(got.cosines, torch.ones(D_SAE, 1), rtol=0, atol=(2 * D_MODEL + 8) * 2.0**-24)
@@ -51,13 +51,13 @@ def test_a_permuted_copy_is_found_whole():
 
 def test_a_dead_row_is_like_nothing():
     a = random_sae(3)
-    dead = dataclasses.replace(a, W_dec=a.W_dec.index_fill(0, torch.tensor([9]), 0.0))
+    dead = changed(a, W_dec=a.W_dec.index_fill(0, torch.tensor([9]), 0.0))
     assert similar_features(dead, a, D_SAE).cosines[9].tolist() == [0.0] * D_SAE
 
 
 def test_stability_is_the_mean_of_the_best_cosines():
     first, other = random_sae(0), random_sae(1)
-    copy = dataclasses.replace(first, W_dec=first.W_dec.flip(0))
+    copy = changed(first, W_dec=first.W_dec.flip(0))
     alone = similar_features(first, other).cosines[:, 0]
     got = stability([first, other, copy])
     # the copy's cosines are 1 within rounding, so the mean is half way from there
@@ -67,7 +67,7 @@ def test_stability_is_the_mean_of_the_best_cosines():
 
 
 def test_what_cannot_be_compared():
-    narrow = dataclasses.replace(random_sae(0), W_dec=torch.zeros(D_SAE, 8), b_dec=torch.zeros(8))
+    narrow = changed(random_sae(0), W_dec=torch.zeros(D_SAE, 8), b_dec=torch.zeros(8))
     with pytest.raises(CacheMismatch, match="one width, got 32 and 8; compare SAEs of one hook"):
         similar_features(random_sae(0), narrow)
     for n in (0, D_SAE + 1):

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 from support.foreign_saes import dictionary_folder, sparsify_folder
-from support.saelens_peers import D_IN, D_OUT, D_SAE, HOOK, METADATA, SCALE, K, equal_files, equal_outputs, fill_, rows
+from support.saelens_peers import (
+    D_IN,
+    D_SAE,
+    HOOK,
+    METADATA,
+    SCALE,
+    VARIANTS,
+    K,
+    equal_files,
+    equal_outputs,
+    rows,
+    their_sae,
+)
 from support.tiny_saes import make_config, make_run
 
 from actcache.errors import CacheLocked, CacheMismatch, ConfigError, ManifestError
@@ -21,7 +33,7 @@ from trainer.features.build import build_features
 from trainer.features.words import write_words
 from trainer.formats.foreign import Names
 from trainer.formats.imports import import_release, import_sae
-from trainer.formats.saelens import SAELENS_ARCHITECTURES, export_sae, load_sae
+from trainer.formats.saelens import export_sae, load_sae
 from trainer.report.report import write_report
 
 sae_lens = pytest.importorskip("sae_lens")
@@ -30,21 +42,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:decoder_init_norm must be set to 1.0:UserWarning",
     "ignore:You are loading an SAE using the HuggingFace repo_id:UserWarning",
 )
-VARIANTS = (*SAELENS_ARCHITECTURES, "topk rescaled", "abstopk rescaled")
-
-
-def their_sae(variant: str, **changes: object) -> Any:
-    architecture = variant.split()[0]
-    is_transcoder = architecture.endswith("transcoder")
-    cfg: dict[str, object] = {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE}
-    cfg |= {"apply_b_dec_to_input": not is_transcoder, "metadata": METADATA}
-    if is_transcoder:
-        cfg |= {"d_out": D_OUT, "metadata": {**METADATA, "hook_name_out": "blocks.1.hook_mlp_out"}}
-    if architecture in ("topk", "abstopk"):
-        cfg |= {"k": K, "rescale_acts_by_decoder_norm": variant.endswith("rescaled")}
-    sae = sae_lens.SAE.from_dict(cfg | changes)
-    fill_(sae)
-    return sae
 
 
 # --- SAELens ---

@@ -1,13 +1,12 @@
 """Exported SAEs spliced into a model by SAELens' HookedSAETransformer and SAETransformerBridge, and by us."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.tiny_models import D_MODEL, N_LAYERS, make_model, make_tokenizer
-from support.tiny_saes import ARCHITECTURES, TRANSCODERS, make_config, make_weights
+from support.tiny_saes import ARCHITECTURES, TRANSCODERS, changed, make_config, make_weights
 from torch import Tensor
 
 from actcache.models.language_model import LanguageModel
@@ -123,7 +122,7 @@ def test_an_exported_sae_spliced_by_saelens_gives_our_logits(architecture, ours,
         assert exported_sae.threshold.unique().tolist() == [threshold.item()], "one number for every latent"
     logits = theirs.run_with_saes(token_ids(), saes=[exported_sae])
     if architecture == "skip_transcoder":  # SAELens calls encode and decode there, and never adds W_skip x
-        sae = replace(sae, W_skip=None)
+        sae = changed(sae, W_skip=None)
     assert close(logits, spliced(ours, sae))
     assert not close(logits, ours.logits(token_ids())), "the SAE changes something"
     assert close(theirs(token_ids()), ours.logits(token_ids())), "and is gone afterwards"

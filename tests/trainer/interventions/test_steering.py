@@ -1,6 +1,5 @@
 """Generation with latents changed, against transformers' own generation and against replacements made by hand."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cache
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from support.planted import HOOK, LAST, TEXT, make_sae, model_of, module_of, planted, token_ids
 from support.tiny_models import D_MODEL, FAMILIES, make_model, make_tokenizer
+from support.tiny_saes import changed
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -74,7 +74,7 @@ def test_a_narrower_sae_leaves_a_wider_stream_as_it_is():
     """The SAE in float32 and the model in float64, and the other way round: x is not rounded on the way."""
     sae = make_sae("jumprelu")
     tensors = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-    single = dataclasses.replace(sae, **{name: getattr(sae, name).float() for name in tensors})
+    single = changed(sae, **{name: getattr(sae, name).float() for name in tensors})
     half = wrap_model(make_model("llama", 512).bfloat16(), make_tokenizer(), "half")
     for model, each in ((model_of("llama"), single), (half, single), (half, sae)):
         assert torch.equal(steered_logits(model, each, TOKENS, {7: Scale(1.0)}), model.logits(TOKENS))
@@ -117,7 +117,7 @@ def test_special_tokens_amid_the_text_are_not_steered():
 
 def test_clamping_a_silent_feature_adds_it_and_scaling_it_does_nothing():
     sae = make_sae()
-    silent = dataclasses.replace(sae, b_enc=sae.b_enc.index_fill(0, torch.tensor([8]), -1e6))
+    silent = changed(sae, b_enc=sae.b_enc.index_fill(0, torch.tensor([8]), -1e6))
     model = model_of("gpt2")
     clamped = steered_logits(model, silent, TOKENS, {8: Clamp(4.0)})
     assert torch.equal(clamped, steered_logits(model, silent, TOKENS, {8: Add(4.0)}))
@@ -205,7 +205,7 @@ def test_steering_along_a_token_makes_it_come(family):
     W_dec[30] = d
     got = steer(
         model_of(family),
-        dataclasses.replace(sae, W_dec=W_dec),
+        changed(sae, W_dec=W_dec),
         TEXT,
         features={30: Add(1e4)},
         n_tokens=5,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.tiny_caches import HOOKS
 from support.tiny_reports import add_run_with_features
-from support.tiny_saes import make_config, make_run
+from support.tiny_saes import changed, make_config, make_run
 
 from actcache.errors import ManifestError
 from trainer.features.read import open_features
@@ -167,7 +167,7 @@ def test_half_a_character_is_an_escape(run, tmp_path, monkeypatch):
 
 
 def test_a_layer_of_many_digits_is_none(run, tmp_path, monkeypatch):
-    named = replace(load_sae(run), hook_name="blocks." + "9" * 5000 + ".hook_resid_post")
+    named = changed(load_sae(run), hook_name="blocks." + "9" * 5000 + ".hook_resid_post")
     monkeypatch.setattr("trainer.publish.neuronpedia.load_sae", lambda _: named)
     with pytest.raises(ManifestError, match="belongs to a layer") as raised:
         export_neuronpedia(run, tmp_path / "out")
@@ -178,7 +178,7 @@ def test_a_layer_of_many_digits_is_none(run, tmp_path, monkeypatch):
 def test_a_name_of_the_model_leads_to_no_other_folder(run, tmp_path, monkeypatch, model):
     """The name stands in cfg.json, which may be a stranger's."""
     out, sae = tmp_path / "in" / "out", load_sae(run)
-    named = replace(sae, metadata={**sae.metadata, "model_name": model})
+    named = changed(sae, metadata={**sae.metadata, "model_name": model})
     monkeypatch.setattr("trainer.publish.neuronpedia.load_sae", lambda _: named)
     folder = export_neuronpedia(run, out)
     assert folder.resolve().parent.parent == out.resolve()

@@ -1,11 +1,16 @@
-"""An SAE as it is used, against the definitions of its architectures, one row at a time."""
+"""An SAE as it is used: against the definitions of its architectures, one row at a time, and against SAELens'."""
 
+import copy
+import json
 import math
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from support.saelens_cases import raw_activations
-from support.tiny_saes import make_config, make_weights
+from support.saelens_peers import METADATA, VARIANTS, rows, their_sae
+from support.tiny_saes import changed, make_config, make_weights
 
 from trainer.formats.saelens import load_sae, save_inference_sae
 from trainer.sae.sae import SAE
@@ -124,9 +129,116 @@ def test_a_crosscoder_reads_and_gives_all_of_its_hooks() -> None:
 def test_pursuit_adds_the_bias_only_where_it_was_subtracted(subtracts_b_dec: bool) -> None:
     """With orthonormal directions pursuit ends with the positive part of each product: x = 3 e_0 - 2 e_1 + b_dec."""
     eye = torch.eye(D_IN, dtype=torch.float64)
-    settings = {"b_enc": None, "W_enc": eye, "W_dec": eye, "residual_threshold": 1e-6, "max_iterations": 20}
+    settings = {"b_enc": None, "W_enc": None, "W_dec": eye, "residual_threshold": 1e-6, "max_iterations": 20}
     sae = an_sae("matching_pursuit", subtracts_b_dec=subtracts_b_dec, **settings)
     x = (3 * eye[0] - 2 * eye[1])[None] + sae.b_dec * subtracts_b_dec
     f, x_hat = sae.reconstruct(x)
     torch.testing.assert_close(f, 3 * eye[:1], rtol=0, atol=1e-12)
     torch.testing.assert_close(x_hat, 3 * eye[:1] + sae.b_dec * subtracts_b_dec, rtol=0, atol=1e-12)
+
+
+# --- as a torch module, beside SAELens' own ---
+
+
+def both(variant: str, folder: Path, **changes: object):
+    """(theirs, ours) of the same weights."""
+    pytest.importorskip("sae_lens")
+    theirs = their_sae(variant, **changes)
+    theirs.save_model(folder)
+    return theirs, load_sae(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(16,), (6, 16), (2, 5, 16), (2, 1, 3, 16)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_computes_what_saelens_computes_on_any_axes(variant: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Bit for bit: the same operations in the same order on the same shapes."""
+    theirs, ours = both(variant, tmp_path)
+    x = rows(math.prod(shape[:-1])).view(shape)
+    if len(shape) > 1 or variant != "matching_pursuit":  # SAELens' pursuit takes no row alone
+        feature_acts = theirs.encode(x)
+        assert torch.equal(feature_acts, ours.encode(x))
+        assert torch.equal(theirs.decode(feature_acts), ours.decode(feature_acts))
+        assert torch.equal(theirs(x), ours(x))
+    assert torch.equal(ours(x), ours.reconstruct(x)[1])
+    assert ours(x.bfloat16()).dtype == torch.float32, "any float dtype comes in"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_its_state_and_cfg_are_those_of_saelens(variant: str, tmp_path: Path) -> None:
+    theirs, ours = both(variant, tmp_path)
+    state = ours.state_dict()
+    assert {name: tensor.shape for name, tensor in state.items()} == {
+        name: tensor.shape for name, tensor in theirs.state_dict().items()
+    }
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in state.items())
+    assert ours.W_enc.shape == theirs.W_enc.shape
+    theirs.load_state_dict(state)
+    said, expected = ours.cfg.to_dict(), theirs.cfg.to_dict()
+    assert {key: said[key] for key in expected} == expected
+    assert json.loads(json.dumps(said)) == said
+    assert type(said["architecture"]) is str
+    assert ours.cfg.architecture() == ours.cfg.architecture == theirs.cfg.architecture()
+    assert (ours.cfg.d_in, ours.cfg["d_sae"], ours.cfg.dtype, ours.cfg.device) == (16, 48, "float32", "cpu")
+    assert ours.cfg.metadata.hook_name == theirs.cfg.metadata.hook_name == ours.cfg.hook_name == ours.cfg["hook_name"]
+    assert ours.cfg.metadata.neuronpedia_id == METADATA["neuronpedia_id"]
+    assert ours.cfg.metadata.unheard_of is theirs.cfg.metadata.unheard_of is None
+    with pytest.raises(AttributeError, match=r"SAE\.cfg: has architecture, d_in, .*, got unheard_of"):
+        _ = ours.cfg.unheard_of
+    with pytest.raises(KeyError):
+        _ = ours.cfg["unheard_of"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_those_of_saelens_once_they_are_switched_on(variant: str, tmp_path: Path) -> None:
+    """Float64: each gradient is a sum of fewer than 10^4 products. What only decides which latents fire has none."""
+    theirs, ours = (sae.to(torch.float64) for sae in both(variant, tmp_path))
+    assert not any(weight.requires_grad for weight in ours.parameters())
+    x = rows(30).double()
+    assert not ours(x).requires_grad
+    ours.requires_grad_(True)
+    grads: list[dict[str, torch.Tensor | None]] = []
+    for sae in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        sae(leaf).square().mean().backward()
+        grads.append({"x": leaf.grad, **{name: weight.grad for name, weight in sae.named_parameters()}})
+    for name, expected in grads[0].items():
+        got = grads[1][name]
+        assert (got is None) == (expected is None) == (name in ("threshold", "b_gate")), name
+        if got is not None and expected is not None:
+            assert expected.abs().max() > 0, name
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e4 * U * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("variant", ["gated", "matching_pursuit", "jumprelu_skip_transcoder"])
+def test_it_moves_copies_and_pickles(variant: str, tmp_path: Path) -> None:
+    _, ours = both(variant, tmp_path)
+    x, x_hat = rows(20), ours(rows(20))
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), changed(ours)):
+        assert torch.equal(copied(x), x_hat)
+        assert (repr(copied), copied.cfg, copied.metadata) == (repr(ours), ours.cfg, ours.metadata)
+    copied = copy.deepcopy(ours)
+    with torch.no_grad():
+        copied.W_dec.zero_()
+    assert torch.equal(ours(x), x_hat), "its weights are its own"
+    for cfg in (copy.deepcopy(ours.cfg), pickle.loads(pickle.dumps(ours.cfg))):
+        assert cfg == ours.cfg
+        assert cfg.metadata.model_name == "tiny"
+    half = ours.to(torch.bfloat16)
+    assert half is ours
+    assert (ours.dtype, ours.cfg.dtype, ours.encode(x).dtype) == (torch.bfloat16, "bfloat16", torch.bfloat16)
+    meta = ours.to(device="meta")
+    assert (meta.device.type, meta.cfg.device, "device=meta" in repr(meta)) == ("meta", "meta", True)
+
+
+def test_what_it_says_of_itself_is_short() -> None:
+    assert repr(an_sae("topk", k=3)) == (
+        "SAE(architecture=topk, d_in=6, d_sae=9, k=3, hook_name=blocks.0.hook_resid_post, dtype=float64, device=cpu)"
+    )
+
+
+def test_it_is_a_part_of_a_module() -> None:
+    sae = an_sae("standard")
+    whole = torch.nn.Sequential(sae, torch.nn.Identity())
+    assert set(whole.state_dict()) == {"0.W_enc", "0.W_dec", "0.b_enc", "0.b_dec"}
+    assert torch.equal(whole(draw(2, 3, D_IN, seed=9)), sae(draw(2, 3, D_IN, seed=9)))
