@@ -13,5 +13,5 @@ Public:
     metrics.ReconstructionSums: sums from which all metrics follow
     metrics.ce_loss_score: how much loss an SAE recovers
     metrics.kl_div_score: how much divergence an SAE recovers
-    sae.SAE: a trained SAE, for inference, as a torch module
+    sae.SAE: a trained SAE, as a torch module
 """

@@ -1,11 +1,11 @@
 """Gradients at latents against finite differences, and planted answers."""
 
-import dataclasses
 from functools import partial
 
 import pytest
 import torch
 from support.planted import HOOK, LAST, make_sae, model_of, planted, token_ids
+from support.tiny_saes import changed
 
 from actcache.errors import ConfigError
 from trainer.interventions.feature_attribution import attribution
@@ -62,7 +62,7 @@ def test_the_planted_latent_has_the_largest_effect(family):
     model, sae = model_of(family), make_sae(hook_name=LAST)
     W_enc, W_dec, b_enc = sae.W_enc.clone(), sae.W_dec.clone(), sae.b_enc.clone()
     W_enc[:, 5], W_dec[5], b_enc[5] = 0.0, d * 2, 2.0  # it is active everywhere
-    sae = dataclasses.replace(sae, W_enc=W_enc, W_dec=W_dec, b_enc=b_enc)
+    sae = changed(sae, W_enc=W_enc, W_dec=W_dec, b_enc=b_enc)
     (found,) = attribution(model, [sae], TOKENS, lambda logits: logits[0, -1, token_id])
     assert int(found.effect[0, -1].abs().argmax()) == 5
     assert float(found.effect[0, -1, 5]) < 0

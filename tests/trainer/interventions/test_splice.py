@@ -1,12 +1,12 @@
 """SAEs in a pass of a model, against the stream and the logits made by hand."""
 
-import dataclasses
 from functools import cache, partial
 
 import pytest
 import torch
 from support.planted import HOOK, make_sae, model_of, module_of, token_ids
 from support.tiny_models import D_MODEL, make_model, make_tokenizer
+from support.tiny_saes import changed
 
 from actcache.errors import CacheMismatch, ConfigError, ModelError
 from actcache.models.bridge import BridgeModel
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_said():
     crosscoder = make_sae(architecture="crosscoder", hook_names=("blocks.0.hook_resid_post", HOOK))
     with pytest.raises(ConfigError, match="are several hooks at once; take an SAE of one"):
         Splice(sae=crosscoder)
-    narrow = dataclasses.replace(sae, W_enc=torch.zeros(8, sae.d_sae, dtype=torch.float64))
+    narrow = changed(sae, W_enc=torch.zeros(8, sae.d_sae, dtype=torch.float64))
     with pytest.raises(CacheMismatch, match=f"takes activations of width 8, the model gives {D_MODEL}"):
         at(model, "blocks.2.hook_resid_pre", [Splice(sae=narrow)])
     with pytest.raises(ValueError, match=r"where must be of the tokens \(2, 10\), got \(1, 4\)"):
