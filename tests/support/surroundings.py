@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import gc
 import io
 import mmap
 import os
@@ -39,6 +40,7 @@ def limited(which: int, value: int) -> Iterator[None]:
 @contextmanager
 def descriptors(limit: int) -> Iterator[None]:
     """This process may have no more than `limit` open descriptors."""
+    gc.collect()  # mapped files of tests before are held by exceptions whose tracebacks are circles
     with limited(resource.RLIMIT_NOFILE, limit):
         yield
 
