@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from actcache.harvesting.notebook import harvest
     from actcache.loading.loader import Loader
     from actcache.loading.mixture import Mixture
+    from actcache.models.live import live_model
     from actcache.models.load import load_model
     from actcache.store.cache import Cache, open_cache
 
 __version__ = "0.1.0"
-__all__ = ["Cache", "Loader", "Mixture", "harvest", "load_model", "open_cache"]
+__all__ = ["Cache", "Loader", "Mixture", "harvest", "live_model", "load_model", "open_cache"]
 
 __getattr__ = lazily(
     __name__,
@@ -27,6 +28,7 @@ __getattr__ = lazily(
         "Loader": "actcache.loading.loader",
         "Mixture": "actcache.loading.mixture",
         "harvest": "actcache.harvesting.notebook",
+        "live_model": "actcache.models.live",
         "load_model": "actcache.models.load",
         "open_cache": "actcache.store.cache",
     },

@@ -17,7 +17,7 @@ from actcache.errors import ModelError
 from actcache.models.compiled import compile_blocks_
 from actcache.models.families import blocks_of, family_of
 from actcache.models.former_identity import former_hashes
-from actcache.models.identity import CONTENT, content_sha256, state_of
+from actcache.models.identity import CONTENT, content_sha256, model_identity, state_of
 from actcache.models.language_model import SITES, HookFn, LanguageModel, unknown_hook
 
 
@@ -46,25 +46,30 @@ class HuggingFaceModel(LanguageModel):
         *,
         compiled: bool = False,
     ):
-        self._model, self._state = model, state_of(model)
+        self._model, self._state = model, state_of(model) if CONTENT in identity else None
         super().__init__(model, tokenizer, identity)
         config = cast(PreTrainedModel, model).config.get_text_config()
-        self._family = family_of(config, identity["name"])
-        self._blocks = blocks_of(model, self._family, self.n_layers, identity["name"])
+        self._family = family_of(config, self.name)
+        self._blocks = blocks_of(model, self._family, self.n_layers, self.name)
         sites = [site for site in SITES if site != "hook_resid_mid" or self._family.resid_mid is not None]
         self._hook_names = [f"blocks.{layer}.{site}" for layer in range(self.n_layers) for site in sites]
         self.compiled = compiled
         if compiled:
-            compile_blocks_(self._blocks, identity["name"])
+            compile_blocks_(self._blocks, self.name)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """As `model_identity` gives it, of the module as it is now: adapters are switched, weights are changed."""
+        """As `model_identity` gives it, of the module as it is now: adapters are switched, weights are changed.
+
+        If only the name and the revision were given, the rest is found when it is first asked for.
+        """
         state = state_of(self._model)
-        if state != self._state:
-            self._state = state
+        if self._state is None:
+            self._identity = model_identity(self._model, self.tokenizer, self.name, self._identity.get("revision"))
+        elif state != self._state:
             self._identity = self._identity | {CONTENT: content_sha256(self._model)}
             self.former = former_hashes(self._model)
+        self._state = state
         return self._identity
 
     @identity.setter
@@ -119,7 +124,7 @@ class HuggingFaceModel(LanguageModel):
             return
         if hook_name.endswith(".hook_resid_mid") and self._family.resid_mid is None:
             raise ModelError(
-                f"{self.identity['name']}: no hook {hook_name!r}: attention and MLP of this model are parallel, both "
+                f"{self.name}: no hook {hook_name!r}: attention and MLP of this model are parallel, both "
                 "read hook_resid_pre; use hook_resid_pre or hook_resid_post"
             )
         unknown_hook(self, hook_name, self._hook_names, "load with --backend transformer_lens for other sites")
@@ -140,7 +145,7 @@ class HuggingFaceModel(LanguageModel):
         n_tokens = n_before + token_ids.shape[1]
         if self.max_positions is not None and n_tokens > self.max_positions:
             raise ModelError(
-                f"{self.identity['name']}: sequences have at most {self.max_positions} tokens, got {n_tokens}; pass a "
+                f"{self.name}: sequences have at most {self.max_positions} tokens, got {n_tokens}; pass a "
                 "smaller --context-size, or a shorter text"
             )
         super()._check_ids(token_ids)
@@ -155,7 +160,7 @@ class HuggingFaceModel(LanguageModel):
         mask = token_ids.new_ones((len(token_ids), n_before + token_ids.shape[1]))
         output = self._model(input_ids=token_ids, attention_mask=mask, **settings)
         if "logits" not in output:
-            raise ModelError(f"{self.identity['name']}: the checkpoint has no output head, so no logits; use one with")
+            raise ModelError(f"{self.name}: the checkpoint has no output head, so no logits; use one with")
         return output
 
     def _hooked(self, hook_name: str, hook_fn: HookFn) -> RemovableHandle:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from difflib import get_close_matches
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NoReturn, cast
 
 import numpy as np
@@ -36,6 +36,7 @@ class LanguageModel(ABC):
 
     Attributes:
         tokenizer: the model's tokenizer, unchanged; None if it has none, and takes token ids alone.
+        name: for messages; that of the identity.
         identity: as `model_identity` gives it; plain JSON values, no absolute path.
         former: the hashes by which older versions knew the model, as `former_hashes` gives them.
         source: a hub name or an absolute path from which the model can be loaded again; "" if that is not known.
@@ -59,7 +60,7 @@ class LanguageModel(ABC):
         model = cast(PreTrainedModel, module)  # or an adapter's wrapper that passes attributes on
         config = model.config.get_text_config()
         self.tokenizer = tokenizer
-        self.identity = identity
+        self.identity, self.name = identity, str(identity["name"])
         self.former = former_hashes(model)
         path = cast(str, model.config.name_or_path)
         self.source = os.path.abspath(path) if os.path.isdir(path) else path
@@ -72,7 +73,7 @@ class LanguageModel(ABC):
         self.vocab_size: int = config.vocab_size
         self.n_embeddings: int = getattr(embedding, "num_embeddings", config.vocab_size)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        self._head = cast(nn.Linear | None, model.get_output_embeddings())
+        self._head = cast(nn.Module | None, model.get_output_embeddings())
         self.attention_kernel: str = cast(str, config._attn_implementation)  # never "auto" once the model is made
 
     def activations(
@@ -121,7 +122,7 @@ class LanguageModel(ABC):
             )
         except _StopForward:
             return
-        raise ModelError(f"{self.identity['name']}: the forward pass never reached {sorted(left)}; leave them out")
+        raise ModelError(f"{self.name}: the forward pass never reached {sorted(left)}; leave them out")
 
     def logits(
         self,
@@ -208,7 +209,7 @@ class LanguageModel(ABC):
             ModelError: the model has no output head, or no single LayerNorm or RMSNorm before it.
         """
         if self._head is None:
-            raise ModelError(f"{self.identity['name']}: the checkpoint has no output head to read directions with")
+            raise ModelError(f"{self.name}: the checkpoint has no output head to read directions with")
         probes, seen = norm_probes(self.d_model), dict[str, Tensor]()
         handle = self._head.register_forward_pre_hook(lambda module, args: seen.update(normed=args[0][0]))
         last = f"blocks.{self.n_layers - 1}.hook_resid_post"
@@ -216,16 +217,30 @@ class LanguageModel(ABC):
             self.logits_with(torch.zeros((1, len(probes)), dtype=torch.long), last, lambda x: probes[None])
         finally:
             handle.remove()
-        with align_module_device(self._head):  # an offloaded head is brought to the device that computes it
-            W_U, b_U = self._head.weight.detach(), self._head.bias
-        return measured_unembedding(seen["normed"], W_U, None if b_U is None else b_U.detach(), self.identity["name"])
+        W_U, b_U = self._head_weights()
+        return measured_unembedding(seen["normed"], W_U, b_U, self.name)
+
+    def has_layer_norm(self) -> bool:
+        """Whether the final norm subtracts the mean over d_model: LayerNorm does, RMSNorm does not.
+
+        Raises ModelError as `unembedding` does.
+        """
+        return self._has_layer_norm
+
+    @cached_property
+    def _has_layer_norm(self) -> bool:
+        return self.unembedding().is_centred
+
+    def has_centred_stream(self) -> bool:
+        """Whether the residual stream has mean 0 over d_model, as TransformerLens can make it."""
+        return False
 
     def refuse_unknown_ids(self, token_ids: Int[Tensor, "*shape"] | Int[np.ndarray, "*shape"]) -> None:
         """Raise ModelError if the embedding lacks a row for one of these ids."""
         lowest, highest = int(token_ids.min()), int(token_ids.max())
         if lowest < 0 or highest >= self.n_embeddings:
             raise ModelError(
-                f"{self.identity['name']}: token ids must be in [0, {self.n_embeddings}), the rows of its embedding, "
+                f"{self.name}: token ids must be in [0, {self.n_embeddings}), the rows of its embedding, "
                 f"got {lowest if lowest < 0 else highest}; pass the tokenizer of this model, or resize its embedding"
             )
 
@@ -300,7 +315,7 @@ class LanguageModel(ABC):
             ModelError: as `logits_with` does; also if `stream_before(hook_name)` is None.
             ValueError: `start` or the result of `replace` has another shape.
         """
-        raise ModelError(f"{self.identity['name']}: each pass of this backend begins at the embedding; use logits_with")
+        raise ModelError(f"{self.name}: each pass of this backend begins at the embedding; use logits_with")
 
     def stream_before(self, hook_name: str) -> str | None:
         """The hook where `logits_from` begins: hook_resid_pre of the same block.
@@ -309,6 +324,12 @@ class LanguageModel(ABC):
         """
         self._check(hook_name)
         return None
+
+    def _head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """W_U [vocab, d_model], and b_U [vocab] if there is one."""
+        head = cast(nn.Linear, self._head)
+        with align_module_device(head):  # an offloaded head is brought to the device that computes it
+            return head.weight.detach(), None if head.bias is None else head.bias.detach()
 
     @abstractmethod
     def _check(self, hook_name: str) -> None:
@@ -341,7 +362,7 @@ def unknown_hook(model: LanguageModel, hook_name: str, hook_names: Sequence[str]
     """Raise ModelError for a hook that `model` lacks. hook_names: those it has. way_out: the end of the message."""
     near = get_close_matches(hook_name, hook_names, n=3)
     raise ModelError(
-        f"{model.identity['name']}: no hook {hook_name!r}; near names: {', '.join(near) or 'none'}; there are "
+        f"{model.name}: no hook {hook_name!r}; near names: {', '.join(near) or 'none'}; there are "
         f"{model.n_layers} layers, blocks.0 to blocks.{model.n_layers - 1}, with {', '.join(SITES)}; {way_out}"
     )
 

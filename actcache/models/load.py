@@ -147,8 +147,8 @@ def wrap_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, name
     name = name or name_of(cast(str, config.name_or_path)) or type(model).__name__
     if model.training:
         raise ModelError(f"wrap_model: {name} must be in evaluation mode, got training mode; call model.eval() first")
-    identity = model_identity(model, tokenizer, name, getattr(config, "_commit_hash", None))
-    return HuggingFaceModel(model, tokenizer, identity)
+    known = {"name": name, "revision": getattr(config, "_commit_hash", None)}
+    return HuggingFaceModel(model, tokenizer, known)  # hashing its weights takes seconds, and steering needs no hash
 
 
 def _check_settings(

@@ -47,7 +47,7 @@ def test_bridge_serves_its_other_hooks_flattened(bridge):
 def test_bridge_stops_after_the_last_hook(bridge):
     later = []
     model = bridge("llama")
-    module = model._bridge.original_model.get_submodule("model.layers.2")
+    module = model._module.original_model.get_submodule("model.layers.2")
     with_raw_hook(
         module, "", lambda *_: later.append(1), lambda: model.activations(TOKENS, ["blocks.1.hook_resid_post"])
     )
