@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
 
 from actcache.arguments import typed
 from actcache.errors import ConfigError
+from actcache.models.live import live_model
 from trainer.features.logit_lens import check_stream, directions
 from trainer.features.text import Model, active_by_magnitude, check_width, prompt_ids
 from trainer.features.token_strings import token_string
@@ -67,7 +68,9 @@ class LogitAttribution:
 
 
 @torch.no_grad()
-def logit_attribution(sae: SAE, model: Model, text: str, position: int, token: str | int) -> LogitAttribution:
+def logit_attribution(
+    sae: SAE, model: Model | nn.Module, text: str, position: int, token: str | int
+) -> LogitAttribution:
     """What each latent at one position of a text adds, by the direct path, to the logit of `token` as the next token.
 
     Latent i adds f_i <u, gain * centred(d_i)> / scale, where u is W_U[token] less the mean row of W_U. The final norm's
@@ -76,7 +79,7 @@ def logit_attribution(sae: SAE, model: Model, text: str, position: int, token: s
 
     Args:
         sae: its latents are directions of the residual stream.
-        model: the language model of its hook.
+        model: the language model of its hook, as `live_model` takes it.
         text: the text that the model reads.
         position: index of a token of the text, with BOS counted as in `encode_text`; negative counts from the end.
         token: a token id, or a text that is exactly one token, with its leading space.
@@ -89,13 +92,15 @@ def logit_attribution(sae: SAE, model: Model, text: str, position: int, token: s
         CacheMismatch, ModelError: as `encode_text` and `logit_lens`.
     """
     check_stream(sae, "logit_attribution")
-    token_ids, token_id = prompt_ids(sae, model.tokenizer, text), _token_id(model.tokenizer, token)
+    live = live_model(model)
+    token_ids, token_id = prompt_ids(sae, live.tokenizer, text), _token_id(live.tokenizer, token)
     position = _position(position, token_ids.shape[1])
-    last = f"blocks.{model.n_layers - 1}.hook_resid_post"
-    seen = model.activations(token_ids[:, : position + 1], [*sae.input_hooks, *sae.output_hooks, last])
-    x, y, stream = (seen[name][0, position] for name in (sae.hook_name, *sae.output_hooks, last))
-    check_width(sae, x[None])
-    unembedding = model.unembedding()
+    last = f"blocks.{live.n_layers - 1}.hook_resid_post"
+    sae.check(live)
+    seen = live.activations(token_ids[:, : position + 1], [*sae.input_hooks, *sae.output_hooks, last])
+    before, y, stream = seen[sae.hook_name][0], *(seen[name][0, position] for name in (*sae.output_hooks, last))
+    check_width(sae, before)
+    unembedding = live.unembedding()
     if token_id >= (n_logits := len(unembedding.W_U)):
         raise ConfigError(
             f"logit_attribution: token must be one token of the model, got {token!r}, which is {token_id}; the model "
@@ -105,16 +110,19 @@ def logit_attribution(sae: SAE, model: Model, text: str, position: int, token: s
     stream = stream.double().cpu()
     v = v / unembedding.scale(stream)
 
-    feature_acts = sae.encode(x[None].to(sae.device))[0]
+    x = (before if sae.reads_sequences else before[-1:]).to(sae.device)
+    feature_acts, x_hat = (each[-1] for each in sae.reconstruct(x))
     active = active_by_magnitude(feature_acts)
+    scale = sae.output_scale(x[-1:])
     acts, d = feature_acts[active].double().cpu(), directions(sae, active).double().cpu()
-    bias = _bias(sae, x)
+    d = d if scale is None else d * scale.double().cpu()
+    bias = x_hat.double().cpu() - acts @ d if sae.reads_sequences else _bias(sae, x[0])
     error = y.double().cpu() - acts @ d - bias
     parts = zip(active, acts.tolist(), (acts * (d @ v)).tolist(), strict=True)
     features = [Contribution(latent=i, activation=act, logit=logit) for i, act, logit in parts]
     return LogitAttribution(
         token_id=token_id,
-        token=token_string(model.tokenizer, token_id),
+        token=token_string(live.tokenizer, token_id),
         position=position,
         logit=float(stream @ v) + constant,
         features=tuple(sorted(features, key=lambda feature: -abs(feature.logit))),
@@ -124,10 +132,10 @@ def logit_attribution(sae: SAE, model: Model, text: str, position: int, token: s
     )
 
 
-def _bias(sae: SAE, x: Float[Tensor, " d_in"]) -> Float64[Tensor, " d_out"]:
-    """The part of x_hat that no latent makes: b_dec, and W_skip x where there is one."""
-    b_dec = sae.b_dec.double().cpu()
-    return b_dec if sae.W_skip is None else b_dec + sae.W_skip.double().cpu() @ x.double().cpu()
+def _bias(sae: SAE, x: Float[Tensor, " width"]) -> Float64[Tensor, " d_out"]:
+    """The part of x_hat that no latent makes: what zeros are decoded to, and W_skip x where there is one."""
+    none = sae.decode(sae.W_dec.new_zeros(sae.d_sae), x).double().cpu()
+    return none if sae.W_skip is None else none + sae.W_skip.double().cpu() @ sae.seen(x).double().cpu()
 
 
 def _token_id(tokenizer: Any, token: str | int) -> int:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Int32, Int64, Shaped
 from torch import Tensor
 
 from actcache.arguments import local_path, shown, typed
-from actcache.errors import CacheMismatch, DatasetError, ManifestError
+from actcache.errors import CacheMismatch, ConfigError, DatasetError, ManifestError
 from actcache.files import contents, is_file, remove_leftovers, write_atomically
 from actcache.flow import HOLD_OUT_MORE
 from actcache.format.manifest import rows_fingerprint
@@ -128,8 +128,13 @@ def _check_cache(run: Path, config: Mapping[str, Any], sae: SAE, cache: Cache) -
             f"features: {run} was trained on activations of {shown(trained)} ({shown(revision)}), "
             f"{cache.path} holds those of {cached['name']!r} ({cached['revision']}); pass a cache of the same model"
         )
+    if sae.reads_sequences:
+        raise ConfigError(
+            f"features: {run} is a {sae.architecture} SAE, which reads whole sequences, and rows are encoded one by "
+            "one; pass another run, or look at texts with encode_text"
+        )
     held = sum(cache.hook(name).d_in for name in sae.input_hooks)
-    if held != sae.d_in:
+    if not sae.takes(held):
         raise CacheMismatch(
             f"features: {run} takes {' + '.join(sae.input_hooks)} of width {sae.d_in}, {cache.path} holds {held}; "
             "pass the cache that it was trained on"

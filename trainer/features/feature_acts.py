@@ -19,7 +19,7 @@ from actcache.files import NoFile, write_atomically
 from trainer.checksums import CHECKSUMS_FILE, Checksums, MappedFile, add_checksums, checksums_of
 from trainer.kernels.active import ActiveEntries, Workspace
 from trainer.kernels.select import encoder_pre_acts, exceeds, topk_chunk_rows, topk_pre_acts
-from trainer.sae.sae import SAE
+from trainer.sae.sae import GROUPED, SAE
 from trainer.tensor_file import mapped_arrays
 
 MAX_ROWS = 4096  # rows encoded at a time; more make the product no faster
@@ -32,7 +32,8 @@ class SparseEncoder:
     """`SAE.encode` without its zeros, to within the rounding of the weights' dtype.
 
     The pre-activations of every batch use one buffer, [batch, d_sae] of the weights' dtype. The entries that fire take
-    at most as many bytes. An SAE without b_enc, such as gated, is encoded densely, in five such buffers.
+    at most as many bytes. An SAE without b_enc, such as gated, is encoded densely, in five such buffers; so is one that
+    takes groups, or normalises each row.
     """
 
     def __init__(self, sae: SAE):
@@ -59,10 +60,11 @@ class SparseEncoder:
             NonFiniteActivations: an activation is NaN or infinite.
         """
         sae = self._sae
-        x = x.to(sae.device, sae.W_enc.dtype)
-        if sae.b_enc is None:
+        x = x.to(sae.device)
+        if sae.b_enc is None or sae.normalize_activations != "none" or sae.architecture in GROUPED:
             row, latent, act = _nonzero(sae.encode(x))
         else:
+            x = sae.seen(x).to(sae.W_enc.dtype)
             row, latent, act = self._fired(x - sae.b_dec if sae.subtracts_b_dec else x)
         if not act.isfinite().all():
             raise NonFiniteActivations(

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from actcache.arguments import typed
 from actcache.errors import ConfigError
+from actcache.models.live import live_model
 from actcache.models.unembedding import Unembedding
 from trainer.features.text import ROWS_AT_ONCE, Model
 from trainer.features.token_strings import token_string
@@ -43,7 +44,7 @@ class LogitLens:
 
 
 @torch.no_grad()
-def logit_lens(sae: SAE, model: Model, latents: Sequence[int], n: int = 10) -> tuple[LogitLens, ...]:
+def logit_lens(sae: SAE, model: Model | nn.Module, latents: Sequence[int], n: int = 10) -> tuple[LogitLens, ...]:
     """The `n` tokens that each of `latents` promotes most, and those that it suppresses most.
 
     It is the logit lens (nostalgebraist 2020) of decoder directions. The logits are W_U (gain * centred(d_i)), less
@@ -53,7 +54,7 @@ def logit_lens(sae: SAE, model: Model, latents: Sequence[int], n: int = 10) -> t
 
     Args:
         sae: its latents are directions of the residual stream.
-        model: the language model of its hook.
+        model: the language model of its hook, as `live_model` takes it.
         latents: which latents to read.
         n: how many tokens at either end.
 
@@ -66,15 +67,16 @@ def logit_lens(sae: SAE, model: Model, latents: Sequence[int], n: int = 10) -> t
     """
     check_latents(sae, latents)
     check_stream(sae, "logit_lens")
-    unembedding = model.unembedding()
+    live = live_model(model)
+    unembedding = live.unembedding()
     n_logits = len(unembedding.W_U)
-    n_tokens = n_logits if model.tokenizer is None else min(len(model.tokenizer), n_logits)
+    n_tokens = n_logits if live.tokenizer is None else min(len(live.tokenizer), n_logits)
     if not 1 <= typed("logit_lens", "n", n, int) <= n_tokens:
         raise ConfigError(f"logit_lens: n must be in [1, {n_tokens}], got {n}")
     lenses: list[LogitLens] = []
     for part in in_parts(latents):
         logits = _lens_logits(unembedding, directions(sae, part))[:, :n_tokens]
-        ends = [_extremes(model.tokenizer, logits, n, largest=largest) for largest in (True, False)]
+        ends = [_extremes(live.tokenizer, logits, n, largest=largest) for largest in (True, False)]
         lenses += [LogitLens(latent=i, promoted=p, suppressed=s) for i, p, s in zip(part, *ends, strict=True)]
     return tuple(lenses)
 

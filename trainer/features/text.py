@@ -11,9 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from actcache.errors import CacheMismatch, ConfigError, ModelError
+from actcache.models.live import live_model
 from actcache.models.unembedding import Unembedding
 from trainer.features.token_strings import token_string
 from trainer.sae.sae import SAE
@@ -58,14 +59,14 @@ class TokenFeatures:
 
 
 @torch.no_grad()
-def encode_text(sae: SAE, model: Model, text: str) -> tuple[TokenFeatures, ...]:
+def encode_text(sae: SAE, model: Model | nn.Module, text: str) -> tuple[TokenFeatures, ...]:
     """The active latents of every token of a text.
 
     BOS is the first token if the sequences of the SAE's cache begin with it.
 
     Args:
         sae: encodes the activations at its hooks.
-        model: the language model that the SAE was trained on.
+        model: the language model that the SAE was trained on, as `live_model` takes it.
         text: at least one token long.
 
     Returns:
@@ -76,13 +77,14 @@ def encode_text(sae: SAE, model: Model, text: str) -> tuple[TokenFeatures, ...]:
         CacheMismatch: the model's hook has another width than the SAE takes.
         ModelError: the model lacks the hook, or the text is too long for it.
     """
-    token_ids = prompt_ids(sae, model.tokenizer, text)
-    special = set(model.tokenizer.all_special_ids)
-    rows = _active(sae, hook_rows(sae, model, token_ids))
+    live = live_model(model)
+    token_ids = prompt_ids(sae, live.tokenizer, text)
+    special = set(live.tokenizer.all_special_ids)
+    rows = _active(sae, hook_rows(sae, live, token_ids))
     return tuple(
         TokenFeatures(
             token_id=token_id,
-            token=token_string(model.tokenizer, token_id),
+            token=token_string(live.tokenizer, token_id),
             is_special=token_id in special,
             features=features,
         )
@@ -98,7 +100,9 @@ def prompt_ids(sae: SAE, tokenizer: Any, text: str) -> Int64[Tensor, "1 position
         ModelError: the model has no tokenizer.
     """
     if tokenizer is None:
-        raise ModelError(f"{sae.hook_name}: a text needs a tokenizer, the model has none; pass it with its tokenizer")
+        raise ModelError(
+            f"{sae.hook_name}: a text needs a tokenizer, the model has none; pass live_model(model, tokenizer)"
+        )
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     bos_id = tokenizer.bos_token_id if sae.metadata.get("prepend_bos", True) else None
     if bos_id is not None and ids[:1] != [bos_id]:
@@ -109,18 +113,22 @@ def prompt_ids(sae: SAE, tokenizer: Any, text: str) -> Int64[Tensor, "1 position
 
 
 def hook_rows(sae: SAE, model: Model, token_ids: Int[Tensor, "1 position"]) -> Float[Tensor, "position d_in"]:
-    """The activations that the SAE takes, on its device. Raises CacheMismatch if they have another width."""
+    """The activations that the SAE takes, on its device.
+
+    Raises CacheMismatch if they have another width, or are of another stream than the SAE's.
+    """
+    sae.check(model)
     x = model.activations(token_ids, sae.input_hooks)
     rows = torch.cat([x[name][0].to(sae.device) for name in sae.input_hooks], dim=1)
     check_width(sae, rows)
     return rows
 
 
-def check_width(sae: SAE, x: Float[Tensor, "row width"]) -> None:
+def check_width(sae: SAE, x: Float[Tensor, "*row width"]) -> None:
     """Raise CacheMismatch unless x has the width that the SAE takes."""
-    if x.shape[1] != sae.d_in:
+    if not sae.takes(x.shape[-1]):
         raise CacheMismatch(
-            f"{sae.hook_name}: the SAE takes activations of width {sae.d_in}, the model gives {x.shape[1]}; pass the "
+            f"{sae.hook_name}: the SAE takes activations of width {sae.d_in}, the model gives {x.shape[-1]}; pass the "
             "model that it was trained on"
         )
 
@@ -133,7 +141,7 @@ def active_by_magnitude(feature_acts: Float[Tensor, " d_sae"]) -> list[int]:
 
 def _active(sae: SAE, rows: Float[Tensor, "position d_in"]) -> Iterator[tuple[tuple[int, float], ...]]:
     """(latent, activation) of each row's active latents, of largest magnitude first."""
-    for part in rows.split(ROWS_AT_ONCE):
+    for part in rows.split(len(rows) if sae.reads_sequences else ROWS_AT_ONCE):
         for acts in sae.encode(part):
             latents = active_by_magnitude(acts)
             yield tuple(zip(latents, acts[latents].tolist(), strict=True))

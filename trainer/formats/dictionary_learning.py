@@ -1,4 +1,7 @@
-"""SAEs of dictionary_learning: a folder holds config.json and ae.pt, a pickle from which only tensors are loaded."""
+"""SAEs of dictionary_learning: a folder holds config.json and ae.pt, a pickle from which only tensors are loaded.
+
+Its checkpoints/ holds earlier states, such as ae_1000.pt.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from actcache.arguments import shown
 from actcache.errors import ManifestError
+from actcache.files import is_file
 from actcache.models.hook_names import hooks_of
 from trainer.formats.foreign import Names, Tensors, check_latents, foreign_sae, known_names, said_name, stored_tensor
 from trainer.formats.saelens import sae_file
@@ -36,21 +40,30 @@ _DICTIONARIES: dict[str, tuple[str, str, bool, dict[str, str]]] = {
 }
 
 
-def dictionary_learning_sae(folder: Path, names: Names) -> SAE:
+def dictionary_learning_sae(path: Path, names: Names) -> SAE:
     """Read a Dictionary of dictionary_learning. The SAE computes what their `load_dictionary` computes.
+
+    Args:
+        path: its folder, or the file of one of its states, whose config.json lies beside it or one folder above.
+        names: the names that it may lack.
 
     Raises:
         ManifestError: a file is missing or malformed, or the class is not one of _DICTIONARIES.
         ConfigError: neither the folder nor `names` says the model, or neither says the hook.
     """
-    config = read_json(sae_file(folder, DICTIONARY_LEARNING_FILES[0]))
+    config_file, weights_file = DICTIONARY_LEARNING_FILES
+    folder, held = path, sae_file(path, weights_file)
+    if is_file(path):
+        folder, held = path.parent, path
+        folder = folder if is_file(folder / config_file) else folder.parent
+    config = read_json(sae_file(folder, config_file))
     trainer = config.get("trainer")
     dict_class = trainer.get("dict_class") if isinstance(trainer, dict) else None
     if not isinstance(trainer, dict) or not isinstance(dict_class, str) or dict_class not in _DICTIONARIES:
         classes = ", ".join(_DICTIONARIES)
         raise ManifestError(f"import: {folder}: dict_class must be one of {classes}, got {shown(dict_class)}")
     architecture, trained_as, subtracts, tensor_names = _DICTIONARIES[dict_class]
-    stored = read_state_dict(sae_file(folder, DICTIONARY_LEARNING_FILES[1]))
+    stored = read_state_dict(held)
     weights = {ours: stored_tensor(stored, theirs, folder) for ours, theirs in tensor_names.items()}
     check_latents(weights, folder)
     if dict_class == "AutoEncoder":

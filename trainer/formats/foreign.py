@@ -11,7 +11,8 @@ from torch import Tensor
 
 from actcache.arguments import shown, type_fields_
 from actcache.errors import ConfigError, ManifestError
-from trainer.formats.saelens import DTYPES, SAE_LENS_VERSION, sae_of
+from trainer.formats.saelens import SAE_LENS_VERSION, sae_of
+from trainer.formats.saelens_cfg import DTYPES
 from trainer.sae.sae import SAE
 
 Tensors = dict[str, Tensor]

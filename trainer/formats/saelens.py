@@ -19,28 +19,22 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from actcache.arguments import device_of, local_path, shown
+from actcache.arguments import device_of, local_path
 from actcache.errors import CacheMismatch, ManifestError
 from actcache.files import NoFile, contents, contents_of_any_size, is_file, listed, new_folder, write_atomically
 from actcache.machine.limits import require_memory_for_array
 from trainer.checksums import CHECKSUMS_FILE, check_file, checksums_of, read_checksums, sealed, unless_changed
 from trainer.config.settings import BATCH_FAMILY, SAEConfig, ScaledHook, subtracts_b_dec
+from trainer.formats.saelens_cfg import DTYPES, SAELENS_ARCHITECTURES, checked_cfg, dtype_name, shapes_of
+from trainer.formats.state_dict import uncompiled
 from trainer.run_folder import CONFIG_FILE as RUN_CONFIG
 from trainer.run_folder import SAE_FOLDER, json_bytes, json_values
 from trainer.sae.sae import PURSUIT, RANKED, RESCALED, SAE, is_transcoder
+from trainer.sae.temporal import OWN_SETTINGS, TemporalSAE, temporal_parts
 from trainer.tensor_file import read_tensors
 
 SAE_LENS_VERSION = "6.54.12"  # the version whose format is written; readers drop the metadata of versions below 6.0.0
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
-SAELENS_ARCHITECTURES = (
-    *("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit"),
-    *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
-)
-# SAELens cannot read the last three, though they are stored in the same two files
-ARCHITECTURES = (*SAELENS_ARCHITECTURES, "crosscoder", "topk_transcoder", "topk_skip_transcoder")
-PURSUIT_THRESHOLD = 1e-2  # SAELens' default of residual_threshold
-MOST = 1 << 40  # of any width or count: no file holds more
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def save_inference_sae(
@@ -100,20 +94,18 @@ def sae_files(sae: SAE) -> dict[str, bytes]:
     """Name -> bytes of the two files of a SAELens directory. Tensors keep their dtype."""
     cfg = sae.cfg.to_dict()
     cfg |= {"device": "cpu", "metadata": {**cfg["metadata"], "sae_lens_version": SAE_LENS_VERSION}}
-    names = _shapes(sae.architecture, sae.d_in, sae.d_sae, sae.d_out)
-    tensors = {name: getattr(sae, name).detach().cpu().contiguous() for name in names}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
     return {CONFIG_FILE: json_bytes(cfg), WEIGHTS_FILE: save(tensors)}
 
 
 def load_sae(path: Path | str, *, device: torch.device | str = "cpu") -> SAE:
-    """Read the SAE of a RUN folder, of its sae/, or of a directory of SAELens 6.0 or later, if it is in ARCHITECTURES.
+    """Read the SAE of a RUN folder, of its sae/, or of a directory of SAELens, if it is in ARCHITECTURES.
 
     Raises:
         ConfigError: `device` is no device of this machine.
         ManifestError: a file is missing or malformed; a tensor is missing, unknown, of a wrong shape or not finite; or
-            the SAE is not supported (another architecture, normalize_activations, a single head).
-        CacheMismatch: the SAE was trained on a centred residual stream (center_writing_weights), and a cache holds the
-            raw one.
+            the SAE is not supported (another architecture, a scale of its rows that its weights lack).
+        CacheMismatch: the SAE is of activations that no raw model has, and so no cache (fold_value_biases and others).
     """
     where, folder = device_of("load_sae", device), _sae_folder(local_path(path))
     check_sae(folder)
@@ -153,12 +145,14 @@ def sae_of(
     cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, *, device: torch.device | str = "cpu"
 ) -> SAE:
     """The SAE of a cfg.json and its tensors, in cfg's dtype. Errors name `folder`. Raises as `load_sae`."""
-    cfg = _checked_config(folder / CONFIG_FILE, cfg)
+    cfg = checked_cfg(folder / CONFIG_FILE, cfg)
     architecture, metadata = cfg["architecture"], cfg["metadata"]
     known: dict[str, Any] = {**_checked_tensors(folder / WEIGHTS_FILE, cfg, tensors, device)}
     if architecture == "matching_pursuit":
         known |= {name: cfg[name] for name in PURSUIT}
-    return SAE(
+    if architecture == "temporal":
+        known = temporal_parts(known) | {name: cfg[name] for name in OWN_SETTINGS}
+    return (TemporalSAE if architecture == "temporal" else SAE)(
         architecture=architecture,
         hook_name=metadata["hook_name"],
         hook_name_out=metadata["hook_name_out"] if is_transcoder(architecture) else None,
@@ -166,6 +160,7 @@ def sae_of(
         hook_widths=tuple(cfg["hook_widths"]) if architecture == "crosscoder" else None,
         k=cfg["k"] if architecture in RANKED else None,
         rescale_acts_by_decoder_norm=architecture in RESCALED and cfg.get("rescale_acts_by_decoder_norm", False),
+        normalize_activations=cfg.get("normalize_activations", "none"),
         subtracts_b_dec=cfg.get("apply_b_dec_to_input", not is_transcoder(architecture)),
         metadata=metadata,
         **known,
@@ -184,8 +179,23 @@ def export_sae(run: Path | str, out: Path | str) -> Path:
         raise ManifestError(
             f"export: SAELens has {', '.join(SAELENS_ARCHITECTURES)}, {run} is a {architecture}; load it with load_sae"
         )
-    source, out = _sae_folder(local_path(run)), local_path(out).absolute()
+    source = _sae_folder(local_path(run))
     files = {name: contents_of_any_size(sae_file(source, name)) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    return _written_once(out, files)
+
+
+def save_sae(sae: SAE, out: Path | str) -> Path:
+    """Write an SAE as a SAELens directory at `out`. The same again does nothing. Returns `out`.
+
+    Raises:
+        CacheMismatch: `out` exists and holds something else.
+        CacheLocked: another process is writing `out`.
+    """
+    return _written_once(out, sae_files(sae))
+
+
+def _written_once(out: Path | str, files: Mapping[str, bytes]) -> Path:
+    out = local_path(out).absolute()
     if is_file(out):
         raise CacheMismatch(f"export: {out} must be a directory, got a file; choose another --out")
     held = [path.name for path in listed(out)]
@@ -198,7 +208,7 @@ def export_sae(run: Path | str, out: Path | str) -> Path:
 
 def _folded(config: SAEConfig, architecture: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the file, checked and on the CPU. The scales are folded in float64, and W_enc is transposed."""
-    shapes = _shapes(architecture, config.d_in, config.d_sae, config.d_out)
+    shapes = shapes_of({**asdict(config), "architecture": architecture})
     names = [name for name in shapes if name != "W_enc"]
     if set(weights) != {"W_enc", *names}:
         raise ValueError(f"save_inference_sae: {config.architecture} has W_enc, {', '.join(names)}; got {[*weights]}")
@@ -221,18 +231,6 @@ def _per_channel(hooks: Sequence[ScaledHook], config: SAEConfig) -> Float[Tensor
     return scales.repeat_interleave(torch.tensor(widths))
 
 
-def _shapes(architecture: str, d_in: int, d_sae: int, d_out: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor that a SAELens directory must hold. No other may be in it."""
-    decoder: dict[str, tuple[int, ...]] = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    if architecture == "matching_pursuit":
-        return decoder
-    per_latent = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
-    if architecture.startswith("jumprelu"):
-        per_latent = (*per_latent, "threshold")
-    skip = {"W_skip": (d_out, d_in)} if "skip" in architecture else {}
-    return {"W_enc": (d_in, d_sae), **decoder, **skip, **dict.fromkeys(per_latent, (d_sae,))}
-
-
 def _sae_folder(path: Path) -> Path:
     for folder in (path, path / SAE_FOLDER):
         if is_file(sae_file(folder, CONFIG_FILE)):
@@ -244,7 +242,7 @@ def _sae_folder(path: Path) -> Path:
 
 
 def read_sae_config(folder: Path) -> dict[str, Any]:
-    """cfg.json of a SAELens directory. Only this is checked: it is an object, and its `metadata` is one too."""
+    """cfg.json of a SAELens directory. Only this is checked: it is an object, and so is a `metadata` in it."""
     path = sae_file(folder, CONFIG_FILE)
     try:
         cfg = json_values(contents(path))  # SAELens writes NaN for an L0 without steps, here null
@@ -252,128 +250,29 @@ def read_sae_config(folder: Path) -> dict[str, Any]:
         raise ManifestError(f"load_sae: {path} must be readable JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(cfg, dict) or not isinstance(cfg.get("metadata", {}), dict):
         raise ManifestError(f"load_sae: {path} must be a JSON object with an object `metadata`")
-    return {**cfg, "metadata": cfg.get("metadata", {})}
+    return cfg
 
 
 def sae_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file. Raises ManifestError if it is not one."""
     try:
-        return read_tensors(path)
+        return uncompiled(read_tensors(path))
     except (NoFile, ValueError) as error:
         raise ManifestError(f"load_sae: {path} must be safetensors, got {type(error).__name__}: {error}") from error
-
-
-def _checked_config(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """cfg.json, once `SAE` is known to compute it. Settings of matching_pursuit that it lacks get SAELens' defaults."""
-    if cfg.get("architecture") == "matching_pursuit":
-        cfg = {**dict(zip(PURSUIT, (PURSUIT_THRESHOLD, None, True), strict=True)), **cfg}
-    cfg = dict(cfg)
-    _check_version(path, cfg)
-    _check_fields(path, cfg)
-    _check_stream(path, cfg)
-    return cfg
-
-
-def _check_version(path: Path, cfg: dict[str, Any]) -> None:
-    version = cfg.get("sae_lens_version") or cfg["metadata"].get("sae_lens_version")
-    major = str(version).partition(".")[0]
-    if not major.isdecimal() or len(major) > 9 or int(major) < 6:
-        raise ManifestError(
-            f"load_sae: {path} must be written by SAELens 6.0.0 or later, got sae_lens_version={shown(version)}; "
-            "load it with sae_lens and save it again with save_model"
-        )
-
-
-def _check_fields(path: Path, cfg: dict[str, Any]) -> None:
-    if cfg.get("architecture") not in ARCHITECTURES:
-        got = shown(cfg.get("architecture"))
-        raise ManifestError(f"load_sae: {path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {got}")
-    names = ["d_in", "d_sae"]
-    names += ["k"] if cfg["architecture"] in RANKED else []
-    names += ["d_out"] if is_transcoder(cfg["architecture"]) else []
-    names += ["max_iterations"] if cfg.get("max_iterations") is not None else []
-    for name in names:
-        if type(cfg.get(name)) is not int or not 1 <= cfg[name] <= MOST:
-            raise ManifestError(
-                f"load_sae: {path}: {name} must be a positive integer up to {MOST}, got {shown(cfg.get(name))}"
-            )
-    if cfg["architecture"] in RANKED and cfg["k"] > cfg["d_sae"]:
-        raise ManifestError(f"load_sae: {path}: k must be at most d_sae={cfg['d_sae']}, got k={cfg['k']}")
-    most = max(cfg["d_in"], cfg["d_sae"])
-    if (cfg.get("max_iterations") or 1) > most:
-        got = cfg["max_iterations"]
-        raise ManifestError(f"load_sae: {path}: max_iterations must be at most d_in and d_sae, {most}, got {got}")
-    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "stop_on_duplicate_support"):
-        if type(cfg.get(name, False)) is not bool:
-            raise ManifestError(f"load_sae: {path}: {name} must be true or false, got {shown(cfg[name])}")
-    rest = cfg.get("residual_threshold", 0.0)
-    if type(rest) not in (int, float) or not 0 <= rest <= torch.finfo(torch.float32).max:
-        raise ManifestError(f"load_sae: {path}: residual_threshold must be at least 0, got {shown(rest)}")
-    if cfg.get("apply_b_dec_to_input", False) and cfg.get("d_out", cfg["d_in"]) != cfg["d_in"]:
-        raise ManifestError(f"load_sae: {path}: b_dec is {cfg['d_out']} wide, x {cfg['d_in']}: it cannot be subtracted")
-    if _dtype_name(cfg) not in DTYPES:
-        raise ManifestError(
-            f"load_sae: {path}: dtype must be one of {', '.join(DTYPES)}, got {shown(cfg.get('dtype'))}"
-        )
-    if not isinstance(cfg["metadata"].get("hook_name"), str):
-        raise ManifestError(f"load_sae: {path}: metadata.hook_name must say where x comes from, got none")
-    _check_hooks(path, cfg)
-
-
-def _check_hooks(path: Path, cfg: dict[str, Any]) -> None:
-    if is_transcoder(cfg["architecture"]) and not isinstance(cfg["metadata"].get("hook_name_out"), str):
-        raise ManifestError(f"load_sae: {path}: metadata.hook_name_out must say what x_hat is of, got none")
-    names, widths = cfg.get("hook_names"), cfg.get("hook_widths")
-    if cfg["architecture"] == "crosscoder" and not (
-        isinstance(names, list)
-        and isinstance(widths, list)
-        and len(names) == len(widths)
-        and all(isinstance(name, str) for name in names)
-        and all(type(width) is int and width > 0 for width in widths)
-        and sum(widths) == cfg["d_in"]
-    ):
-        raise ManifestError(
-            f"load_sae: {path}: hook_names and hook_widths must say what x is of, d_in={cfg['d_in']} in all, got "
-            f"{shown(names)} and {shown(widths)}"
-        )
-
-
-def _check_stream(path: Path, cfg: dict[str, Any]) -> None:
-    """Raise for an SAE whose x is not the raw activation of whole hooks."""
-    normalisation = cfg.get("normalize_activations", "none")
-    if normalisation != "none":
-        raise ManifestError(
-            f"load_sae: {path}: normalize_activations must be 'none', got {shown(normalisation)}; "
-            "fold the scale into the weights with sae_lens (fold_activation_norm_scaling_factor) and save again"
-        )
-    head = cfg["metadata"].get("hook_head_index")
-    if head is not None:
-        raise ManifestError(f"load_sae: {path}: the SAE must read a whole hook, got hook_head_index={shown(head)}")
-    loading = cfg["metadata"].get("model_from_pretrained_kwargs") or {}
-    if not isinstance(loading, dict) or loading.get("center_writing_weights", False):
-        raise CacheMismatch(
-            f"load_sae: {path} was trained on a centred residual stream (model_from_pretrained_kwargs="
-            f"{shown(loading)}), a cache holds the raw one; train an SAE on the cache"
-        )
-
-
-def _dtype_name(cfg: Mapping[str, Any]) -> str:
-    return str(cfg.get("dtype")).removeprefix("torch.")
 
 
 def _checked_tensors(
     path: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str
 ) -> dict[str, Tensor]:
     """The tensors in cfg's dtype. Raises ManifestError if their names or shapes are wrong, or one is not finite."""
-    d_out = cfg["d_out"] if is_transcoder(cfg["architecture"]) else cfg["d_in"]
-    shapes = _shapes(cfg["architecture"], cfg["d_in"], cfg["d_sae"], d_out)
+    shapes = shapes_of(cfg)
     got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if got != shapes:
         raise ManifestError(f"load_sae: {path} of a {cfg['architecture']} SAE must hold {shapes}, got {str(got)[:500]}")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not all(math.isfinite(end) for end in torch.aminmax(tensor)):
             raise ManifestError(f"load_sae: {path}: {name} must be finite floats, got NaN, infinity or {tensor.dtype}")
-    dtype = DTYPES[_dtype_name(cfg)]
+    dtype = DTYPES[dtype_name(cfg)]
     n_converted = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype != dtype)
     require_memory_for_array(n_converted * dtype.itemsize, f"the weights of {path} in {dtype}")
     return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}

@@ -17,17 +17,20 @@ from trainer.config.settings import BATCH_FAMILY
 from trainer.formats.foreign import Names, Tensors, check_latents, said_name
 from trainer.formats.saelens import (
     CONFIG_FILE,
-    PURSUIT_THRESHOLD,
     WEIGHTS_FILE,
     read_sae_config,
     sae_file,
     sae_of,
     sae_tensors,
 )
+from trainer.formats.saelens_cfg import PURSUIT_THRESHOLD, up_to_date
 from trainer.run_folder import finite, read_json
 from trainer.sae.sae import SAE
 
 SCALE_FILE = "activation_scaler.json"  # beside a checkpoint of SAELens; it says by what the rows were multiplied
+WHITENING_FILE = "activation_whitening.safetensors"  # as that, of an SAE whose rows were whitened
+SPARSITY_FILE = "sparsity.safetensors"  # beside an SAE; log10 of how often each latent fires
+BESIDE = (SCALE_FILE, WHITENING_FILE, SPARSITY_FILE)
 SMALLEST_NORM = 1e-8  # the least norm of a decoder row by which SAELens divides
 
 
@@ -38,10 +41,15 @@ def saelens_sae(folder: Path, names: Names) -> SAE:
         ManifestError: as `saelens.load_sae`, or the file with the scale of a checkpoint's rows is missing.
         CacheMismatch: as `saelens.load_sae`.
     """
-    cfg, tensors = read_sae_config(folder), sae_tensors(sae_file(folder, WEIGHTS_FILE))
+    cfg, tensors = up_to_date(read_sae_config(folder)), sae_tensors(sae_file(folder, WEIGHTS_FILE))
     if cfg.get("normalize_activations") == "expected_average_only_in":
-        cfg, tensors = _unscaled(cfg, tensors, folder / SCALE_FILE)
-    return saelens_sae_of(cfg, tensors, folder, names)
+        cfg, tensors = _unscaled(cfg, tensors, sae_file(folder, SCALE_FILE))
+    if cfg.get("normalize_activations") == "covariance_whitening" and is_file(sae_file(folder, WHITENING_FILE)):
+        cfg, tensors = _unwhitened(cfg, tensors, folder)
+    sae = saelens_sae_of(cfg, tensors, folder, names)
+    if is_file(held := sae_file(folder, SPARSITY_FILE)):
+        sae.log_sparsity = sae_tensors(held).get("sparsity")
+    return sae
 
 
 def saelens_sae_of(cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path, names: Names) -> SAE:
@@ -77,6 +85,45 @@ def _unscaled(cfg: Mapping[str, Any], tensors: Tensors, path: Path) -> tuple[dic
     return cfg, {**tensors, **grown, **{name: tensor / scale for name, tensor in tensors.items() if name in shrinks}}
 
 
+def _unwhitened(cfg: Mapping[str, Any], tensors: Tensors, folder: Path) -> tuple[dict[str, Any], Tensors]:
+    """Fold the whitening z = (x - mean) M of training into the weights, so that they take raw rows.
+
+    W_enc becomes M W_enc, W_dec becomes W_dec M^-1, and b_dec becomes b_dec M^-1 + mean. Where b_dec is not subtracted
+    from the rows, the biases of the encoder lose mean M W_enc; that of a gated SAE's magnitude loses exp(r_mag) times
+    as much. Norms of decoder rows are folded before, because they change.
+    """
+    path = sae_file(folder, WHITENING_FILE)
+    stored = sae_tensors(path)
+    d_in = tensors["W_enc"].shape[0] if tensors.get("W_enc") is not None else 0
+    shapes = {"mean": (d_in,), "matrix": (d_in, d_in), "inverse_matrix": (d_in, d_in)}
+    got = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    if got != shapes or not {"W_dec", "b_dec"} <= {*tensors}:
+        raise ManifestError(
+            f"import: {path} must hold {shapes} beside an SAE with W_enc, W_dec and b_dec, got {got}; import what "
+            "SAELens saves at the end of training"
+        )
+    check_latents(tensors, folder)
+    cfg, tensors = _norms_folded(cfg, tensors) if cfg.get("rescale_acts_by_decoder_norm") else (dict(cfg), tensors)
+    mean, matrix, inverse = (stored[name].double() for name in shapes)
+    W_enc = matrix @ tensors["W_enc"].double()
+    folded = {"W_enc": W_enc, "W_dec": tensors["W_dec"].double() @ inverse}
+    folded |= {"b_dec": tensors["b_dec"].double() @ inverse + mean}
+    if not cfg.get("apply_b_dec_to_input", True):
+        factors = {"b_enc": 1.0, "b_gate": 1.0, "b_mag": tensors["r_mag"].double().exp() if "r_mag" in tensors else 1.0}
+        biases = {name: factor for name, factor in factors.items() if name in tensors}
+        folded |= {name: tensors[name].double() - mean @ W_enc * factor for name, factor in biases.items()}
+    kept = {name: tensor.to(tensors[name].dtype) for name, tensor in folded.items()}
+    return cfg | {"normalize_activations": "none"}, tensors | kept
+
+
+def _norms_folded(cfg: Mapping[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    """The same SAE with decoder rows of norm 1, which need not be looked at any more."""
+    norm = tensors["W_dec"].norm(dim=-1).clamp(min=SMALLEST_NORM)
+    folded = {"W_enc": tensors["W_enc"] * norm, "b_enc": tensors["b_enc"] * norm}
+    folded |= {"W_dec": tensors["W_dec"] / norm[:, None]}
+    return {**cfg, "rescale_acts_by_decoder_norm": False}, tensors | folded
+
+
 def _for_inference(
     cfg: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[dict[str, Any], Tensors]:
@@ -97,8 +144,6 @@ def _for_inference(
     cfg["metadata"] = {**cfg["metadata"], "training_architecture": cfg["architecture"]}
     cfg["architecture"] = "jumprelu"
     if cfg.get("rescale_acts_by_decoder_norm"):
-        norm = tensors["W_dec"].norm(dim=-1).clamp(min=SMALLEST_NORM)
-        folded = {"W_enc": tensors["W_enc"] * norm, "b_enc": tensors["b_enc"] * norm}
-        tensors |= {**folded, "W_dec": tensors["W_dec"] / norm[:, None]}
+        cfg, tensors = _norms_folded(cfg, tensors)
     tensors["threshold"] = torch.ones_like(tensors["b_enc"]) * tensors.pop("topk_threshold").item()
     return cfg, tensors

@@ -21,22 +21,26 @@ SPARSIFY_FILES = ("cfg.json", "sae.safetensors")
 def sparsify_sae(folder: Path, names: Names) -> SAE:
     """Read a SparseCoder of sparsify from the folder of a hookpoint, as `save_to_disk` wrote it.
 
-    f = ReLU(TopK_k((x - b_dec) W_enc + b_enc)), where a transcoder encodes x instead of x - b_dec.
+    f = ReLU(TopK_k((x - b_dec) W_enc + b_enc)), where a transcoder encodes x instead of x - b_dec. With the activation
+    groupmax, f keeps the largest of each of k groups instead.
     x_hat = f W_dec + b_dec, to which W_skip x is added where there is a W_skip.
 
     Raises:
-        ManifestError: a file is missing or malformed, or the activation is not topk.
+        ManifestError: a file is missing or malformed, or the activation is another.
         ConfigError: neither the folder nor `names` says the model, or neither says the hook.
     """
     cfg_file, weights_file = (sae_file(folder, name) for name in SPARSIFY_FILES)
     cfg, tensors = read_json(cfg_file), sae_tensors(weights_file)
-    if cfg.get("activation", "topk") != "topk" or cfg.get("signed", False):
-        got = "signed" if cfg.get("signed", False) else cfg["activation"]
-        raise ManifestError(f"import: {folder}: activation must be topk, got {shown(got)}; no SAE here computes that")
+    activation = cfg.get("activation", "topk")
+    if activation not in ("topk", "groupmax") or cfg.get("signed", False):
+        got = "signed" if cfg.get("signed", False) else activation
+        raise ManifestError(
+            f"import: {folder}: activation must be topk or groupmax, got {shown(got)}; no SAE here computes that"
+        )
     weights = {ours: stored_tensor(tensors, theirs, folder) for ours, theirs in _SPARSIFY.items()}
     weights |= {name: tensor for name, tensor in tensors.items() if name == "W_skip"}
     transcodes, skips = cfg.get("transcode", False), "W_skip" in weights
-    architecture = "topk_skip_transcoder" if skips else "topk_transcoder" if transcodes else "topk"
+    architecture = activation + ("_skip_transcoder" if skips else "_transcoder" if transcodes else "")
     own = {"architecture": architecture, "k": cfg.get("k"), "apply_b_dec_to_input": not transcodes}
     names = _sparsify_names(folder, transcodes, skips, names)
     return foreign_sae(own, weights, folder, names, {"training_architecture_details": cfg})

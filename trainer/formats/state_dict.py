@@ -30,6 +30,7 @@ MOST_REPEATED = 8
 TENSOR_PARTS = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch\._utils _rebuild_parameter|torch \w+Storage"
 )
+COMPILED = "_orig_mod."  # stands in each name of a state dict of a module that torch.compile has wrapped
 WAY_OUT = "save its tensors alone with torch.save(dictionary.state_dict(), path)"
 # what torch.load, zipfile and pickletools raise of bytes that are malformed
 _MALFORMED = (
@@ -49,7 +50,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         stored = torch.load(_plain_zip(contents_of_any_size(path)), map_location="cpu", weights_only=True)
         if not isinstance(stored, dict):
             raise ValueError(f"a {type(stored).__name__}")
-        tensors = {str(name): value.detach() for name, value in stored.items() if isinstance(value, Tensor)}
+        tensors = uncompiled({str(name): value.detach() for name, value in stored.items() if isinstance(value, Tensor)})
         for name, tensor in tensors.items():
             _check_size(name, tensor)
     except NoFile as error:
@@ -62,6 +63,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         said = str(error).strip().splitlines()
         raise _refused(path, f"{type(error).__name__}: {said[0] if said else 'empty'}") from error
     return tensors
+
+
+def uncompiled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names that they have in a module which torch.compile has not wrapped."""
+    plain = {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}
+    return plain if len(plain) == len(tensors) else tensors
 
 
 def _refused(path: Path, got: str) -> ManifestError:

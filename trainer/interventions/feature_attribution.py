@@ -13,10 +13,11 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from actcache.arguments import whole_number
 from actcache.errors import ConfigError
+from actcache.models.live import live_model
 from trainer.interventions.splice import LiveModel, Splice, spliced
 from trainer.sae.sae import SAE
 
@@ -48,7 +49,7 @@ class FeatureAttribution:
 
 
 def attribution(
-    model: Model,
+    model: Model | nn.Module,
     saes: Sequence[SAE],
     token_ids: Int[Tensor, "sequence position"],
     metric: Callable[[Float[Tensor, "sequence position vocab"]], Float[Tensor, ""]],
@@ -62,7 +63,7 @@ def attribution(
     that follows from it, through the later SAEs too.
 
     Args:
-        model: the language model.
+        model: the language model, as `live_model` takes it.
         saes: SAEs of one hook each.
         token_ids: whole sequences.
         metric: a number made of the logits, such as the difference of two tokens' logits at the last position.
@@ -80,11 +81,12 @@ def attribution(
         CacheMismatch: a hook of the model has another width than its SAE takes.
     """
     whole_number("attribution", "steps", steps, 0)
+    live = live_model(model)
     mask = torch.ones(token_ids.shape, dtype=torch.bool) if where is None else where
-    acts, gradients = _gradients(model, saes, token_ids, metric, mask, [1.0] * len(saes))
+    acts, gradients = _gradients(live, saes, token_ids, metric, mask, [1.0] * len(saes))
     for index in range(len(saes) if steps else 0):
         at = [
-            _gradients(model, saes, token_ids, metric, mask, _scaled(index, len(saes), (m + 0.5) / steps))
+            _gradients(live, saes, token_ids, metric, mask, _scaled(index, len(saes), (m + 0.5) / steps))
             for m in range(steps)
         ]
         gradients[index] = torch.stack([each[index] for _, each in at]).mean(0)

@@ -12,10 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from actcache.arguments import type_fields_
 from actcache.errors import ConfigError
+from actcache.models.live import live_model
 from trainer.features.logit_lens import check_latents, directions
 from trainer.features.text import check_width
 from trainer.sae.sae import SAE
@@ -118,41 +119,57 @@ class Splice:
         if here.shape != y.shape[:2]:
             raise ValueError(f"splice: where must be of the tokens {tuple(y.shape[:2])}, got {tuple(here.shape)}")
         here = here.to(y.device)
-        rows = self._rows(x.to(y.device)[here], y[here], here)
+        check_width(self.sae, x)
+        rows = self._rows(x.to(y.device), y[here], here)
         return y.index_put((here,), rows.to(y))
 
     def _rows(
-        self, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"], here: Bool[Tensor, "sequence position"]
+        self,
+        x: Float[Tensor, "sequence position width"],
+        y: Float[Tensor, "row d_out"],
+        here: Bool[Tensor, "sequence position"],
     ) -> Float[Tensor, "row d_out"]:
         sae = self.sae
-        check_width(sae, x)
-        feature_acts, x_hat = sae.reconstruct(x.to(sae.device))
+        if sae.reads_sequences:
+            feature_acts, x_hat = (each[here.to(sae.device)] for each in sae.reconstruct(x.to(sae.device)))
+        else:
+            feature_acts, x_hat = sae.reconstruct(x[here].to(sae.device))
+        y = y.to(sae.device)
+        base = y if self.keep_error else sae.placed(y, x_hat)
         latents = list(self.features)
         differences = [_difference(self.features[i], feature_acts[:, i], here) for i in latents]
-        base = y.to(sae.device) if self.keep_error else x_hat
         if self.act is None:
-            return base + torch.stack(differences, dim=1) @ directions(sae, latents) if latents else base
-        changed = feature_acts.clone()
-        for latent, difference in zip(latents, differences, strict=True):
-            changed[:, latent] += difference
-        return base + (self.act(changed) - feature_acts) @ directions(sae, range(sae.d_sae))
+            if not latents:
+                return base
+            change = torch.stack(differences, dim=1) @ directions(sae, latents)
+        else:
+            changed = feature_acts.clone()
+            for latent, difference in zip(latents, differences, strict=True):
+                changed[:, latent] += difference
+            change = (self.act(changed) - feature_acts) @ directions(sae, range(sae.d_sae))
+        scale = sae.output_scale(x[here].to(sae.device))
+        return sae.added(base, change if scale is None else change * scale)
 
 
 @contextmanager
-def spliced(model: LiveModel, splices: Sequence[Splice]) -> Iterator[None]:
+def spliced(model: LiveModel | nn.Module, splices: Sequence[Splice]) -> Iterator[None]:
     """Inside the `with`, every pass of the model goes through the splices, in their order where two have one hook.
 
     Args:
-        model: the language model. Its own module may be called, or its `logits`.
+        model: the language model, as `live_model` takes it. Its own module may be called, or its `logits`.
         splices: any number of them.
 
     Raises:
         ModelError: the model lacks a hook.
+        CacheMismatch: an SAE is of another stream than the model has (see `SAE.check`).
         CacheMismatch, ValueError: from the pass, as `Splice.replaced`.
     """
+    live = live_model(model)
+    for splice in splices:
+        splice.sae.check(live)
     with ExitStack() as stack:
         for splice in splices:
-            stack.enter_context(model.replacing(_functions(splice)))
+            stack.enter_context(live.replacing(_functions(splice)))
         yield
 
 

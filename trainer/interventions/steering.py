@@ -6,10 +6,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from actcache.arguments import typed, whole_number
 from actcache.errors import ConfigError
+from actcache.models.live import live_model
 from trainer.features.text import prompt_ids
 from trainer.interventions.splice import Change, Splice, spliced
 from trainer.sae.sae import SAE
@@ -54,7 +55,7 @@ class Steered:
 
 
 def steer(
-    model: Model,
+    model: Model | nn.Module,
     sae: SAE,
     text: str,
     *,
@@ -71,7 +72,7 @@ def steer(
     Each ends at a special token.
 
     Args:
-        model: the language model.
+        model: the language model with its tokenizer, as `live_model` takes it.
         sae: its latents are changed at its hook.
         text: the prompt.
         features: latent -> a change, such as Clamp(0.0).
@@ -89,26 +90,30 @@ def steer(
         ModelError: the model lacks the hook, or has no output head.
     """
     _check_arguments(n_tokens, temperature, seed)
-    prompt = prompt_ids(sae, model.tokenizer, text)
-    if model.max_positions is not None and prompt.shape[1] + n_tokens - 1 > model.max_positions:
+    live = live_model(model)
+    sae.check(live)
+    prompt = prompt_ids(sae, live.tokenizer, text)
+    if live.max_positions is not None and prompt.shape[1] + n_tokens - 1 > live.max_positions:
         raise ConfigError(
-            f"steer: {model.identity['name']} has {model.max_positions} positions, {n_tokens} tokens after a text of "
+            f"steer: {live.identity['name']} has {live.max_positions} positions, {n_tokens} tokens after a text of "
             f"{prompt.shape[1]} do not fit; take a shorter text or fewer tokens"
         )
 
     def steered_after(past: Any, token_ids: Tensor) -> tuple[Tensor, Any]:
-        with spliced(model, [_splice(model, sae, token_ids, features, keep_error=keep_error)]):
-            return model.logits_after(past, token_ids)
+        with spliced(live, [_splice(live, sae, token_ids, features, keep_error=keep_error)]):
+            if sae.reads_sequences:  # no past is kept, so each pass is of the whole text
+                return live.logits(token_ids), None
+            return live.logits_after(past, token_ids)
 
     before, after = (
-        _continuation(logits_after, prompt, model.tokenizer, n_tokens=n_tokens, temperature=temperature, seed=seed)
-        for logits_after in (model.logits_after, steered_after)
+        _continuation(logits_after, prompt, live.tokenizer, n_tokens=n_tokens, temperature=temperature, seed=seed)
+        for logits_after in (live.logits_after, steered_after)
     )
     return Steered(prompt=text, before=before, after=after)
 
 
 def steered_logits(
-    model: Model,
+    model: Model | nn.Module,
     sae: SAE,
     token_ids: Int[Tensor, "sequence position"],
     features: Mapping[int, Change],
@@ -120,7 +125,7 @@ def steered_logits(
     See `Splice` for what becomes of the hook's activation.
 
     Args:
-        model: the language model.
+        model: the language model, as `live_model` takes it.
         sae: its latents are changed.
         token_ids: the sequences to run.
         features: latent -> a change, such as Clamp(0.0).
@@ -129,8 +134,9 @@ def steered_logits(
     Raises:
         ConfigError, CacheMismatch, ModelError: as `steer`.
     """
-    with spliced(model, [_splice(model, sae, token_ids, features, keep_error=keep_error)]):
-        return model.logits(token_ids)
+    live = live_model(model)
+    with spliced(live, [_splice(live, sae, token_ids, features, keep_error=keep_error)]):
+        return live.logits(token_ids)
 
 
 def _splice(model: Model, sae: SAE, token_ids: Tensor, features: Mapping[int, Change], *, keep_error: bool) -> Splice:

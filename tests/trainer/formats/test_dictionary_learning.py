@@ -15,6 +15,7 @@ from support.surroundings import FailingCalls, address_space
 from actcache.errors import ConfigError, ManifestError
 from trainer.formats.dictionary_learning import dictionary_learning_sae
 from trainer.formats.foreign import Names
+from trainer.sae.sae import SAE
 
 
 @pytest.mark.parametrize("dict_class", DICTIONARIES)
@@ -52,6 +53,17 @@ def test_a_decoder_of_norm_one_is_left_as_it_is(tmp_path):
     sae = dictionary_learning_sae(folder, Names())
     assert torch.equal(sae.W_enc, tensors["encoder.weight"].T)
     assert torch.equal(sae.W_dec, tensors["decoder.weight"].T)
+
+
+def test_one_state_among_the_checkpoints_is_read(tmp_path):
+    """Its config.json lies one folder above; and a compiled module has other names."""
+    folder = dictionary_folder(tmp_path, "AutoEncoderTopK")
+    (folder / "checkpoints").mkdir()
+    early = {f"_orig_mod.{name}": tensor * 2 for name, tensor in dictionary_tensors("AutoEncoderTopK").items()}
+    torch.save(early, folder / "checkpoints" / "ae_1000.pt")
+    last, first = dictionary_learning_sae(folder, Names()), SAE.load_from_disk(folder / "checkpoints" / "ae_1000.pt")
+    assert torch.equal(first.W_enc, 2 * last.W_enc)
+    assert (first.hook_name, first.k) == (last.hook_name, last.k)
 
 
 def test_what_the_layer_alone_does_not_say_is_asked(tmp_path):

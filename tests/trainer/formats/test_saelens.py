@@ -234,15 +234,28 @@ def test_the_smallest_config_loads_and_defaults_as_saelens(tmp_path):
         ({"k": None}, ManifestError, "k must be a positive integer up to 1099511627776, got None"),
         ({"k": D_SAE + 1}, ManifestError, "k must be at most d_sae=48"),
         ({"apply_b_dec_to_input": "yes"}, ManifestError, "apply_b_dec_to_input must be true or false"),
-        ({"normalize_activations": "layer_norm"}, ManifestError, "must be 'none', got 'layer_norm'"),
-        ({"metadata": {"hook_name": None}}, ManifestError, r"metadata\.hook_name"),
-        ({"metadata": {"hook_head_index": 3}}, ManifestError, "hook_head_index=3"),
-        ({"metadata": {"sae_lens_version": "5.9.1"}}, ManifestError, "6.0.0 or later, got sae_lens_version='5.9.1'"),
-        ({"metadata": {"sae_lens_version": None}}, ManifestError, "got sae_lens_version=None"),
         (
-            {"metadata": {"model_from_pretrained_kwargs": {"center_writing_weights": True}}},
+            {"normalize_activations": "covariance_whitening"},
+            ManifestError,
+            "'covariance_whitening'; fold the scale",
+        ),
+        ({"normalize_activations": "constant_scalar_rescale"}, ManifestError, "got 'constant_scalar_rescale'"),
+        ({"metadata": {"hook_name": None}}, ManifestError, r"metadata\.hook_name"),
+        ({"metadata": {"hook_head_index": "3"}}, ManifestError, "hook_head_index must be the number of a head"),
+        ({"metadata": {"hook_head_index": -1}}, ManifestError, "of an SAE's one hook, got -1"),
+        ({"activation_fn": "tanh-relu"}, ManifestError, "activation_fn must be relu or topk, got 'tanh-relu'"),
+        ({"metadata": {"sae_lens_version": "5.9.1"}}, ManifestError, "metadata.hook_name must say"),
+        ({"metadata": {"sae_lens_version": None}}, ManifestError, "metadata.hook_name must say"),
+        ({"metadata": {"model_from_pretrained_kwargs": "yes"}}, ManifestError, "must be settings of TransformerLens"),
+        (
+            {
+                "metadata": {
+                    "hook_name": "blocks.1.attn.hook_z",
+                    "model_from_pretrained_kwargs": {"fold_value_biases": 1},
+                }
+            },
             CacheMismatch,
-            "centred residual stream",
+            "of a model with fold_value_biases, which is another activation",
         ),
     ],
     ids=str,
@@ -363,7 +376,7 @@ def test_a_version_of_many_digits_is_refused(tmp_path):
     cfg = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps(cfg | {"sae_lens_version": "9" * 5000}))
     (folder.parent / "sae.crc32c.json").unlink(missing_ok=True)
-    with pytest.raises(ManifestError, match=r"must be written by SAELens 6\.0\.0 or later") as raised:
+    with pytest.raises(ManifestError, match=r"metadata\.hook_name must say where x comes from") as raised:
         load_sae(folder)
     assert len(str(raised.value)) < 1000
 

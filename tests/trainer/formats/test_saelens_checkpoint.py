@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.saelens_peers import D_IN, D_SAE, METADATA, SCALE, K, equal_files, equal_outputs, fill_, rows
 from support.surroundings import address_space
 from torch import Tensor
@@ -126,6 +126,55 @@ def test_a_checkpoint_without_its_scale_is_refused(tmp_path):
     training_sae("topk", normalize_activations="expected_average_only_in").save_model(tmp_path / "checkpoint")
     with pytest.raises(ManifestError, match=r"activation_scaler\.json must say scaling_factor"):
         import_sae(tmp_path / "checkpoint", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("standard", {}),
+        ("standard", {"apply_b_dec_to_input": False}),
+        ("gated", {"apply_b_dec_to_input": False}),
+        ("topk", {"rescale_acts_by_decoder_norm": True}),
+        ("jumprelu", {}),
+        ("batchtopk", {}),
+    ],
+    ids=str,
+)
+def test_the_whitening_of_a_checkpoint_is_folded_as_saelens_folds_it(architecture, changes, tmp_path):
+    from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
+
+    theirs = training_sae(architecture, normalize_activations="covariance_whitening", dtype="float64", **changes)
+    theirs.save_model(tmp_path / "checkpoint")
+    generator = torch.Generator().manual_seed(1)
+    matrix = torch.eye(D_IN).double() + torch.randn(D_IN, D_IN, generator=generator).double() / 8
+    whitening = ActivationWhitening(mean=rows()[0].double(), matrix=matrix, inverse_matrix=matrix.inverse())
+    ActivationScaler(whitening=whitening).save(str(tmp_path / "checkpoint" / "activation_scaler.json"))
+    ours = load_sae(import_sae(tmp_path / "checkpoint", tmp_path / "run"))
+    theirs.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
+    theirs.save_inference_model(tmp_path / "final")
+    final, x = sae_lens.SAE.load_from_disk(tmp_path / "final"), rows().double()
+    for one, other in ((final.encode(x), ours.encode(x)), (final(x), ours(x))):
+        assert ((one - other).abs() <= 1e4 * 2.0**-53 * one.abs().max()).all()
+    (tmp_path / "checkpoint" / "activation_whitening.safetensors").unlink()
+    with pytest.raises(ManifestError, match="got 'covariance_whitening'; fold the scale into the weights"):
+        import_sae(tmp_path / "checkpoint", tmp_path / "other")
+
+
+def test_a_whitening_of_another_width_is_refused(tmp_path):
+    training_sae("standard", normalize_activations="covariance_whitening").save_model(tmp_path / "checkpoint")
+    square = torch.eye(D_IN + 1)
+    tensors = {"mean": torch.zeros(D_IN + 1), "matrix": square, "inverse_matrix": square.clone()}
+    save_file(tensors, tmp_path / "checkpoint" / "activation_whitening.safetensors")
+    with pytest.raises(ManifestError, match=r"activation_whitening.safetensors must hold .*\(16, 16\).* got .*17"):
+        import_sae(tmp_path / "checkpoint", tmp_path / "run")
+
+
+def test_names_of_a_compiled_module_are_plain_names(tmp_path):
+    theirs = training_sae("standard")
+    theirs.save_model(tmp_path / "theirs")
+    weights = tmp_path / "theirs" / "sae_weights.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(weights).items()}, weights)
+    equal_outputs(theirs, load_sae(import_sae(tmp_path / "theirs", tmp_path / "run")))
 
 
 @pytest.mark.parametrize("said", [0, True, 10**400, "1", None, [1], float("nan")], ids=lambda said: str(said)[:9])

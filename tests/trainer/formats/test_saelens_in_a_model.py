@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_models import D_MODEL, N_LAYERS, make_model, make_tokenizer
+from support.saelens_models import close, hooked, token_ids
+from support.tiny_models import D_MODEL, make_model, make_tokenizer
 from support.tiny_saes import ARCHITECTURES, TRANSCODERS, changed, make_config, make_weights
 from torch import Tensor
 
@@ -21,9 +22,6 @@ pytestmark = [
 ]
 SOURCE, TARGET = "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"  # of a transcoder
 HOOK = "blocks.1.hook_resid_post"
-# Model and SAEs compute in float64: two orders of summation differ by 2^-53 for each of the terms that are added up; on
-# the way to a logit these are fewer than 10^4 (three blocks of at most 4 * 128 + 20, the SAE and the unembedding).
-ROUNDING = 1e4 * 2.0**-53
 
 
 @pytest.fixture(scope="module")
@@ -42,40 +40,9 @@ def bridge() -> Any:
     return SAETransformerBridge.boot_transformers("gpt2", hf_model=spare, tokenizer=tokenizer, dtype=torch.float64)
 
 
-@pytest.fixture(scope="module")
-def hooked() -> Any:
-    """The same weights in HookedTransformer's own modules, unprocessed."""
-    from transformer_lens import HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-
-    hf = make_model("gpt2", len(make_tokenizer())).double()
-    config = HookedTransformerConfig(
-        n_layers=N_LAYERS,
-        d_model=D_MODEL,
-        n_ctx=256,
-        d_head=D_MODEL // 4,
-        n_heads=4,
-        d_mlp=4 * D_MODEL,
-        d_vocab=hf.config.vocab_size,
-        act_fn="gelu_new",
-        normalization_type="LN",
-        dtype=torch.float64,
-        device="cpu",
-    )
-    model = sae_lens.HookedSAETransformer(config)
-    weights = convert_gpt2_weights(hf, config)
-    plain = {"center_unembed": False, "fold_value_biases": False}
-    model.load_and_process_state_dict(weights, fold_ln=False, center_writing_weights=False, **plain)
-    return model
-
-
 @pytest.fixture(params=["bridge", "hooked"])
 def theirs(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue(request.param)
-
-
-def token_ids() -> Tensor:
-    return torch.randint(2, 400, (4, 20), generator=torch.Generator().manual_seed(5))
+    return hooked() if request.param == "hooked" else request.getfixturevalue(request.param)
 
 
 def exported(tmp_path: Path, architecture: str) -> tuple[SAE, Any]:
@@ -101,10 +68,6 @@ def spliced(model: LanguageModel, sae: SAE) -> Tensor:
 
     show = None if source == target else {source: lambda x: seen.update(x=x)}
     return model.logits_with(token_ids(), target, replace_, hook_fns=show)
-
-
-def close(theirs: Tensor, ours: Tensor) -> bool:
-    return bool(((theirs - ours).abs() <= ROUNDING * ours.abs().max()).all())
 
 
 @torch.no_grad()
@@ -136,7 +99,7 @@ def test_with_the_error_term_nothing_changes(ours, theirs, tmp_path):
 
 
 @torch.no_grad()
-def test_an_sae_of_heads_takes_them_as_saelens_gives_them(hooked, tmp_path):
+def test_an_sae_of_heads_takes_them_as_saelens_gives_them(tmp_path):
     """HookedTransformer has hook_z as [..., head, d_head]; ours has the heads side by side."""
     hook_z = "blocks.1.attn.hook_z"
     weights = {name: tensor.double() / 4 for name, tensor in make_weights("topk", D_MODEL).items()}
@@ -144,9 +107,9 @@ def test_an_sae_of_heads_takes_them_as_saelens_gives_them(hooked, tmp_path):
     save_inference_sae(config, weights, tmp_path / "run" / "sae", metadata={})
     sae = load_sae(tmp_path / "run")
     exported_sae = sae_lens.SAE.load_from_disk(export_sae(tmp_path / "run", tmp_path / "exported"))
-    logits = hooked.run_with_saes(token_ids(), saes=[exported_sae])
+    logits = hooked().run_with_saes(token_ids(), saes=[exported_sae])
 
     def flat(z: Tensor, hook: object) -> Tensor:
         return sae.reconstruct(z.flatten(2).flatten(0, 1))[1].view_as(z)
 
-    assert close(logits, hooked.run_with_hooks(token_ids(), fwd_hooks=[(hook_z, flat)]))
+    assert close(logits, hooked().run_with_hooks(token_ids(), fwd_hooks=[(hook_z, flat)]))

@@ -12,6 +12,7 @@ from actcache.errors import ConfigError, ManifestError
 from actcache.models.hook_names import hooks_of
 from trainer.formats.foreign import Names
 from trainer.formats.sparsify import sparsify_sae
+from trainer.sae.sae import SAE
 
 
 @pytest.mark.parametrize("kind", SPARSIFY_KINDS)
@@ -77,9 +78,29 @@ def test_a_hook_of_gemma_is_not_guessed_inside_a_block():
         assert hooks_of(other, "gpt2") is None, other
 
 
-@pytest.mark.parametrize("changes", [{"activation": "groupmax"}, {"signed": True}], ids=str)
+@pytest.mark.parametrize("kind", SPARSIFY_KINDS)
+def test_groupmax_takes_the_largest_of_each_group(kind, tmp_path):
+    """By a loop over the groups: k of them, each of neighbours."""
+    groups = 6
+    folder = sparsify_folder(tmp_path, kind, activation="groupmax", k=groups)
+    names = Names(hook_name="blocks.3.hook_resid_pre", hook_name_out="blocks.3.hook_mlp_out")
+    sae = sparsify_sae(folder, names if kind != "sae" else Names())
+    x, size = rows(), D_SAE // groups
+    h = ((x - sae.b_dec if sae.subtracts_b_dec else x) @ sae.W_enc + sae.b_enc).relu()
+    expected = torch.zeros_like(h)
+    for row in range(len(x)):
+        for start in range(0, D_SAE, size):
+            best = start + int(h[row, start : start + size].argmax())
+            expected[row, best] = h[row, best]
+    assert torch.equal(sae.encode(x), expected)
+    assert torch.equal(SAE.load_from_disk(sae.save(tmp_path / "copy"))(x), sae(x))
+    with pytest.raises(ManifestError, match=r"d_sae=48 must be k groups of one size, got k=7"):
+        sparsify_sae(sparsify_folder(tmp_path / "odd", activation="groupmax", k=7), Names())
+
+
+@pytest.mark.parametrize("changes", [{"activation": "relu"}, {"signed": True}], ids=str)
 def test_a_sparsify_activation_that_is_not_topk_is_refused(changes, tmp_path):
-    with pytest.raises(ManifestError, match=r"activation must be topk, got '(groupmax|signed)'"):
+    with pytest.raises(ManifestError, match=r"activation must be topk or groupmax, got '(relu|signed)'"):
         sparsify_sae(sparsify_folder(tmp_path, **changes), Names())
 
 
