@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from actcache.lazy import lazily
 
 if TYPE_CHECKING:
+    from trainer.config.saelens import sweep_from_saelens
     from trainer.config.settings import SAEConfig, TrainConfig
     from trainer.config.sweep import SweepConfig
     from trainer.evaluation.evaluate import evaluate, evaluate_runs
@@ -62,6 +63,7 @@ __all__ = [
     "spliced",
     "stability",
     "steer",
+    "sweep_from_saelens",
     "train",
     "write_report",
 ]
@@ -69,6 +71,7 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "sweep_from_saelens": "trainer.config.saelens",
         **dict.fromkeys(("SAEConfig", "TrainConfig"), "trainer.config.settings"),
         "SweepConfig": "trainer.config.sweep",
         **dict.fromkeys(("evaluate", "evaluate_runs"), "trainer.evaluation.evaluate"),

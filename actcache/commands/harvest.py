@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from actcache.commands.from_saelens import options_of_saelens
 from actcache.commands.named_sources import note_model, note_named
 from actcache.commands.terminal import (
     CACHE,
@@ -149,6 +151,16 @@ def harvest(
     estimate: Annotated[
         bool, typer.Option("--dry-run", help="Estimate bytes and time, then stop.", rich_help_panel=CACHE)
     ] = False,
+    from_saelens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take what is not given here from a training config of SAELens: JSON, YAML or Python.",
+            callback=options_of_saelens,
+            is_eager=True,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
 ) -> None:
     """Run the model once and store every asked hook.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from tqdm import tqdm
@@ -26,6 +26,7 @@ from actcache.commands.terminal import (
 )
 from actcache.errors import ActcacheError, ConfigError
 from trainer.commands.evaluate import ExcludeSpecialTokens, KeepSpecialTokens, is_excluding
+from trainer.commands.from_saelens import l0_lines, saelens_sweep
 from trainer.config.presets import PRESETS
 from trainer.config.settings import Architecture
 
@@ -110,9 +111,17 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, then stop.", rich_help_panel=TRAINING)
     ] = False,
+    from_saelens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take what is not given here from a training config of SAELens: JSON, YAML or Python.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Train the SAEs of a sweep file, or one SAE given by options.
+    """Train the SAEs of a sweep file, or one SAE given by options or by a config of SAELens.
 
     Each batch is read once, and every SAE is stepped on it.
     """
@@ -141,8 +150,12 @@ def train(
         "seed": seed,
         "eval_every": eval_every,
     }
-    sweep_config = _sweep_config(sweep or config, _given(single), _given(shared))
+    single, shared = _given(single), _given(shared)
+    if from_saelens is not None and (sweep or config) is not None:
+        raise ConfigError(f"train: --from-saelens says what to train, got {sweep or config} too; leave one out")
+    named = None if from_saelens is not None else _sweep_config(sweep or config, single, shared)
     opened, device = open_cache(cache), resolved_device(device)
+    sweep_config = named or saelens_sweep(cast(Path, from_saelens), opened, single, shared)
     memory_bytes = None if memory is None else _bytes(memory)
     planned = plan(opened, sweep_config, out, device=device, memory_bytes=memory_bytes)
     say_owner(out)
@@ -155,6 +168,8 @@ def train(
         records = trained(opened, sweep_config, out, **more, progress=progress)
     for record in records:
         say(f"{record.folder}: {record.error or 'finished'}")
+    if from_saelens is not None:
+        say(*l0_lines(records))
     failed = [record.config.name for record in records if record.error]
     if failed:
         raise ActcacheError(f"train: {len(failed)} of {len(records)} SAEs diverged: {', '.join(failed)}")

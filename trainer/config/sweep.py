@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from actcache.arguments import field_types, local_path, one_of, shown, type_fields_, typed
 from actcache.errors import CacheMismatch, ConfigError
+from actcache.interop.yaml_file import read_yaml
 from trainer.config.presets import PRESETS, Facts, HookFacts, default_preset, preset_settings
 from trainer.config.settings import (
     PENALISED,
@@ -25,7 +26,6 @@ from trainer.config.settings import (
     TrainConfig,
     check_settings,
 )
-from trainer.config.yaml_file import read_yaml
 
 MAX_RUNS, MAX_VALUES = 10_000, 1_000_000  # the largest sweeps have hundreds of runs, each of tens of values
 

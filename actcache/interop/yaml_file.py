@@ -27,10 +27,10 @@ def read_yaml(path: Path) -> object:
         with opened(path) as file:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
-            raise ConfigError(f"{path}: must have at most {MAX_BYTES:,} bytes; is it a sweep file?")
+            raise ConfigError(f"{path}: must have at most {MAX_BYTES:,} bytes; is it a config?")
         return yaml.load(text.decode(), Loader=_Loader)
     except NoFile as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing sweep file") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name an existing file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
