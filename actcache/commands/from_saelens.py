@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from actcache.arguments import shown
 from actcache.commands.terminal import say
@@ -17,10 +15,14 @@ if TYPE_CHECKING:
 WIDEST = 48  # letters of a value
 
 
-def options_of_saelens(context: typer.Context, path: Path | None) -> Path | None:
+def options_of_saelens(context: Any, path: Path | None) -> Path | None:
     """Make the options that FILE says the defaults of this command, and say what becomes of each field.
 
     So what is given on the command line wins. FILE is read before the other options are looked at.
+
+    Args:
+        context: typer's, of this call.
+        path: FILE, if it was given.
     """
     if path is not None:
         from actcache.interop.saelens_config import read_saelens_config

@@ -122,8 +122,9 @@ class _Reader:
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    if abs(exponent) > MAX_EXPONENT:
-        raise OverflowError
+    """NaN, which `_bounded` refuses, where it would be too large or complex."""
+    if abs(exponent) > MAX_EXPONENT or (base < 0 and exponent % 1):
+        return math.nan
     return base**exponent
 
 

@@ -330,7 +330,8 @@ def _flattened(who: str, found: dict[str, Any]) -> SAELensConfig:
         return SAELensConfig(who=who, given=runner | _of_sae(sae), is_flat=False, of_sae_alone=True)
     runner = {name: value for name, value in found.items() if name not in (CLASS, "sae", "logger")}
     if sae is None:
-        return SAELensConfig(who=who, given=runner, is_flat=found.get(CLASS) != CLASSES[1])
+        of_sae_alone = "activation_fn_str" in found and "lr" not in found
+        return SAELensConfig(who=who, given=runner, is_flat=found.get(CLASS) != CLASSES[1], of_sae_alone=of_sae_alone)
     if not isinstance(sae, Mapping) or not isinstance(logger, Mapping | None):
         raise ConfigError(f"{who}: sae and logger must be configs of their own, got {shown(sae)} and {shown(logger)}")
     of_logger = {str(name): value for name, value in (logger or {}).items() if name != CLASS}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Command = Literal["harvest", "train"]
 
 
+@runtime_checkable
 class Config(Protocol):
     """What a limit may ask of the config that a value stands in."""
 

@@ -513,19 +513,34 @@ def test_the_signatures_of_the_page_are_those_of_the_code():
 
 
 def test_every_field_of_saelens_has_its_line():
-    from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
-    from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+    """That the tables of the code hold every field is a test of theirs."""
+    from actcache.interop import saelens_fields
 
     page = text_of("tutorial/from-saelens.md")
-    saes = [config for _, config in SAE_TRAINING_CLASS_REGISTRY.values() if config.__module__.startswith("sae_lens.")]
-    for heading, classes in (
-        ("LanguageModelSAERunnerConfig", [LanguageModelSAERunnerConfig]),
-        ("The SAE's config", saes),
-        ("The logger", [LoggingConfig]),
+    for heading, table in (
+        ("LanguageModelSAERunnerConfig", saelens_fields.RUNNER),
+        ("The SAE's config", saelens_fields.SAE),
+        ("The logger", saelens_fields.LOGGER),
+        ("SAELens 0 to 5", saelens_fields.FLAT),
+        ("CacheActivationsRunnerConfig", saelens_fields.ACTIVATIONS),
     ):
-        fields = {field.name for each in classes for field in dataclasses.fields(each)}
-        listed = [names(row[0])[0] for row in rows(section(page, heading))]
-        assert sorted(listed) == sorted(fields), heading
+        listed = [[f"`{name.removeprefix('sae.')}`", here] for name, here in table.items()]
+        assert rows(section(page, heading)) == listed, heading
+
+
+def test_the_sweep_file_of_saelens_page_says_what_its_config_says():
+    pytest.importorskip("sae_lens")
+    from support.config_cases import Hooks
+
+    import trainer
+
+    page = text_of("tutorial/from-saelens.md")
+    (python,), (listed,) = blocks(page, "python"), blocks(page, "yaml")
+    exec(python, namespace := {})
+    sweep, of_file = namespace["sweep"], trainer.SweepConfig.from_dict(yaml.safe_load(listed))
+    assert sweep.train == of_file.train
+    hooks = Hooks(d_in=768, hook_name="blocks.8.hook_resid_post")
+    assert sweep.expand(hooks, 2_000_000) == of_file.expand(hooks, 2_000_000)
 
 
 def test_the_settings_that_saelens_is_translated_to_exist():

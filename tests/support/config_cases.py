@@ -24,9 +24,10 @@ class Hooks:
 
     d_in: int = 64
     variance: float = 500.0
+    hook_name: str = HOOK
 
     def hook(self, hook_name: str) -> HookSpec:
-        if hook_name != HOOK:
+        if hook_name != self.hook_name:
             raise CacheMismatch(f"no {hook_name}")
         return HookSpec(hook_name=hook_name, d_in=self.d_in, dtype="bfloat16")
 

@@ -223,14 +223,16 @@ def _topk(config: SAELensConfig, shorter: float) -> dict[str, Any]:
     k = of_flat.get("k", 100) if config.is_flat and isinstance(of_flat, Mapping) else config["k"]
     d_sae = _d_sae(config) or 1
     wide = config.is_flat and config.version is not None and config.version < (5, 6, 1)
-    settings = {
+    settings: dict[str, Any] = {
         "k": k,
         "aux_coefficient": config["aux_loss_coefficient"] * AUX_AT_SHARE_LEFT,
         "k_aux": max(1, min(d_sae, (d_sae if wide else _whole(config, "d_in")) // 2)),
         "encoder_dtype": "float32",
     }
     if config.architecture == "matryoshka_batchtopk":
-        settings["matryoshka_widths"] = sorted({*config["matryoshka_widths"], d_sae})
+        widths = sorted({*config["matryoshka_widths"], d_sae})
+        # SAELens adds up the errors of the prefixes, and AuxK to the sum (saes/matryoshka_batchtopk_sae.py)
+        settings |= {"matryoshka_widths": widths, "aux_coefficient": settings["aux_coefficient"] / len(widths)}
     return settings
 
 
