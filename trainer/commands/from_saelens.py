@@ -14,11 +14,11 @@ from actcache.commands.from_saelens import row_lines
 from actcache.commands.terminal import say
 from actcache.errors import ManifestError
 from trainer.config.settings import TOPK_FAMILY
-from trainer.config.sweep import SweepConfig
 
 if TYPE_CHECKING:
     from actcache.interop.saelens_config import SAELensConfig
     from actcache.store.cache import Cache
+    from trainer.config.sweep import SweepConfig
     from trainer.training.run import RunRecord
 
 USUAL_L0 = (50, 200)  # of SAEs of language models whose latents people can name

@@ -8,12 +8,14 @@ from support.command_line import actcache
 from support.saelens_configs import flat_file
 from support.tiny_caches import HOOKS
 from support.tiny_models import make_tokenizer
+from support.tiny_saes import make_config
 
 from actcache import open_cache
 from actcache.interop.saelens_config import read_saelens_config
-from trainer.commands.from_saelens import fitted, unlike
+from trainer.commands.from_saelens import fitted, l0_lines, unlike
 from trainer.config.sweep import SweepConfig
 from trainer.run_folder import read_run_json
+from trainer.training.run import RunRecord
 
 RUN = {"architecture": "topk", "hook_name": HOOKS[2], "d_sae": 64, "k": 4}
 
@@ -36,7 +38,7 @@ def test_a_flat_config_as_text_harvests_and_trains(nine_layers: Path, tiny_texts
     stand_in = ("--model", nine_layers, "--dataset", tiny_texts, "--tokens", 5120, "--holdout", 0.2, "--device", "cpu")
     actcache("harvest", "--from-saelens", config, *stand_in, "--out", cache)
     fewer = ("--tokens", 5120, "--batch-tokens", 128, "--device", "cpu")
-    done = actcache("train", cache, "--from-saelens", config, *fewer, "--sparsity-coefficient", 100, "--out", out)
+    done = actcache("train", cache, "--from-saelens", config, *fewer, "--out", out)
     lines = done.stderr.splitlines()
     assert lines[0].split() == ["field", "value", "here"]
     assert f"{config}: asks for 24,415 steps, here are 40; warm-ups and decay are as much shorter" in lines
@@ -45,11 +47,29 @@ def test_a_flat_config_as_text_harvests_and_trains(nine_layers: Path, tiny_texts
     n_rows = open_cache(cache).n_rows("train")
     assert f"{cache}: 5,120 tokens of {n_rows:,} rows take 2 epochs" in lines
     (remark,) = [line for line in lines if "L0 is" in line]
-    assert "and 50 to 200 is usual; lower --sparsity-coefficient, which is 100," in remark
+    assert "and 50 to 200 is usual; raise --sparsity-coefficient, which is 8e-05," in remark
     (folder,) = [path.parent for path in out.glob("*/sae")]
-    settings = read_run_json(folder / "config.json")
+    settings = read_run_json(folder, "config.json")
     assert settings["sae"]["d_sae"] == 6144
     assert (settings["sae"]["sparsity_warm_up_steps"], settings["sae"]["lr"]) == (1, 4e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "l0", "advice"),
+    [
+        ("standard", 3.0, "lower"),
+        ("standard", 25.0, None),
+        ("gated", 400.0, None),
+        ("jumprelu", 401.0, "raise"),
+        ("topk", 5.0, None),  # as was asked for
+    ],
+)
+def test_an_l0_far_from_the_usual_is_remarked_upon(architecture, l0, advice):
+    metrics = {"metrics/l0": 100.0, "validation/l0": l0}  # what is held out says more than one batch
+    record = RunRecord(config=make_config(architecture), folder=Path(), metrics=metrics, seconds=0.0, error=None)
+    lines = [*l0_lines([record])]
+    assert len(lines) == (advice is not None)
+    assert all(f"L0 is {l0:,.1f}, and 50 to 200 is usual; {advice} --sparsity-coefficient" in line for line in lines)
 
 
 def test_what_a_config_and_the_cache_say_otherwise(tiny_cache):
