@@ -12,7 +12,7 @@ from actcache.commands.terminal import say
 if TYPE_CHECKING:
     from actcache.interop.saelens_config import Row
 
-WIDEST = 48  # letters of a value
+WIDEST = 48  # letters of a cell
 
 
 def options_of_saelens(context: Any, path: Path | None) -> Path | None:
@@ -37,12 +37,15 @@ def options_of_saelens(context: Any, path: Path | None) -> Path | None:
 def row_lines(rows: Sequence[Row]) -> list[str]:
     """A table of what becomes of each field: its value, the verdict, and the words."""
     cells = [("field", "value", "", "here")]
-    cells += [(row.field, _short(row), row.verdict, row.here) for row in rows]
+    cells += [(_cut(row.field), _value(row), row.verdict, row.here) for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(3)]
     return ["  ".join([*(text.ljust(w) for text, w in zip(line, widths, strict=False)), line[3]]) for line in cells]
 
 
-def _short(row: Row) -> str:
-    text = row.value if isinstance(row.value, str) else shown(row.value)
-    short = text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."
-    return short if row.is_given else f"{short} (default)"
+def _value(row: Row) -> str:
+    text = _cut(row.value if isinstance(row.value, str) else shown(row.value))
+    return text if row.is_given else f"{text} (default)"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 3]}..."

@@ -176,7 +176,7 @@ class SAELensConfig:
         """
         defaults = {name: value for name, value in self._defaults.items() if name not in self._named}
         of_defaults = [self._row(name, value, command) for name, value in defaults.items()]
-        rows = [self._row(name, value, command) for name, value in self.given.items() if name != "sae"]
+        rows = [self._row(name, value, command) for name, value in self.given.items()]
         rows += [row for row in of_defaults if row.verdict != "not here"]
         order: tuple[Verdict, ...] = ("refused", "different", "taken", "not here")
         concerned = [row for row in rows if command == "train" or row.field in OF_HARVEST or row.field not in HERE]
@@ -227,11 +227,9 @@ def _is(value: object, kind: type) -> bool:
     """Whether a value is of a kind; a whole float is an int, an int a float, and a bool is no number."""
     if kind in (int, float):
         return isinstance(value, int | float) and not isinstance(value, bool) and (kind is float or value % 1 == 0)
-    return (
-        isinstance(value, list | tuple) and all(_is(each, int) for each in value)
-        if kind is list
-        else isinstance(value, kind)
-    )
+    if kind is list:
+        return isinstance(value, list | tuple) and all(_is(each, int) for each in value)
+    return isinstance(value, kind)
 
 
 def _is_met(limit: Limit, value: object, config: SAELensConfig) -> bool:

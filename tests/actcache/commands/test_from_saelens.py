@@ -12,7 +12,7 @@ from actcache.interop.saelens_config import read_saelens_config
 
 
 def test_the_table_is_aligned_and_cuts_what_is_long():
-    lines = row_lines(read_saelens_config({"hook_name": "h" * 90, "noise_scale": 1, "colour": "red"}).rows("train"))
+    lines = row_lines(read_saelens_config({"hook_name": "h" * 90, "noise_scale": 1, "c" * 90: "red"}).rows("train"))
     assert lines[0].split() == ["field", "value", "here"]
     place = lines[0].index("here")
     assert all(line[place - 2 : place] == "  " and line[place] != " " for line in lines)
