@@ -35,9 +35,9 @@ class Unread:
 def read_calls(who: str, text: str, classes: Collection[str]) -> list[dict[str, Any]]:
     """The arguments of each call of one of the classes, in the order of the text.
 
-    Values are literals, lists, tuples and dicts of them, arithmetic on numbers, calls of `dict` and of a class that
-    ends in Config (a mapping again, with the class under CLASS), and names that the text gave such a value before.
-    Anything else is an Unread. So is what stands without a name, under the key "*".
+    Values are literals, lists, tuples and dicts of them, arithmetic on numbers, `int` of a number, calls of `dict` and
+    of a class that ends in Config (a mapping again, with the class under CLASS), and names that the text gave such a
+    value before. Anything else is an Unread. What stands without a name is under the key "*".
 
     Args:
         who: where the text comes from, for messages.
@@ -102,6 +102,8 @@ class _Reader:
             case ast.Dict(keys=keys) if all(isinstance(key, ast.Constant) for key in keys):
                 names = [str(key.value) for key in keys if isinstance(key, ast.Constant)]
                 return (dict(zip(names, (self.value(each, depth) for each in node.values), strict=True)),)
+            case ast.Call(func=ast.Name(id="int"), args=[operand], keywords=[]):
+                return self._computed(int, (operand,), depth)
             case ast.Call() if _called(node) == "dict" or _called(node).endswith("Config"):
                 given = self.arguments(node, depth)
                 return (given if given[CLASS] != "dict" else {name: v for name, v in given.items() if name != CLASS},)

@@ -195,7 +195,8 @@ class SAELensConfig:
         now = RENAMED.get(name, name)
         here, limit, kind = HERE.get(name), LIMITS.get(now), _kind(now, self._defaults.get(now))
         if here is None:
-            return "refused", "SAELens has no such field; take it out, or correct its name"
+            unnamed = "write it out, each field by its name"
+            return "refused", unnamed if name == "*" else "SAELens has no such field; take it out, or correct its name"
         is_lost, is_read = here.startswith("not here"), command == "train" or name in OF_HARVEST
         if command == "train" and self.architecture not in USED_BY.get(name, (self.architecture,)):
             return "not here", f"not here: {self.architecture} does not use it"

@@ -87,7 +87,7 @@ RUNNER = {
     "n_batches_for_norm_estimate": "not here: norms are those of all rows of the train split",
 }
 SAE = {
-    "architecture": "SAE `architecture`; matching_pursuit and temporal are not trained",
+    "architecture": "SAE `architecture`: standard, gated, jumprelu, topk, batchtopk, matryoshka_batchtopk or abstopk",
     "d_in": "not here: the cache knows it",
     "d_sae": "SAE `d_sae`",
     "sae.dtype": "not here: SAEs train in float32",
@@ -140,7 +140,7 @@ FLAT = {  # fields that only SAELens 0 to 5 has; its other fields stand above
     "hook_point_head_index": "not here, as `hook_head_index`",
     "expansion_factor": "SAE `d_sae`, times d_in",
     "b_dec_init_method": "SAE `b_dec_init`",
-    "activation_fn": "SAE `architecture`: topk makes it topk",
+    "activation_fn": "SAE `architecture`: relu, or topk, which makes it topk",
     "activation_fn_str": "as `activation_fn`, in a cfg.json",
     "activation_fn_kwargs": "SAE `k`",
     "normalize_sae_decoder": "SAE `decoder_init_norm`: 1 if true",

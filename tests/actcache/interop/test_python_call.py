@@ -30,7 +30,7 @@ def arguments(inside: str, before: str = "") -> dict:
             "'a' 'b'",
             "0.5**2",
         ),
-        *("[1, (2, None)]", "{'k': 3, 'w': [1.5]}", "()", "dict(k=4)", "2**62 - 1 + 2**62"),
+        *("[1, (2, None)]", "int(0.2 * 5e3)", "{'k': 3, 'w': [1.5]}", "()", "dict(k=4)", "2**62 - 1 + 2**62"),
     ],
 )
 def test_a_literal_is_what_python_makes_of_it(expression):
@@ -55,7 +55,18 @@ def test_a_literal_is_what_python_makes_of_it(expression):
             "f'{1}'",
             "b'a'",
         ),
-        *("x[0]", "1 if True else 2", "not True", "True + 1", "(-8) ** 0.5", "lambda: 1", "{**b}", "10**100 * 0.1"),
+        *(
+            "x[0]",
+            "1 if True else 2",
+            "not True",
+            "True + 1",
+            "(-8) ** 0.5",
+            "int('3')",
+            "int(2.5, 3)",
+            "lambda: 1",
+            "{**b}",
+            "10**100 * 0.1",
+        ),
     ],
 )
 def test_anything_else_is_kept_as_text_alone(expression):
