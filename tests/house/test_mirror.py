@@ -13,6 +13,7 @@ ACROSS = {
     "actcache/harvesting/test_memory.py": "the memory of a whole harvest, measured in a process of its own",
     "actcache/loading/test_loader_consumers.py": "a torch DataLoader and SAELens over our loader",
     "trainer/evaluation/test_evaluate_saelens.py": "our metrics against SAELens' own evaluation of the same SAEs",
+    "trainer/formats/test_first_day.py": "the first day of a SAELens user, in SAELens' words",
     "trainer/formats/test_saelens_classes.py": "an SAE of each class of SAELens: read, encoded, spliced into models",
     "trainer/formats/test_saelens_in_a_model.py": "exported SAEs at work in SAELens' own model",
     "trainer/kernels/test_waits.py": "no step on CUDA waits for the device: kernels, sae and training together",
