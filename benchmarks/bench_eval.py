@@ -5,7 +5,7 @@ tokens). Bound: the two bare products x W_enc and f W_dec on as many rows in mem
 of sparsity, variance and shrinkage, which runs the model up to the hook.
 
 With the model: cross entropy and KL of the same tokens besides; for the first SAE of a cache, for another one, when the
-losses with zeros are kept, and for four SAEs in one call. Bound: two bare forward passes, without and with the SAE,
+losses of ablations are kept, and for four SAEs in one call. Bound: two bare forward passes, without and with the SAE,
 and the two products; ours does not run the blocks before the hook a second time, so more than all of it is possible.
 SAELens: run_evals with everything but what it takes from the weights alone.
 
@@ -38,8 +38,9 @@ from actcache.store.cache import Cache
 from benchmarks.measure import Say, described, installed, interleaved_seconds, machine, ratios
 from benchmarks.peers import saelens_model
 from benchmarks.stream import CONTEXT_SIZE, random_documents, random_gpt2_module
-from trainer.evaluation.downstream_loss import BATCH_TOKENS, LOSSES
+from trainer.evaluation.downstream_loss import BATCH_TOKENS
 from trainer.evaluation.evaluate import evaluate_all
+from trainer.evaluation.stored_losses import LOSSES
 from trainer.sae.sae import SAE
 
 N_LAYERS, D_MODEL, VOCAB, D_SAE, K = 12, 768, 50_257, 16_384, 32

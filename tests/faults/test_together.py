@@ -20,8 +20,8 @@ from actcache.integrity.verify import verify
 from actcache.loading.loader import Loader
 from actcache.store.cache import Cache, open_cache
 from trainer.config.sweep import SweepConfig
-from trainer.evaluation.downstream_loss import LOSSES
 from trainer.evaluation.evaluate import evaluate
+from trainer.evaluation.stored_losses import LOSSES
 from trainer.training.sweep import train
 
 pytestmark = pytest.mark.faults

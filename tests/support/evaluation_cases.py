@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ from actcache.models.load import wrap_model
 from actcache.store.cache import Cache
 from actcache.text.sources import LoadedDataset
 from support.tiny_models import TEXT, make_model, make_tokenizer
+from trainer.evaluation.evaluate import evaluate_all
 from trainer.sae.sae import SAE
 
 HOOK, OTHER_HOOK = "blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"
@@ -72,3 +74,35 @@ def validation_rows(cache: Cache, hook_name: str, *, exclude_special_tokens: boo
 def filled(values: Sequence[float | None]) -> list[float]:
     """None as NaN, which pytest.approx can compare."""
     return [math.nan if value is None else value for value in values]
+
+
+class Counted:
+    """A model that counts its passes: whole ones, and by hook those that replace an activation."""
+
+    def __init__(self, model: LanguageModel):
+        self.model, self.identity, self.device, self.passes = model, model.identity, model.device, Counter[str]()
+        self.backend, self.attention_kernel, self.compiled = model.backend, model.attention_kernel, model.compiled
+        self.vocab_size, self.differences, self.probe = model.vocab_size, model.differences, model.probe
+
+    def logits(self, token_ids: Tensor, **options: object) -> Tensor:
+        self.passes["whole"] += 1
+        return self.model.logits(token_ids, **options)
+
+    def logits_with(self, token_ids: Tensor, hook_name: str, replace: Callable[[Tensor], Tensor]) -> Tensor:
+        self.passes[f"whole, with {hook_name}"] += 1
+        return self.model.logits_with(token_ids, hook_name, replace)
+
+    def logits_from(
+        self, token_ids: Tensor, start: Tensor, hook_name: str, replace: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        self.passes[hook_name] += 1
+        return self.model.logits_from(token_ids, start, hook_name, replace)
+
+    def stream_before(self, hook_name: str) -> str | None:
+        return self.model.stream_before(hook_name)
+
+
+def counted(saes: list[SAE], cache: Cache, model: LanguageModel, **options: object) -> tuple[list[dict], Counter[str]]:
+    """What `evaluate_all` returns, and the passes that it made."""
+    watched = Counted(model)
+    return evaluate_all(saes, cache, watched, **{"model_tokens": 96, **options}), watched.passes

@@ -1,23 +1,26 @@
 """The downstream loss: what a language model predicts when an SAE's reconstruction replaces an activation.
 
-The model runs over each batch of sequences in three kinds of passes. The original pass runs once, and the activations
-that the SAEs take are read in it. A pass with zeros runs once for each hook. A pass with a reconstruction runs once for
-each SAE. A pass that replaces an activation begins at the block of its hook, if the model can do that, because nothing
-before it has changed.
+The model runs over each batch of sequences in four kinds of passes. The original pass runs once, and the activations
+that the SAEs take are read in it. A pass with zeros and a pass with the mean run once for each hook. A pass with a
+reconstruction runs once for each SAE. A pass that replaces an activation begins at the block of its hook, if the model
+can do that, because nothing before it has changed.
 
-The losses of the original pass and of those with zeros are the same for every SAE of a cache. Their sums are stored
-below CACHE/log/losses, and later calls run no pass with zeros. KL(original || new) needs the original probabilities of
-the whole vocabulary at every token, which would be 6.6 GB for 32,768 tokens of GPT-2. They are not stored, so every
-call runs the original pass, once for all SAEs.
+The losses of the original pass and of the ablations are the same for every SAE of a cache. Their sums are stored below
+CACHE/log/losses, and later calls run no ablation. KL(original || new) needs the original probabilities of the whole
+vocabulary at every token, which would be 6.6 GB for 32,768 tokens of GPT-2. They are not stored, so every call runs the
+original pass, once for all SAEs.
+
+Zero ablation puts zeros at every token, as SAELens does. Mean ablation puts the mean where an SAE puts its
+reconstruction: at the tokens that count. So it is the best SAE without latents. The mean is that of the whole
+validation split, from the cache's statistics: explained_variance compares with the same mean, and no pass is needed to
+find it.
 """
 
-import errno
-import hashlib
-import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -25,33 +28,38 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
 from torch import Tensor
 
-from actcache.errors import DatasetError, ManifestError
-from actcache.files import NoFile, contents, is_writable, refuse_links, write_atomically
-from actcache.format.seal import MALFORMED, seal, unseal
+from actcache.errors import DatasetError
 from actcache.machine.limits import require_memory_for_array
 from actcache.store.cache import Cache
 from trainer.evaluation.pca import PCA
+from trainer.evaluation.stored_losses import LossSums, read_sums, store_sums
 from trainer.sae.metrics import ce_loss_score, kl_div_score
 from trainer.sae.sae import SAE
 
 BATCH_TOKENS = 2048  # tokens that run through the model at a time, in whole sequences
 PIECE_VALUES = 1 << 24  # numbers of a [row, d_sae] or [token, vocab] matrix made at a time: 64 MiB as float32
 CPU_VOCAB_VALUES = 1 << 20  # numbers of a [token, vocab] matrix on a CPU: they stay in its cache, three times as fast
-LOSSES = "log/losses"  # below a cache: may differ between equal caches, and may be deleted
 KEY_VERSION = 1  # raised when the stored numbers change their meaning
 MODEL_METRICS = (  # None where no model was given
     "n_model_tokens",
     "ce_loss_score",
+    "ce_loss_score_vs_mean",
+    "ce_loss_increase",
     "ce_loss_without_sae",
     "ce_loss_with_sae",
     "ce_loss_with_ablation",
+    "ce_loss_with_mean_ablation",
     "ce_loss_by_position",
     "kl_div_score",
     "kl_div_with_sae",
     "kl_div_with_ablation",
+    "kl_div_with_mean_ablation",
+    "top1_agreement",
 )
+ZEROS, MEAN = "zeros", "mean"  # what an ablation puts in the place of a hook's activation
 
-PassName = int | str | None  # the index of an SAE, the hook with zeros, or None for the original pass
+Ablation = tuple[str, str]  # the hook, and ZEROS or MEAN
+PassName = int | Ablation | None  # the index of an SAE, an ablation, or None for the original pass
 
 
 @runtime_checkable
@@ -104,24 +112,6 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LossSums:
-    """Sums over the tokens that count of what one kind of pass predicts, in nats, float64.
-
-    Attributes:
-        ce: the cross entropy at each position, summed over sequences. The last position predicts nothing and is left
-            out.
-        kl: KL(original || this pass), summed over sequences and positions.
-    """
-
-    ce: Float64[Tensor, " position"]
-    kl: float
-
-    def merge(self, other: "LossSums") -> "LossSums":
-        """The sums over the sequences of both."""
-        return LossSums(ce=self.ce + other.ce, kl=self.kl + other.kl)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Batch:
     """What the original pass over some sequences leaves for the passes that are compared with it.
 
@@ -129,12 +119,14 @@ class _Batch:
         token_ids: the sequences.
         counts: which tokens count: those that are not special, or all.
         log_p: the log-probabilities of the next token, at least float32.
+        top: the likeliest next token.
         seen: the activations that hook functions have seen, by hook.
     """
 
     token_ids: Int[Tensor, "sequence position"]
     counts: Bool[Tensor, "sequence position"]
     log_p: Float[Tensor, "sequence position vocab"]
+    top: Int[Tensor, "sequence position"]
     seen: Mapping[str, Tensor]
 
 
@@ -191,13 +183,13 @@ def model_metrics(
             f"evaluate: {cache.path}: of the first {sequences.size} validation tokens none that counts has a next one; "
             "raise model_tokens or harvest longer sequences"
         )
-    sums = _all_sums(judged, cache, model, sequences, counts, progress)
-    return [
-        _metrics(counts, original=sums[None], ablated=sums[sae.output_hooks[0]], replaced=sums[index])
-        if index in judged
-        else dict.fromkeys(MODEL_METRICS)
-        for index, sae in enumerate(saes)
-    ]
+    row_filter = "no_special_tokens" if exclude_special_tokens else "all"
+    sums, n_agreeing = _all_sums(judged, cache, model, sequences, counts, row_filter, progress)
+    metrics: list[dict[str, Any]] = [dict.fromkeys(MODEL_METRICS) for _ in saes]
+    for index, sae in judged.items():
+        ablations = {kind: sums[sae.output_hooks[0], kind] for kind in (ZEROS, MEAN)}
+        metrics[index] = _metrics(counts, sums[None], ablations, sums[index], n_agreeing[index])
+    return metrics
 
 
 def _all_sums(
@@ -206,16 +198,30 @@ def _all_sums(
     model: Model,
     sequences: Int32[np.ndarray, "sequence position"],
     counts: Bool[np.ndarray, "sequence position"],
+    row_filter: str,
     progress: Callable[[int], None] | None,
-) -> dict[PassName, LossSums]:
-    """The sums of all passes. Those without an SAE are read if an earlier call stored them, and stored if not."""
+) -> tuple[dict[PassName, LossSums], Counter[PassName]]:
+    """The sums of all passes. Those without an SAE are read if an earlier call stored them, and stored if not.
+
+    row_filter: of which rows the mean is, "no_special_tokens" or "all".
+
+    Returns:
+        The sums, and as `_run` at how many tokens a pass keeps the likeliest next token.
+    """
     targets = dict.fromkeys(sae.output_hooks[0] for sae in saes.values())
-    keys = {name: _key(cache, model, counts, name) for name in (None, *targets)}
-    known = {name: sums for name, key in keys.items() if (sums := _read_sums(cache, key)) is not None}
-    made = _run(saes, model, sequences, counts, [name for name in keys if name not in known], progress)
-    for name in set(keys) - set(known):
-        _store_sums(cache, keys[name], made[name])
-    return made | known
+    names: list[Ablation | None] = [None, *product(targets, (ZEROS, MEAN))]
+    keys = {name: _key(cache, model, counts, name, row_filter) for name in names}
+    known = {name: sums for name, key in keys.items() if (sums := read_sums(cache, key)) is not None}
+    unknown = [name for name in names if name not in known]
+    means = {
+        name[0]: torch.from_numpy(cache.statistics(name[0], split="validation", row_filter=row_filter).mean)
+        for name in unknown
+        if name is not None and name[1] == MEAN
+    }
+    made, n_agreeing = _run(saes, model, sequences, counts, unknown, means, progress)
+    for name in unknown:
+        store_sums(cache, keys[name], made[name])
+    return made | known, n_agreeing
 
 
 def _run(
@@ -223,22 +229,33 @@ def _run(
     model: Model,
     sequences: Int32[np.ndarray, "sequence position"],
     counts: Bool[np.ndarray, "sequence position"],
-    baselines: Sequence[str | None],
+    without_sae: Sequence[Ablation | None],
+    means: Mapping[str, Float64[Tensor, " d_in"]],
     progress: Callable[[int], None] | None,
-) -> dict[PassName, LossSums]:
-    """Run every SAE's pass and those of `baselines` (None for the original) over the sequences. Returns their sums."""
+) -> tuple[dict[PassName, LossSums], Counter[PassName]]:
+    """Run every SAE's pass and those of `without_sae` (None for the original) over the sequences.
+
+    means: what mean ablation puts at each hook.
+
+    Returns:
+        The sums of each pass, and of each but the original at how many tokens that count it keeps the likeliest next
+        token.
+    """
     hook_names = _hooks_to_see(saes.values(), model)
     totals: dict[PassName, LossSums] = {}
+    n_agreeing: Counter[PassName] = Counter()
     n_sequences, n_done = _batch_sequences(sequences), 0
     for ids, mask in zip(*(torch.from_numpy(each).split(n_sequences) for each in (sequences, counts)), strict=True):
         ids, mask = ids.to(model.device, torch.long), mask.to(model.device)
         # The batch gets no name here, which would keep its memory while the next one is made.
-        for name, sums in _passes(model, _original_pass(model, ids, mask, hook_names), saes, baselines):
+        passes = _passes(model, _original_pass(model, ids, mask, hook_names), saes, without_sae, means)
+        for name, sums, n_kept in passes:
             totals[name] = totals[name].merge(sums) if name in totals else sums
+            n_agreeing[name] += n_kept
         n_done += ids.numel()
         if progress is not None:
             progress(n_done)
-    return totals
+    return totals, n_agreeing
 
 
 def _batch_sequences(sequences: Int32[np.ndarray, "sequence position"]) -> int:
@@ -264,19 +281,26 @@ def _original_pass(
     seen: dict[str, Tensor] = {}
     hook_fns = {name: lambda x, name=name: seen.update({name: x}) for name in hook_names}
     log_p = _log_softmax(model.logits(token_ids, hook_fns=hook_fns))
-    return _Batch(token_ids=token_ids, counts=counts, log_p=log_p, seen=seen)
+    return _Batch(token_ids=token_ids, counts=counts, log_p=log_p, top=log_p.argmax(-1), seen=seen)
 
 
 def _passes(
-    model: Model, batch: _Batch, saes: Mapping[int, SAE | PCA], baselines: Sequence[str | None]
-) -> Iterator[tuple[PassName, LossSums]]:
-    for name in baselines:
+    model: Model,
+    batch: _Batch,
+    saes: Mapping[int, SAE | PCA],
+    without_sae: Sequence[Ablation | None],
+    means: Mapping[str, Float64[Tensor, " d_in"]],
+) -> Iterator[tuple[PassName, LossSums, int]]:
+    for name in without_sae:
         if name is None:
-            yield None, _original_sums(batch)
+            yield None, _original_sums(batch), int(batch.counts.sum())
         else:
-            yield name, _sums(batch, _replaced(model, batch, name, torch.zeros_like))
+            hook_name, kind = name
+            replace = torch.zeros_like if kind == ZEROS else _where_it_counts(batch, means[hook_name])
+            yield name, *_sums(batch, _replaced(model, batch, hook_name, replace))
     for index, sae in saes.items():
-        yield index, _sums(batch, _replaced(model, batch, sae.output_hooks[0], _splice(sae, batch)))
+        replace = _where_it_counts(batch, _reconstruction(sae, batch))
+        yield index, *_sums(batch, _replaced(model, batch, sae.output_hooks[0], replace))
 
 
 def _replaced(
@@ -288,14 +312,16 @@ def _replaced(
     return model.logits_from(batch.token_ids, batch.seen[start], hook_name, replace)
 
 
-def _splice(sae: SAE | PCA, batch: _Batch) -> Callable[[Tensor], Tensor]:
-    """A function that replaces an activation by the SAE's reconstruction of it, at the tokens that count.
-
-    The SAE takes its input from the original pass, because a transcoder reads another hook.
-    """
+def _reconstruction(sae: SAE | PCA, batch: _Batch) -> Float[Tensor, "sequence position d_out"]:
+    """The SAE's reconstruction. Its input is from the original pass, because a transcoder reads another hook."""
     x = batch.seen[sae.input_hooks[0]].flatten(0, 1).to(sae.device)  # (sequence * position, d_in)
     y_hat = torch.cat([sae.reconstruct(rows)[1] for rows in x.split(piece_rows(sae.d_sae))])
-    return lambda y: torch.where(batch.counts[..., None].to(y.device), y_hat.view(y.shape).to(y), y)
+    return y_hat.unflatten(0, batch.counts.shape)
+
+
+def _where_it_counts(batch: _Batch, y_hat: Float[Tensor, "*any d_out"]) -> Callable[[Tensor], Tensor]:
+    """A function that replaces an activation by `y_hat` at the tokens that count."""
+    return lambda y: torch.where(batch.counts[..., None].to(y.device), y_hat.to(y), y)
 
 
 def _log_softmax(logits: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token vocab"]:
@@ -308,22 +334,23 @@ def _original_sums(batch: _Batch) -> LossSums:
     return LossSums(ce=_by_position(ce, batch.counts), kl=0.0)
 
 
-def _sums(batch: _Batch, logits: Float[Tensor, "sequence position vocab"]) -> LossSums:
-    """The sums of a pass with these logits."""
+def _sums(batch: _Batch, logits: Float[Tensor, "sequence position vocab"]) -> tuple[LossSums, int]:
+    """The sums of a pass with these logits, and at how many tokens the likeliest next token is the original's."""
     shape, vocab = batch.token_ids.shape, logits.shape[-1]
-    ce, kl = [], []
+    ce, kl, agrees = [], [], []
     rows = piece_rows(vocab, None if logits.is_cuda else CPU_VOCAB_VALUES)
     predicted = batch.token_ids.roll(
         -1, dims=1
     ).flatten()  # the last position, which predicts nothing, is dropped below
-    for log_p, part, ids in zip(
-        batch.log_p.flatten(0, 1).split(rows), logits.flatten(0, 1).split(rows), predicted.split(rows), strict=True
-    ):
+    by_token = (batch.log_p.flatten(0, 1), logits.flatten(0, 1), predicted, batch.top.flatten())
+    for log_p, part, ids, top in zip(*(each.split(rows) for each in by_token), strict=True):
         log_q = _log_softmax(part)
         ce.append(-log_q.gather(-1, ids[:, None])[:, 0])
         kl.append(torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+        agrees.append(log_q.gather(-1, top[:, None])[:, 0] == log_q.amax(-1))  # amax takes a tenth of argmax's time
     divergence = torch.cat(kl).view(shape)[batch.counts].sum(dtype=torch.float64)
-    return LossSums(ce=_by_position(torch.cat(ce).view(shape)[:, :-1], batch.counts), kl=float(divergence))
+    sums = LossSums(ce=_by_position(torch.cat(ce).view(shape)[:, :-1], batch.counts), kl=float(divergence))
+    return sums, int(torch.cat(agrees).view(shape)[batch.counts].sum())
 
 
 def _by_position(
@@ -333,16 +360,31 @@ def _by_position(
 
 
 def _metrics(
-    counts: Bool[np.ndarray, "sequence position"], *, original: LossSums, ablated: LossSums, replaced: LossSums
+    counts: Bool[np.ndarray, "sequence position"],
+    original: LossSums,
+    ablations: Mapping[str, LossSums],
+    replaced: LossSums,
+    n_agreeing: int,
 ) -> dict[str, Any]:
     n_tokens, n_sequences = int(counts.sum()), counts[:, :-1].sum(0)
-    passes = {"without_sae": original, "with_sae": replaced, "with_ablation": ablated}
+    passes = {"without_sae": original, "with_sae": replaced, "with_ablation": ablations[ZEROS]}
     losses = {f"ce_loss_{name}": float(sums.ce.sum()) / int(n_sequences.sum()) for name, sums in passes.items()}
-    divergences = {"kl_div_with_sae": replaced.kl / n_tokens, "kl_div_with_ablation": ablated.kl / n_tokens}
-    scores = {"ce_loss_score": ce_loss_score(**losses), "kl_div_score": kl_div_score(**divergences)}
+    with_mean = float(ablations[MEAN].ce.sum()) / int(n_sequences.sum())
+    divergences = {"kl_div_with_sae": replaced.kl / n_tokens, "kl_div_with_ablation": ablations[ZEROS].kl / n_tokens}
     by_position = {name: _means(sums.ce, n_sequences) for name, sums in passes.items()}
-    positions = {"ce_loss_by_position": {"n_sequences": n_sequences.tolist(), **by_position}}
-    return {"n_model_tokens": n_tokens, **losses, **divergences, **scores, **positions}
+    return {
+        "n_model_tokens": n_tokens,
+        **losses,
+        "ce_loss_with_mean_ablation": with_mean,
+        "ce_loss_increase": losses["ce_loss_with_sae"] - losses["ce_loss_without_sae"],
+        **divergences,
+        "kl_div_with_mean_ablation": ablations[MEAN].kl / n_tokens,
+        "ce_loss_score": ce_loss_score(**losses),
+        "ce_loss_score_vs_mean": ce_loss_score(**losses | {"ce_loss_with_ablation": with_mean}),
+        "kl_div_score": kl_div_score(**divergences),
+        "top1_agreement": n_agreeing / n_tokens,
+        "ce_loss_by_position": {"n_sequences": n_sequences.tolist(), **by_position},
+    }
 
 
 def _means(sums: Float64[Tensor, " position"], n_sequences: Int64[np.ndarray, " position"]) -> list[float | None]:
@@ -351,13 +393,16 @@ def _means(sums: Float64[Tensor, " position"], n_sequences: Int64[np.ndarray, " 
     return [total / count if count and math.isfinite(total) else None for total, count in pairs]
 
 
-# Stored sums
-
-
 def _key(
-    cache: Cache, model: Model, counts: Bool[np.ndarray, "sequence position"], hook_name: str | None
+    cache: Cache,
+    model: Model,
+    counts: Bool[np.ndarray, "sequence position"],
+    name: Ablation | None,
+    row_filter: str,
 ) -> dict[str, Any]:
     """Everything on which the bits of the sums depend."""
+    hook_name, kind = name or (None, ZEROS)
+    mean = {"mean_ablated": hook_name, "row_filter": row_filter}
     return {
         "version": KEY_VERSION,
         "cache_fingerprint": cache.fingerprint,
@@ -369,38 +414,5 @@ def _key(
         "compiled": model.compiled,
         "n_sequences": len(counts),
         "n_tokens": int(counts.sum()),
-        "zero_ablated": hook_name,
+        **(mean if kind == MEAN else {"zero_ablated": hook_name}),
     }
-
-
-def _path(cache: Cache, key: Mapping[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache.path / LOSSES / f"{key['zero_ablated'] or 'original'}-{digest[:16]}.json"
-
-
-def _read_sums(cache: Cache, key: Mapping[str, Any]) -> LossSums | None:
-    """The sums that an earlier call stored under the key; None if there are none, or they are damaged."""
-    try:
-        values = unseal(contents(_path(cache, key)), _path(cache, key))
-        ce, kl = [float(each) for each in values["ce"]], float(values["kl"])
-    except (NoFile, ManifestError, *MALFORMED):
-        return None
-    if values.get("key") != key or len(ce) != cache.context_size - 1:
-        return None
-    return LossSums(ce=torch.tensor(ce, dtype=torch.float64), kl=kl)
-
-
-def _store_sums(cache: Cache, key: Mapping[str, Any], sums: LossSums) -> None:
-    """Write the sums, whole or not at all. Nothing is written if a sum overflowed, or if the cache is read-only.
-
-    Raises ManifestError if they would be written elsewhere, through a link.
-    """
-    if not math.isfinite(sums.kl) or not bool(sums.ce.isfinite().all()):
-        return
-    if is_writable(_path(cache, key)):
-        refuse_links(cache.path)
-    try:
-        write_atomically(_path(cache, key), [seal({"key": key, "ce": sums.ce.tolist(), "kl": sums.kl})])
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
