@@ -52,7 +52,8 @@ def work(tmp_path_factory, tiny_llama_dir, tiny_texts) -> Path:
 
 def test_the_path_from_text_to_report(work):
     rows = {path.parent.name: json.loads(path.read_text()) for path in work.glob("runs/*/eval.json")}
-    assert set(rows) == {"topk", "batchtopk", "standard", "jumprelu", "pca-k4-blocks.1.hook_resid_post"}
+    baselines = {f"{kind}-k4-blocks.1.hook_resid_post" for kind in ("pca", "random")}
+    assert set(rows) == {"topk", "batchtopk", "standard", "jumprelu"} | baselines
     assert all(row["ce_loss_score"] is not None for row in rows.values())
     actcache("report", work / "runs", "--out", work / "report.html")
     assert "batchtopk" in (work / "report.html").read_text()

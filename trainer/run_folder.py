@@ -60,6 +60,7 @@ Number = int | float
 LARGE = 1 << 63
 CONFIG_FILE, METRICS_FILE, TIMING_FILE, FAILED_FILE = "config.json", "metrics.jsonl", "timing.jsonl", "failed.json"
 EVALUATION_FILE = "eval.json"
+BASELINES = ("pca", "random")  # what config.json of a baseline has as its architecture
 CHECKPOINTS, SAE_FOLDER = "checkpoint", "sae"
 MOST_LEVELS = 64
 TOO_DEEP = f"lists and objects nested more than {MOST_LEVELS} deep"
@@ -102,8 +103,8 @@ class RunFiles:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is a PCA baseline, which was not trained."""
-        return self.sae.get("architecture") == "pca"
+        """Whether this is a baseline, which was not trained."""
+        return self.sae.get("architecture") in BASELINES
 
     def about(self, what: str, key: str) -> Any:
         """The value of a key of the block `what` (cache or model) of config.json; None where there is none."""

@@ -12,4 +12,7 @@ Public:
     downstream_loss.Model: what evaluation needs of a model
     pca.PCA: principal components as a baseline
     pca.fit_pca: fits principal components to batches
+    random_sae.random_sae: random directions as a baseline
+    baselines.baselines: the baselines of a folder
+    stored_losses.LossSums: losses that a cache keeps
 """

@@ -3,13 +3,12 @@
 The rows are those of the validation split. Special tokens are left out, unless they are asked for.
 `trainer.sae.metrics` defines the metrics of a reconstruction. `downstream_loss` measures the losses with the model, as
 SAELens does: the SAE's reconstruction replaces the hook's activation except at special tokens, zero ablation replaces
-it at every token, and special tokens are left out of the means.
+it at every token, and special tokens are left out of the means. `baselines` has what SAEs are compared with.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from actcache.format.identity import is_imported
 from actcache.loading.loader import Loader
 from actcache.models.names import same_name
 from actcache.store.cache import Cache
+from trainer.evaluation.baselines import baselines, is_baseline, trained_as, write_baseline
 from trainer.evaluation.downstream_loss import (
     BATCH_TOKENS,
     MODEL_METRICS,
@@ -34,7 +34,7 @@ from trainer.evaluation.downstream_loss import (
     piece_rows,
     require_memory_for_logits,
 )
-from trainer.evaluation.pca import PCA, fit_pca
+from trainer.evaluation.pca import PCA
 from trainer.formats.saelens import load_sae
 from trainer.run_folder import (
     CONFIG_FILE,
@@ -50,7 +50,6 @@ from trainer.sae.metrics import ReconstructionSums
 from trainer.sae.sae import SAE
 
 MODEL_TOKENS = 32_768  # tokens of the validation split that run through the model
-PCA_ROWS = 131_072  # training rows that a baseline is fitted to, at most
 DENSITY_EDGES = np.linspace(-8.0, 0.0, 33)  # log10 of feature density, in quarters of a decade
 
 Progress = Callable[[int, int], None]  # rows and model tokens done, and rows and model tokens in all
@@ -97,8 +96,8 @@ def evaluate_all(
     """The metrics of several SAEs on the validation split, which is read once for all of them.
 
     With a model, the first `model_tokens` tokens of the split run through it, in whole sequences, at least one. They
-    run once as they are, once for each SAE, and once with zeros at each hook whose losses no earlier call has stored
-    below the cache.
+    run once as they are, once for each SAE, and for each hook once with zeros and once with the mean, unless an earlier
+    call has stored these losses below the cache.
 
     Args:
         saes: at least one, all on one device. Their hooks may be any of the cache.
@@ -151,13 +150,14 @@ def evaluate_runs(
     exclude_special_tokens: bool = True,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Evaluate one RUN folder, or every run below RUNS with its PCA baselines, and write each eval.json.
+    """Evaluate one RUN folder, or every run below RUNS with its baselines, and write each eval.json.
 
     The SAEs are put on the model's device, on the CPU without one. Runs that diverged (failed.json) have nothing to
     evaluate and are left out.
 
-    A baseline is made for every distinct (hook_name, k) of the runs that have a k up to d_in:
-    RUNS/pca-k{k}-{hook_name}, with a config.json of architecture "pca", k components fitted on training rows.
+    Two baselines are made for every distinct (hook_name, k) of the runs that have a k up to d_in, with a config.json
+    each: RUNS/pca-k{k}-{hook_name}, of k principal components, and RUNS/random-k{k}-{hook_name}, of a random dictionary
+    (`random_sae`) that is as wide as the widest of these runs.
 
     Returns:
         What each eval.json says, with the `name` of its folder; runs first, by name, then baselines.
@@ -174,8 +174,10 @@ def evaluate_runs(
     configs = [_check_run(folder, cache) for folder in folders]
     saes: list[SAE | PCA] = [load_sae(folder, device=_device(model)) for folder in folders]
     if runs not in folders:
-        for baseline in _baselines(configs, cache, _device(model)):
-            folders.append(_write_baseline(runs, baseline, cache))
+        settings = [config["sae"] for config in configs]
+        compared = [(each["hook_name"], each.get("k"), sae.d_sae) for each, sae in zip(settings, saes, strict=True)]
+        for baseline in baselines(compared, cache, _device(model)):
+            folders.append(write_baseline(runs, baseline, cache))
             saes.append(baseline)
     how: dict[str, Any] = {"exclude_special_tokens": exclude_special_tokens, "progress": progress}
     rows = evaluate_all(saes, cache, model, model_tokens=model_tokens, **how)
@@ -204,9 +206,7 @@ def _device(model: Model | None) -> torch.device:
 
 
 def _row(sae: SAE | PCA, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    # A batchtopk SAE is saved as the jumprelu that it is at inference. Its training architecture tells runs apart.
-    trained_as = sae.metadata.get("training_architecture", sae.architecture) if isinstance(sae, SAE) else "pca"
-    row = {"architecture": trained_as, "hook_name": sae.hook_name, "d_in": sae.d_in, "d_sae": sae.d_sae, **metrics}
+    row = {"architecture": trained_as(sae), "hook_name": sae.hook_name, "d_in": sae.d_in, "d_sae": sae.d_sae, **metrics}
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
 
 
@@ -280,7 +280,7 @@ def _finished(runs: Path) -> list[Path]:
     """The folder itself if it is a run, else the runs below it by name, without baselines and diverged runs."""
     folders = run_folders(runs)
     if folders != [runs]:
-        folders = [each for each in folders if not is_file(each / FAILED_FILE) and not _is_baseline(each)]
+        folders = [each for each in folders if not is_file(each / FAILED_FILE) and not is_baseline(each)]
     if not folders:
         raise ManifestError(f"evaluate: {runs} must be a RUN or a folder of runs, it holds no config.json; train first")
     if is_file(runs / FAILED_FILE):
@@ -293,39 +293,6 @@ def _finished(runs: Path) -> list[Path]:
             "give the same train command again, or evaluate a finished RUN alone"
         )
     return folders
-
-
-def _is_baseline(folder: Path) -> bool:
-    return read_run_json(folder, CONFIG_FILE).get("architecture") == "pca"
-
-
-def _baselines(configs: Sequence[Mapping[str, Any]], cache: Cache, device: torch.device) -> list[PCA]:
-    """A baseline for every distinct (hook_name, k) with k up to d_in.
-
-    Each hook is fitted once, with its largest k. The baselines of smaller k are the first of these components.
-    """
-    wanted: dict[str, set[int]] = {}
-    for sae in (config["sae"] for config in configs):
-        if sae.get("k") is not None and sae["k"] <= cache.hook(sae["hook_name"]).d_in:
-            wanted.setdefault(sae["hook_name"], set()).add(sae["k"])
-    baselines = []
-    for hook_name, counts in sorted(wanted.items()):
-        with Loader(cache, [hook_name], split="train", batch_tokens=BATCH_TOKENS, device=device) as loader:
-            widest = fit_pca(islice(loader, PCA_ROWS // BATCH_TOKENS), hook_name, max(counts))
-        baselines += [widest.leading(k) for k in sorted(counts)]
-    return baselines
-
-
-def _write_baseline(runs: Path, pca: PCA, cache: Cache) -> Path:
-    """Write the baseline's folder with its config.json. Raises CacheMismatch if a run has this name."""
-    folder = runs / f"pca-k{pca.d_sae}-{pca.hook_name}"
-    if is_file(folder / CONFIG_FILE) and not _is_baseline(folder):
-        raise CacheMismatch(f"evaluate: a PCA baseline goes to {folder}, where a run is; give the run another name")
-    sizes = {"d_in": pca.d_in, "d_sae": pca.d_sae, "k": pca.d_sae, "n_rows": pca.n_rows}
-    source = {"cache_fingerprint": cache.fingerprint, "model": cache.identity["model"]["name"]}
-    config = {"architecture": "pca", "name": folder.name, "hook_name": pca.hook_name, **sizes, **source}
-    write_run_json(folder, CONFIG_FILE, config)
-    return folder
 
 
 def _check_fit(saes: Sequence[SAE | PCA], cache: Cache, model: Model | None) -> None:

@@ -26,6 +26,16 @@ class PCA:
     n_rows: int  # how many rows it was fitted on
 
     @property
+    def architecture(self) -> str:
+        """What tells it from the SAEs."""
+        return "pca"
+
+    @property
+    def k(self) -> int:
+        """How many components are active on a row: all of them."""
+        return self.d_sae
+
+    @property
     def input_hooks(self) -> tuple[str, ...]:
         """The hook whose activations are x."""
         return (self.hook_name,)

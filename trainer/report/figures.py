@@ -104,7 +104,7 @@ def _finite_values(lines: Sequence[Mapping[str, Any]], key: str) -> list[Number]
 
 
 def _width(run: RunFiles) -> object:
-    """The width that the runs on one trade-off line share. PCAs of all widths share a line."""
+    """The width that the runs on one trade-off line share. Baselines of all widths share a line."""
     return "" if run.is_baseline else run.sae.get("d_sae")
 
 

@@ -126,7 +126,8 @@ def test_runs_are_evaluated_with_their_pca_baselines(cache, model, tmp_path):
     ):
         make_run(runs, config, model.identity)
     rows = evaluate_runs(runs, cache, model, model_tokens=64)
-    names = ["a-batch", "b-topk", "c-jump", "d-wide", "e-full", f"pca-k2-{HOOK}", f"pca-k4-{HOOK}"]
+    names = ["a-batch", "b-topk", "c-jump", "d-wide", "e-full"]
+    names += [f"{kind}-k{k}-{HOOK}" for kind in ("pca", "random") for k in (2, 4)]
     assert [row["name"] for row in rows] == names, "no baseline has more than d_in components"
     for row in rows:
         text = (runs / row["name"] / "eval.json").read_text()
@@ -138,6 +139,12 @@ def test_runs_are_evaluated_with_their_pca_baselines(cache, model, tmp_path):
     by_name = {row["name"]: row for row in rows}
     assert by_name[f"pca-k4-{HOOK}"]["explained_variance"] > by_name[f"pca-k2-{HOOK}"]["explained_variance"] > 0
     assert by_name[f"pca-k4-{HOOK}"]["l0"] == 4.0
+    wide = json.loads((runs / f"random-k4-{HOOK}" / "config.json").read_text())
+    assert (wide["architecture"], wide["hook_name"], wide["k"], wide["d_sae"]) == ("random", HOOK, 4, 48)
+    random = by_name[f"random-k4-{HOOK}"]
+    assert (random["architecture"], random["d_sae"]) == ("random", 48)
+    assert 0 < random["explained_variance"] < by_name[f"pca-k4-{HOOK}"]["explained_variance"]
+    assert random["ce_loss_score"] > 0
     alone = evaluate_all([load_sae(runs / "b-topk")], cache, model, model_tokens=64)[0]
     assert by_name["b-topk"] == {"name": "b-topk", **alone}
 

@@ -165,7 +165,7 @@ def imported(tmp_path: Path, tiny_cache: Cache) -> Path:
 
 def test_an_imported_run_is_evaluated_reported_and_exported_like_ours(imported, tiny_cache, tiny_model, tmp_path):
     rows_ = {row["name"]: row for row in evaluate_runs(imported, tiny_cache, tiny_model, model_tokens=64)}
-    assert set(rows_) == {"saelens", "ours", f"pca-k{K}-{HOOK}"}
+    assert set(rows_) == {"saelens", "ours", f"pca-k{K}-{HOOK}", f"random-k{K}-{HOOK}"}
     assert rows_["saelens"]["l0"] <= K
     assert rows_["saelens"]["ce_loss_score"] is not None
     assert json.loads((imported / "saelens" / "eval.json").read_text())["architecture"] == "topk"

@@ -220,7 +220,7 @@ function featureBrowser(data) {
 }
 
 function absence(run, data) {
-  if (run.baseline) return "A PCA has components, no features.";
+  if (run.baseline) return "A baseline has no features.";
   if (data) return "None of its latents fires on enough held-out tokens to be shown.";
   if (!canUnpack) return "This browser cannot unpack features: open the page in one of May 2023 or later.";
   return "Its features are not here: actcache features RUN finds them; then write the report again.";

@@ -1,7 +1,7 @@
 "use strict";
 const runs = JSON.parse(document.getElementById("figures").textContent).runs;
 const symbols = {standard: "triangle-up", topk: "circle", abstopk: "hexagon", batchtopk: "square",
-                 matryoshka_batchtopk: "pentagon", jumprelu: "diamond", gated: "star", pca: "x-thin"};
+                 matryoshka_batchtopk: "pentagon", jumprelu: "diamond", gated: "star", pca: "x-thin", random: "cross-thin"};
 const LOWEST = -0.5;
 const dashes = ["solid", "dash", "dot"];
 const hidden = new Set();    // indices of runs whose name was pressed
