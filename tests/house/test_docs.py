@@ -454,6 +454,13 @@ def test_the_keys_of_a_log_are_those_listed(runs, name):
     assert sorted(first_column(section(METRICS, name))) == sorted(written)
 
 
+def test_the_targets_are_those_of_the_program():
+    from trainer.targets import TARGETS
+
+    found = {names(row[0])[0]: row[1] for row in rows(text_of("how-to/is-my-sae-good.md"))}
+    assert found == {key: target.words for key, target in TARGETS.items()}
+
+
 def test_the_keys_of_an_evaluation_are_those_listed(runs, tiny_cache, tiny_model):
     import trainer
 

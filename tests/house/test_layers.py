@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainer.config": LOWEST | {"actcache.interop"},
     "trainer.trained_on": LOWEST | {"actcache.format", "actcache.store", "trainer.config", "trainer.run_folder"},
     "trainer.kernels": set(),
+    "trainer.targets": set(),
     "trainer.sae": {"actcache.errors", "actcache.models", "trainer.config", "trainer.kernels"},
 }
 FILES_OF_RUNS = {"trainer.checksums", "trainer.tensor_file", "trainer.run_folder"}
@@ -53,7 +54,7 @@ ALLOWED |= {
     "trainer.features": SAES | {"actcache.models"},
     "trainer.interventions": SAES | {"actcache.models", "trainer.features"},
     "trainer.publish": SAES | {"actcache.models", "trainer.features"},
-    "trainer.report": SAES | {"trainer.features"},
+    "trainer.report": SAES | {"trainer.features", "trainer.targets"},
 }
 ACTCACHE = {room for room in ALLOWED if room.startswith("actcache.")} | {"actcache"}
 EVERYTHING = {*ALLOWED, "actcache", "trainer", "actcache.commands", "trainer.commands"}

@@ -14,6 +14,8 @@ from trainer.features.read import Context, Features
 from trainer.features.similarity import SimilarFeatures
 from trainer.features.text import TokenFeatures
 from trainer.features.words import Lens, Words
+from trainer.run_folder import BASELINES
+from trainer.targets import TARGETS, mark
 from trainer.training.plan import SweepPlan
 
 TABLE_COLUMNS = ("name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction")
@@ -35,16 +37,27 @@ def plan_lines(planned: SweepPlan) -> list[str]:
 
 
 def evaluation_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table with one line for each run. A dash stands for what was not computed. It says which SAEs diverged."""
-    return _aligned([TABLE_COLUMNS, *([_evaluation_cell(row, column) for column in TABLE_COLUMNS] for row in rows)])
+    """What good values are, and a table with one line for each run.
+
+    A word after a value says how it stands to its target. Baselines have none. A dash stands for what was not computed.
+    The table says which SAEs diverged.
+    """
+    counts = {f"{row['n_tokens']:,}" for row in rows if row.get("n_tokens") is not None}
+    measured = [f"measured on {', '.join(sorted(counts))} held-out tokens"] if counts else []
+    good = ", ".join(f"{key} {target.words}" for key, target in TARGETS.items())
+    cells = [[_evaluation_cell(row, column) for column in TABLE_COLUMNS] for row in rows]
+    return [*measured, f"good: {good}", *_aligned([TABLE_COLUMNS, *cells])]
 
 
 def _evaluation_cell(row: Mapping[str, Any], column: str) -> str:
+    word = None if row.get("architecture") in BASELINES else mark(column, row.get(column))
     if column == "explained_variance" and row.get("diverged"):
         return "diverged"
     if column == "explained_variance" and row.get("worse_than_zeros"):
         return f"{_cell(row[column])} (worse than zeros)"
-    return _cell(row.get(column))
+    value = row.get(column)
+    text = f"{value:.1f}" if column == "l0" and value is not None else _cell(value)
+    return text if word is None else f"{text} {word}"
 
 
 def _aligned(cells: Sequence[Sequence[str]]) -> list[str]:

@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from trainer.report.figures import N_COLOURS, Throughput, address, figures, has_added_loss, has_speed
 from trainer.run_folder import Number, RunFiles, finite
+from trainer.targets import TARGETS, mark
 
 MOST_DIGITS = 1e10  # a larger number, as a diverged SAE has, is written with an exponent
 NO_VALUE = "\u2013"
@@ -19,8 +20,13 @@ METRIC_COLUMNS = (  # key in eval.json, heading, meaning, format
     ("l0", "L0", "mean active latents per token", "{:,.1f}"),
     ("explained_variance", "Expl. variance", "1 is perfect, 0 is what the mean would reach", "{:.4f}"),
     ("ce_loss_score", "CE score", "share of zero ablation's loss won back; 1 is the original model", "{:.4f}"),
-    ("kl_div_score", "KL score", "the same of the divergence from the original predictions", "{:.4f}"),
+    ("ce_loss_score_vs_mean", "CE score, mean", "the same with the mean of the activation instead of zeros", "{:.4f}"),
+    ("ce_loss_increase", "CE increase", "loss that the reconstruction adds, in nats", "{:.4f}"),
+    ("kl_div_score", "KL score", "the CE score's like, of the divergence from the original predictions", "{:.4f}"),
+    ("kl_div_with_sae", "KL", "divergence from the original predictions, in nats", "{:.4f}"),
+    ("top1_agreement", "Top-1", "tokens whose likeliest next token stays the same", "{:.1%}"),
     ("dead_fraction", "Dead", "latents that fired on no held-out token", "{:.1%}"),
+    ("n_tokens", "Measured on", "held-out tokens; a latent that is silent on few of them may be rare", "{:,.0f}"),
 )
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -104,7 +110,7 @@ def _lead(runs: Sequence[RunFiles]) -> str:
     n_evaluated = sum(bool(run.evaluation) for run in runs if not run.is_baseline)
     parts = [f"{n_saes} sparse autoencoder{'' if n_saes == 1 else 's'}", f"{n_evaluated} evaluated on held-out tokens"]
     n_baselines, n_failed = len(runs) - n_saes, sum(run.error is not None for run in runs)
-    parts += [f"{n_baselines} PCA baseline{'' if n_baselines == 1 else 's'}"] if n_baselines else []
+    parts += [f"{n_baselines} baseline{'' if n_baselines == 1 else 's'}"] if n_baselines else []
     parts += [f"{n_failed} diverged"] if n_failed else []
     return ", ".join(parts) + "."
 
@@ -148,7 +154,7 @@ def _table(runs: Sequence[RunFiles]) -> str:
         'placeholder="part of a name, architecture"></label> <output id="filtered" for="filter"></output></p>'
         '<div class="scroll" role="region" aria-labelledby="table-caption" tabindex="0"><table id="runs">'
         '<caption id="table-caption">Held-out metrics. Press a heading to sort, a name to see the SAE. What the filter '
-        "leaves out is not drawn either.</caption>"
+        f"leaves out is not drawn either. The word after a value compares it with its target: {_targets()}.</caption>"
         f"<thead><tr>{cells}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -160,10 +166,10 @@ def _table_row(index: int, run: RunFiles) -> str:
     link = f'<a href="#{html.escape(address(run))}">{html.escape(run.name)}</a>'
     name = f'<th scope="row">{_swatch(index, run)}{link}{note}</th>'
     architecture = html.escape(str(run.sae.get("architecture", NO_VALUE)))
-    values = [(run.sae.get("d_sae"), "{:,.0f}")]
-    values += [(run.evaluation.get(key), form) for key, _, _, form in METRIC_COLUMNS]
-    values += [(run.metrics[-1].get("n_tokens") if run.metrics else None, "{:,.0f}")]
-    cells = "".join(_cell(value, form) for value, form in values)
+    values: list[tuple[object, str, str | None]] = [(run.sae.get("d_sae"), "{:,.0f}", None)]
+    values += [(run.evaluation.get(key), form, _word(run, key)) for key, _, _, form in METRIC_COLUMNS]
+    values += [(run.metrics[-1].get("n_tokens") if run.metrics else None, "{:,.0f}", None)]
+    cells = "".join(_cell(*each) for each in values)
     return f'<tr data-run="{index}">{name}<td>{architecture}</td>{cells}</tr>'
 
 
@@ -171,11 +177,22 @@ def _note(text: str, title: str) -> str:
     return f'<span class="note" title="{html.escape(str(title))}">{text}</span>'
 
 
-def _cell(value: object, form: str) -> str:
+def _cell(value: object, form: str, word: str | None) -> str:
     number = finite(value)
     if number is None:
         return f'<td class="number none">{NO_VALUE}</td>'
-    return f'<td class="number" data-value="{number!r}">{_formatted(number, form)}</td>'
+    said = f' <span class="word {word}">{word}</span>' if word else ""
+    return f'<td class="number" data-value="{number!r}">{_formatted(number, form)}{said}</td>'
+
+
+def _word(run: RunFiles, key: str) -> str | None:
+    """How a metric of a run stands to its target. A baseline has none."""
+    return None if run.is_baseline else mark(key, finite(run.evaluation.get(key)))
+
+
+def _targets() -> str:
+    headings = {key: heading for key, heading, _, _ in METRIC_COLUMNS}
+    return html.escape(", ".join(f"{headings[key]} {target.words}" for key, target in TARGETS.items()))
 
 
 def _formatted(number: Number, form: str) -> str:
@@ -197,9 +214,9 @@ def _trade_offs(runs: Sequence[RunFiles]) -> str:
         loss = "Loss won back when the reconstruction replaces the activation."
         drawn.append(("ce", "L0 against CE score", loss))
     text = (
-        "Held-out. Up and to the left is better. A shape is an architecture, crosses are PCA; a line joins one "
-        "architecture, hook and width. Point at a mark for its settings, press it to see the SAE. Scores under -0.5 "
-        "and an L0 of 0 are outside."
+        "Held-out. Up and to the left is better. A shape is an architecture, \u00d7 is PCA and + a random dictionary; "
+        "a line joins one architecture, hook and width. Point at a mark for its settings, press it to see the SAE. "
+        "Scores under -0.5 and an L0 of 0 are outside."
     )
     return _section("Trade-offs", text, drawn)
 
@@ -267,12 +284,18 @@ def _throughput(rows: Sequence[Throughput]) -> str:
 def _about(run: RunFiles) -> dict[str, Any]:
     """What the page of an SAE says in words: its name, error, settings and metrics, the last two as pairs."""
     settings = [(key, _said(value)) for key, value in run.sae.items() if key != "name" and value is not None]
-    shown = [(heading, finite(run.evaluation.get(key)), form) for key, heading, _, form in METRIC_COLUMNS]
+    shown = [
+        (heading, finite(run.evaluation.get(key)), form, _word(run, key)) for key, heading, _, form in METRIC_COLUMNS
+    ]
     return {
         "name": run.name,
         "error": run.error,
         "settings": settings,
-        "metrics": [(heading, _formatted(number, form)) for heading, number, form in shown if number is not None],
+        "metrics": [
+            (heading, " ".join(filter(None, (_formatted(number, form), word))))
+            for heading, number, form, word in shown
+            if number is not None
+        ],
     }
 
 

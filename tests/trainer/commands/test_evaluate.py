@@ -32,9 +32,10 @@ def test_it_measures_what_the_library_does(options, excluded, tiny_cache, tiny_m
     assert row["exclude_special_tokens"] is excluded
     (expected,) = evaluate_runs(run, tiny_cache, tiny_model, exclude_special_tokens=excluded)
     assert row == json.loads(json.dumps(expected))
-    header, line = actcache(*asked).stderr.splitlines()[-2:]
+    *_, measured, good, header, line = actcache(*asked).stderr.splitlines()
+    assert (measured, good[:5]) == (f"measured on {row['n_tokens']:,} held-out tokens", "good:")
     assert header.split()[:3] == ["name", "architecture", "l0"]
-    assert line.split()[:4] == [run.name, "topk", f"{row['l0']:.4f}", f"{row['explained_variance']:.4f}"]
+    assert line.split()[:5] == [run.name, "topk", f"{row['l0']:.1f}", "low", f"{row['explained_variance']:.4f}"]
 
 
 def test_a_run_that_remembers_no_cache_asks_for_one(tmp_path: Path) -> None:

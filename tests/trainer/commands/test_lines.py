@@ -66,13 +66,32 @@ def test_evaluations_stand_in_columns_with_a_dash_for_what_is_not_there() -> Non
     row = {"name": "a-long-name", "architecture": "topk", "l0": 4.0, "explained_variance": 0.81254}
     rows = [{**row, "ce_loss_score": None, "dead_fraction": 0.0}, {**dict.fromkeys(row, None), "name": "b"}]
     rows[1] |= {"ce_loss_score": 1.0, "dead_fraction": None}
-    lines = evaluation_lines(rows)
+    good, *lines = evaluation_lines(rows)
+    assert good == "good: l0 50 to 200, explained_variance >= 0.9, ce_loss_score >= 0.8, dead_fraction <= 0.05"
     assert [line.split() for line in lines] == [
         ["name", "architecture", "l0", "explained_variance", "ce_loss_score", "dead_fraction"],
-        ["a-long-name", "topk", "4.0000", "0.8125", "-", "0.0000"],
-        ["b", "-", "-", "-", "1.0000", "-"],
+        ["a-long-name", "topk", "4.0", "low", "0.8125", "low", "-", "0.0000", "good"],
+        ["b", "-", "-", "-", "1.0000", "good", "-"],
     ]
     assert {line.index(cell) for line, cell in zip(lines, ("architecture", "topk", "-     "), strict=True)} == {13}
+
+
+def test_evaluations_say_on_how_many_tokens_and_do_not_judge_baselines() -> None:
+    row = {"l0": 200.5, "explained_variance": 0.9, "ce_loss_score": 0.5, "dead_fraction": 0.25, "n_tokens": 12345}
+    baselines = [{**row, "name": name, "architecture": name} for name in ("pca", "random")]
+    measured, _, _, *lines = evaluation_lines([{**row, "name": "a", "architecture": "topk"}, *baselines])
+    assert measured == "measured on 12,345 held-out tokens"
+    judged = ["200.5", "high", "0.9000", "good", "0.5000", "low", "0.2500", "high"]
+    assert [line.split() for line in lines] == [
+        ["a", "topk", *judged],
+        *([name, name, *judged[::2]] for name in ("pca", "random")),
+    ]
+
+
+def test_the_table_of_an_ordinary_run_fits_100_columns() -> None:
+    row = {"architecture": "batchtopk", "l0": 1024.0, "explained_variance": -0.25, "ce_loss_score": -0.5}
+    lines = evaluation_lines([{**row, "name": "topk-k16-d1024-lr0.002", "dead_fraction": 0.5, "n_tokens": 10**9}])
+    assert max(map(len, lines)) <= 100
 
 
 def test_a_long_name_does_not_widen_every_line() -> None:
@@ -84,9 +103,9 @@ def test_an_sae_that_diverged_says_so() -> None:
     row = {"name": "wild", "architecture": "standard", "l0": 4.0}
     row |= {"explained_variance": -2.4e32, "worse_than_zeros": True}
     failed = {"name": "nan", "architecture": "topk", "diverged": True}
-    lines = evaluation_lines([{**row, "ce_loss_score": None, "dead_fraction": 0.0}, failed])
-    assert lines[1].split() == ["wild", "standard", "4.0000", "-2.40e+32", "(worse", "than", "zeros)", "-", "0.0000"]
-    assert lines[2].split() == ["nan", "topk", "-", "diverged", "-", "-"]
+    lines = evaluation_lines([{**row, "ce_loss_score": None, "dead_fraction": 0.0}, failed])[-2:]
+    assert lines[0].split()[:7] == ["wild", "standard", "4.0", "low", "-2.40e+32", "(worse", "than"]
+    assert lines[1].split() == ["nan", "topk", "-", "diverged", "-", "-"]
 
 
 def test_similar_features() -> None:

@@ -19,14 +19,16 @@ def test_every_number_is_in_the_table(runs, tmp_path):
     assert header[:3] == ["Name", "Architecture", "Latents"]
     by_name = {row[0]: row[1:] for row in rows}
     assert list(by_name) == ["a-training", "b-done", "pca-k4-blocks.1.hook_resid_post"], "runs by name, then baselines"
-    assert by_name["b-done"] == ["topk", "48", "4.2", "0.8125", "0.9688", "0.9375", "12.5%", "5,000"]
-    assert by_name["a-training"] == ["jumprelu", "48", *["\u2013"] * 6], "no eval.json yet: blanks"
-    assert by_name["pca-k4-blocks.1.hook_resid_post"][:4] == ["pca", "4", "4.0", "0.5000"]
+    model = ["0.9688 good", "0.9531", "0.2500", "0.9375", "0.1250", "75.0%"]
+    measured = ["4.2 low", "0.8125 low", *model, "12.5% high", "12,345"]
+    assert by_name["b-done"] == ["topk", "48", *measured, "5,000"]
+    assert by_name["a-training"] == ["jumprelu", "48", *["\u2013"] * 11], "no eval.json yet: blanks"
+    assert by_name["pca-k4-blocks.1.hook_resid_post"][:5] == ["pca", "4", "4.0", "0.5000", "0.9688"], "it is not judged"
     assert {len(row) for row in page.rows} == {len(header)}
     facts = page.text("dd")
     for fact in ("tiny", "abc123", "blocks.1.hook_resid_post", "0123456789abcdef", "12,345", "6,789"):
         assert fact in facts
-    assert page.text("p").startswith("2 sparse autoencoders, 1 evaluated on held-out tokens, 1 PCA baseline.")
+    assert page.text("p").startswith("2 sparse autoencoders, 1 evaluated on held-out tokens, 1 baseline.")
 
 
 def test_it_is_one_file_that_asks_for_nothing(runs, tmp_path):
@@ -52,7 +54,7 @@ def test_it_can_be_read_without_a_mouse_or_colours(runs, tmp_path):
     n_columns, n_rows = (sum(part(table) for table in page.tables) for part in (lambda t: len(t[0]), len))
     assert sum(entry == ("th", "scope", "col") for entry in page.attributes) == n_columns
     assert sum(entry == ("th", "scope", "row") for entry in page.attributes) == n_rows - len(page.tables)
-    assert page.text("caption")
+    assert "L0 50 to 200, Expl. variance >= 0.9, CE score >= 0.8, Dead <= 0.05" in page.text("caption")
     assert page.text("label").startswith("Filter"), "the field is named"
     n_plots = sum(name.startswith("plot-") for name in page.ids)
     assert sum(name == "role" and value == "img" for _, name, value in page.attributes) == n_plots == 8
@@ -111,7 +113,7 @@ def test_a_number_that_is_not_finite_or_huge_stays_readable(runs, tmp_path):
     (runs / "b-done" / "eval.json").write_text(json.dumps(evaluation(explained_variance=-5.9e12, l0=float("nan"))))
     _, page = page_of(runs, tmp_path)
     row = next(row for row in page.rows if row[0] == "b-done")
-    assert row[3:5] == ["\u2013", "-5.90e+12"]
+    assert row[3:5] == ["\u2013", "-5.90e+12 low"]
     assert figures(page)[1]["l0"] is None
 
 
