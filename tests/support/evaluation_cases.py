@@ -83,6 +83,8 @@ class Counted:
         self.model, self.identity, self.device, self.passes = model, model.identity, model.device, Counter[str]()
         self.backend, self.attention_kernel, self.compiled = model.backend, model.attention_kernel, model.compiled
         self.vocab_size, self.differences, self.probe = model.vocab_size, model.differences, model.probe
+        self.name = model.name
+        self.has_centred_stream, self.has_layer_norm = model.has_centred_stream, model.has_layer_norm
 
     def logits(self, token_ids: Tensor, **options: object) -> Tensor:
         self.passes["whole"] += 1

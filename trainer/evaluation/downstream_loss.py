@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
@@ -35,6 +36,7 @@ from trainer.evaluation.pca import PCA
 from trainer.evaluation.stored_losses import LossSums, read_sums, store_sums
 from trainer.sae.metrics import ce_loss_score, kl_div_score
 from trainer.sae.sae import SAE
+from trainer.sae.streams import Model as StreamModel
 
 BATCH_TOKENS = 2048  # tokens that run through the model at a time, in whole sequences
 PIECE_VALUES = 1 << 24  # numbers of a [row, d_sae] or [token, vocab] matrix made at a time: 64 MiB as float32
@@ -63,7 +65,7 @@ PassName = int | Ablation | None  # the index of an SAE, an ablation, or None fo
 
 
 @runtime_checkable
-class Model(Protocol):
+class Model(StreamModel, Protocol):
     """What evaluation needs of a language model. `actcache.models.language_model.LanguageModel` is one."""
 
     identity: dict[str, Any]
@@ -296,10 +298,10 @@ def _passes(
             yield None, _original_sums(batch), int(batch.counts.sum())
         else:
             hook_name, kind = name
-            replace = torch.zeros_like if kind == ZEROS else _where_it_counts(batch, means[hook_name])
+            replace = torch.zeros_like if kind == ZEROS else _where_it_counts(batch, means[hook_name].to)
             yield name, *_sums(batch, _replaced(model, batch, hook_name, replace))
     for index, sae in saes.items():
-        replace = _where_it_counts(batch, _reconstruction(sae, batch))
+        replace = _where_it_counts(batch, partial(_placed, sae, _reconstruction(sae, batch)))
         yield index, *_sums(batch, _replaced(model, batch, sae.output_hooks[0], replace))
 
 
@@ -319,9 +321,14 @@ def _reconstruction(sae: SAE | PCA, batch: _Batch) -> Float[Tensor, "sequence po
     return y_hat.unflatten(0, batch.counts.shape)
 
 
-def _where_it_counts(batch: _Batch, y_hat: Float[Tensor, "*any d_out"]) -> Callable[[Tensor], Tensor]:
-    """A function that replaces an activation by `y_hat` at the tokens that count."""
-    return lambda y: torch.where(batch.counts[..., None].to(y.device), y_hat.to(y), y)
+def _placed(sae: SAE | PCA, y_hat: Float[Tensor, "sequence position d_out"], y: Tensor) -> Tensor:
+    """The activation y with the reconstruction in it."""
+    return sae.placed(y, y_hat.to(y.device))
+
+
+def _where_it_counts(batch: _Batch, other: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A function that replaces an activation y by `other(y)` at the tokens that count."""
+    return lambda y: torch.where(batch.counts[..., None].to(y.device), other(y).to(y), y)
 
 
 def _log_softmax(logits: Float[Tensor, "*token vocab"]) -> Float[Tensor, "*token vocab"]:

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from actcache.arguments import local_path, shown, typed, whole_number
-from actcache.errors import CacheMismatch, DatasetError, ManifestError
+from actcache.errors import CacheMismatch, ConfigError, DatasetError, ManifestError
 from actcache.files import is_file, is_folder, refuse_links, require_writable
 from actcache.flow import HOLD_OUT_MORE, Batch
 from actcache.format.identity import is_imported
@@ -113,8 +113,9 @@ def evaluate_all(
         docs/reference/metrics.md says what each key means.
 
     Raises:
-        ConfigError: an argument is out of range or of another type.
-        CacheMismatch: the cache lacks a hook, holds it with another width, or was harvested from another model.
+        ConfigError: an argument is out of range or of another type, or an SAE reads whole sequences.
+        CacheMismatch: the cache lacks a hook, holds it with another width, or was harvested from another model; or an
+            SAE is of a stream that the model cannot have (see `SAE.check`).
         DatasetError: the validation split is empty.
         MemoryError: the model is on a CPU that has no room for the logits of BATCH_TOKENS tokens, twice.
     """
@@ -240,7 +241,8 @@ def _reconstruction(sae: SAE | PCA, batch: Batch) -> ReconstructionSums:
         for hook_names in (sae.input_hooks, sae.output_hooks)
     )
     return reduce(
-        ReconstructionSums.merge, (ReconstructionSums.of(y, *sae.reconstruct(x)) for x, y in zip(*pieces, strict=True))
+        ReconstructionSums.merge,
+        (ReconstructionSums.of(sae.target(y), *sae.reconstruct(x)) for x, y in zip(*pieces, strict=True)),
     )
 
 
@@ -298,9 +300,15 @@ def _finished(runs: Path) -> list[Path]:
 def _check_fit(saes: Sequence[SAE | PCA], cache: Cache, model: Model | None) -> None:
     """Raise unless the SAEs and the model fit the cache, and the validation split has rows."""
     for sae in saes:
-        for hook_names, width in ((sae.input_hooks, sae.d_in), (sae.output_hooks, sae.d_out)):
+        if isinstance(sae, SAE) and sae.reads_sequences:
+            raise ConfigError(
+                f"evaluate: {sae.hook_name}: a {sae.architecture} SAE reads whole sequences, and rows of a cache are "
+                "read in any order; pass another run"
+            )
+        hooks = ((sae.input_hooks, sae.d_in, sae.takes), (sae.output_hooks, sae.d_out, sae.gives))
+        for hook_names, width, fits in hooks:
             held = sum(cache.hook(name).d_in for name in hook_names)
-            if held != width:
+            if not fits(held):
                 raise CacheMismatch(
                     f"evaluate: the SAE takes {' + '.join(hook_names)} of width {width}, {cache.path} holds {held}; "
                     "pass the cache that it was trained on"
@@ -312,6 +320,9 @@ def _check_fit(saes: Sequence[SAE | PCA], cache: Cache, model: Model | None) -> 
         )
     if model is not None:
         _check_model(model, cache)
+        for sae in saes:
+            if isinstance(sae, SAE):
+                sae.check(model)
 
 
 def _check_model(model: Model, cache: Cache) -> None:

@@ -65,6 +65,20 @@ class PCA:
         """The device of the components. x must be there too."""
         return self.components.device
 
+    def takes(self, width: int) -> bool:
+        """Whether activations of this width are those of the hook."""
+        return width == self.d_in
+
+    gives = takes
+
+    def target(self, y: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """What x_hat reconstructs: all of the activation."""
+        return y
+
+    def placed(self, y: Float[Tensor, "*batch d_in"], x_hat: Float[Tensor, "*batch d_in"]) -> Tensor:
+        """x_hat, which takes the place of all of the activation y."""
+        return x_hat
+
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch n_components"]:
         """The coordinates of x along the components. They have either sign."""
         return (x.to(self.components.dtype) - self.mean) @ self.components.T

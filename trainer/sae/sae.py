@@ -379,7 +379,7 @@ class SAE(nn.Module):
         if x.shape[-1] != width and x.ndim > 1 and x.shape[-2] * x.shape[-1] == width:
             return x.flatten(-2)
         if self._centres(hook_names):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            x = x.to(torch.promote_types(torch.promote_types(x.dtype, torch.float32), self.dtype))
             return x - x.mean(-1, keepdim=True)
         return x
 

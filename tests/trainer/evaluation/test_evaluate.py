@@ -15,7 +15,7 @@ from support.tiny_models import make_model, make_tokenizer
 from support.tiny_saes import changed, make_config, make_run
 from torch import Tensor
 
-from actcache.errors import CacheMismatch, DatasetError, ManifestError
+from actcache.errors import CacheMismatch, ConfigError, DatasetError, ManifestError
 from actcache.models.language_model import LanguageModel
 from actcache.models.load import wrap_model
 from actcache.store.cache import Cache
@@ -26,10 +26,46 @@ from trainer.formats.saelens import load_sae
 from trainer.sae.sae import SAE
 
 MIB = 1 << 20
+CENTRED = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
 
 
 # one thread, and an allocator that gives every freed block back
 ALLOCATED_IS_RESIDENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+@pytest.mark.parametrize("hook_name", [HOOK, OTHER_HOOK])
+def test_a_centred_sae_is_judged_on_the_stream_without_its_mean(hook_name, cache, model):
+    """The same SAE, given rows less their mean, is what it is compared with; in the model the mean is added again."""
+    raw = make_sae("topk", hook_name)
+    got = evaluate(changed(raw, metadata=CENTRED), cache, model)
+    x = validation_rows(cache, hook_name)
+    x = x - x.mean(1, keepdim=True)
+    x_hat = raw(x)
+    error = (x - x_hat).square().sum(1).mean()
+    assert got["mse"] == pytest.approx(float(error), rel=ROUNDING)
+    variance = (x - x.mean(0)).square().sum(1).mean()
+    assert got["explained_variance"] == pytest.approx(float(1 - error / variance), rel=ROUNDING)
+
+    ids = torch.from_numpy(cache.sequences("validation")).long()
+    counts = ~torch.isin(ids, torch.tensor(cache.special_token_ids))
+
+    def by_hand(y: Tensor) -> Tensor:
+        mean = y.mean(-1, keepdim=True)
+        return torch.where(counts[..., None], raw(y - mean) + mean, y)
+
+    ce = -model.logits_with(ids, hook_name, by_hand).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    assert got["ce_loss_with_sae"] == pytest.approx(float(ce[counts[:, :-1]].mean()), rel=ROUNDING)
+    assert evaluate(raw, cache, model)["ce_loss_with_sae"] != pytest.approx(got["ce_loss_with_sae"], rel=1e-6)
+
+
+def test_an_sae_that_the_rows_or_the_model_cannot_feed_is_refused(cache):
+    llama = wrap_model(make_model("llama", len(make_tokenizer())).double(), make_tokenizer(), "llama")
+    with pytest.raises(CacheMismatch, match="was harvested from 'tiny', the model is 'llama'"):
+        evaluate(changed(make_sae(), metadata=CENTRED), cache, llama)
+    sequential = make_sae()
+    sequential.reads_sequences = True
+    with pytest.raises(ConfigError, match="reads whole sequences, and rows of a cache are read in any order"):
+        evaluate(sequential, cache)
 
 
 @pytest.mark.parametrize("exclude_special_tokens", [True, False])
