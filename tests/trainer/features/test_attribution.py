@@ -54,6 +54,24 @@ def test_the_parts_sum_to_the_change_of_the_logit(family, architecture):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale"])
+def test_directions_in_normalised_units_are_scaled(how):
+    """What a latent adds is the difference between the reconstructions with it and without it."""
+    sae, model, token_id = make_sae(hook_name=LAST, normalize_activations=how), model_of("gpt2"), 17
+    got = logit_attribution(sae, model, TEXT, -1, token_id)
+    x = model.activations(torch.tensor([token_ids()]), [LAST])[LAST][0, -1]
+    unembedding, f = model.unembedding(), sae.encode(x)
+    v = unembedding.token_direction(token_id)[0] / unembedding.scale(x)
+    for feature in got.features[:5]:
+        without = f.clone()
+        without[feature.latent] = 0.0
+        part = sae.decode(f, x) - sae.decode(without, x)
+        assert feature.logit == pytest.approx(float(part @ v), abs=1e-12)
+    assert got.bias == pytest.approx(float(sae.decode(0 * f, x) @ v), abs=1e-12)
+    assert got.direct == pytest.approx(got.logit - got.rest)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_taking_a_feature_out_of_the_last_stream_changes_the_logit_by_its_part(family):
     """At the last hook the direct path is the whole path, and with the scale frozen the change is exact."""

@@ -106,6 +106,39 @@ def test_a_change_is_made_at_the_tokens_that_are_asked_for(change):
     torch.testing.assert_close(got, x + (torch.where(FIRST, expected - f, 0)[..., None] * sae.W_dec[latent]))
 
 
+@pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale"])
+def test_a_change_in_normalised_units_is_brought_back_token_by_token(how):
+    model, sae = model_of("gpt2"), make_sae(normalize_activations=how)
+    x = at(model, HOOK)
+    latent = busiest(sae, x)
+    got = at(model, "blocks.2.hook_resid_pre", [Splice(sae=sae, features={latent: Add(2.0)})])
+    scale = x.std(-1) if how == "layer_norm" else x.norm(dim=-1) / D_MODEL**0.5
+    torch.testing.assert_close(got, x + 2.0 * scale[..., None] * sae.W_dec[latent])
+    f = sae.encode(x)
+    more = f.clone()
+    more[..., latent] += 2.0
+    torch.testing.assert_close(got - x, sae.decode(more, x) - sae.decode(f, x))
+    whole = at(model, "blocks.2.hook_resid_pre", [Splice(sae=sae, act=lambda f: 0 * f, keep_error=False)])
+    torch.testing.assert_close(whole, sae.decode(0 * f, x))
+
+
+def test_a_change_of_one_heads_sae_stays_in_its_head():
+    model, d_head, head = bridge(), D_MODEL // 4, 2
+    hook_z = "blocks.1.attn.hook_z"
+    w = torch.randn(12, d_head, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    about = {"metadata": {"hook_head_index": head}, "hook_name": hook_z}
+    sae = make_sae(W_enc=w.T, W_dec=w, b_enc=torch.zeros(12).double(), b_dec=torch.zeros(d_head).double(), **about)
+    z = at(model, hook_z)
+    channels = slice(head * d_head, (head + 1) * d_head)
+    seen: dict[str, torch.Tensor] = {}
+    with spliced(model, [Splice(sae=sae, features={3: Add(1.5)})]), spliced(model, []):
+        model.logits(TOKENS, hook_fns={hook_z: lambda x: seen.update(x=x)})
+    expected = z.clone()
+    expected[..., channels] += 1.5 * sae.W_dec[3]
+    torch.testing.assert_close(seen["x"], expected)
+    assert torch.equal(sae.encode(z), sae.encode(z[..., channels]))
+
+
 def test_two_saes_at_one_hook_act_in_their_order():
     model, sae = model_of("gpt2"), make_sae()
     latent = busiest(sae, at(model, HOOK))
