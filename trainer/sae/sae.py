@@ -277,7 +277,8 @@ class SAE(nn.Module):
 
     def output_scale(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*rest 1"] | None:
         """By what a decoded change of x's feature activations is multiplied in x_hat; None stands for 1."""
-        return None if is_transcoder(self.architecture) else self._normalised(x).scale
+        is_whole = self.normalize_activations == "none" or is_transcoder(self.architecture)
+        return None if is_whole else self._normalised(x).scale
 
     def check(self, model: Any) -> str:
         """Which residual stream the SAE is of, and which the model has, in words.

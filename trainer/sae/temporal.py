@@ -68,6 +68,14 @@ class TemporalSAE(SAE):
         """(new codes, predicted codes), [*batch, position, d_sae] each."""
         return self._codes(self._normalised(x).z)
 
+    def decode(
+        self, feature_acts: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*shape"] | None = None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """What the new codes add to x_hat, with b_dec. Arguments and errors as `SAE.decode`."""
+        if self.normalize_activations == SCALAR:  # one number for all rows, so none of them is needed
+            return self._decode(feature_acts) / self.activation_normalization_factor
+        return super().decode(feature_acts, x)
+
     def reconstruct(self, x: Float[Tensor, "*batch position width"]) -> tuple[Tensor, Tensor]:
         """(new codes, x_hat of both parts)."""
         given = self._normalised(x)

@@ -99,6 +99,8 @@ def test_a_number_scales_the_rows_and_the_way_back():
     x = torch.randn(1, 6, D_IN).double()
     torch.testing.assert_close(scaled.encode(4 * x), make().encode(x))
     torch.testing.assert_close(scaled(4 * x), 4 * make()(x))
+    new = make().encode(x)
+    torch.testing.assert_close(scaled.decode(new), 4 * make().decode(new))
 
 
 def test_its_settings_are_those_of_saelens():
