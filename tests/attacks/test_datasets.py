@@ -52,9 +52,10 @@ def test_every_dataset_gives_what_was_written_or_is_refused_in_one_line(tmp_path
     assert faults(tmp_path, 0, N_FOLDERS) == []
 
 
-def test_the_stored_tokens_are_those_that_were_written(tiny_model, tmp_path):
+@pytest.mark.parametrize("numbers", [range(24), pytest.param(range(24, 40), marks=pytest.mark.faults)])
+def test_the_stored_tokens_are_those_that_were_written(tiny_model, tmp_path, numbers):
     n_caches = 0
-    for number in range(40):
+    for number in numbers:
         folder = Maker(random.Random(f"stored {number}")).make(tmp_path / str(number))
         expected = packed([(n, ids_of(value)) for n, value in folder.expected], 16, TOKENIZER.bos_token_id, 0.2)
         if folder.refused is not None or not any(expected.values()):
@@ -64,7 +65,7 @@ def test_the_stored_tokens_are_those_that_were_written(tiny_model, tmp_path):
         cache = harvest(tiny_model, source, config, tmp_path / "caches" / str(number))
         assert {split: cache.sequences(split).tolist() for split in expected} == expected, folder
         n_caches += 1
-    assert n_caches > 10
+    assert n_caches > len(numbers) // 4
 
 
 @pytest.mark.faults
