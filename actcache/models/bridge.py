@@ -10,15 +10,17 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2Tokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from actcache.errors import ModelError
 from actcache.machine.installs import no_installs
-from actcache.models.language_model import HookFn, LanguageModel, unknown_hook
+from actcache.models.language_model import LanguageModel, unknown_hook
 from actcache.models.probe import probe_tokens
+from actcache.models.replacing import HookFn
 
-# as a fraction of a row's root mean square: of the model's dtype, or of float32, in which weights are centred
+# Of the model's dtype, or of float32, in which weights are centred; as a fraction of a row's root mean square, over
+# sqrt(d_model): a mean of so many roundings is so much smaller, and so is that of a raw stream.
 CENTRED_ROUNDINGS = 32
 
 
@@ -51,6 +53,9 @@ class HookPointModel(LanguageModel):
     def _check_flags(self, hook_name: str) -> None:
         """Raise if the hook is off, as the module itself does."""
         self._module.check_hooks_to_add(hook_name)
+
+    def _whole(self) -> nn.Module:
+        return self._module
 
     def _hooked(self, hook_name: str, hook_fn: HookFn) -> AbstractContextManager[object]:
         return self._module.hooks(fwd_hooks=[(hook_name, self._flat(hook_name, hook_fn))])
@@ -144,8 +149,11 @@ class LoadedHookPointModel(HookPointModel):
     @cached_property
     def _has_centred_stream(self) -> bool:
         hook_name = "blocks.0.hook_resid_pre"
-        x = self.activations(probe_tokens(self.n_embeddings, self.max_positions), [hook_name])[hook_name].double()
-        bound = CENTRED_ROUNDINGS * max(torch.finfo(dtype).eps for dtype in (self.dtype, torch.float32))
+        with self._measured():
+            x = self.activations(probe_tokens(self.n_embeddings, self.max_positions), [hook_name])[hook_name].double()
+        bound = (
+            CENTRED_ROUNDINGS / self.d_model**0.5 * max(torch.finfo(dtype).eps for dtype in (self.dtype, torch.float32))
+        )
         return bool((x.mean(-1).abs() <= bound * x.square().mean(-1).sqrt()).all())
 
     def differences(self, there: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ from actcache.models.compiled import compile_blocks_
 from actcache.models.families import blocks_of, family_of
 from actcache.models.former_identity import former_hashes
 from actcache.models.identity import CONTENT, content_sha256, model_identity, state_of
-from actcache.models.language_model import SITES, HookFn, LanguageModel, unknown_hook
+from actcache.models.language_model import SITES, LanguageModel, unknown_hook
+from actcache.models.replacing import HookFn
 
 
 class HuggingFaceModel(LanguageModel):
@@ -162,6 +163,9 @@ class HuggingFaceModel(LanguageModel):
         if "logits" not in output:
             raise ModelError(f"{self.name}: the checkpoint has no output head, so no logits; use one with")
         return output
+
+    def _whole(self) -> nn.Module:
+        return self._model
 
     def _hooked(self, hook_name: str, hook_fn: HookFn) -> RemovableHandle:
         _, layer, site = hook_name.split(".")

@@ -22,9 +22,10 @@ from actcache.models.adapters import Adapter
 from actcache.models.former_identity import former_hashes
 from actcache.models.identity import CONTENT, former_differences, identity_differences
 from actcache.models.probe import probe_differences, probe_rows, probe_tokens, rounding_bound
+from actcache.models.replacing import HookFn, in_turn, parts_of, same_shape, unless
 from actcache.models.unembedding import Unembedding, measured_unembedding, norm_probes
 
-HookFn = Callable[[Tensor], Tensor | None]  # gets an activation; returns its replacement, or None to leave it as it is
+_MEASURED: list[nn.Module] = []  # modules that are looked at just now, in which nothing may be replaced
 SITES = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
 
 
@@ -144,24 +145,46 @@ class LanguageModel(ABC):
         return self._forward(token_ids, dict(hook_fns or {}))
 
     @contextmanager
-    def replacing(self, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    def replacing(self, changes: Sequence[tuple[str, HookFn]]) -> Iterator[None]:
         """Inside the `with`, activations of every pass of the module are replaced, whoever calls it.
 
         Gradients flow where torch records them. At hook_resid_mid as `logits_with` says.
 
         Args:
-            replace: hook name -> a function that gets [sequence, position, d_in] and returns the same shape.
+            changes: a hook and a function that gets its activation [sequence, position, d_in] and returns another of
+                the same shape, or None to leave it. Several of one hook act in their order.
 
         Raises:
             ModelError: a hook does not exist. ValueError, from the pass: a function returned another shape.
         """
-        for hook_name in replace:
+        for hook_name, _ in changes:
             self._check(hook_name)
+        by_hook: dict[str, list[HookFn]] = {}
+        for hook_name, function in changes:
+            by_hook.setdefault(hook_name, []).append(unless(self._module_is_measured, same_shape(function)))
+        parts = [parts_of(hook_name, in_turn(functions)) for hook_name, functions in by_hook.items()]
+        # what goes on after a changed hook_resid_mid is mended before others change it, from the mlp_out that they left
+        ordered = [*(part.before for part in parts), *(part.here for part in parts), *(part.after for part in parts)]
         with ExitStack() as stack:
-            for hook_name, function in replace.items():
-                for name, hook_fn in _replacing(hook_name, _same_shape(function)).items():
-                    stack.enter_context(self._hooked(name, hook_fn))
+            for name, hook_fn in (pair for pairs in ordered for pair in pairs):
+                stack.enter_context(self._hooked(name, hook_fn))
             yield
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Inside the `with`, nothing is replaced in the module: what it is like is found without splices."""
+        _MEASURED.append(self._whole())
+        try:
+            yield
+        finally:
+            _MEASURED.pop()
+
+    def _module_is_measured(self) -> bool:
+        return any(module is self._whole() for module in _MEASURED)
+
+    @abstractmethod
+    def _whole(self) -> nn.Module:
+        """The module that passes run through; the same for all wrappers of one."""
 
     def logits_with_gradients(
         self, token_ids: Int[Tensor, "sequence position"]
@@ -197,7 +220,8 @@ class LanguageModel(ABC):
         """
         for name in (hook_name, *(hook_fns or {})):
             self._check(name)
-        return self._forward(token_ids, {**(hook_fns or {}), **_replacing(hook_name, _same_shape(replace))})
+        part = parts_of(hook_name, same_shape(replace))
+        return self._forward(token_ids, {**(hook_fns or {}), **dict([*part.before, *part.here, *part.after])})
 
     def unembedding(self) -> Unembedding:
         """The final norm and the output head as numbers.
@@ -223,13 +247,16 @@ class LanguageModel(ABC):
     def has_layer_norm(self) -> bool:
         """Whether the final norm subtracts the mean over d_model: LayerNorm does, RMSNorm does not.
 
-        Raises ModelError as `unembedding` does.
+        Without an output head it is told from the classes of the norms. Raises ModelError as `unembedding` does.
         """
         return self._has_layer_norm
 
     @cached_property
     def _has_layer_norm(self) -> bool:
-        return self.unembedding().is_centred
+        if self._head is None:
+            return any(isinstance(module, nn.LayerNorm) for module in self._whole().modules())
+        with self._measured():
+            return self.unembedding().is_centred
 
     def has_centred_stream(self) -> bool:
         """Whether the residual stream has mean 0 over d_model, as TransformerLens can make it."""
@@ -377,48 +404,3 @@ def _stopping_after(left: set[str], on_activation: Callable[[str, Tensor], objec
     left.discard(hook_name)
     if not left:
         raise _StopForward
-
-
-def _same_shape(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`replace` with its result checked, and cast to the dtype and device of the activation."""
-
-    def checked(x: Tensor) -> Tensor:
-        replaced = replace(x)
-        if replaced.shape != x.shape:
-            raise ValueError(
-                f"logits_with: replace must keep the shape {tuple(x.shape)}, got {tuple(replaced.shape)}; return one "
-                "vector for each token"
-            )
-        return replaced.to(x)
-
-    return checked
-
-
-def _replacing(hook_name: str, replace: Callable[[Tensor], Tensor]) -> dict[str, HookFn]:
-    """The hook_fns that replace the activation x at a hook by `replace(x)`.
-
-    A hook at hook_resid_mid changes only the input of the norm before the MLP; the residual stream passes by. So the
-    output of the block is replaced as well, by replaced + mlp_out, the sum that the block itself computes. Replacing x
-    by x changes no bit. A ModelError is raised if the output of the block is not resid_mid + mlp_out.
-    """
-    block, _, site = hook_name.rpartition(".")
-    if site != "hook_resid_mid":
-        return {hook_name: replace}
-    seen: dict[str, Tensor] = {}
-
-    def at_mid(x: Tensor) -> Tensor:
-        seen["resid_mid"], seen["replaced"] = x, replace(x)
-        return seen["replaced"]
-
-    def at_mlp_out(x: Tensor) -> None:
-        seen["mlp_out"] = x
-
-    def at_post(x: Tensor) -> Tensor:
-        if not torch.equal(x, seen["resid_mid"] + seen["mlp_out"]):
-            raise ModelError(
-                f"logits_with: replacing {hook_name} needs a block whose output is hook_resid_mid + hook_mlp_out, this "
-                "one gives something else; replace at hook_resid_post"
-            )
-        return seen["replaced"] + seen["mlp_out"]
-
-    return {hook_name: at_mid, f"{block}.hook_mlp_out": at_mlp_out, f"{block}.hook_resid_post": at_post}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
@@ -12,14 +13,17 @@ def live_model(model: Any, tokenizer: Any = None) -> Any:
     nor changed.
 
     Args:
-        model: a LanguageModel, which is returned as it is; a transformers model in evaluation mode; or a
-            HookedTransformer or TransformerBridge of TransformerLens, with its own hook names.
+        model: a LanguageModel, which is returned as it is, or with another tokenizer; a transformers model in
+            evaluation mode; or a HookedTransformer or TransformerBridge of TransformerLens, with its own hook names.
         tokenizer: for texts; None takes that of a TransformerLens model, and none for a transformers model.
 
     Raises:
         ModelError: a transformers model is in training mode or of an unknown family.
     """
     if not isinstance(model, nn.Module):
+        if tokenizer is not None:
+            model = copy.copy(model)
+            model.tokenizer = tokenizer
         return model
     if hasattr(model, "hook_dict"):
         from actcache.models.bridge import LoadedHookPointModel

@@ -24,8 +24,16 @@ class Hub:
 
     def folder(self, name: str) -> Path:
         folder = self._snapshot / name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def link(self) -> None:
+        """From now on the snapshot holds links to its files, as the hub's cache does."""
+        blobs = self._snapshot.parent.parent / "blobs"
+        blobs.mkdir()
+        for number, path in enumerate(sorted(p for p in self._snapshot.rglob("*") if p.is_file())):
+            path.rename(blobs / str(number))
+            path.symlink_to(blobs / str(number))
 
     def register(self, release: str, folder: str, **more: Any) -> None:
         from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup, get_pretrained_saes_directory

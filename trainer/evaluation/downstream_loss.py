@@ -60,7 +60,8 @@ MODEL_METRICS = (  # None where no model was given
 )
 ZEROS, MEAN = "zeros", "mean"  # what an ablation puts in the place of a hook's activation
 
-Ablation = tuple[str, str]  # the hook, and ZEROS or MEAN
+Channels = tuple[int, int] | None  # of an activation, from the first to the one after the last; None for all
+Ablation = tuple[str, str, Channels]  # the hook, ZEROS or MEAN, and the channels that are ablated
 PassName = int | Ablation | None  # the index of an SAE, an ablation, or None for the original pass
 
 
@@ -189,7 +190,8 @@ def model_metrics(
     sums, n_agreeing = _all_sums(judged, cache, model, sequences, counts, row_filter, progress)
     metrics: list[dict[str, Any]] = [dict.fromkeys(MODEL_METRICS) for _ in saes]
     for index, sae in judged.items():
-        ablations = {kind: sums[sae.output_hooks[0], kind] for kind in (ZEROS, MEAN)}
+        hook_name, channels = _target(sae, cache)
+        ablations = {kind: sums[hook_name, kind, channels] for kind in (ZEROS, MEAN)}
         metrics[index] = _metrics(counts, sums[None], ablations, sums[index], n_agreeing[index])
     return metrics
 
@@ -210,8 +212,9 @@ def _all_sums(
     Returns:
         The sums, and as `_run` at how many tokens a pass keeps the likeliest next token.
     """
-    targets = dict.fromkeys(sae.output_hooks[0] for sae in saes.values())
-    names: list[Ablation | None] = [None, *product(targets, (ZEROS, MEAN))]
+    targets = dict.fromkeys(_target(sae, cache) for sae in saes.values())
+    names: list[Ablation | None] = [None]
+    names += [(hook_name, kind, channels) for (hook_name, channels), kind in product(targets, (ZEROS, MEAN))]
     keys = {name: _key(cache, model, counts, name, row_filter) for name in names}
     known = {name: sums for name, key in keys.items() if (sums := read_sums(cache, key)) is not None}
     unknown = [name for name in names if name not in known]
@@ -297,12 +300,28 @@ def _passes(
         if name is None:
             yield None, _original_sums(batch), int(batch.counts.sum())
         else:
-            hook_name, kind = name
-            replace = torch.zeros_like if kind == ZEROS else _where_it_counts(batch, means[hook_name].to)
+            hook_name, kind, channels = name
+            ablated = partial(_ablated, None if kind == ZEROS else means[hook_name], channels)
+            replace = ablated if kind == ZEROS else _where_it_counts(batch, ablated)
             yield name, *_sums(batch, _replaced(model, batch, hook_name, replace))
     for index, sae in saes.items():
         replace = _where_it_counts(batch, partial(_placed, sae, _reconstruction(sae, batch)))
         yield index, *_sums(batch, _replaced(model, batch, sae.output_hooks[0], replace))
+
+
+def _target(sae: SAE | PCA, cache: Cache) -> tuple[str, Channels]:
+    """The hook whose activation an SAE reconstructs, and which channels of it: those of one head, or all."""
+    hook_name = sae.output_hooks[0]
+    return hook_name, sae.own_channels(cache.hook(hook_name).d_in)
+
+
+def _ablated(mean: Float64[Tensor, " width"] | None, channels: Channels, y: Tensor) -> Tensor:
+    """The activation with the mean, or zeros, in these channels."""
+    other = torch.zeros_like(y) if mean is None else mean.to(y).expand_as(y)
+    if channels is None:
+        return other
+    first, end = channels
+    return torch.cat([y[..., :first], other[..., first:end], y[..., end:]], dim=-1)
 
 
 def _replaced(
@@ -408,7 +427,7 @@ def _key(
     row_filter: str,
 ) -> dict[str, Any]:
     """Everything on which the bits of the sums depend."""
-    hook_name, kind = name or (None, ZEROS)
+    hook_name, kind, channels = name or (None, ZEROS, None)
     mean = {"mean_ablated": hook_name, "row_filter": row_filter}
     return {
         "version": KEY_VERSION,
@@ -422,4 +441,5 @@ def _key(
         "n_sequences": len(counts),
         "n_tokens": int(counts.sum()),
         **(mean if kind == MEAN else {"zero_ablated": hook_name}),
+        **({} if channels is None else {"channels": list(channels)}),
     }

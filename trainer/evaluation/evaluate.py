@@ -176,7 +176,13 @@ def evaluate_runs(
     saes: list[SAE | PCA] = [load_sae(folder, device=_device(model)) for folder in folders]
     if runs not in folders:
         settings = [config["sae"] for config in configs]
-        compared = [(each["hook_name"], each.get("k"), sae.d_sae) for each, sae in zip(settings, saes, strict=True)]
+        compared = [
+            (each["hook_name"], each.get("k"), sae.d_sae)
+            for each, sae in zip(settings, saes, strict=True)
+            if isinstance(sae, SAE)
+            and not sae.is_centred
+            and sae.hook_head_index is None  # baselines are of whole rows
+        ]
         for baseline in baselines(compared, cache, _device(model)):
             folders.append(write_baseline(runs, baseline, cache))
             saes.append(baseline)

@@ -71,6 +71,10 @@ class PCA:
 
     gives = takes
 
+    def own_channels(self, width: int) -> None:
+        """All channels of the hook."""
+        return
+
     def target(self, y: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """What x_hat reconstructs: all of the activation."""
         return y

@@ -81,12 +81,13 @@ def logit_lens(sae: SAE, model: Model | nn.Module, latents: Sequence[int], n: in
     return tuple(lenses)
 
 
-def directions(sae: SAE, latents: Sequence[int]) -> Float[Tensor, "latent d_out"]:
-    """What one unit of activation of each latent adds to x_hat.
+def directions(sae: SAE, latents: Sequence[int] | None) -> Float[Tensor, "latent d_out"]:
+    """What one unit of activation of each latent adds to x_hat, in normalised units if the SAE normalises each row.
 
-    That is its decoder row. Where the SAE rescales activations by the decoder norm, it is the row at norm 1.
+    That is its decoder row. Where the SAE rescales activations by the decoder norm, it is the row at norm 1. None for
+    all latents.
     """
-    rows = sae.W_dec[list(latents)]
+    rows = sae.W_dec if latents is None else sae.W_dec[list(latents)]
     return rows * (1 / rows.norm(dim=-1, keepdim=True)) if sae.rescale_acts_by_decoder_norm else rows
 
 

@@ -53,9 +53,9 @@ def dictionary_learning_sae(path: Path, names: Names) -> SAE:
     """
     config_file, weights_file = DICTIONARY_LEARNING_FILES
     folder, held = path, sae_file(path, weights_file)
-    if is_file(path):
-        folder, held = path.parent, path
-        folder = folder if is_file(folder / config_file) else folder.parent
+    if path.suffix == ".pt":
+        folder, held = path.parent, sae_file(path.parent, path.name)
+        folder = folder if is_file(sae_file(folder, config_file)) else folder.parent
     config = read_json(sae_file(folder, config_file))
     trainer = config.get("trainer")
     dict_class = trainer.get("dict_class") if isinstance(trainer, dict) else None

@@ -95,7 +95,7 @@ def read_folder(folder: Path, names: Names) -> tuple[str, SAE]:
 
 
 def _layout(folder: Path) -> str | None:
-    if folder.suffix == ".pt" and is_file(folder):
+    if folder.suffix == ".pt" and is_file(sae_file(folder.parent, folder.name)):
         return "dictionary_learning"
     held = (layout for layout, (files, _) in LAYOUTS.items() if all(is_file(sae_file(folder, name)) for name in files))
     return next(held, None)
@@ -104,10 +104,11 @@ def _layout(folder: Path) -> str | None:
 def _of_hub(repository: str, sae_id: str, names: Names) -> SAE:
     """The SAE of a folder of a repository. Only files that one of LAYOUTS has are downloaded."""
     place = PurePosixPath(sae_id)
-    if place.is_absolute() or ".." in place.parts:
+    if place.is_absolute() or ".." in place.parts or {*"*?["} & {*sae_id}:
         raise ConfigError(f"import: an SAE of {repository} must be a folder of the repository, got {sae_id!r}")
     folders = [place, *place.parents][:3]  # config.json of sparsify and dictionary_learning may lie above
-    wanted = {str(folder / name) for folder in folders for name in FILES} | {sae_id}
+    wanted = {str(folder / name) for folder in folders for name in FILES}
+    wanted |= {str(place)} if place.suffix == ".pt" else set()
     try:
         snapshot = snapshot_download(repository, allow_patterns=sorted(wanted))
     except HFValidationError as error:

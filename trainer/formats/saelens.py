@@ -35,6 +35,7 @@ from trainer.tensor_file import read_tensors
 
 SAE_LENS_VERSION = "6.54.12"  # the version whose format is written; readers drop the metadata of versions below 6.0.0
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+SPARSITY_FILE = "sparsity.safetensors"  # beside them in some folders: log10 of how often each latent fires
 
 
 def save_inference_sae(
@@ -191,7 +192,10 @@ def save_sae(sae: SAE, out: Path | str) -> Path:
         CacheMismatch: `out` exists and holds something else.
         CacheLocked: another process is writing `out`.
     """
-    return _written_once(out, sae_files(sae))
+    files = sae_files(sae)
+    if sae.log_sparsity is not None:
+        files[SPARSITY_FILE] = save({"sparsity": sae.log_sparsity.cpu().contiguous()})
+    return _written_once(out, files)
 
 
 def _written_once(out: Path | str, files: Mapping[str, bytes]) -> Path:

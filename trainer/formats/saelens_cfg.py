@@ -39,9 +39,11 @@ OF_METADATA = (  # settings that lie in metadata since 6.0
 )
 # TransformerLens changes these activations of a model if it is told to; where it is, no raw model has them
 PROCESSED = {
-    "fold_ln": ("hook_normalized",),
-    "fold_value_biases": ("hook_v", "hook_z"),
-    "refactor_factored_attn_matrices": ("hook_q", "hook_k", "hook_v", "hook_z"),
+    "fold_ln": ("hook_normalized", "ln1.hook_out", "ln2.hook_out"),
+    "fold_value_biases": ("hook_v", "hook_z", "hook_result"),
+    "refactor_factored_attn_matrices": ("hook_q", "hook_k", "hook_v", "hook_z", "hook_result"),
+    # each of these has several streams for a token, and the mean of each is another
+    "center_writing_weights": ("hook_result", "hook_q_input", "hook_k_input", "hook_v_input"),
 }
 TEMPORAL = {  # settings of temporal SAEs alone, with SAELens' defaults
     **{"n_heads": 8, "n_attn_layers": 1, "bottleneck_factor": 64, "sae_diff_type": "topk", "kval_topk": None},
@@ -199,12 +201,16 @@ def _check_stream(path: Path, cfg: dict[str, Any]) -> None:
         raise ManifestError(
             f"load_sae: {path}: model_from_pretrained_kwargs must be settings of TransformerLens, got {shown(loading)}"
         )
+    hooks = [cfg["metadata"]["hook_name"], cfg["metadata"].get("hook_name_out"), *(cfg.get("hook_names") or ())]
     for setting, sites in PROCESSED.items():
-        if loading.get(setting, False) and cfg["metadata"]["hook_name"].endswith(sites):
+        changed = [name for name in hooks if isinstance(name, str) and name.endswith(sites)]
+        if loading.get(setting, False) and changed:
             raise CacheMismatch(
-                f"load_sae: {path} was trained on {cfg['metadata']['hook_name']} of a model with {setting}, which is "
+                f"load_sae: {path} was trained on {changed[0]} of a model with {setting}, which is "
                 "another activation than the raw model's; train an SAE on a cache"
             )
+    if loading.get("center_writing_weights", False) and cfg["architecture"] == "crosscoder":
+        raise CacheMismatch(f"load_sae: {path}: a crosscoder is of the raw stream, not of a centred one; train it anew")
 
 
 def dtype_name(cfg: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from trainer.config.settings import BATCH_FAMILY
 from trainer.formats.foreign import Names, Tensors, check_latents, said_name
 from trainer.formats.saelens import (
     CONFIG_FILE,
+    SPARSITY_FILE,
     WEIGHTS_FILE,
     read_sae_config,
     sae_file,
@@ -29,8 +30,8 @@ from trainer.sae.sae import SAE
 
 SCALE_FILE = "activation_scaler.json"  # beside a checkpoint of SAELens; it says by what the rows were multiplied
 WHITENING_FILE = "activation_whitening.safetensors"  # as that, of an SAE whose rows were whitened
-SPARSITY_FILE = "sparsity.safetensors"  # beside an SAE; log10 of how often each latent fires
 BESIDE = (SCALE_FILE, WHITENING_FILE, SPARSITY_FILE)
+INVERSE = 0.1  # how far matrix @ inverse_matrix of a whitening may be from 1: both are float32
 SMALLEST_NORM = 1e-8  # the least norm of a decoder row by which SAELens divides
 
 
@@ -48,7 +49,12 @@ def saelens_sae(folder: Path, names: Names) -> SAE:
         cfg, tensors = _unwhitened(cfg, tensors, folder)
     sae = saelens_sae_of(cfg, tensors, folder, names)
     if is_file(held := sae_file(folder, SPARSITY_FILE)):
-        sae.log_sparsity = sae_tensors(held).get("sparsity")
+        sparsity = sae_tensors(held).get("sparsity")
+        if sparsity is None or sparsity.shape != (sae.d_sae,) or not sparsity.is_floating_point():
+            raise ManifestError(
+                f"import: {held} must hold sparsity, a float for each of {sae.d_sae} latents; remove it"
+            )
+        sae.log_sparsity = sparsity
     return sae
 
 
@@ -94,15 +100,21 @@ def _unwhitened(cfg: Mapping[str, Any], tensors: Tensors, folder: Path) -> tuple
     """
     path = sae_file(folder, WHITENING_FILE)
     stored = sae_tensors(path)
-    d_in = tensors["W_enc"].shape[0] if tensors.get("W_enc") is not None else 0
+    b_dec, is_whole = tensors.get("b_dec"), {"W_enc", "W_dec"} <= {*tensors}
+    d_in = 0 if b_dec is None else b_dec.numel()
     shapes = {"mean": (d_in,), "matrix": (d_in, d_in), "inverse_matrix": (d_in, d_in)}
     got = {name: tuple(tensor.shape) for name, tensor in stored.items()}
-    if got != shapes or not {"W_dec", "b_dec"} <= {*tensors}:
+    if is_whole:
+        check_latents(tensors, folder)
+        is_whole = tensors["W_enc"].shape[0] == tensors["W_dec"].shape[1] == d_in
+    if got != shapes or not is_whole or (cfg.get("rescale_acts_by_decoder_norm") and "b_enc" not in tensors):
         raise ManifestError(
             f"import: {path} must hold {shapes} beside an SAE with W_enc, W_dec and b_dec, got {got}; import what "
             "SAELens saves at the end of training"
         )
-    check_latents(tensors, folder)
+    product = stored["matrix"].double() @ stored["inverse_matrix"].double()
+    if not (product - torch.eye(d_in)).abs().max() < INVERSE:
+        raise ManifestError(f"import: {path}: inverse_matrix must be the inverse of matrix; get the folder again")
     cfg, tensors = _norms_folded(cfg, tensors) if cfg.get("rescale_acts_by_decoder_norm") else (dict(cfg), tensors)
     mean, matrix, inverse = (stored[name].double() for name in shapes)
     W_enc = matrix @ tensors["W_enc"].double()

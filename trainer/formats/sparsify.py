@@ -52,7 +52,7 @@ _SPARSIFY = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec
 def _sparsify_names(folder: Path, transcodes: bool, skips: bool, names: Names) -> Names:
     """The names of the model and the hooks. The folder, or the one above a `seed0`, is named after the hookpoint."""
     hookpoint = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
-    above = hookpoint.resolve().parent / "config.json"
+    above = sae_file(hookpoint.absolute().parent, "config.json")
     model_name = names.model_name or (said_name(read_json(above), "model", above) if is_file(above) else None)
     source, target = hooks_of(hookpoint.resolve().name, model_name) or (None, None)
     hook_name = names.hook_name or (source if transcodes else target)

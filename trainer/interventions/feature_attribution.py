@@ -85,11 +85,12 @@ def attribution(
     mask = torch.ones(token_ids.shape, dtype=torch.bool) if where is None else where
     acts, gradients = _gradients(live, saes, token_ids, metric, mask, [1.0] * len(saes))
     for index in range(len(saes) if steps else 0):
-        at = [
-            _gradients(live, saes, token_ids, metric, mask, _scaled(index, len(saes), (m + 0.5) / steps))
-            for m in range(steps)
-        ]
-        gradients[index] = torch.stack([each[index] for _, each in at]).mean(0)
+        total = torch.zeros_like(gradients[index])
+        for m in range(steps):
+            total += _gradients(live, saes, token_ids, metric, mask, _scaled(index, len(saes), (m + 0.5) / steps))[1][
+                index
+            ]
+        gradients[index] = total / steps
     return [
         FeatureAttribution(
             feature_acts=_spread(f, mask), gradient=_spread(gradient, mask), effect=_spread(-f * gradient, mask)

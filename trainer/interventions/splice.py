@@ -6,7 +6,7 @@ Each SAE reads the stream as it is then, changed by those before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from actcache.arguments import type_fields_
-from actcache.errors import ConfigError
+from actcache.errors import CacheMismatch, ConfigError
 from actcache.models.live import live_model
 from trainer.features.logit_lens import check_latents, directions
 from trainer.features.text import check_width
@@ -72,7 +72,7 @@ class LiveModel(Protocol):
 
     identity: dict[str, Any]
 
-    def replacing(self, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> Any:
+    def replacing(self, changes: Sequence[tuple[str, Callable[[Tensor], Tensor | None]]]) -> Any:
         """A context in which activations at hooks are replaced in every pass."""
         ...
 
@@ -120,6 +120,11 @@ class Splice:
             raise ValueError(f"splice: where must be of the tokens {tuple(y.shape[:2])}, got {tuple(here.shape)}")
         here = here.to(y.device)
         check_width(self.sae, x)
+        if not self.sae.gives(y.shape[-1]):
+            raise CacheMismatch(
+                f"{self.sae.output_hooks[0]}: the SAE gives activations of width {self.sae.d_out}, the model has "
+                f"{y.shape[-1]}; pass the model that it was trained on"
+            )
         rows = self._rows(x.to(y.device), y[here], here)
         return y.index_put((here,), rows.to(y))
 
@@ -146,7 +151,7 @@ class Splice:
             changed = feature_acts.clone()
             for latent, difference in zip(latents, differences, strict=True):
                 changed[:, latent] += difference
-            change = (self.act(changed) - feature_acts) @ directions(sae, range(sae.d_sae))
+            change = (self.act(changed) - feature_acts) @ directions(sae, None)
         scale = sae.output_scale(x[here].to(sae.device))
         return sae.added(base, change if scale is None else change * scale)
 
@@ -167,24 +172,21 @@ def spliced(model: LiveModel | nn.Module, splices: Sequence[Splice]) -> Iterator
     live = live_model(model)
     for splice in splices:
         splice.sae.check(live)
-    with ExitStack() as stack:
-        for splice in splices:
-            stack.enter_context(live.replacing(_functions(splice)))
+    with live.replacing([change for splice in splices for change in _functions(splice)]):
         yield
 
 
-def _functions(splice: Splice) -> dict[str, Callable[[Tensor], Tensor]]:
+def _functions(splice: Splice) -> list[tuple[str, Callable[[Tensor], Tensor | None]]]:
     """What is done at the hooks of a splice: at that of x, if it is another one, x is seen."""
     (source,), (target,) = splice.sae.input_hooks, splice.sae.output_hooks
     if source == target:
-        return {target: lambda y: splice.replaced(y, y)}
+        return [(target, lambda y: splice.replaced(y, y))]
     seen: dict[str, Tensor] = {}
 
-    def see(x: Tensor) -> Tensor:
+    def see(x: Tensor) -> None:
         seen["x"] = x
-        return x
 
-    return {source: see, target: lambda y: splice.replaced(seen["x"], y)}
+    return [(source, see), (target, lambda y: splice.replaced(seen["x"], y))]
 
 
 def _difference(

@@ -34,7 +34,7 @@ class Model(Protocol):
         """Logits of the tokens after a past, and the past with them; a past of None is the start of the text."""
         ...
 
-    def replacing(self, replace: Mapping[str, Callable[[Tensor], Tensor]]) -> Any:
+    def replacing(self, changes: Sequence[tuple[str, Callable[[Tensor], Tensor | None]]]) -> Any:
         """A context in which activations at hooks are replaced in every pass."""
         ...
 

@@ -14,10 +14,11 @@ from actcache.models.live import live_model
 from trainer.sae.activations import matching_pursuit
 from trainer.sae.cfg import ArchitectureName, SAECfg, SAEMetadata
 from trainer.sae.normalisation import Normalised, normalised
-from trainer.sae.streams import CENTRED_SITES, checked_stream
+from trainer.sae.streams import CENTRED, checked_stream
 
 PURSUIT = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")  # settings of matching_pursuit
 RESCALED = ("topk", "abstopk")  # their cfg has rescale_acts_by_decoder_norm
+HEADS = ("hook_z", "hook_q", "hook_k", "hook_v")  # TransformerLens has them with an axis for the heads
 GROUPED = ("groupmax", "groupmax_transcoder", "groupmax_skip_transcoder")
 RANKED = (*RESCALED, "topk_transcoder", "topk_skip_transcoder", *GROUPED)  # their cfg has k
 
@@ -68,6 +69,7 @@ class SAE(nn.Module):
     b_mag: nn.Parameter | None
     r_mag: nn.Parameter | None
     W_skip: nn.Parameter | None  # [d_out, d_in]
+    log_sparsity: Tensor | None
 
     def __init__(
         self,
@@ -115,7 +117,8 @@ class SAE(nn.Module):
         self.normalize_activations, self.subtracts_b_dec = normalize_activations, subtracts_b_dec
         self.hook_head_index: int | None = metadata.get("hook_head_index")
         self.is_centred = bool((metadata.get("model_from_pretrained_kwargs") or {}).get("center_writing_weights"))
-        self.log_sparsity: Tensor | None = None  # [d_sae], log10 of how often each latent fires, where that is known
+        # [d_sae], log10 of how often each latent fires, where that is known; it moves with the SAE
+        self.register_buffer("log_sparsity", None, persistent=False)
         weights = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
         weights |= {"b_gate": b_gate, "b_mag": b_mag, "r_mag": r_mag, "W_skip": W_skip}
         for name, weight in weights.items():
@@ -185,7 +188,7 @@ class SAE(nn.Module):
             "apply_b_dec_to_input": self.subtracts_b_dec,
             "normalize_activations": self.normalize_activations,
             # the activation of hook_z is [..., head, d_head]; SAELens flattens it only if it is told to
-            "reshape_activations": "hook_z" if self.hook_name.endswith("hook_z") and not hook_out else "none",
+            "reshape_activations": "hook_z" if self._reads_heads and not hook_out else "none",
             "metadata": SAEMetadata({**self.metadata, "hook_name": self.hook_name, **hook_out}),
         }
         return SAECfg(cfg | self._own_cfg)
@@ -274,6 +277,11 @@ class SAE(nn.Module):
     def gives(self, width: int) -> bool:
         """Whether activations of this width are those of output_hooks."""
         return width == self.d_out or self._head_of(width, self.d_out) is not None
+
+    def own_channels(self, width: int) -> tuple[int, int] | None:
+        """(first, end) of the channels that x_hat reconstructs of an activation of this width; None for all."""
+        head = self._head_of(width, self.d_out)
+        return None if head is None else (head.start, head.stop)
 
     def output_scale(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*rest 1"] | None:
         """By what a decoded change of x's feature activations is multiplied in x_hat; None stands for 1."""
@@ -377,15 +385,20 @@ class SAE(nn.Module):
         """What counts of an activation at hooks: width channels of it, without their mean where that is not seen."""
         if (head := self._head_of(x.shape[-1], width)) is not None:
             return x[..., head]
-        if x.shape[-1] != width and x.ndim > 1 and x.shape[-2] * x.shape[-1] == width:
+        if self._reads_heads and x.shape[-1] != width and x.ndim > 1 and x.shape[-2] * x.shape[-1] == width:
             return x.flatten(-2)
         if self._centres(hook_names):
             x = x.to(torch.promote_types(torch.promote_types(x.dtype, torch.float32), self.dtype))
             return x - x.mean(-1, keepdim=True)
         return x
 
+    @property
+    def _reads_heads(self) -> bool:
+        """Whether x is all heads' activations, which TransformerLens has as [..., head, d_head]."""
+        return self.hook_head_index is None and self.hook_name.endswith(HEADS)
+
     def _centres(self, hook_names: tuple[str, ...]) -> bool:
-        return self.is_centred and hook_names[0].endswith(CENTRED_SITES)
+        return self.is_centred and CENTRED.fullmatch(hook_names[0]) is not None
 
     def _head_of(self, width: int, d_head: int) -> slice | None:
         """The channels of the SAE's head among those of all heads; None where all channels are its own."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from actcache.errors import CacheMismatch
 
-# what blocks write into the residual stream, and the stream itself: a centred model has them without their mean
-CENTRED_SITES = ("hook_embed", "hook_pos_embed", "hook_resid_pre", "hook_resid_mid", "hook_resid_post")
-CENTRED_SITES += ("hook_attn_out", "hook_mlp_out")
+# The residual stream, what blocks write into it, and copies of it: a centred model has them without their mean. Some
+# have another name in a TransformerBridge.
+CENTRED = re.compile(
+    r"(blocks\.\d+\.)?hook_(embed|pos_embed|resid_(pre|mid|post)|attn_out|mlp_out|attn_in|mlp_in)"
+    r"|blocks\.\d+\.((attn|mlp)\.hook_out|hook_in|hook_out)"
+)
 
 
 @runtime_checkable
@@ -35,7 +39,7 @@ def checked_stream(model: Model, hook_names: Sequence[str], *, is_centred: bool)
         hook_names: of the SAE.
         is_centred: whether the SAE is of the centred stream.
     """
-    of_stream = [name for name in hook_names if name.endswith(CENTRED_SITES)]
+    of_stream = [name for name in hook_names if CENTRED.fullmatch(name)]
     if not of_stream:
         return f"{hook_names[0]} is the same in the raw and in the centred residual stream"
     has_centred = model.has_centred_stream()

@@ -74,6 +74,28 @@ def test_the_stream_of_a_processed_model_is_centred():
     assert live_model(hooked(center_writing_weights=True)).has_centred_stream()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_dtype_does_not_decide_whether_a_stream_is_centred(dtype):
+    """A mean over d_model of many roundings is small; that of a raw stream is not so small in any dtype."""
+    raw, centred = (copy.deepcopy(hooked(**how)).to(dtype) for how in ({}, {"center_writing_weights": True}))
+    for model in (raw, centred):
+        model.cfg.dtype = dtype
+    assert not live_model(raw).has_centred_stream()
+    assert live_model(centred).has_centred_stream()
+
+
+def test_a_model_without_an_output_head_is_known_by_its_norms():
+    base = copy.deepcopy(transformers_module()).transformer
+    assert live_model(base).has_layer_norm()
+
+
+def test_another_tokenizer_is_taken_without_a_copy_of_the_model():
+    model, tokenizer = live_model(transformers_module()), make_tokenizer()
+    assert live_model(model, tokenizer).tokenizer is tokenizer
+    assert model.tokenizer is None
+    assert torch.equal(live_model(model, tokenizer).logits(token_ids()), model.logits(token_ids()))
+
+
 def test_the_weights_are_hashed_when_the_identity_is_asked_for(monkeypatch):
     """Steering asks for none; the hash of a large model takes seconds."""
     from actcache.models import identity

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,39 @@ def test_a_backend_whose_passes_begin_at_the_embedding(tmp_path):
     assert passes == {"whole": 1, f"whole, with {HOOK}": 3}, "what the fast path has kept is not taken"
     for name in ("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation", "ce_loss_score", "kl_div_score"):
         assert got[0][name] == pytest.approx(expected[0][name], rel=1e-4), name
+
+
+def test_an_sae_of_one_head_is_compared_with_that_head_ablated(tmp_path):
+    """As SAELens does. The other heads stay as they are in every pass."""
+    bridge = load_model(make_model_dir("gpt2", tmp_path / "model"), device="cpu", backend="transformer_lens")
+    hook_z, d_head, head = "blocks.1.attn.hook_z", D_IN // 4, 2
+    cache = new_cache(tmp_path / "cache", bridge, hook_names=(hook_z,))
+    w = torch.randn(24, d_head, generator=torch.Generator().manual_seed(0))
+    about = {"metadata": {"hook_head_index": head}, "b_enc": torch.zeros(24), "b_dec": torch.zeros(d_head)}
+    sae = changed(make_sae("standard", hook_z), W_enc=w.T, W_dec=w / 9, **about)
+    got = evaluate(sae, cache, bridge)
+    x = validation_rows(cache, hook_z).float()[:, head * d_head : (head + 1) * d_head]
+    assert got["mse"] == pytest.approx(float((x - sae(x)).square().sum(1).mean()), rel=1e-5)
+    ids = torch.from_numpy(cache.sequences("validation")).long()
+    counts = ~torch.isin(ids, torch.tensor(cache.special_token_ids))
+    mean = torch.from_numpy(cache.statistics(hook_z, split="validation").mean).float()
+
+    def loss(of_head: Callable[[Tensor], Tensor], where: Tensor) -> float:
+        def replace(y: Tensor) -> Tensor:
+            heads = y.unflatten(-1, (4, d_head)).clone()
+            heads[:, :, head] = of_head(heads[:, :, head])
+            return torch.where(where[..., None], heads.flatten(-2), y)
+
+        ce = -bridge.logits_with(ids, hook_z, replace).log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        return float(ce[counts[:, :-1]].mean())
+
+    of_mean = mean.unflatten(-1, (4, d_head))[head]
+    for name, expected in {
+        "ce_loss_with_sae": loss(sae, counts),
+        "ce_loss_with_ablation": loss(torch.zeros_like, torch.ones_like(counts)),
+        "ce_loss_with_mean_ablation": loss(lambda y: of_mean.expand_as(y), counts),
+    }.items():
+        assert got[name] == pytest.approx(expected, rel=1e-5), name
 
 
 def test_sequences_without_a_next_token_are_an_error(model, tmp_path):

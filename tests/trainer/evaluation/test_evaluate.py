@@ -58,14 +58,25 @@ def test_a_centred_sae_is_judged_on_the_stream_without_its_mean(hook_name, cache
     assert evaluate(raw, cache, model)["ce_loss_with_sae"] != pytest.approx(got["ce_loss_with_sae"], rel=1e-6)
 
 
-def test_an_sae_that_the_rows_or_the_model_cannot_feed_is_refused(cache):
+def test_an_sae_that_the_rows_or_the_model_cannot_feed_is_refused(cache, tmp_path):
     llama = wrap_model(make_model("llama", len(make_tokenizer())).double(), make_tokenizer(), "llama")
-    with pytest.raises(CacheMismatch, match="was harvested from 'tiny', the model is 'llama'"):
-        evaluate(changed(make_sae(), metadata=CENTRED), cache, llama)
+    of_llama = new_cache(tmp_path / "cache", llama, hook_names=(HOOK,), tokens=512)
+    with pytest.raises(CacheMismatch, match="which llama cannot have: its norms are RMSNorms"):
+        evaluate(changed(make_sae(), metadata=CENTRED), of_llama, llama)
     sequential = make_sae()
     sequential.reads_sequences = True
     with pytest.raises(ConfigError, match="reads whole sequences, and rows of a cache are read in any order"):
         evaluate(sequential, cache)
+
+
+def test_no_baseline_is_set_beside_an_sae_of_other_rows(cache, tmp_path):
+    """Of a centred stream, or of one head: PCA and random directions are fitted to whole rows."""
+    run = make_run(tmp_path, make_config("topk", hook_name=HOOK, d_in=D_IN), {"name": "tiny", "revision": None})
+    cfg = run / "sae" / "cfg.json"
+    values = json.loads(cfg.read_text())
+    cfg.write_text(json.dumps({**values, "metadata": {**values["metadata"], **CENTRED}}))
+    (run / "sae.crc32c.json").unlink()
+    assert [row["name"] for row in evaluate_runs(tmp_path, cache)] == [run.name]
 
 
 @pytest.mark.parametrize("exclude_special_tokens", [True, False])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.feature_cases import D_IN, as_stored, dense, double_run
+from support.planted import make_sae
 from support.tiny_saes import ARCHITECTURES, make_config, make_run, make_weights
 
 from actcache.errors import ManifestError
@@ -20,6 +21,30 @@ from trainer.formats.saelens import load_sae
 def test_a_batch_may_hold_special_tokens_alone(architecture, tmp_path):
     run = make_run(tmp_path, make_config(architecture), {"name": "tiny", "revision": None})
     assert [len(entry) for entry in SparseEncoder(load_sae(run)).entries(torch.empty(0, 16))] == [0, 0, 0]
+
+
+CENTRED = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metadata": CENTRED},
+        {"metadata": CENTRED, "architecture": "groupmax", "k": 6},
+        {"normalize_activations": "layer_norm"},
+        {"normalize_activations": "constant_norm_rescale"},
+        {"metadata": {"hook_head_index": 1}, "wide": 2},
+    ],
+    ids=str,
+)
+def test_what_an_sae_makes_of_its_rows_is_made_here_too(changes):
+    """Centred and normalised rows, groups, and one head of rows that hold several."""
+    sae = make_sae(**{name: value for name, value in changes.items() if name != "wide"})
+    x = torch.randn(50, sae.d_in * changes.get("wide", 1), generator=torch.Generator().manual_seed(1)).double() + 0.5
+    row, latent, act = SparseEncoder(sae).entries(x)
+    got = torch.zeros(50, sae.d_sae, dtype=torch.float64).index_put((row, latent), act)
+    torch.testing.assert_close(got, sae.encode(x))
+    assert (got != 0).any()
 
 
 @pytest.mark.parametrize("architecture", ["topk", "abstopk"])

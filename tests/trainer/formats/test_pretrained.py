@@ -43,9 +43,11 @@ def test_the_three_values_of_saelens_before_6(hub):
     assert cfg_dict["hook_name"] == HOOK == sae.cfg.metadata.hook_name
     assert (cfg_dict["d_sae"], cfg_dict["model_name"]) == (D_SAE, "gpt2-small")
     assert torch.equal(sparsity, torch.linspace(-9, -1, D_SAE))
+    assert SAE.load_from_disk(sae.save(hub.folder("saved"))).log_sparsity.equal(sparsity)
     x = rows()
     assert torch.equal(sae.encode(x), theirs.encode(x - x.mean(-1, keepdim=True))), "the centred stream"
     assert sae.is_centred
+    assert sae.to("meta").log_sparsity.device.type == "meta"
 
 
 @pytest.mark.parametrize("release", ["someone/saes", "hf://someone/saes"])
@@ -56,8 +58,14 @@ def test_a_repository_in_each_layout_needs_no_registry(release, hub, tmp_path, m
     shutil.copytree(sparsify_folder(tmp_path), hub.folder("layers.3"), dirs_exist_ok=True)
     shutil.copy(tmp_path / "run" / "config.json", hub.folder("b").parent)
     shutil.copytree(dictionary_folder(tmp_path, "AutoEncoderTopK"), hub.folder("c/trainer_0"), dirs_exist_ok=True)
+    (hub.folder("c/trainer_0") / "checkpoints").mkdir()
+    shutil.copy(tmp_path / "trainer_0" / "ae.pt", hub.folder("c/trainer_0") / "checkpoints" / "ae_100.pt")
+    hub.link()
     equal_outputs(theirs, from_pretrained(release, "a/layer_1"))
     x = rows()
+    assert torch.equal(
+        from_pretrained(release, "c/trainer_0/checkpoints/ae_100.pt")(x), load_from_disk(tmp_path / "trainer_0")(x)
+    )
     for sae_id, folder in (("layers.3", tmp_path / "run" / "layers.3"), ("c/trainer_0", tmp_path / "trainer_0")):
         ours, here = from_pretrained(release, sae_id), load_from_disk(folder)
         assert torch.equal(ours(x), here(x))
@@ -70,7 +78,7 @@ def test_a_repository_in_each_layout_needs_no_registry(release, hub, tmp_path, m
 
 def test_what_is_not_to_be_had_says_why(hub):
     their_sae("topk").save_model(hub.folder("a"))
-    for sae_id in ("../../secret", "/etc"):
+    for sae_id in ("../../secret", "/etc", "*", "layer_[1]"):
         with pytest.raises(ConfigError, match="must be a folder of the repository, got"):
             from_pretrained("someone/saes", sae_id)
     with pytest.raises(ManifestError, match=r"must hold cfg\.json and sae_weights\.safetensors .*; pass a folder"):
@@ -83,6 +91,14 @@ def test_what_is_not_to_be_had_says_why(hub):
         from_pretrained("some one/saes", "a")
     with pytest.raises(ConfigError, match="no address is read"):
         from_pretrained("s3://bucket/saes", "a")
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(D_SAE, dtype=torch.int64)], ids=["short", "whole"])
+def test_a_sparsity_of_something_else_is_refused(wrong, tmp_path):
+    their_sae("topk").save_model(tmp_path)
+    save_file({"sparsity": wrong}, tmp_path / "sparsity.safetensors")
+    with pytest.raises(ManifestError, match="must hold sparsity, a float for each of 48 latents"):
+        load_from_disk(tmp_path)
 
 
 def test_a_run_a_folder_and_what_was_saved_are_one(tmp_path):

@@ -257,6 +257,16 @@ def test_the_smallest_config_loads_and_defaults_as_saelens(tmp_path):
             CacheMismatch,
             "of a model with fold_value_biases, which is another activation",
         ),
+        (
+            {
+                "metadata": {
+                    "hook_name": "L.hook_result",
+                    "model_from_pretrained_kwargs": {"center_writing_weights": True},
+                }
+            },
+            CacheMismatch,
+            "L.hook_result of a model with center_writing_weights",
+        ),
     ],
     ids=str,
 )

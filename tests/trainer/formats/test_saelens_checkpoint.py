@@ -169,6 +169,29 @@ def test_a_whitening_of_another_width_is_refused(tmp_path):
         import_sae(tmp_path / "checkpoint", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"W_enc": torch.tensor(1.0)},
+        {"W_dec": torch.zeros(D_SAE, D_IN + 1)},
+        {"b_dec": torch.zeros(3)},
+        {"inverse_matrix": 5 * torch.eye(D_IN)},
+        {"mean": torch.full((D_IN,), torch.nan)},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_strangers_whitening_is_one_line(wrong, tmp_path):
+    folder = tmp_path / "checkpoint"
+    training_sae("standard", normalize_activations="covariance_whitening").save_model(folder)
+    whitening = {"mean": torch.zeros(D_IN), "matrix": torch.eye(D_IN), "inverse_matrix": torch.eye(D_IN)}
+    for name, tensors in (("activation_whitening", whitening), ("sae_weights", None)):
+        path = folder / f"{name}.safetensors"
+        held = load_file(path) if tensors is None else tensors
+        save_file({**held, **{key: value for key, value in wrong.items() if key in held}}, path)
+    with pytest.raises(ManifestError, match=r"^(import|load_sae): [^\n]*$"):
+        import_sae(folder, tmp_path / "run")
+
+
 def test_names_of_a_compiled_module_are_plain_names(tmp_path):
     theirs = training_sae("standard")
     theirs.save_model(tmp_path / "theirs")

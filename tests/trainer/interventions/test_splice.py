@@ -5,6 +5,7 @@ from functools import cache, partial
 import pytest
 import torch
 from support.planted import HOOK, make_sae, model_of, module_of, token_ids
+from support.saelens_models import close, hooked, transformers_module
 from support.tiny_models import D_MODEL, make_model, make_tokenizer
 from support.tiny_saes import changed
 
@@ -13,6 +14,7 @@ from actcache.models.bridge import BridgeModel
 from trainer.interventions.splice import Add, Clamp, Patch, Scale, Splice, spliced
 from trainer.interventions.steering import steered_logits
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*HookedTransformer.* is deprecated:DeprecationWarning")
 TOKENS = torch.tensor([token_ids()[1:11], token_ids("the cat, the cat, the sea and the lamp")[1:11]])  # none is special
 LATER = "blocks.2.hook_mlp_out"
 FIRST = torch.zeros(TOKENS.shape, dtype=torch.bool)
@@ -104,6 +106,62 @@ def test_a_change_is_made_at_the_tokens_that_are_asked_for(change):
     splice = Splice(sae=sae, features={latent: Patch(other) if change == "patch" else change}, where=FIRST)
     got = at(model, "blocks.2.hook_resid_pre", [splice])
     torch.testing.assert_close(got, x + (torch.where(FIRST, expected - f, 0)[..., None] * sae.W_dec[latent]))
+
+
+MID, MLP_OUT, POST = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"
+
+
+def planned(*plan):
+    """Splices at hooks, in this order, each of an SAE of its own; one with two hooks is a transcoder."""
+    made = []
+    for number, (hook_name, hook_name_out) in enumerate(plan):
+        sae = make_sae("skip_transcoder" if hook_name_out else "standard", hook_name=hook_name)
+        sae.hook_name_out = hook_name_out
+        made.append(Splice(sae=sae, features={number: Add(2.0)}, keep_error=False, where=FIRST))
+    return made
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [(MID, None)],
+        [(MID, MLP_OUT)],
+        [(MID, None), (MLP_OUT, None)],
+        [(MLP_OUT, None), (MID, None)],
+        [(POST, None), (MID, None)],
+        [(MID, None), (MID, MLP_OUT), (POST, None)],
+    ],
+    ids=str,
+)
+def test_splices_in_one_block_are_what_its_stream_makes_of_them(plan):
+    """By hand, in HookedTransformer's own hooks; then on its module, and on transformers', by us."""
+    pytest.importorskip("sae_lens")
+    splices, seen = planned(*plan), {}
+
+    def hook(splice, at):
+        def fn(x, hook):
+            source, target = splice.sae.hook_name, splice.sae.output_hooks[0]
+            if at == source:
+                seen[id(splice)] = x
+            return splice.replaced(seen[id(splice)], x) if at == target else x
+
+        return fn
+
+    fwd_hooks = [(at, hook(s, at)) for s in splices for at in dict.fromkeys((s.sae.hook_name, *s.sae.output_hooks))]
+    with torch.no_grad():
+        expected = hooked().run_with_hooks(TOKENS, fwd_hooks=fwd_hooks)
+        for module in (hooked(), transformers_module()):
+            with spliced(module, splices):
+                output = module(TOKENS)
+            assert close(expected, output if isinstance(output, torch.Tensor) else output.logits)
+
+
+def test_a_transcoder_to_another_width_is_said():
+    sae = changed(
+        make_sae("skip_transcoder"), W_dec=torch.zeros(96, 8).double(), b_dec=torch.zeros(8).double(), W_skip=None
+    )
+    with pytest.raises(CacheMismatch, match="the SAE gives activations of width 8, the model has 32"):
+        at(model_of("gpt2"), "blocks.2.hook_resid_pre", [Splice(sae=sae)])
 
 
 @pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale"])

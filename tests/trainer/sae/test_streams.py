@@ -11,12 +11,12 @@ from support.tiny_saes import changed
 
 from actcache.errors import CacheMismatch
 from trainer.interventions.splice import Splice, spliced
-from trainer.sae.streams import checked_stream
+from trainer.sae.streams import CENTRED, checked_stream
 
 pytest.importorskip("sae_lens")
 pytestmark = pytest.mark.filterwarnings("ignore:.*HookedTransformer.* is deprecated:DeprecationWarning")
 STREAM = "blocks.1.hook_resid_post"
-CENTRED = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+CENTRED_SAE = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
 
 
 @dataclass
@@ -48,9 +48,46 @@ def test_every_pair_of_stream_and_model():
 
 
 @torch.no_grad()
+def test_each_site_is_centred_exactly_where_transformerlens_centres_it():
+    """By the activations of both models: mean 0 on the centred one where it is counted as centred, and only there."""
+    processed, raw = hooked(center_writing_weights=True), hooked()
+    for model in (processed, raw):
+        for flag in ("use_attn_in", "use_hook_mlp_in"):
+            setattr(model.cfg, flag, True)
+    seen, plain = (model.run_with_cache(token_ids())[1] for model in (processed, raw))
+    names = [name for name, x in seen.items() if x.shape[-1] == D_MODEL and name.startswith(("blocks.1.", "hook_"))]
+    assert len(names) > 10
+    for name in names:
+        same = seen[name].shape == plain[name].shape and close(seen[name], plain[name], 1e4 * 2.0**-24)
+        mean = seen[name].double().mean(-1).abs().max()
+        centred = not same and bool(mean < 1e-4)
+        assert same != centred, name
+        assert (CENTRED.fullmatch(name) is not None) == centred, name
+    for model in (processed, raw):
+        for flag in ("use_attn_in", "use_hook_mlp_in"):
+            setattr(model.cfg, flag, False)
+
+
+@torch.no_grad()
+def test_a_check_sees_the_model_without_the_splices_that_are_in_it():
+    raw = make_sae(hook_name=STREAM)
+    centred = changed(raw, metadata={**raw.metadata, **CENTRED_SAE})
+    where = torch.zeros(token_ids().shape, dtype=torch.bool)
+    where[:, 3:] = True
+    splices = [Splice(sae=raw, where=where, keep_error=False), Splice(sae=centred, where=where, keep_error=False)]
+    for module in (transformers_module(), hooked()):
+        with spliced(module, splices):
+            expected = module(token_ids())
+        with spliced(module, splices[:1]), spliced(module, splices[1:]):
+            got = module(token_ids())
+        one, other = (each if isinstance(each, torch.Tensor) else each.logits for each in (expected, got))
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
 def test_models_that_are_loaded_say_what_they_are():
     raw = make_sae(hook_name=STREAM)
-    centred = changed(raw, metadata={**raw.metadata, **CENTRED})
+    centred = changed(raw, metadata={**raw.metadata, **CENTRED_SAE})
     processed = hooked(center_writing_weights=True)
     assert raw.check(hooked()).endswith("tiny has the raw one")
     assert raw.check(transformers_module()).endswith("has the raw one")
