@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from support import run_time_checks
 
+run_time_checks.install()
 for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[variable] = "1"  # before transformers and datasets are imported: they read these once
 for variable in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):  # this user has named no model and no dataset yet

@@ -1,0 +1,37 @@
+"""While tests run, annotations are checked at every call: shapes, and what is no array."""
+
+from __future__ import annotations
+
+import jaxtyping
+import pytest
+import torch
+from beartype import beartype
+from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintReturnViolation
+
+
+def test_axes_that_differ_are_found():
+    from trainer.sae.metrics import explained_variance
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="explained_variance"):
+        explained_variance(torch.ones(3, 4), torch.ones(4, 4))
+
+
+def test_an_argument_that_is_no_array_is_checked():
+    from actcache.format.paths import statistics_key
+
+    assert statistics_key("train", "hook")
+    with pytest.raises(BeartypeCallHintParamViolation, match="hook_name"):
+        statistics_key("train", 3)
+
+
+def test_what_is_returned_is_checked_and_its_class_may_stand_below():
+    @jaxtyping.jaxtyped(typechecker=beartype)
+    def made() -> Below:
+        return "no such thing"
+
+    with pytest.raises(BeartypeCallHintReturnViolation, match="Below"):
+        made()
+
+
+class Below:
+    pass
