@@ -14,7 +14,7 @@ from actcache.harvesting.run import harvest
 from actcache.text.sources import DatasetSource
 from actcache.text.tokenise import documents
 
-N_FOLDERS = 500
+N_FOLDERS, MANY_FOLDERS = 200, 500  # the latter under the mark faults
 
 
 def ids_of(value: str | list[int]) -> list[int]:
@@ -52,10 +52,9 @@ def test_every_dataset_gives_what_was_written_or_is_refused_in_one_line(tmp_path
     assert faults(tmp_path, 0, N_FOLDERS) == []
 
 
-@pytest.mark.parametrize("numbers", [range(24), pytest.param(range(24, 40), marks=pytest.mark.faults)])
-def test_the_stored_tokens_are_those_that_were_written(tiny_model, tmp_path, numbers):
+def test_the_stored_tokens_are_those_that_were_written(tiny_model, tmp_path):
     n_caches = 0
-    for number in numbers:
+    for number in range(20):
         folder = Maker(random.Random(f"stored {number}")).make(tmp_path / str(number))
         expected = packed([(n, ids_of(value)) for n, value in folder.expected], 16, TOKENIZER.bos_token_id, 0.2)
         if folder.refused is not None or not any(expected.values()):
@@ -65,10 +64,10 @@ def test_the_stored_tokens_are_those_that_were_written(tiny_model, tmp_path, num
         cache = harvest(tiny_model, source, config, tmp_path / "caches" / str(number))
         assert {split: cache.sequences(split).tolist() for split in expected} == expected, folder
         n_caches += 1
-    assert n_caches > len(numbers) // 4
+    assert n_caches > 5
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(1, 11))
 def test_many_datasets_give_what_was_written_or_are_refused_in_one_line(tmp_path, seed):
-    assert faults(tmp_path, seed, N_FOLDERS) == []
+    assert faults(tmp_path, seed, MANY_FOLDERS) == []

@@ -203,7 +203,7 @@ class AttackedCommands:
     def fault(self, tree: str, seed: int, number: int) -> tuple[list[str], int]:
         """What went wrong in one attack, and the exit code."""
         rng = random.Random(f"{tree} {seed} {number}")
-        name, use = rng.choice([*USES[tree].items()])
+        name, use = [*USES[tree].items()][number % len(USES[tree])]  # in turn: few attacks reach them all
         self._renew(tree)
         attacked = "cache" if tree == "begun" else tree
         changes = Attack(self.places[attacked], self.world, rng)(rng.choice([1, 1, 1, 2, 3, 6]))
