@@ -1,10 +1,10 @@
 """A harvest from end to end: killed, full, resumed, grown by a hook, asked for again."""
 
-import subprocess
 import sys
 
 import pytest
-from support.places import CHILD
+from support.forked_commands import Commands
+from support.killed_forks import harvest_after_kills
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
 
 from actcache.models.huggingface import HuggingFaceModel
@@ -16,37 +16,6 @@ def test_the_same_harvest_gives_the_same_bytes(tiny_model, tiny_texts, tiny_cach
     assert again.fingerprint == tiny_cache.fingerprint
 
 
-KILLER = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)  # the process forks below
-from support.tiny_caches import harvest_tiny
-from actcache import load_model
-texts, out, points = Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4].split(",")
-model = load_model(sys.argv[1], device="cpu")
-harvest_tiny(model, texts, out.with_name("warm"))  # what is imported or made once is there before the forks
-
-def die_at(point):
-    name, count = point.split(":")
-    real, calls = getattr(os, name), [0]
-    def patched(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == int(count):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    setattr(os, name, patched)
-
-for point in [*points, None]:
-    child = os.fork()
-    if child == 0:
-        if point:
-            die_at(point)
-        harvest_tiny(model, texts, out)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    print(point, "killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), flush=True)
-"""
 # fsync and replace are called for every sequence file, the plan, each array of each shard, partial statistics, journal
 # lines, and at finalise for statistics, metadata and the manifest: the first points lie in the packing, the next in the
 # shards (about nine replaces each), the last in finalise, which takes some forty replaces and starts over each time.
@@ -55,15 +24,11 @@ POINTS += ["replace:58", "fsync:64", "replace:66", "replace:40", "replace:30", "
 
 
 def test_kills_at_every_kind_of_write_leave_no_trace(tiny_llama_dir, tiny_texts, tiny_cache, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, tiny_llama_dir, tiny_texts, tmp_path / "c", ",".join(POINTS)],
-        capture_output=True,
-        text=True,
-        env={**CHILD, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    outcomes = done.stdout.split("\n")
-    assert sum(line.endswith("killed") for line in outcomes) >= 12, done.stdout
+    asked = [tiny_llama_dir, tiny_texts, tmp_path / "c", *POINTS]
+    exit_code, said = Commands(tmp_path).run(asked, int, harvest_after_kills)
+    assert exit_code == 0, said
+    outcomes = said.split("\n")
+    assert sum(line.endswith("killed") for line in outcomes) >= 12, said
     assert "None 0" in outcomes
     assert promised_files(tmp_path / "c") == promised_files(tiny_cache.path)
     assert not list((tmp_path / "c").rglob("*.partial"))

@@ -3,8 +3,6 @@
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -23,7 +21,8 @@ from support.damages import (
     flip,
     hook_damages,
 )
-from support.places import CHILD
+from support.forked_commands import Commands
+from support.killed_forks import repair_after_kills
 from support.repairs import SETTINGS, changed, no_model, repaired, stamps
 from support.strangers import as_another_user, only_root
 from support.tiny_caches import HOOKS, harvest_tiny, promised_files
@@ -268,50 +267,12 @@ def test_a_cache_of_another_user_is_looked_at_and_refused_where_it_is_damaged(co
     assert stamps(copied) == before
 
 
-KILLER = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)  # the process forks below
-from actcache import load_model
-from actcache.format import arrays
-from actcache.integrity.repair import repair
-arrays.SEQUENCE_SHARD_TOKENS = 16 * 16
-model = load_model(sys.argv[1], device="cpu", attention=sys.argv[2])
-
-def die_at(name, count):
-    real, calls = getattr(os, name), [0]
-    def patched(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    setattr(os, name, patched)
-
-for root in sys.argv[4:]:
-    for point in (int(Path(root).name), None):
-        child = os.fork()
-        if child == 0:
-            if point:
-                die_at(sys.argv[3], point)
-            left = repair(root, lambda compute: model).problems
-            os._exit(len(left))
-        status = os.waitpid(child, 0)[1]
-        print(point, "killed" if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status), flush=True)
-"""
-
-
-def repaired_after_kills(model_dir, attention, function, roots):
+def repaired_after_kills(folder, model_dir, attention, function, roots):
     """In each cache a repair is killed, at the call of the function whose number is its name, and repaired then."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, model_dir, attention, function, *roots],
-        capture_output=True,
-        text=True,
-        env={**CHILD, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line for line in lines if line.startswith("None")] == ["None 0"] * len(roots), done.stdout + done.stderr
+    exit_code, said = Commands(folder).run([model_dir, attention, function, *roots], int, repair_after_kills)
+    assert exit_code == 0, said
+    lines = said.splitlines()
+    assert [line for line in lines if line.startswith("None")] == ["None 0"] * len(roots), said
     return sum(line.endswith("killed") for line in lines)
 
 
@@ -324,7 +285,7 @@ def test_a_repair_may_be_killed_at_any_replaced_file(tiny_llama_dir, sound, tmp_
     for root in roots:
         everything(root)
         cut(root / CACHE)
-    assert repaired_after_kills(tiny_llama_dir, "sdpa", "replace", roots) == len(roots)
+    assert repaired_after_kills(tmp_path, tiny_llama_dir, "sdpa", "replace", roots) == len(roots)
     for root in roots:
         assert promised_files(root) == promised_files(sound["lossless"])
 
@@ -339,6 +300,6 @@ def test_a_repair_with_another_kernel_may_be_killed_at_any_sync(
         flip(base / split / HOOK / "acts" / "c" / index / "0")
     roots = [shutil.copytree(base, tmp_path / str(number)) for number in range(2, 23, step)]
     repaired(base, lambda compute: eager_model)
-    assert repaired_after_kills(tiny_llama_dir, "eager", "fsync", roots) == len(roots)
+    assert repaired_after_kills(tmp_path, tiny_llama_dir, "eager", "fsync", roots) == len(roots)
     for root in roots:
         assert promised_files(root) == promised_files(base)
