@@ -2,8 +2,7 @@
 
 jaxtyping's decorator spends 30 microseconds on each call, for the sizes of the axes that annotations name. Most
 functions name none: for those, beartype's check alone says the same, in 1 microsecond. And a check is made when its
-function is first called, for a process of the tests calls a part of them alone. By then every annotation can be read,
-also one that names a class further down in its module.
+function is first called, for a process of the tests calls a part of them alone.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def _jaxtyped(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         return functools.partial(_jaxtyped, typechecker=typechecker)
     if not inspect.isfunction(fn):
         return _of_jaxtyping(fn, typechecker=typechecker)
-    checked = None
+    checked, hints = None, _hints(fn)  # read now: later a test may have put something else under a name
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -40,20 +39,23 @@ def _jaxtyped(fn: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         if checked is None:
-            checked = fn  # until there is one: an audit hook is called while its own is made
-            checked = _checked(fn, typechecker)
+            checked = fn  # until there is one: its own making may call it, if it is an audit hook
+            checked = _checked(fn, hints, typechecker)
         return checked(*args, **kwargs)
 
     return wrapped
 
 
-def _checked(fn: Any, typechecker: Callable[[Any], Any]) -> Any:
-    given = fn.__annotations__
-    hints = {name: _decorator._destring_annotation(hint, fn.__globals__) for name, hint in given.items()}
-    if inspect.isgeneratorfunction(fn) or any(map(_names_axes, hints.values())):
-        return _of_jaxtyping(fn, typechecker=typechecker)
-    fn.__annotations__ = hints  # beartype could not read those that are imported for type checkers alone
+def _hints(fn: Any) -> dict[str, Any]:
+    """As jaxtyping reads them: Any stands for what is imported for type checkers alone, or comes further down."""
+    return {name: _decorator._destring_annotation(hint, fn.__globals__) for name, hint in fn.__annotations__.items()}
+
+
+def _checked(fn: Any, hints: dict[str, Any], typechecker: Callable[[Any], Any]) -> Any:
+    given, fn.__annotations__ = fn.__annotations__, hints
     try:
+        if inspect.isgeneratorfunction(fn) or any(map(_names_axes, hints.values())):
+            return _of_jaxtyping(fn, typechecker=typechecker)
         return typechecker(fn)
     finally:
         fn.__annotations__ = given
