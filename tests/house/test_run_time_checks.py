@@ -4,7 +4,6 @@ import jaxtyping
 import pytest
 import torch
 from beartype import beartype
-from beartype.roar import BeartypeCallHintParamViolation, BeartypeCallHintReturnViolation
 
 
 def test_axes_that_differ_are_found():
@@ -18,7 +17,7 @@ def test_an_argument_that_is_no_array_is_checked():
     from actcache.format.paths import statistics_key
 
     assert statistics_key("train", "hook")
-    with pytest.raises(BeartypeCallHintParamViolation, match="hook_name"):
+    with pytest.raises(jaxtyping.TypeCheckError, match="hook_name"):
         statistics_key("train", 3)
 
 
@@ -27,5 +26,5 @@ def test_what_is_returned_is_checked():
     def made() -> int:
         return "no number"
 
-    with pytest.raises(BeartypeCallHintReturnViolation, match="made"):
+    with pytest.raises(jaxtyping.TypeCheckError, match="made"):
         made()
