@@ -172,14 +172,14 @@ def was_begun(root: Path) -> bool:
 
     What is killed before there is a plan leaves packed sequences, lock files, empty journals and files aside alone.
     """
-    if (root / PLAN).exists() or (root / CACHE_MANIFEST).exists():
-        return True
     folder, journals = root / MANIFEST, _journals(root)
     made = {path.name for path in entries(root)} <= {MANIFEST, STORE} and folder.is_dir()
-    return made and all(
-        _is_lock(path) or LEFTOVER.fullmatch(path.name) or (path in journals and file_bytes(path) == 0)
+    only_begun = made and all(
+        _is_lock(path) or LEFTOVER.fullmatch(path.name) or (path in journals and not file_bytes(path))
         for path in entries(folder)
     )
+    # looked for last: another worker may settle the plan meanwhile, and all that it writes then comes after the plan
+    return only_begun or (root / PLAN).exists() or (root / CACHE_MANIFEST).exists()
 
 
 def _journal(root: Path, slot: int) -> Path:

@@ -11,6 +11,7 @@ from support.tiny_caches import harvest_tiny, promised_files
 
 from actcache.errors import ActcacheError, CacheLocked, ManifestError
 from actcache.integrity.repair import repair
+from actcache.store import journal as journal_module
 from actcache.store.cache import open_cache
 from actcache.store.journal import Journal, active_writers, read_journals, was_begun
 from actcache.store.locks import exclusive
@@ -139,3 +140,18 @@ def test_a_folder_with_a_foreign_journal_was_not_begun(tmp_path):
     assert was_begun(tmp_path)
     (tmp_path / "manifest" / "writer-00.jsonl").write_text("{}\n")
     assert not was_begun(tmp_path)
+
+
+def test_a_plan_that_another_worker_settles_meanwhile_is_seen(tmp_path, monkeypatch):
+    """It comes after the first look at the folder, and with it what only a begun harvest has."""
+    (tmp_path / "manifest").mkdir()
+    look = journal_module.entries
+
+    def settled_meanwhile(folder: Path) -> list[Path]:
+        if folder == tmp_path / "manifest":
+            (folder / "plan.json").write_text("{}\n")
+            (folder / "writer-00.jsonl").write_text("{}\n")
+        return look(folder)
+
+    monkeypatch.setattr(journal_module, "entries", settled_meanwhile)
+    assert was_begun(tmp_path)
